@@ -1,0 +1,48 @@
+# Everything runs in .venv, which `make env` makes; PYTHON picks the interpreter that makes it.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.env-stamp
+CONFIG := configs/cpd/resnet50_prune.py
+WORK   := work_dirs/resnet50_prune
+
+.PHONY: help env demo test lint zoo clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-6s %s\n", $$1, $$2}' Makefile
+
+env: $(STAMP) ## make the environment in .venv
+
+# torch goes first: mmcv looks for it while it is built. opencv-python needs libGL, which a server may lack; its
+# headless twin has the same modules.
+$(STAMP): setup.py mmcpd/compat.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c 'import sys; assert sys.version_info >= (3, 10), f"Python 3.10 or newer is needed, 3.11 advised: make env PYTHON=... (this is {sys.version})"'
+	$(BIN)/python -m pip install --quiet torch==2.14.1 torchvision==0.29.1
+	$(BIN)/python -m pip install --quiet --editable '.[all]'
+	$(BIN)/python -c 'import cv2' 2>/dev/null || { \
+		$(BIN)/python -m pip uninstall --quiet --yes opencv-python && \
+		$(BIN)/python -m pip install --quiet opencv-python-headless; }
+	$(BIN)/python -c 'import mmcpd.engine'
+	touch $@
+
+demo: env ## train, comb, prune with distillation, fine-tune, slim, test, export and time a ResNet-50
+	$(BIN)/python tools/train.py $(CONFIG) --work-dir $(WORK)
+	$(BIN)/python tools/test.py $(CONFIG) $(WORK)/slim.pth
+	$(BIN)/python tools/deploy.py $(CONFIG) $(WORK)/slim.pth
+
+test: env ## run the tests, the slow ones left out
+	$(BIN)/python -m pytest -m 'not slow'
+
+lint: env ## run ruff and mypy
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+zoo: env ## comb and slim one model of every architecture family (hours)
+	$(BIN)/python benchmarks/zoo.py
+
+clean: ## remove what was built and trained, not .venv and not data
+	rm -rf work_dirs build dist *.egg-info mmcpd/.mim .pytest_cache .ruff_cache .mypy_cache
+	find mmcpd tools tests configs benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

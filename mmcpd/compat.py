@@ -1,0 +1,113 @@
+"""Check the versions of what mmcpd stands on, without importing any of it.
+
+The table is the one place for versions: `setup.py` runs this file for its extras, so nothing outside the
+standard library may be imported here.
+"""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import PackageNotFoundError, version
+from typing import NamedTuple
+
+
+class Requirement(NamedTuple):
+    """Name one package that mmcpd needs, by every distribution that provides it."""
+
+    module: str  # what is imported
+    distributions: tuple[str, ...]  # what pip installs; any one will do, the first is what we advise
+    minimum: str  # the oldest version that works
+    checked: str | None = None  # the version that the whole stack was checked with, if we pin it
+
+
+REQUIREMENTS: dict[str, tuple[Requirement, ...]] = {
+    'pure': (
+        Requirement('torch', ('torch',), '2.4'),
+        Requirement('numpy', ('numpy',), '1.24'),
+        Requirement('scipy', ('scipy',), '1.10'),
+    ),
+    # OneDL's packages are the maintained continuation of OpenMMLab's, under the same import names.
+    'openmmlab': (
+        Requirement('mmengine', ('onedl-mmengine', 'mmengine'), '0.10.0', '0.10.12'),
+        Requirement('mmcv', ('onedl-mmcv', 'mmcv', 'mmcv-lite'), '2.0.0', '2.3.6'),
+        Requirement('mmpretrain', ('onedl-mmpretrain', 'mmpretrain'), '1.0.0', '1.3.6'),
+        Requirement('mmseg', ('onedl-mmsegmentation', 'mmsegmentation'), '1.0.0', '1.4.2'),
+    ),
+    'deploy': (
+        Requirement('onnx', ('onnx',), '1.16'),
+        Requirement('onnxruntime', ('onnxruntime', 'onnxruntime-gpu'), '1.17'),
+        Requirement('onnxscript', ('onnxscript',), '0.1'),
+    ),
+    'demo': (
+        Requirement('sklearn', ('scikit-learn',), '1.3'),
+        Requirement('matplotlib', ('matplotlib',), '3.7'),
+    ),
+}
+OPTIONAL = ('mmseg',)  # checked when it is there; missing is no fault, for only segmentation needs it
+
+
+def release(text: str) -> tuple[int, ...]:
+    """Return the numbers at the front of a version, without trailing zeros.
+
+    Example:
+        >>> release('2.14.1+cu130'), release('0.10.8rc1'), release('2.0')
+        ((2, 14, 1), (0, 10, 8), (2,))
+    """
+    match = re.match(r'\d+(?:\.\d+)*', text)
+    numbers = [int(part) for part in match.group().split('.')] if match else [0]
+    while len(numbers) > 1 and numbers[-1] == 0:
+        numbers.pop()
+    return tuple(numbers)
+
+
+def installed(distributions: tuple[str, ...]) -> tuple[str, str] | None:
+    """Return the name and version of the newest installed distribution among `distributions`, or None."""
+    found = []
+    for name in distributions:
+        try:
+            found.append((name, version(name)))
+        except PackageNotFoundError:
+            continue
+    return max(found, key=lambda pair: release(pair[1]), default=None)
+
+
+def pip_requirement(requirement: Requirement, distribution: str | None = None) -> str:
+    """Return what to ask pip for: the checked pin of what we advise, else the minimum of what is there."""
+    name = distribution or requirement.distributions[0]
+    if requirement.checked and name == requirement.distributions[0]:
+        return f'{name}=={requirement.checked}'
+    return f'{name}>={requirement.minimum}'
+
+
+def require(part: str) -> None:
+    """Check the packages of one part of mmcpd, a key of `REQUIREMENTS`.
+
+    Raises:
+        ImportError: A package is missing or too old; the message names each one, the version found, the
+            version needed, and one pip command that mends them all.
+
+    Example:
+        >>> require('pure')
+    """
+    faults, mend = [], []
+    for requirement in REQUIREMENTS[part]:
+        found = installed(requirement.distributions)
+        if found is None:
+            if requirement.module not in OPTIONAL:
+                faults.append(f'{requirement.distributions[0]} is missing (needs >= {requirement.minimum})')
+                mend.append(pip_requirement(requirement))
+        elif release(found[1]) < release(requirement.minimum):
+            faults.append(f'{found[0]} {found[1]} is too old (needs >= {requirement.minimum})')
+            mend.append(pip_requirement(requirement, found[0]))
+    if faults:
+        command = ' '.join(f"'{text}'" for text in mend)
+        raise ImportError(f'mmcpd: {"; ".join(faults)}. To mend it: pip install {command}')
+
+
+def extras() -> dict[str, list[str]]:
+    """Return pip's extras, one for each part that is not a hard dependency."""
+    return {
+        part: [pip_requirement(requirement) for requirement in requirements]
+        for part, requirements in REQUIREMENTS.items()
+        if part != 'pure'
+    }
