@@ -1,0 +1,54 @@
+"""The public entry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from .build import build, default_forward
+from .groups import Comb
+from .rules import check_strict
+from .trace import run
+
+HEADS = ('dim', 'head')
+
+
+def comb(
+    model: nn.Module,
+    inputs: Tensor | tuple[Any, ...],
+    forward: Callable[..., Any] | None = None,
+    heads: str = 'dim',
+    ignore: Sequence[str] = (),
+    strict: bool = False,
+) -> Comb:
+    """Find the coupling groups of any model by one forward pass.
+
+    Args:
+        model: it is run in eval mode without gradients, and left as it was.
+        inputs: one input, or a tuple of the arguments; a batch of one is enough.
+        forward: `callable(model, *inputs)`; the default calls the model.
+        heads: what an attention gives up: `dim`, the same width index in each head, or `head`, whole heads.
+        ignore: patterns (`fnmatch`) of group names that must not be pruned.
+        strict: raise on operations without a rule, instead of freezing what goes through them.
+
+    Raises:
+        CombError: if the output holds no tensor; with `strict`, if an operation has no rule.
+        ValueError: for an unknown `heads`, or an `ignore` that matches nothing.
+
+    Source: arXiv 2408.03046, section III-A; the algorithm is described in `docs/design.md`.
+
+    Example:
+        >>> c = comb(torchvision.models.resnet18(), torch.rand(1, 3, 224, 224))
+        >>> print(c)
+    """
+    if heads not in HEADS:
+        raise ValueError(f'heads must be one of {HEADS}, not {heads!r}')
+    inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+    trace = run(model, inputs, forward or default_forward, heads)
+    if strict:
+        check_strict(trace)
+    found = build(model, trace, ignore)
+    found.inputs, found.forward = inputs, forward
+    return found

@@ -1,0 +1,11 @@
+"""Errors that a user can act on: each message says what, where and what to do."""
+
+from __future__ import annotations
+
+
+class CombError(RuntimeError):
+    """The model cannot be combed, or only under looser settings."""
+
+
+class SlimError(RuntimeError):
+    """A keep or a structure does not fit the model that it is applied to."""

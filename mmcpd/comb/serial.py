@@ -1,0 +1,87 @@
+"""A comb as plain JSON types and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from .groups import Comb, Frozen, Group, Member
+
+FORMAT = 1
+
+
+def _member(member: Member) -> list[Any]:
+    return [member.tensor, member.dim, member.index.tolist(), member.role]
+
+
+def _read_member(row: list[Any]) -> Member:
+    return Member(row[0], row[1], torch.tensor(row[2], dtype=torch.int64), row[3])
+
+
+def dump(comb: Comb) -> dict[str, Any]:
+    """Return everything but the example inputs."""
+    return {
+        'format': FORMAT,
+        'groups': [
+            {
+                'name': g.name,
+                'units': g.units,
+                'members': list(map(_member, g.members)),
+                'cut': list(map(_member, g.cut)),
+            }
+            for g in comb.groups
+        ],
+        'frozen': [[f.tensor, f.dim, f.rows, f.reason] for f in comb.frozen],
+        'unsupported': [[op, where, n] for (op, where), n in comb.unsupported.items()],
+        'axes': [a.tolist() for a in comb.axes],
+        'macs': comb.macs,
+        'memory': comb.memory,
+        'params': comb.params,
+        'norms': comb.norms,
+        'scales': comb.scales,
+        'sizes': comb.sizes,
+        'equal': comb.equal,
+        'shapes': comb.shapes,
+        'parameters': comb.parameters,
+    }
+
+
+def load(data: dict[str, Any]) -> Comb:
+    """Read what `dump` returned.
+
+    Raises:
+        ValueError: if another version wrote it.
+    """
+    if data.get('format') != FORMAT:
+        raise ValueError(
+            f'a comb of format {data.get("format")!r}; this version reads {FORMAT}: comb the model again'
+        )
+    return Comb(
+        groups=[
+            Group(
+                g['name'],
+                tuple(map(_read_member, g['members'])),
+                g['units'],
+                tuple(map(_read_member, g['cut'])),
+            )
+            for g in data['groups']
+        ],
+        frozen=[Frozen(*row) for row in data['frozen']],
+        unsupported={(op, where): n for op, where, n in data['unsupported']},
+        axes=[np.array(a, np.int64) for a in data['axes']],
+        macs=_terms(data['macs']),
+        memory=_terms(data['memory']),
+        params=_terms(data['params']),
+        norms=[(path, axis) for path, axis in data['norms']],
+        scales=[([(t, d, i) for t, d, i in rows], axis) for rows, axis in data['scales']],
+        sizes=[(expr, target, constant) for expr, target, constant in data['sizes']],
+        equal=[(left, right) for left, right in data['equal']],
+        shapes={name: tuple(shape) for name, shape in data['shapes'].items()},
+        parameters=tuple(data['parameters']),
+    )
+
+
+def _terms(rows: list[Any]) -> list[tuple[int, tuple[int, ...]]]:
+    return [(constant, tuple(axes)) for constant, axes in rows]

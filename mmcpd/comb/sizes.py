@@ -1,0 +1,401 @@
+"""Observe which integers of a module must follow when channels go.
+
+A forward pass says `x.reshape(B, N, 3, self.num_heads, self.head_dims)`. While the model is traced, every plain `int`
+attribute of every module, and every size read from a tensor that has axes, is a `Size`: an `int` that remembers where
+it came from and stays so under `+ - * // %`. A `TorchFunctionMode` sees the arguments before C++ does, and writes down
+an equation: this expression equals the number of live units on that axis. Slimming solves the equations for the
+attributes (`solve`); a literal that names an axis cannot follow, so the axis is frozen.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .errors import SlimError
+from .trace import ScaleSite, Trace
+
+# ('attr', module path, name) | ('live', atoms or axis number) | (operator, left, right) | int
+Expression = Any
+OPERATORS: dict[str, Callable[[int, int], int]] = {
+    '+': operator.add, '-': operator.sub, '*': operator.mul, '//': operator.floordiv, '%': operator.mod,
+}  # fmt: skip
+
+
+def expression(value: Any) -> Expression:
+    """Return where an integer came from; a plain one is itself."""
+    return value.expression if isinstance(value, Size) else int(value)
+
+
+def leaves(expr: Expression, kind: str) -> list[tuple[Any, ...]]:
+    """Return the leaves of one kind, 'attr' or 'live'."""
+    if not isinstance(expr, (tuple, list)):
+        return []
+    if expr[0] in ('attr', 'live'):
+        return [tuple(expr)] if expr[0] == kind else []
+    return leaves(expr[1], kind) + leaves(expr[2], kind)
+
+
+def _binary(symbol: str, swap: bool = False) -> Callable[[Size, Any], Any]:
+    function = OPERATORS[symbol]
+
+    def method(self: Size, other: Any) -> Any:
+        if not isinstance(other, int) or isinstance(other, bool):
+            return NotImplemented
+        left, right = (other, self) if swap else (self, other)
+        value = function(int(left), int(right))
+        return Size.of(value, (symbol, expression(left), expression(right)), self.trace)
+
+    return method
+
+
+class Size(int):
+    """An integer that remembers its expression."""
+
+    expression: Expression
+    trace: Trace | None
+
+    @classmethod
+    def of(cls, value: int, expr: Expression, trace: Trace | None) -> Size:
+        size = cls(value)
+        size.expression, size.trace = expr, trace
+        return size
+
+    __add__, __radd__ = _binary('+'), _binary('+', True)
+    __sub__, __rsub__ = _binary('-'), _binary('-', True)
+    __mul__, __rmul__ = _binary('*'), _binary('*', True)
+    __floordiv__, __rfloordiv__ = _binary('//'), _binary('//', True)
+    __mod__, __rmod__ = _binary('%'), _binary('%', True)
+    __hash__ = int.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        """Compare as integers; that an axis was found equal to something is an equation too."""
+        equal = int.__eq__(self, other)  # type: ignore[operator]
+        if equal is True and self.trace is not None and isinstance(other, int):
+            pair = (expression(self), expression(other))
+            if any(leaves(e, 'live') for e in pair):
+                self.trace.equal.append(pair)
+        return equal
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return int, (int(self),)
+
+    def __deepcopy__(self, memo: Any) -> int:
+        return int(self)
+
+
+class Shape(tuple):
+    """A shape whose entries are `Size` where the tensor has an axis."""
+
+    def numel(self) -> int:
+        return int(np.prod([int(s) for s in self], dtype=np.int64))
+
+
+def _size(trace: Trace, tensor: Tensor, dim: int, value: int) -> int:
+    axis = trace.axes(tensor)[dim]
+    return value if axis is None else Size.of(value, ('live', axis.atoms), trace)
+
+
+class _Observe(TorchFunctionMode):
+    def __init__(self, trace: Trace) -> None:
+        super().__init__()
+        self.trace = trace
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, '__name__', '')
+        if name == '__get__' and func is _SHAPE or name == 'size':
+            return self.shape(func, args, kwargs)
+        out = func(*args, **kwargs)
+        handler = HANDLERS.get(name)
+        if handler is not None and args and isinstance(args[0], Tensor):
+            handler(self.trace, args, kwargs, out)
+        return out
+
+    def shape(self, func: Any, args: Any, kwargs: Any) -> Any:
+        out = func(*args, **kwargs)
+        tensor = args[0]
+        if not any(self.trace.axes(tensor)):
+            return out
+        if isinstance(out, int):
+            dim = args[1] if len(args) > 1 else kwargs['dim']
+            return _size(self.trace, tensor, dim, out)
+        return Shape(_size(self.trace, tensor, d, s) for d, s in enumerate(out))
+
+
+_SHAPE = Tensor.shape.__get__  # type: ignore[attr-defined]
+HANDLERS: dict[str, Callable[[Trace, Any, Any, Any], None]] = {}
+
+
+def _handles(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        HANDLERS.update(dict.fromkeys(names, function))
+        return function
+
+    return register
+
+
+def _equation(trace: Trace, value: Any, atoms: np.ndarray | None) -> None:
+    """State that a size argument is the number of live units, or without atoms that it stays; a literal cannot follow."""
+    if isinstance(value, Size):
+        trace.sizes.append((value.expression, int(value) if atoms is None else atoms))
+    elif atoms is not None:
+        trace.table.freeze(atoms, f'the size {int(value)} is written into the forward of {trace.where}')
+
+
+def _sizes(args: Any, kwargs: Any, names: Sequence[str]) -> list[Any]:
+    rest = list(args[1:]) or [kwargs[n] for n in names if n in kwargs]
+    return list(rest[0]) if len(rest) == 1 and isinstance(rest[0], (tuple, list)) else rest
+
+
+@_handles('view', 'reshape', 'expand', 'broadcast_to')
+def _reshape(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
+    sizes = _sizes(args, kwargs, ('shape', 'size'))
+    if len(sizes) != out.dim():  # view(dtype)
+        return
+    for size, axis in zip(sizes, trace.axes(out), strict=True):
+        if int(size) != -1:
+            _equation(trace, size, axis and axis.atoms)
+
+
+@_handles('unflatten')  # unflatten(dim, sizes)
+def _unflatten(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
+    dim = (args[1] if len(args) > 1 else kwargs['dim']) % args[0].dim()
+    sizes = list(args[2] if len(args) > 2 else kwargs['sizes'])
+    for size, axis in zip(sizes, trace.axes(out)[dim : dim + len(sizes)], strict=True):
+        if int(size) != -1:
+            _equation(trace, size, axis and axis.atoms)
+
+
+def _tie_pieces(trace: Trace, source: np.ndarray, count: int) -> None:
+    """Couple equal pieces of one dimension position by position, so that they stay equally long."""
+    trace.tie(source.reshape(count, -1).T)
+
+
+@_handles('chunk', 'tensor_split')  # chunk(chunks, dim=0)
+def _chunk(trace: Trace, args: Any, kwargs: Any, out: Sequence[Tensor]) -> None:
+    dim = kwargs.get('dim', args[2] if len(args) > 2 else 0)
+    axis = trace.axes(args[0])[dim]
+    if axis is None:
+        return
+    if len(axis) % len(out) or len({t.shape[dim] for t in out}) > 1:
+        trace.freeze(axis, f'a dimension cut into unequal chunks in {trace.where}')
+    else:
+        _tie_pieces(trace, axis.atoms, len(out))
+
+
+@_handles('split', 'split_with_sizes')  # split(size or sizes, dim=0)
+def _split(trace: Trace, args: Any, kwargs: Any, out: Sequence[Tensor]) -> None:
+    dim = kwargs.get('dim', args[2] if len(args) > 2 else 0)
+    axis = trace.axes(args[0])[dim]
+    sizes = args[1] if len(args) > 1 else kwargs.get('split_size_or_sizes', kwargs.get('split_size'))
+    if axis is None:
+        return
+    if isinstance(sizes, int):
+        if len(axis) % len(out) == 0 and len({t.shape[dim] for t in out}) == 1:
+            _tie_pieces(trace, axis.atoms, len(out))
+            _equation(trace, sizes, axis.atoms[: int(sizes)])
+        else:
+            trace.freeze(axis, f'a dimension split into unequal pieces in {trace.where}')
+        return
+    start = 0
+    for size in sizes:
+        _equation(trace, size, axis.atoms[start : start + int(size)])
+        start += int(size)
+
+
+@_handles('narrow')  # narrow(dim, start, length)
+def _narrow(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
+    dim, start, length = (
+        args[i] if len(args) > i else kwargs[n] for i, n in ((1, 'dim'), (2, 'start'), (3, 'length'))
+    )
+    _cut(trace, args[0], dim % args[0].dim(), start, start + length)
+
+
+@_handles('__getitem__')
+def _getitem(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
+    source, index = args[0], args[1] if isinstance(args[1], tuple) else (args[1],)
+    if not any(isinstance(i, slice) for i in index):
+        return
+    used = sum(1 for i in index if i is not None and i is not Ellipsis)
+    dim = 0
+    for item in index:
+        if item is Ellipsis:
+            dim += source.dim() - used
+        elif item is not None:
+            if isinstance(item, slice) and item.step in (None, 1):
+                _cut(trace, source, dim, item.start, item.stop)
+            dim += 1
+
+
+def _cut(trace: Trace, source: Tensor, dim: int, start: Any, stop: Any) -> None:
+    """Read a slice: each bound is the number of live units before it, or behind it where it counts from the end."""
+    axis = trace.axes(source)[dim]
+    if axis is None:
+        return
+    n = len(axis)
+    for bound in (start, stop):
+        if bound is None or int(bound) == 0 or int(bound) >= n:
+            continue
+        place = int(bound) % n
+        expr = expression(bound)
+        if any(np.array_equal(leaf[1], axis.atoms) for leaf in leaves(expr, 'live')) and n % place == 0:
+            _tie_pieces(trace, axis.atoms, n // place)  # x[:, : x.shape[1] // 2]
+        if int(bound) < 0:
+            flipped = Size.of(-int(bound), ('-', 0, expr), trace) if isinstance(bound, Size) else -bound
+            _equation(trace, flipped, axis.atoms[place:])
+        else:
+            _equation(trace, bound, axis.atoms[:place])
+
+
+@_handles('conv1d', 'conv2d', 'conv3d')  # conv2d(input, weight, bias, stride, padding, dilation, groups)
+def _conv(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
+    groups = args[6] if len(args) > 6 else kwargs.get('groups', 1)
+    axis = trace.axes(args[0])[1] if args[0].dim() == args[1].dim() else None
+    if axis is not None and groups != 1:
+        _equation(trace, groups, axis.atoms[:: len(axis) // int(groups)])
+
+
+@_handles(
+    'conv_transpose1d', 'conv_transpose2d', 'conv_transpose3d'
+)  # (..., padding, output_padding, groups)
+def _conv_transpose(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
+    groups = args[6] if len(args) > 6 else kwargs.get('groups', 1)
+    _conv(trace, args[:6], {'groups': groups}, out)
+
+
+@_handles(
+    'scaled_dot_product_attention'
+)  # (query, key, value, attn_mask, dropout_p, is_causal, *, scale=None)
+def _attention(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
+    axis = trace.axes(args[0])[-1]
+    if kwargs.get('scale') is None and axis is not None:
+        site = ScaleSite(axis.everything(), axis.atoms)
+        if not any(np.array_equal(s.query, site.query) for s in trace.scales):
+            trace.scales.append(site)
+
+
+@contextmanager
+def observing_sizes(model: nn.Module, trace: Trace) -> Iterator[None]:
+    """Let every plain `int` attribute of every module remember its name while the model runs; restore them all."""
+    kept: list[tuple[dict[str, Any], str, int]] = []
+    try:
+        for path, module in model.named_modules():
+            for name, value in vars(module).items():
+                if type(value) is int:
+                    kept.append((vars(module), name, value))
+                    vars(module)[name] = Size.of(value, ('attr', path, name), trace)
+        with _Observe(trace):
+            yield
+    finally:
+        for attributes, name, value in kept:
+            current = attributes[name]
+            attributes[name] = value if isinstance(current, Size) and int(current) == value else int(current)
+        for module in model.modules():  # what the forward itself stored
+            for name, value in vars(module).items():
+                if isinstance(value, Size):
+                    vars(module)[name] = int(value)
+                elif type(value) is Shape:
+                    vars(module)[name] = tuple(int(s) for s in value)
+
+
+# -- solving -----------------------------------------------------------------------------------------------------------
+def evaluate(expr: Expression, attributes: Mapping[tuple[str, str], int], live: Sequence[int]) -> int:
+    """Evaluate an expression at the given attributes and live counts by axis number."""
+    if not isinstance(expr, (tuple, list)):
+        return int(expr)
+    if expr[0] == 'attr':
+        return attributes[(expr[1], expr[2])]
+    if expr[0] == 'live':
+        return int(live[expr[1]])
+    return OPERATORS[expr[0]](evaluate(expr[1], attributes, live), evaluate(expr[2], attributes, live))
+
+
+def solve(
+    equations: Sequence[tuple[Expression, int, bool]],
+    equal: Sequence[tuple[Expression, Expression]],
+    attributes: dict[tuple[str, str], int],
+    live: Sequence[int],
+) -> dict[tuple[str, str], int]:
+    """Find the attributes for which each expression equals the live count of its axis.
+
+    Args:
+        equations: `(expression, target, constant)`: the expression equals the live count of axis number `target`, or
+            the number `target` itself.
+        equal: pairs of expressions that the forward compared and found equal.
+        attributes: the present value of each attribute that occurs, by (module path, name).
+        live: the live count of each axis.
+
+    Returns:
+        The attributes that change, with their new values.
+
+    Raises:
+        SlimError: if no value fits, with the module and the expression.
+    """
+    values, known = dict(attributes), set()
+    pending = [(expr, target if constant else int(live[target])) for expr, target, constant in equations]
+    # What names an attribute alone decides it; products are solved for what is left.
+    pending.sort(
+        key=lambda e: (len(leaves(e[0], 'attr')), not (isinstance(e[0], (tuple, list)) and e[0][0] == 'attr'))
+    )
+    for expr, target in pending:
+        names = dict.fromkeys((leaf[1], leaf[2]) for leaf in leaves(expr, 'attr'))
+        if evaluate(expr, values, live) == target:
+            if len(names) == 1:
+                known.update(names)
+            continue
+        for name in names:
+            if name in known:
+                continue
+            found = _value(expr, name, values, target, live)
+            if found is not None:
+                values[name] = found
+                known.add(name)
+                break
+        else:
+            raise SlimError(
+                f'no attribute makes {show(expr)} equal {target}: it is {evaluate(expr, values, live)}. '
+                'Freeze these channels with ignore=, or give the module a row in SHAPE_ATTRS'
+            )
+    for expr, target in pending:
+        if evaluate(expr, values, live) != target:
+            raise SlimError(
+                f'{show(expr)} must be {target} and something else at the same time; freeze it with ignore='
+            )
+    for left, right in equal:
+        if evaluate(left, values, live) != evaluate(right, values, live):
+            raise SlimError(f'the forward compares {show(left)} with {show(right)}, which no longer agree')
+    return {name: value for name, value in values.items() if value != attributes[name]}
+
+
+def _value(
+    expr: Expression,
+    name: tuple[str, str],
+    values: dict[tuple[str, str], int],
+    target: int,
+    live: Sequence[int],
+) -> int | None:
+    """Find the one value of an attribute for which the expression is `target`: it is monotonic in each attribute."""
+    old = values[name]
+    for candidate in (target, *range(old - 1, 0, -1)):
+        if evaluate(expr, {**values, name: candidate}, live) == target:
+            return candidate
+    return None
+
+
+def show(expr: Expression) -> str:
+    """Write an expression as source."""
+    if not isinstance(expr, (tuple, list)):
+        return str(expr)
+    if expr[0] == 'attr':
+        return f'{expr[1]}.{expr[2]}' if expr[1] else str(expr[2])
+    if expr[0] == 'live':
+        return 'channels'
+    return f'({show(expr[1])} {expr[0]} {show(expr[2])})'

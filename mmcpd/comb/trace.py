@@ -1,0 +1,245 @@
+"""Run a model once and write down, for each operation, which atoms it makes equal and which it freezes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .atoms import AtomTable, Axes, Axis
+from .errors import CombError
+
+_AXES = '_mmcpd_axes'  # the attribute of a running tensor that holds its axes
+
+
+@dataclass
+class Term:
+    """One product `constant * live(axis) * live(axis) ...` of a closed cost formula."""
+
+    constant: int
+    axes: tuple[np.ndarray, ...]  # atoms
+
+
+@dataclass
+class NormSite:
+    """A normalisation over channels, which must compute its statistics over the units that stay."""
+
+    module: str
+    axis: np.ndarray  # atoms, (C,)
+
+
+@dataclass
+class ScaleSite:
+    """An attention that divides by the square root of its own width; the query's rows take up the difference."""
+
+    query: np.ndarray  # atoms of the query's producer, all heads
+    width: np.ndarray  # atoms of one head
+
+
+@dataclass
+class Call:
+    """One operation as the dispatcher saw it, its arguments by their names in the schema."""
+
+    op: str  # 'add', 'convolution', ...: in-place and out-of-place forms share a name
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    named: dict[str, Any]
+    out: Any
+
+    def tensors(self) -> list[Tensor]:
+        """Return every tensor among the arguments, lists included."""
+        found: list[Tensor] = []
+        for value in self.named.values():
+            if isinstance(value, Tensor):
+                found.append(value)
+            elif isinstance(value, (list, tuple)):
+                found.extend(v for v in value if isinstance(v, Tensor))
+        return found
+
+
+@dataclass
+class Trace:
+    """All that one run says about a model."""
+
+    heads: str = (
+        'dim'  # which dimension of a rectangle keeps the atoms: the width of each head, or whole heads
+    )
+    table: AtomTable = field(default_factory=AtomTable)
+    macs: list[Term] = field(default_factory=list)
+    memory: list[Term] = field(
+        default_factory=list
+    )  # elements of the outputs of convolutions and matrix products
+    norms: list[NormSite] = field(default_factory=list)
+    scales: list[ScaleSite] = field(default_factory=list)
+    sizes: list[tuple[Any, np.ndarray | int]] = field(
+        default_factory=list
+    )  # expression == live(atoms), or a number
+    equal: list[tuple[Any, Any]] = field(default_factory=list)  # expressions that the forward compared
+    roles: list[tuple[np.ndarray, str]] = field(default_factory=list)
+    gates: list[np.ndarray] = field(default_factory=list)  # producers' rows at products of two activations
+    biases: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)  # weight rows beside their bias
+    unsupported: Counter[tuple[str, str]] = field(default_factory=Counter)
+    path: list[str] = field(default_factory=lambda: [''])
+
+    @property
+    def where(self) -> str:
+        """The path of the module that is running, for messages."""
+        return self.path[-1] or 'the model itself'
+
+    # -- axes of running tensors -------------------------------------------------------------------------------------
+    def axes(self, tensor: Tensor) -> Axes:
+        found: Axes | None = getattr(tensor, _AXES, None)
+        return found if found is not None else (None,) * tensor.dim()
+
+    def set(self, tensor: Tensor, axes: Axes) -> None:
+        assert len(axes) == tensor.dim(), (len(axes), tensor.shape)
+        setattr(tensor, _AXES, axes)
+
+    # -- equations ---------------------------------------------------------------------------------------------------
+    def equate(self, left: Axis | None, right: Axis | None, what: str) -> None:
+        """Make two axes equal; an axis that meets nothing is frozen."""
+        if left is not None and right is not None:
+            self.table.equate(left.atoms, right.atoms, f'{what} with a fixed position in {self.where}')
+        else:
+            self.freeze(left or right, f'{what} with an activation that has no channels in {self.where}')
+
+    def freeze(self, axis: Axis | None, reason: str) -> None:
+        if axis is not None:
+            self.table.freeze(axis.atoms, reason)
+
+    def freeze_all(self, tensor: Tensor, reason: str) -> None:
+        for axis in self.axes(tensor):
+            self.freeze(axis, reason)
+
+    def tie(self, atoms: np.ndarray) -> None:
+        """Make all columns of `(n, k)` atoms equal, row by row; fixed positions are passed over."""
+        first = atoms.max(axis=1)  # an atom wherever the row has one
+        for column in atoms.T:
+            both = (column >= 0) & (first >= 0)
+            self.table.equate(column[both], first[both], '')
+
+    def role(self, axis: Axis | None, role: str) -> None:
+        if axis is not None:
+            self.roles.append((axis.atoms, role))
+
+    def cost(self, constant: int, *axes: Axis | None) -> None:
+        self.macs.append(Term(constant, tuple(a.atoms for a in axes if a is not None)))
+
+    def output(self, tensor: Tensor, axes: Axes) -> None:
+        """Set the axes of an output that is stored for the backward pass, and count its elements."""
+        self.set(tensor, axes)
+        constant = 1
+        for size, axis in zip(tensor.shape, axes, strict=True):
+            constant *= 1 if axis is not None else size
+        self.memory.append(Term(constant, tuple(a.atoms for a in axes if a is not None)))
+
+
+class _Dispatch(TorchDispatchMode):
+    """Give every operation to its rule."""
+
+    def __init__(self, trace: Trace, apply: Callable[[Trace, Call], None]) -> None:
+        super().__init__()
+        self.trace, self.apply = trace, apply
+        self.names: dict[Any, tuple[str, tuple[str, ...]]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func not in self.names:
+            schema = func._schema
+            op = schema.name.split('::')[-1]
+            op = op[:-1] if op.endswith('_') and not op.startswith('__') else op
+            self.names[func] = (op, tuple(a.name for a in schema.arguments))
+        op, names = self.names[func]
+        named = dict(zip(names, args, strict=False)) | kwargs
+        self.apply(self.trace, Call(op, func, args, kwargs, named, out))
+        return out
+
+
+@contextmanager
+def _module_paths(model: nn.Module, trace: Trace) -> Iterator[None]:
+    """Keep `trace.path` at the path of the running module."""
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+
+            def enter(_m: nn.Module, _i: Any, name: str = name) -> None:
+                trace.path.append(name)
+
+            def leave(_m: nn.Module, _i: Any, _o: Any) -> None:
+                trace.path.pop()
+
+            stack.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
+            stack.callback(module.register_forward_hook(leave, always_call=True).remove)
+        yield
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode without gradients or the fused encoder, and put everything back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    try:
+        model.eval()
+        torch.backends.mha.set_fastpath_enabled(False)
+        with torch.no_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        for module, training in modes:
+            module.training = training
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return all tensors in nested tuples, lists and dictionaries (and objects with a `__dict__` of such)."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return [t for v in value.values() for t in tensors_in(v)]
+    if isinstance(value, (list, tuple)):
+        return [t for v in value for t in tensors_in(v)]
+    return []
+
+
+def run(model: nn.Module, inputs: tuple[Any, ...], forward: Callable[..., Any], heads: str = 'dim') -> Trace:
+    """Trace one forward pass.
+
+    Raises:
+        CombError: if the output holds no tensor, so that nothing could be compared.
+    """
+    from .rules import apply
+    from .sizes import observing_sizes
+
+    trace = Trace(heads=heads)
+    marked: list[Tensor] = []
+    try:
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if not hasattr(tensor, _AXES):  # a parameter that two modules share has one set of atoms
+                setattr(tensor, _AXES, trace.table.add(name, tensor))
+                marked.append(tensor)
+        with (
+            evaluating(model),
+            _module_paths(model, trace),
+            observing_sizes(model, trace),
+            _Dispatch(trace, apply),
+        ):
+            out = forward(model, *inputs)
+        results = tensors_in(out)
+        if not results:
+            raise CombError(
+                f'the forward pass returned {type(out).__name__} without a tensor; give `forward=` one'
+            )
+        for tensor in results:
+            trace.freeze_all(tensor, 'model output')
+    finally:
+        for tensor in marked:
+            if hasattr(tensor, _AXES):
+                delattr(tensor, _AXES)
+    return trace
