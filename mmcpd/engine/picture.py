@@ -1,0 +1,56 @@
+"""Draw what combing found: a line for each group, a mark at each module that it touches."""
+
+from __future__ import annotations
+
+import os
+
+from mmcpd.comb import Comb
+from mmcpd.compat import require
+
+# How a member's role is drawn: marker, size, what the legend calls it. Norms and free tensors share a mark.
+ROLES = {
+    'out': ('o', 34, 'produces the units'),
+    'in': ('D', 20, 'consumes them'),
+    'affine': ('|', 40, 'goes along (norm, embedding)'),
+}
+ALIAS = {'stat': 'affine', 'free': 'affine'}
+
+
+def plot(comb: Comb, path: str | os.PathLike, title: str = '') -> None:
+    """Write a picture of the groups, modules from left to right in the order of the state dict.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: `path` has an ending that matplotlib does not know.
+
+    Example:
+        >>> plot(c, 'resnet50.png')
+    """
+    require('demo')
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    modules = list(dict.fromkeys(name.rpartition('.')[0] or name for name in comb.shapes))
+    place = {module: number for number, module in enumerate(modules)}
+    size = (3 + 0.11 * len(modules), 1.5 + 0.2 * len(comb.groups))
+    figure = Figure(figsize=(min(size[0], 60), min(size[1], 60)), layout='constrained')
+    axes = figure.add_subplot()
+    colors = colormaps['tab10'].colors
+    for row, group in enumerate(comb.groups):
+        roles: dict[str, set[int]] = {role: set() for role in ROLES}
+        for member in group.members:
+            module = member.tensor.rpartition('.')[0] or member.tensor
+            roles[ALIAS.get(member.role, member.role)].add(place[module])
+        ends = set().union(*roles.values())
+        color = colors[row % len(colors)]
+        axes.hlines(row, min(ends), max(ends), color=color, linewidth=1, alpha=0.5)
+        for role, (marker, area, _) in ROLES.items():
+            axes.scatter(sorted(roles[role]), [row] * len(roles[role]), area, color=color, marker=marker)
+    for marker, area, label in ROLES.values():
+        axes.scatter([], [], area, color='0.3', marker=marker, label=label)
+    axes.legend(loc='upper right', fontsize=8)
+    axes.set_yticks(range(len(comb.groups)), [f'{g.name} ({g.units})' for g in comb.groups], fontsize=7)
+    axes.set_xticks(range(len(modules)), modules, fontsize=5, rotation=90)
+    axes.invert_yaxis()
+    axes.set_title(title or f'{len(comb.groups)} coupling groups, {comb.units} units', fontsize=10)
+    figure.savefig(path, dpi=110)

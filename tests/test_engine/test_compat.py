@@ -1,0 +1,69 @@
+"""Scopes of configs under both families of distribution names, and processes without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+from mmengine.config import Config
+from mmengine.config.utils import MODULE2PACKAGE
+
+from mmcpd.engine import compat
+
+
+@pytest.fixture
+def scopes(monkeypatch):
+    """MMEngine's own table, put back afterwards."""
+    original = {**MODULE2PACKAGE, 'mmseg': 'mmsegmentation'}
+    original.pop('mmcpd', None)
+    monkeypatch.setattr(compat, 'MODULE2PACKAGE', original)
+    return original
+
+
+def test_a_scope_without_its_distribution_becomes_its_module(scopes, monkeypatch):
+    monkeypatch.setattr(compat, 'installed', lambda names: None)
+    compat.mend_scopes()
+    assert scopes['mmseg'] == 'mmseg'
+    assert scopes['mmcpd'] == 'mmcpd'
+    assert scopes['mmaction'] == 'mmaction2'  # not installed here at all: MMEngine's message stays right
+
+
+def test_a_scope_with_its_distribution_stays(scopes, monkeypatch):
+    monkeypatch.setattr(compat, 'installed', lambda names: (names[0], '1.2.2'))
+    compat.mend_scopes()
+    assert scopes['mmseg'] == 'mmsegmentation'
+
+
+@pytest.mark.parametrize(
+    'base', ['mmseg::_base_/models/fcn_r50-d8.py', 'mmpretrain::_base_/models/resnet18.py']
+)
+def test_configs_of_both_packages_can_be_inherited(tmp_path, base):
+    compat.mend_scopes()
+    file = tmp_path / 'config.py'
+    file.write_text(f'_base_ = {base!r}\n')
+    assert Config.fromfile(file).model.backbone.type.startswith('ResNet')
+
+
+def test_one_process_joins_nothing():
+    cfg = Config({'launcher': 'none'})
+    compat.start_processes(cfg)
+    assert 'model_wrapper_cfg' not in cfg
+
+
+def test_a_cluster_launcher_needs_an_accelerator(monkeypatch):
+    monkeypatch.setattr(compat, 'get_device', lambda: 'cpu')
+    with pytest.raises(ValueError, match='--launcher slurm needs an accelerator'):
+        compat.start_processes(Config({'launcher': 'slurm'}))
+
+
+def test_two_processes_on_a_cpu_use_gloo_and_no_device(monkeypatch):
+    joined = []
+    monkeypatch.setattr(compat, 'get_device', lambda: 'cpu')
+    monkeypatch.setattr(compat.torch.distributed, 'init_process_group', joined.append)
+    cfg = Config({'launcher': 'pytorch', 'find_unused_parameters': True})
+    compat.start_processes(cfg)
+    assert joined == ['gloo']
+    assert cfg.model_wrapper_cfg == {
+        'type': 'MMDistributedDataParallel',
+        'broadcast_buffers': False,
+        'find_unused_parameters': True,
+        'device_ids': None,
+    }

@@ -1,0 +1,145 @@
+"""The package as a whole: versions, what imports what, what travels in the wheel."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import mmcpd
+from mmcpd import compat
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCKED = ('mmengine', 'mmcv', 'mmpretrain', 'mmseg')
+BLOCK = f"""
+import importlib.abc, sys
+class Block(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.split('.')[0] in {BLOCKED}:
+            raise ModuleNotFoundError(f'blocked: {{name}}', name=name)
+sys.meta_path.insert(0, Block())
+"""
+
+
+def run_blocked(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, '-c', BLOCK + code], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_pure_folders_import_without_openmmlab():
+    result = run_blocked(
+        'import pkgutil, importlib, mmcpd.comb, mmcpd.prune, mmcpd.distill\n'
+        'for package in (mmcpd.comb, mmcpd.prune, mmcpd.distill):\n'
+        '    for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):\n'
+        '        importlib.import_module(module.name)\n'
+        'print("imported")'
+    )
+    assert result.stdout.strip() == 'imported', result.stderr
+
+
+def test_the_block_is_real():
+    result = run_blocked('import mmcpd.engine.build')
+    assert result.returncode != 0
+    assert 'blocked: mmengine' in result.stderr
+
+
+def test_importing_mmcpd_imports_no_heavy_package():
+    code = f'import sys, mmcpd; print([m for m in ("torch", "scipy", *{BLOCKED}) if m in sys.modules])'
+    result = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.strip() == '[]', result.stderr
+
+
+def test_config_names_are_found_on_the_package():
+    from mmcpd.models import SeaFormer
+
+    assert mmcpd.SeaFormer is SeaFormer
+    with pytest.raises(AttributeError, match='no attribute'):
+        _ = mmcpd.nothing
+    with pytest.raises(AttributeError, match='no attribute'):
+        _ = mmcpd.Nothing
+
+
+@pytest.mark.parametrize(
+    ('text', 'numbers'),
+    [('2.14.1+cu130', (2, 14, 1)), ('0.10.8rc1', (0, 10, 8)), ('2.0.0', (2,)), ('dev', (0,)), ('0.0', (0,))],
+)
+def test_release(text, numbers):
+    assert compat.release(text) == numbers
+
+
+def pretend(monkeypatch, versions: dict[str, str]) -> None:
+    def version(name):
+        if name not in versions:
+            raise compat.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(compat, 'version', version)
+
+
+ONEDL = {
+    'onedl-mmengine': '0.10.12',
+    'onedl-mmcv': '2.3.6',
+    'onedl-mmpretrain': '1.3.6',
+    'onedl-mmsegmentation': '1.4.2',
+}
+OPENMMLAB = {'mmengine': '0.10.7', 'mmcv': '2.1.0', 'mmpretrain': '1.2.0', 'mmsegmentation': '1.2.2'}
+
+
+@pytest.mark.parametrize('versions', [ONEDL, OPENMMLAB], ids=['onedl', 'openmmlab'])
+def test_both_families_of_names_are_accepted(monkeypatch, versions):
+    pretend(monkeypatch, versions)
+    compat.require('openmmlab')
+
+
+def test_segmentation_is_optional_but_not_too_old(monkeypatch):
+    pretend(monkeypatch, {k: v for k, v in OPENMMLAB.items() if k != 'mmsegmentation'})
+    compat.require('openmmlab')
+    pretend(monkeypatch, {**OPENMMLAB, 'mmsegmentation': '0.30.0'})
+    with pytest.raises(ImportError, match=r'mmsegmentation 0\.30\.0 is too old \(needs >= 1\.0\.0\)'):
+        compat.require('openmmlab')
+
+
+def test_an_error_names_package_versions_and_the_command(monkeypatch):
+    pretend(monkeypatch, {'mmengine': '0.7.4', 'onedl-mmpretrain': '1.3.6'})
+    with pytest.raises(ImportError) as error:
+        compat.require('openmmlab')
+    message = str(error.value)
+    assert 'mmengine 0.7.4 is too old (needs >= 0.10.0)' in message
+    assert 'onedl-mmcv is missing (needs >= 2.0.0)' in message
+    assert message.endswith("pip install 'mmengine>=0.10.0' 'onedl-mmcv==2.3.6'")
+
+
+def test_the_newest_of_two_distributions_counts(monkeypatch):
+    pretend(monkeypatch, {**OPENMMLAB, 'mmengine': '0.7.4', 'onedl-mmengine': '0.10.12'})
+    compat.require('openmmlab')
+
+
+def build(tmp_path: Path) -> zipfile.ZipFile:
+    """Build the wheel from a copy: a build leaves files beside its sources."""
+    source = tmp_path / 'source'
+    source.mkdir()
+    ignore = shutil.ignore_patterns('__pycache__', '.mim')
+    for name in ('mmcpd', 'configs', 'tools'):
+        shutil.copytree(ROOT / name, source / name, ignore=ignore)
+    for name in ('setup.py', 'pyproject.toml', 'MANIFEST.in', 'LICENSE', 'model-index.yml'):
+        shutil.copy(ROOT / name, source / name)
+    command = [sys.executable, '-m', 'pip', 'wheel', '--quiet', '--no-deps', '--no-build-isolation']
+    subprocess.run([*command, '-w', str(tmp_path), str(source)], check=True, capture_output=True, text=True)
+    (wheel,) = tmp_path.glob('mmcpd-*.whl')
+    return zipfile.ZipFile(wheel)
+
+
+def test_the_wheel_carries_configs_and_tools_and_replaces_nothing(tmp_path):
+    with build(tmp_path) as wheel:
+        names = set(wheel.namelist())
+        metadata = wheel.read(next(name for name in names if name.endswith('METADATA'))).decode()
+    for name in ('model-index.yml', 'configs/cpd/metafile.yml', 'tools/train.py', 'tools/dist_train.sh'):
+        assert f'mmcpd/.mim/{name}' in names
+    assert not [name for name in names if name.startswith(('tests', 'configs', 'tools'))]
+    required = [line for line in metadata.splitlines() if line.startswith('Requires-Dist')]
+    hard = {line.split(': ')[1] for line in required if 'extra ==' not in line}
+    assert hard == {'torch', 'numpy', 'scipy'}
+    assert 'Requires-Dist: onedl-mmcv==2.3.6; extra == "openmmlab"' in required
