@@ -241,7 +241,9 @@ def _assemble(
     )
 
 
-def _scales(trace: Trace, rows: _Rows, book: _AxisBook) -> list[tuple[list[tuple[str, int, list[int]]], int]]:
+def _scales(
+    trace: Trace, rows: _Rows, book: _AxisBook
+) -> list[tuple[list[tuple[str, int, list[int]]], int, str]]:
     found = {}
     bias_of = {
         int(w): int(b) for ws, bs in trace.biases for w, b in zip(ws, bs, strict=True) if w >= 0 and b >= 0
@@ -258,7 +260,7 @@ def _scales(trace: Trace, rows: _Rows, book: _AxisBook) -> list[tuple[list[tuple
             row = rows[int(rows.row_of[atom])]
             pieces.setdefault((row.tensor, row.dim), []).append(int(rows.offset[atom]))
         key = repr((sorted(pieces.items()), axis))
-        found[key] = ([(t, d, i) for (t, d), i in pieces.items()], axis)
+        found[key] = ([(t, d, i) for (t, d), i in pieces.items()], axis, site.module)
     return list(found.values())
 
 

@@ -619,7 +619,7 @@ def attention(trace: Trace, call: Call) -> None:
             trace.equate(x, z, 'attention')
         lead.append(x or y or z)
     if call.named.get('scale') is None and q[-1] is not None:
-        trace.scales.append(ScaleSite(q[-1].everything(), q[-1].atoms))
+        trace.scales.append(ScaleSite(q[-1].everything(), q[-1].atoms, trace.path[-1]))
     mask = call.named.get('attn_mask', call.named.get('attn_bias'))
     if mask is not None:
         for back in range(3, mask.dim() + 1):

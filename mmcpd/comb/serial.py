@@ -75,7 +75,7 @@ def load(data: dict[str, Any]) -> Comb:
         memory=_terms(data['memory']),
         params=_terms(data['params']),
         norms=[(path, axis) for path, axis in data['norms']],
-        scales=[([(t, d, i) for t, d, i in rows], axis) for rows, axis in data['scales']],
+        scales=[([(t, d, i) for t, d, i in rows], axis, path) for rows, axis, path in data['scales']],
         sizes=[(expr, target, constant) for expr, target, constant in data['sizes']],
         equal=[(left, right) for left, right in data['equal']],
         shapes={name: tuple(shape) for name, shape in data['shapes'].items()},

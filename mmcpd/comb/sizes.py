@@ -277,7 +277,7 @@ def _conv_transpose(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
 def _attention(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
     axis = trace.axes(args[0])[-1]
     if kwargs.get('scale') is None and axis is not None:
-        site = ScaleSite(axis.everything(), axis.atoms)
+        site = ScaleSite(axis.everything(), axis.atoms, trace.path[-1])
         if not any(np.array_equal(s.query, site.query) for s in trace.scales):
             trace.scales.append(site)
 

@@ -41,6 +41,7 @@ class ScaleSite:
 
     query: np.ndarray  # atoms of the query's producer, all heads
     width: np.ndarray  # atoms of one head
+    module: str
 
 
 @dataclass

@@ -1,0 +1,69 @@
+"""What a module says about its own widths, beside what its forward was seen to use.
+
+`comb.sizes` observes the integers that a forward reads. Here stand the attributes that only describe (a convolution
+with `in_channels` runs without it, but it prints and exports wrongly), by class, each computed from the new tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+Shapes = dict[str, tuple[int, ...]]  # of the module's own tensors, by their local names
+
+
+def _conv(module: Any, old: Shapes, new: Shapes) -> dict[str, Any]:
+    transposed = isinstance(module, _ConvTransposeNd)
+    rows, columns = old['weight'][0], new['weight'][1]  # (O, I / groups), transposed (I, O / groups)
+    groups = module.groups * new['weight'][0] // rows if module.groups > 1 else 1
+    wide, narrow = new['weight'][0], columns * groups
+    inside, outside = (wide, narrow) if transposed else (narrow, wide)
+    return {'in_channels': inside, 'out_channels': outside, 'groups': groups}
+
+
+def _linear(module: Any, old: Shapes, new: Shapes) -> dict[str, Any]:
+    return {'out_features': new['weight'][0], 'in_features': new['weight'][1]}
+
+
+def _first(attribute: str) -> Callable[[Any, Shapes, Shapes], dict[str, Any]]:
+    def update(module: Any, old: Shapes, new: Shapes) -> dict[str, Any]:
+        return {attribute: new[next(iter(new))][0]}
+
+    return update
+
+
+def _layer_norm(module: Any, old: Shapes, new: Shapes) -> dict[str, Any]:
+    return {'normalized_shape': tuple(new['weight'])}
+
+
+def _embedding(module: Any, old: Shapes, new: Shapes) -> dict[str, Any]:
+    return {'num_embeddings': new['weight'][0], 'embedding_dim': new['weight'][1]}
+
+
+SHAPE_ATTRS: list[tuple[type, Callable[[Any, Shapes, Shapes], dict[str, Any]]]] = [
+    (_ConvNd, _conv),
+    (nn.Linear, _linear),
+    (_NormBase, _first('num_features')),
+    (nn.LayerNorm, _layer_norm),
+    (nn.GroupNorm, _first('num_channels')),
+    (nn.Embedding, _embedding),
+    (nn.PReLU, _first('num_parameters')),
+]
+
+
+def described(module: nn.Module, old: Shapes, new: Shapes) -> dict[str, Any]:
+    """Return the attributes that follow from the new shapes of a module's own tensors."""
+    for kind, update in SHAPE_ATTRS:
+        if isinstance(module, kind) and new:
+            return {n: v for n, v in update(module, old, new).items() if hasattr(module, n)}
+    return {}
+
+
+def local_shapes(module: nn.Module) -> Shapes:
+    """Return the shapes of a module's own tensors that have a dimension, by name."""
+    own: dict[str, Tensor | None] = {**module._parameters, **module._buffers}
+    return {n: tuple(t.shape) for n, t in own.items() if t is not None and t.dim()}

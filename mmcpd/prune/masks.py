@@ -1,0 +1,171 @@
+"""Masking: the removed units' rows are zero, and norms compute their statistics over the units that stay.
+
+With both, the masked model computes what the slimmed one computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..comb.groups import Comb, Keep
+
+
+class _OverLive(TorchFunctionMode):
+    """Run layer and group norms on the live channels only: gather, the same norm, scatter."""
+
+    def __init__(self, live: Tensor, channels: int) -> None:
+        super().__init__()
+        self.live, self.channels = live, channels
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.layer_norm:
+            return self.layer_norm(*args, **kwargs)
+        if func is F.group_norm:
+            return self.group_norm(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _run(self, x: Tensor, dim: int, norm: Any, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        live = self.live if self.live.device == x.device else self.live.to(x.device)
+        parameters = [p if p is None else p.index_select(0, live) for p in (weight, bias)]
+        y = norm(x.index_select(dim, live), *parameters)
+        return y.new_zeros(x.shape).index_copy(dim, live, y)
+
+    def layer_norm(
+        self,
+        input: Tensor,
+        shape: Any,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        if tuple(shape) != (self.channels,):
+            return F.layer_norm(input, shape, weight, bias, eps)
+        return self._run(
+            input, -1, lambda x, w, b: F.layer_norm(x, (len(self.live),), w, b, eps), weight, bias
+        )
+
+    def group_norm(
+        self,
+        input: Tensor,
+        groups: int,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        if input.shape[1] != self.channels:
+            return F.group_norm(input, groups, weight, bias, eps)
+        return self._run(input, 1, lambda x, w, b: F.group_norm(x, groups, w, b, eps), weight, bias)
+
+
+class MaskedForward:
+    """The forward of one module with its norms over the live channels; sits on the instance, not on the class."""
+
+    def __init__(self, module: nn.Module, live: Tensor, channels: int) -> None:
+        self.module, self.live, self.channels = module, live, channels
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with _OverLive(self.live, self.channels):
+            return type(self.module).forward(self.module, *args, **kwargs)
+
+
+def unmask_norms_(model: nn.Module) -> None:
+    """Give every norm its own forward back."""
+    for module in model.modules():
+        if isinstance(vars(module).get('forward'), MaskedForward):
+            del module.forward
+
+
+class Masker:
+    """Apply a keep to one model again and again, as an optimizer step asks for it.
+
+    Args:
+        model: the model that was combed.
+        comb: what combing found.
+
+    Example:
+        >>> masker = Masker(model, comb)
+        >>> masker.apply_(keep)                        # weights, statistics, norms
+        >>> masker.apply_state_(keep, optimizer)       # momentum would bring removed weights back
+    """
+
+    def __init__(self, model: nn.Module, comb: Comb) -> None:
+        self.model, self.comb = model, comb
+        self.tensors = named_tensors(model)
+        self._flat: Tensor | None = None
+        self._rows: list[tuple[Tensor, int, Tensor]] = []
+
+    def removed(self, keep: Keep) -> list[tuple[Tensor, int, Tensor]]:
+        """Return `(tensor, dim, rows)` for everything that must be zero; kept until the keep changes."""
+        flat = torch.cat([keep[g.name] for g in self.comb.groups]) if self.comb.groups else torch.empty(0)
+        if self._flat is None or not torch.equal(flat, self._flat):
+            self._rows = []
+            by_dim: dict[tuple[str, int], list[Tensor]] = {}
+            for group in self.comb.groups:
+                gone = ~keep[group.name]
+                if bool(gone.any()):
+                    for member in group.members:
+                        by_dim.setdefault((member.tensor, member.dim), []).append(member.rows(gone))
+            for (name, dim), rows in by_dim.items():
+                tensor = self.tensors[name]
+                self._rows.append((tensor, dim, torch.cat(rows).sort().values.to(tensor.device)))
+            self._flat = flat.clone()
+            self._mask_norms(keep)
+        return self._rows
+
+    @torch.no_grad()
+    def apply_(self, keep: Keep) -> None:
+        """Write zeros into the removed rows of parameters and statistics, in place."""
+        for tensor, dim, rows in self.removed(keep):
+            tensor.index_fill_(dim, rows, 0)
+
+    @torch.no_grad()
+    def apply_state_(self, keep: Keep, optimizer: torch.optim.Optimizer) -> None:
+        """Write zeros into the optimizer's state of the removed rows (momentum, second moments)."""
+        for tensor, dim, rows in self.removed(keep):
+            for value in optimizer.state.get(tensor, {}).values():
+                if isinstance(value, Tensor) and value.shape == tensor.shape:
+                    value.index_fill_(dim, rows.to(value.device), 0)
+
+    def _mask_norms(self, keep: Keep) -> None:
+        flat = torch.from_numpy(self.comb.flat(keep))
+        for path, axis in self.comb.norms:
+            units = torch.from_numpy(self.comb.axes[axis])
+            live = (units < 0) | flat[units.clamp(min=0)]
+            module = self.model.get_submodule(path)
+            if bool(live.all()):
+                if isinstance(vars(module).get('forward'), MaskedForward):
+                    del module.forward
+            else:
+                module.forward = MaskedForward(module, live.nonzero().flatten(), len(live))
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return every parameter and buffer by name, those without storage in the state dict included."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def mask_(model: nn.Module, comb: Comb, keep: Mapping[str, Tensor]) -> None:
+    """Mask a model in place: then it computes what the slimmed model computes.
+
+    Args:
+        model: the model that was combed, or a copy of it.
+        comb: what combing found.
+        keep: `{group name: BoolTensor(units)}`, True = stays.
+
+    Raises:
+        ValueError: if the keep does not fit.
+
+    Example:
+        >>> keep = c.keep()
+        >>> keep['layer1.0.conv1'][::2] = False
+        >>> mask_(model, c, keep)
+    """
+    comb.check(keep)
+    Masker(model, comb).apply_(dict(keep))

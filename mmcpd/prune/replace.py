@@ -1,0 +1,125 @@
+"""Modules that cannot be slimmed by setting attributes, and what takes their place.
+
+`nn.MultiheadAttention` has one width for its embedding and for its heads together; after pruning these differ. The
+replacement has the same parameters under the same names, so state dicts fit. A row in `REPLACEMENTS` is all it takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SlimMultiheadAttention(nn.Module):
+    """Self-attention or cross-attention whose heads are narrower than its embedding.
+
+    Args:
+        source: the attention to take over; parameters, dropout and `batch_first` are its own.
+        num_heads: heads that stay.
+        scale: factor on q k^T, that of the dense module.
+
+    Shapes: query `(B, L, E)`, key and value `(B, S, E)` with `batch_first`, else `(L, B, E)` and `(S, B, E)`.
+    """
+
+    def __init__(self, source: nn.MultiheadAttention, num_heads: int, scale: float) -> None:
+        super().__init__()
+        self.num_heads, self.scale = num_heads, scale
+        self.dropout, self.batch_first = source.dropout, source.batch_first
+        self.in_proj_weight, self.in_proj_bias = source.in_proj_weight, source.in_proj_bias
+        self.out_proj = nn.Linear(1, 1, bias=source.out_proj.bias is not None)
+        self.out_proj.weight, self.out_proj.bias = source.out_proj.weight, source.out_proj.bias
+        self.out_proj.out_features, self.out_proj.in_features = source.out_proj.weight.shape
+
+    @property
+    def embed_dim(self) -> int:
+        return int(self.in_proj_weight.shape[1])
+
+    @classmethod
+    def build(
+        cls, source: nn.MultiheadAttention, num_heads: int | None = None, scale: float | None = None
+    ) -> SlimMultiheadAttention:
+        """Take over a module; heads and scale are its own unless given."""
+        return cls(source, num_heads or source.num_heads, scale or source.head_dim**-0.5)
+
+    def arguments(self) -> dict[str, Any]:
+        """Return what `build` needs beside the source, in plain types."""
+        return {'num_heads': self.num_heads, 'scale': self.scale}
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend as `nn.MultiheadAttention` does, with its arguments and results."""
+        weights = self.in_proj_weight.chunk(3)
+        biases = self.in_proj_bias.chunk(3) if self.in_proj_bias is not None else (None, None, None)
+        if not self.batch_first:
+            query, key, value = (t.transpose(0, 1) for t in (query, key, value))
+        q, k, v = (
+            F.linear(t, w, b).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, L, d)
+            for t, w, b in zip((query, key, value), weights, biases, strict=True)
+        )
+        mask = _merge_masks(attn_mask, key_padding_mask, q, self.num_heads)
+        probabilities = None
+        if need_weights:
+            logits = q @ k.transpose(-2, -1) * self.scale  # (B, heads, L, S)
+            probabilities = (logits if mask is None else logits + mask).softmax(-1)
+            dropped = F.dropout(probabilities, self.dropout, self.training)
+            out = dropped @ v
+            probabilities = probabilities.mean(1) if average_attn_weights else probabilities
+        else:
+            dropout = self.dropout if self.training else 0.0
+            causal = is_causal and mask is None
+            out = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=self.scale)
+        out = self.out_proj(out.transpose(1, 2).flatten(2))
+        return (out if self.batch_first else out.transpose(0, 1)), probabilities
+
+
+def _merge_masks(mask: Tensor | None, padding: Tensor | None, like: Tensor, heads: int) -> Tensor | None:
+    """Add an attention mask (L, S) or (B * heads, L, S) and a padding mask (B, S) as numbers to add to the logits."""
+    merged = None
+    for part, shape in ((mask, None), (padding, 'padding')):
+        if part is None:
+            continue
+        if part.dtype == torch.bool:
+            part = like.new_zeros(part.shape).masked_fill(part, float('-inf'))
+        if shape == 'padding':
+            part = part[:, None, None, :]
+        elif part.dim() == 3:
+            part = part.unflatten(0, (-1, heads))
+        merged = part if merged is None else merged + part
+    return merged
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What is replaced, by what, and how."""
+
+    source: Callable[[nn.Module], bool]
+    kind: type[nn.Module]
+    build: Callable[..., nn.Module]
+
+
+REPLACEMENTS: dict[str, Replacement] = {
+    'MultiheadAttention': Replacement(
+        lambda m: type(m) is nn.MultiheadAttention and m._qkv_same_embed_dim and m.bias_k is None,
+        SlimMultiheadAttention,
+        SlimMultiheadAttention.build,
+    ),
+}
+
+
+def replacement(module: nn.Module) -> str | None:
+    """Return the kind of replacement that a module needs, or None."""
+    return next((name for name, r in REPLACEMENTS.items() if r.source(module)), None)

@@ -1,0 +1,242 @@
+"""Slimming: cut the removed rows out of every tensor, and let the modules' attributes follow."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..comb.errors import SlimError
+from ..comb.groups import Comb, Keep
+from ..comb.sizes import leaves, solve
+from .attributes import Shapes, described, local_shapes
+from .masks import unmask_norms_
+from .replace import REPLACEMENTS, replacement
+
+
+def slim(model: nn.Module, comb: Comb, keep: Mapping[str, Tensor]) -> nn.Module:
+    """Return a new, really smaller model of the same class; the given one stays as it is.
+
+    Args:
+        model: the model that was combed; masked or not, the removed rows do not count.
+        comb: what combing found.
+        keep: `{group name: BoolTensor(units)}`, True = stays.
+
+    Raises:
+        ValueError: if the keep does not fit.
+        SlimError: if the model's attributes cannot follow.
+
+    Example:
+        >>> small = slim(model, c, keep)
+        >>> small(x)                    # equals the masked model's output
+    """
+    comb.check(keep)
+    small = copy.deepcopy(model)
+    unmask_norms_(small)
+    before = {path: local_shapes(module) for path, module in small.named_modules()}
+    _cut_(small, comb, dict(keep))
+    changed = {path for path, module in small.named_modules() if local_shapes(module) != before[path]}
+    for path in list(changed):  # a replaced module speaks for its children
+        changed.update(p for p in before if path and p and path.startswith(p + '.'))
+    replaced = _replace_(small, changed)
+    _fold_scales_(small, comb, dict(keep), replaced)
+    _follow_(small, comb, dict(keep), before, replaced)
+    return small
+
+
+def _rows(comb: Comb, keep: Keep) -> dict[str, dict[int, Tensor]]:
+    """Return the rows that stay, by tensor and dimension; only where some go."""
+    stay: dict[str, dict[int, Tensor]] = {}
+    for group in comb.groups:
+        gone = ~keep[group.name]
+        if not bool(gone.any()):
+            continue
+        for member in group.members:
+            dims = stay.setdefault(member.tensor, {})
+            alive = dims.setdefault(
+                member.dim, torch.ones(comb.shapes[member.tensor][member.dim], dtype=torch.bool)
+            )
+            alive[member.rows(gone)] = False
+    return {t: {d: alive.nonzero().flatten() for d, alive in dims.items()} for t, dims in stay.items()}
+
+
+@torch.no_grad()
+def _cut_(model: nn.Module, comb: Comb, keep: Keep) -> None:
+    stay = _rows(comb, keep)
+    names = {id(t): n for n, t in [*model.named_parameters(), *model.named_buffers()]}
+    done: dict[int, Tensor] = {}
+    for module in model.modules():
+        for own in (module._parameters, module._buffers):
+            for local, tensor in own.items():
+                dims = stay.get(names.get(id(tensor), ''))
+                if tensor is None or not dims:
+                    continue
+                if id(tensor) not in done:  # a shared tensor is cut once and stays shared
+                    value = tensor.detach()
+                    for dim, rows in dims.items():
+                        value = value.index_select(dim, rows.to(value.device))
+                    done[id(tensor)] = (
+                        nn.Parameter(value, tensor.requires_grad)
+                        if isinstance(tensor, nn.Parameter)
+                        else value
+                    )
+                own[local] = done[id(tensor)]  # type: ignore[assignment]
+
+
+def _replace_(model: nn.Module, changed: set[str]) -> dict[str, str]:
+    """Replace the modules of `REPLACEMENTS` that hold cut tensors; return their kinds by path."""
+    found: dict[str, str] = {}
+    for path, module in list(model.named_modules()):
+        kind = replacement(module)
+        if kind is not None and path in changed:
+            set_module(model, path, REPLACEMENTS[kind].build(module))
+            found[path] = kind
+    return found
+
+
+def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put a module at a path."""
+    parent, _, name = path.rpartition('.')
+    setattr(model.get_submodule(parent), name, module)
+
+
+@torch.no_grad()
+def _fold_scales_(model: nn.Module, comb: Comb, keep: Keep, replaced: Mapping[str, str]) -> None:
+    """Keep softmax(q k^T / sqrt(d)) what it was where the forward takes the square root of the new width."""
+    live = comb.live(keep)
+    stay = _rows(comb, keep)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for pieces, axis, path in comb.scales:
+        if path in replaced or live[axis] == len(comb.axes[axis]):
+            continue
+        factor = math.sqrt(live[axis] / len(comb.axes[axis]))
+        for name, dim, rows in pieces:
+            alive = stay.get(name, {}).get(dim, torch.arange(comb.shapes[name][dim]))
+            place = torch.isin(alive, torch.tensor(rows)).nonzero().flatten()
+            tensor = tensors[name]
+            tensor.index_copy_(dim, place, tensor.index_select(dim, place) * factor)
+
+
+def _follow_(
+    model: nn.Module, comb: Comb, keep: Keep, before: Mapping[str, Shapes], replaced: Mapping[str, str]
+) -> None:
+    """Set the attributes: those that describe from the tensors, those that a forward reads by solving."""
+    modules = dict(model.named_modules())
+    outside = {path: not any(path == r or path.startswith(r + '.') for r in replaced) for path in before}
+    for path, shapes in before.items():
+        if outside[path] and path in modules and local_shapes(modules[path]) != shapes:
+            for name, value in described(modules[path], shapes, local_shapes(modules[path])).items():
+                setattr(modules[path], name, value)
+    attributes: dict[tuple[str, str], int] = {}
+    equations = []
+    for equation in comb.sizes:
+        names = [(leaf[1], leaf[2]) for leaf in leaves(equation[0], 'attr')]
+        if all(outside.get(path, False) for path, _ in names):
+            equations.append(equation)
+            attributes.update({(p, n): int(getattr(modules[p], n)) for p, n in names})
+    equal = []
+    for pair in comb.equal:
+        names = [(leaf[1], leaf[2]) for side in pair for leaf in leaves(side, 'attr')]
+        if all(outside.get(path, False) for path, _ in names):
+            equal.append(pair)
+            attributes.update({(p, n): int(getattr(modules[p], n)) for p, n in names})
+    for (path, name), value in solve(equations, equal, attributes, comb.live(keep).tolist()).items():
+        setattr(modules[path], name, value)
+
+
+# -- structure: what a slimmed model is, without its values --------------------------------------------------------------
+def structure(model: nn.Module, small: nn.Module) -> dict[str, Any]:
+    """Describe how a slimmed model differs from its dense one, in plain JSON types.
+
+    Returns:
+        `tensors` (new shapes by name), `attributes` (new values by module path and name) and `replaced` (kinds by
+        module path, with the arguments of the replacement).
+
+    Example:
+        >>> plan = structure(model, small)
+        >>> twin = restructure_(build_dense(), json.loads(json.dumps(plan)))
+        >>> twin.load_state_dict(small.state_dict())
+    """
+    new = dict(small.named_modules())
+    replaced, attributes = {}, {}
+    for path, module in model.named_modules():
+        other = new.get(path)
+        if other is None or any(path.startswith(r + '.') for r in replaced):
+            continue
+        kind = next(
+            (k for k, r in REPLACEMENTS.items() if type(other) is r.kind and type(module) is not r.kind), None
+        )
+        if kind is not None:
+            replaced[path] = {'kind': kind, 'arguments': other.arguments()}  # type: ignore[operator]
+            continue
+        changes = {
+            n: list(v) if isinstance(v, tuple) else v
+            for n, v in vars(other).items()
+            if _plain(v) and _plain(vars(module).get(n)) and v != vars(module)[n] and n != 'training'
+        }
+        if changes:
+            attributes[path] = changes
+    old = {n: tuple(t.shape) for n, t in model.state_dict(keep_vars=True).items()}
+    tensors = {
+        n: list(t.shape) for n, t in small.state_dict(keep_vars=True).items() if old.get(n) != tuple(t.shape)
+    }
+    return {'tensors': tensors, 'attributes': attributes, 'replaced': replaced}
+
+
+def _plain(value: Any) -> bool:
+    return type(value) is int or (type(value) is tuple and all(type(v) is int for v in value))
+
+
+@torch.no_grad()
+def restructure_(model: nn.Module, plan: Mapping[str, Any]) -> nn.Module:
+    """Give a freshly built dense model the structure of a slimmed one; its values are then arbitrary.
+
+    Raises:
+        SlimError: if the plan names what the model has not, so that it is another model's.
+    """
+    for path, entry in plan['replaced'].items():
+        module = _find(model, path)
+        set_module(model, path, REPLACEMENTS[entry['kind']].build(module, **entry['arguments']))
+    shared: dict[int, Tensor] = {}
+    for name, shape in plan['tensors'].items():
+        path, _, local = name.rpartition('.')
+        module = _find(model, path)
+        own = module._parameters if local in module._parameters else module._buffers
+        tensor = own.get(local)
+        if (
+            tensor is None
+            or tensor.dim() != len(shape)
+            or any(s > o for s, o in zip(shape, tensor.shape, strict=True))
+        ):
+            have = 'missing' if tensor is None else tuple(tensor.shape)
+            raise SlimError(
+                f'{name} is {have} in this model, and {tuple(shape)} in the structure: another model'
+            )
+        if id(tensor) not in shared:
+            value = tensor.detach()[tuple(slice(0, s) for s in shape)].clone()
+            shared[id(tensor)] = (
+                nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+            )
+        own[local] = shared[id(tensor)]  # type: ignore[assignment]
+    for path, values in plan['attributes'].items():
+        module = _find(model, path)
+        for name, value in values.items():
+            if not hasattr(module, name):
+                raise SlimError(
+                    f'{path or "the model"} has no attribute {name}, which the structure sets: another model'
+                )
+            setattr(module, name, tuple(value) if isinstance(value, list) else value)
+    return model
+
+
+def _find(model: nn.Module, path: str) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError as error:
+        raise SlimError(
+            f'this model has no module {path!r}, which the structure names: another model'
+        ) from error
