@@ -297,7 +297,7 @@ class SeaFormer(BaseModule):
                 self.add_module(f'trans{t + 1}', nn.Sequential(stage))
 
     def init_weights(self) -> None:
-        """Draw convolution weights from N(0, 2 / fan_out), or follow `init_cfg`; pretrained weights come last.
+        """Draw convolution weights from N(0, 2 / fan_out) or follow `init_cfg`; pretrained weights come last.
 
         A depthwise filter's fan-out is its kernel's size, which MMEngine's `KaimingInit` does not know.
         """
@@ -317,7 +317,7 @@ class SeaFormer(BaseModule):
             load_backbone(self, cfg['checkpoint'], cfg.get('prefix'))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Map (N, in_channels, H, W) to the 1/8 features of `smb2` and the output of each transformer stage."""
+        """Map (N, in_channels, H, W) to the 1/8 features of `smb2` and each transformer stage's output."""
         outputs = []
         for i in range(self.num_stages):
             x = self.get_submodule(f'smb{i + 1}')(x)
