@@ -1,0 +1,183 @@
+"""The gradient of a multiplicative gate on each unit, read from weights and their gradients.
+
+A gate m on a unit turns the rows w of its cut into m * w, so dL/dm at m = 1 is the sum of w * dL/dw over
+them. Coupled tensors are summed first, a score may square afterwards. `Comb` names the cut, in its groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ..comb.groups import Group
+
+# Elements per step on a CPU: the product stays in the cache, and torch does not wake its thread pool for it.
+_CACHED = 1 << 14
+
+
+def row_dot(w: Tensor, g: Tensor, dim: int) -> Tensor:
+    """Sum `w * g` over every dimension except `dim`.
+
+    Args:
+        w: any shape, size C in `dim`.
+        g: the same shape.
+        dim: the dimension that is kept.
+
+    Returns:
+        Tensor of shape (C,), in at least float32.
+
+    Example:
+        >>> row_dot(torch.ones(4, 2), torch.ones(4, 2), dim=1)
+        tensor([4., 4.])
+    """
+    if w.dtype in (torch.float16, torch.bfloat16):
+        w, g = w.float(), g.float()
+    if w.device.type != 'cpu' or not (w.is_contiguous() and g.is_contiguous()):
+        product = w * g
+        others = [d for d in range(w.dim()) if d != dim]
+        return product.sum(others) if others else product
+    channels = w.shape[dim]
+    before = w.shape[:dim].numel()
+    if before == 1:
+        return _row_dot_leading(w.reshape(channels, -1), g.reshape(channels, -1))
+    w, g = w.reshape(before, -1), g.reshape(before, -1)  # (before, C * after)
+    step = min(before, max(1, _CACHED // max(1, w.shape[1])))
+    total = w.new_zeros(step, w.shape[1])
+    for start in range(0, before, step):
+        stop = min(start + step, before)
+        total[: stop - start].addcmul_(w[start:stop], g[start:stop])
+    return total.sum(0).reshape(channels, -1).sum(1)
+
+
+def _row_dot_leading(w: Tensor, g: Tensor) -> Tensor:
+    """Sum `w * g` over the last dimension: (C, K) and (C, K) to (C,)."""
+    step = max(1, _CACHED // max(1, w.shape[1]))
+    return torch.cat([(w[i : i + step] * g[i : i + step]).sum(1) for i in range(0, w.shape[0], step)])
+
+
+class Gates:
+    """All units of all groups in one flat vector, and the rows that each of them cuts.
+
+    Args:
+        groups: the groups of a `Comb`.
+
+    Example:
+        >>> gates = Gates(comb(model, images).groups)
+        >>> loss.backward()
+        >>> gates.split(gates.gradient(model))["conv1"]    # dL/dm of each unit of this group
+    """
+
+    def __init__(self, groups: Iterable[Group]) -> None:
+        self.slices: dict[str, slice] = {}
+        self.units = 0
+        rows: dict[tuple[str, int], list[Tensor]] = {}
+        owners: dict[tuple[str, int], list[Tensor]] = {}
+        for group in groups:
+            if not group.cut:
+                raise ValueError(
+                    f"group '{group.name}' has no cut to read a gate's gradient from: put it into `ignore`"
+                )
+            self.slices[group.name] = slice(self.units, self.units + group.units)
+            for member in group.cut:
+                at = (member.tensor, member.dim)
+                unit = torch.arange(self.units, self.units + group.units)
+                rows.setdefault(at, []).append(member.index.reshape(-1).cpu())
+                owners.setdefault(at, []).append(unit.repeat_interleave(member.index.shape[1]))
+            self.units += group.units
+        self.cuts = {at: (torch.cat(rows[at]), torch.cat(owners[at])) for at in rows}
+
+    def gradient(self, model: nn.Module) -> Tensor:
+        """Return dL/dm of every gate at m = 1: (units,), from the weights and gradients as they are now.
+
+        A tensor that took no part in the loss has no gradient and adds nothing.
+
+        Raises:
+            ValueError: a tensor of the cut has `requires_grad=False`, so nothing is known about its units.
+        """
+        total = torch.zeros(0)
+        for (name, dim), weight in self._weights(model):
+            if not weight.requires_grad:
+                raise ValueError(
+                    f"'{name}' has requires_grad=False, so its units cannot be scored: train it, or put its "
+                    'group into `ignore`'
+                )
+            if total.numel() == 0:
+                total = weight.new_zeros(self.units, dtype=torch.promote_types(weight.dtype, torch.float32))
+            if weight.grad is not None:
+                rows, owners = self.rows(name, dim, total.device)
+                sums = row_dot(weight.detach(), weight.grad, dim).to(total)
+                total.index_add_(0, owners, sums[rows])
+        return total
+
+    @torch.no_grad()
+    def scale_(self, model: nn.Module, gates: Tensor) -> None:
+        """Multiply the cut's rows by their gates, in place.
+
+        Args:
+            model: the model that was combed.
+            gates: (units,), one factor a unit.
+        """
+        for (name, dim), weight in self._weights(model):
+            rows, owners = self.rows(name, dim, weight.device)
+            factors = torch.ones(weight.shape[dim], dtype=weight.dtype, device=weight.device)
+            factors[rows] = gates[owners].to(weight)
+            shape = [1] * weight.dim()
+            shape[dim] = -1
+            weight.mul_(factors.reshape(shape))
+
+    def split(self, flat: Tensor) -> dict[str, Tensor]:
+        """Cut a flat vector (units,) into one tensor per group."""
+        return {name: flat[part] for name, part in self.slices.items()}
+
+    def tensors(self) -> list[str]:
+        """Return the state-dict names of the tensors in the cut, each once."""
+        return list(dict.fromkeys(name for name, _ in self.cuts))
+
+    def _weights(self, model: nn.Module) -> Iterator[tuple[tuple[str, int], nn.Parameter]]:
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        for name, dim in self.cuts:
+            if name not in parameters:
+                raise ValueError(
+                    f"the model has no parameter '{name}': was it combed as another model, or wrapped since?"
+                )
+            yield (name, dim), parameters[name]
+
+    def rows(self, name: str, dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return a cut tensor's rows, and the unit that each belongs to, on `device`."""
+        rows, owners = self.cuts[name, dim]
+        if rows.device != device:
+            rows, owners = self.cuts[name, dim] = rows.to(device), owners.to(device)
+        return rows, owners
+
+
+@contextmanager
+def untouched(*modules: nn.Module) -> Iterator[None]:
+    """Give back, bit by bit, parameters, gradients, buffers and torch's random state as they were on entry.
+
+    Example:
+        >>> with untouched(model):
+        ...     model(images).sum().backward()    # batch norm statistics and .grad are as before afterwards
+    """
+    parameters = list(dict.fromkeys(p for module in modules for p in module.parameters()))
+    held = parameters + list(dict.fromkeys(b for module in modules for b in module.buffers()))
+    with torch.no_grad():
+        values = [t.detach().clone() for t in held]
+        grads = [(p.grad, None if p.grad is None else p.grad.detach().clone()) for p in parameters]
+    devices = sorted({t.device.index for t in held if t.device.type == 'cuda'})
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip(held, values, strict=True):
+                tensor.copy_(value)
+            for parameter, (grad, value) in zip(parameters, grads, strict=True):
+                # The same tensor object: a bucket of a data-parallel wrapper may look at it.
+                parameter.grad = grad
+                if grad is not None:
+                    grad.copy_(value)

@@ -1,0 +1,52 @@
+"""Names that a user types: find them, or say which ones are near."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from typing import TypeVar
+
+_T = TypeVar('_T')
+
+
+def near(name: str, known: Iterable[str], n: int = 3) -> str:
+    """List the known names that are most like `name`, or some of them where none is."""
+    known = list(known)
+    return ', '.join(difflib.get_close_matches(name, known, n=n, cutoff=0.4) or sorted(known)[: 2 * n])
+
+
+def look_up(table: dict[str, _T], name: object, kind: str) -> _T:
+    """Return `table[name]`.
+
+    Raises:
+        ValueError: unknown name; the message lists the near ones.
+
+    Example:
+        >>> look_up({"macs": 1, "params": 2}, "mac", "metric")
+        Traceback (most recent call last):
+        ValueError: unknown metric 'mac': did you mean macs?
+    """
+    if isinstance(name, str) and name in table:
+        return table[name]
+    raise ValueError(f"unknown {kind} '{name}': did you mean {near(str(name), table)}?")
+
+
+def match(patterns: Sequence[str], names: Iterable[str], kind: str = 'group') -> set[str]:
+    """Return the names that fit any of the shell-style patterns.
+
+    Raises:
+        ValueError: a pattern fits nothing; the message lists the near names.
+
+    Example:
+        >>> sorted(match(["layer1.*"], ["conv1", "layer1.0.conv1", "layer1.1.conv1"]))
+        ['layer1.0.conv1', 'layer1.1.conv1']
+    """
+    names = list(names)
+    found: set[str] = set()
+    for pattern in patterns:
+        hits = {name for name in names if fnmatchcase(name, pattern)}
+        if not hits:
+            raise ValueError(f"ignore pattern '{pattern}' fits no {kind}: near are {near(pattern, names)}")
+        found |= hits
+    return found
