@@ -1,0 +1,29 @@
+# Scikit-learn's handwritten digits, 1352 for training and 445 for testing, in memory: nothing to download.
+dataset_type = 'mmcpd.DigitsDataset'
+data_preprocessor = dict(num_classes=10, mean=[77.5] * 3, std=[86.1] * 3, to_rgb=False)
+
+train_pipeline = [
+    dict(type='RandomCrop', crop_size=32, padding=4),
+    dict(type='PackInputs'),
+]
+test_pipeline = [dict(type='PackInputs')]
+
+# No workers: the images are in memory already, and two cores are better spent on the model.
+train_dataloader = dict(
+    batch_size=64,
+    num_workers=0,
+    persistent_workers=False,
+    sampler=dict(type='DefaultSampler', shuffle=True),
+    dataset=dict(type=dataset_type, split='train', pipeline=train_pipeline),
+)
+val_dataloader = dict(
+    batch_size=64,
+    num_workers=0,
+    persistent_workers=False,
+    sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(type=dataset_type, split='test', pipeline=test_pipeline, test_mode=True),
+)
+val_evaluator = dict(type='Accuracy', topk=(1,))
+
+test_dataloader = val_dataloader
+test_evaluator = val_evaluator

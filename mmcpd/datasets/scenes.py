@@ -1,0 +1,162 @@
+"""Synthetic segmentation scenes composed of scikit-learn's handwritten digits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import cv2
+import numpy as np
+from mmengine.dataset import BaseDataset
+from mmengine.registry import DATASETS
+
+from mmcpd.datasets.digits import digits
+
+STREAMS = {'train': 0, 'val': 1}  # each split draws its scenes from its own random stream
+INK = 0.5  # a pixel belongs to a digit where at least half of it is ink
+MAX_TILT = 15.0  # degrees
+
+
+class Scene(NamedTuple):
+    """Hold a picture and what each of its pixels shows."""
+
+    image: np.ndarray  # uint8 (H, W, 3)
+    labels: np.ndarray  # uint8 (H, W): 0 background, 1..10 the digits 0..9
+
+
+def compose(
+    images: np.ndarray,
+    labels: np.ndarray,
+    rng: np.random.Generator,
+    size: tuple[int, int] = (96, 96),
+    count: tuple[int, int] = (3, 7),
+    scale: tuple[float, float] = (0.3, 0.6),
+) -> Scene:
+    """Draw several digits over each other on a mottled background.
+
+    Each digit gets a random place, tilt, colour and a height of `scale` times the scene's shorter side; later digits
+    cover earlier ones. Background and digits differ in brightness, either way round, so the labels can be seen.
+
+    Args:
+        images: The digits to choose from, float32 (N, 8, 8) in 0..1.
+        labels: Their classes, int64 (N,).
+        rng: Draws everything that is random.
+        size: Height and width of the scene, pixels.
+        count: Fewest and most digits.
+        scale: Smallest and largest digit.
+
+    Example:
+        >>> compose(*digits('train'), np.random.default_rng(0)).labels.shape
+        (96, 96)
+    """
+    height, width = size
+    paper, ink = ((0.0, 0.4), (0.6, 1.0)) if rng.random() < 0.5 else ((0.6, 1.0), (0.0, 0.4))
+    mottle = rng.uniform(*paper, size=(3, 3, 3)).astype(np.float32)
+    canvas = np.clip(cv2.resize(mottle, (width, height), interpolation=cv2.INTER_CUBIC), *paper)  # (H, W, 3)
+    seg = np.zeros(size, dtype=np.uint8)
+    for pick in rng.integers(len(images), size=rng.integers(count[0], count[1] + 1)):
+        coverage = _placed(images[pick], rng, size, scale)
+        alpha = np.clip((coverage - INK / 2) / INK, 0, 1)[:, :, None]  # soft edges, half way where labels change
+        canvas = canvas * (1 - alpha) + rng.uniform(*ink, size=3).astype(np.float32) * alpha
+        seg[coverage >= INK] = labels[pick] + 1
+    canvas = canvas + 0.03 * rng.standard_normal(canvas.shape, dtype=np.float32)
+    return Scene(np.rint(255 * np.clip(canvas, 0, 1)).astype(np.uint8), seg)
+
+
+def _placed(
+    image: np.ndarray, rng: np.random.Generator, size: tuple[int, int], scale: tuple[float, float]
+) -> np.ndarray:
+    """Return how much of each pixel (H, W) one digit covers, scaled, tilted and moved; its centre is inside."""
+    height, width = size
+    zoom = rng.uniform(*scale) * min(size) / image.shape[0]
+    centre = ((image.shape[1] - 1) / 2, (image.shape[0] - 1) / 2)
+    affine = cv2.getRotationMatrix2D(centre, rng.uniform(-MAX_TILT, MAX_TILT), zoom)  # (2, 3), source to target
+    affine[:, 2] += rng.uniform((0.1 * width, 0.1 * height), (0.9 * width, 0.9 * height)) - centre
+    return cv2.warpAffine(image, affine, (width, height), flags=cv2.INTER_CUBIC)
+
+
+@DATASETS.register_module()
+class DigitScenesDataset(BaseDataset):
+    """Compose synthetic scenes of scikit-learn's digits with per-pixel labels, for mmseg's pipelines.
+
+    Synthetic: a figure measured here says that something works, not how well it does on photographs. A scene
+    depends on (`seed`, `split`, its index) alone. Training and validation scenes use disjoint digits: those of
+    `digits('train')` and `digits('test')`. The results hold `img`, `img_shape`, `ori_shape` and `gt_seg_map`, so a
+    pipeline starts without `LoadImageFromFile` and `LoadAnnotations`.
+
+    Args:
+        split: 'train' or 'val'.
+        length: Number of scenes.
+        size: Height and width of a scene, pixels, or one number for both.
+        count: Fewest and most digits in a scene.
+        scale: Smallest and largest digit, relative to the scene's shorter side.
+        seed: Another seed gives other scenes.
+        pipeline, test_mode, indices, metainfo, **kwargs: As in MMEngine's `BaseDataset`.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+        ValueError: An unknown split, or a length, size, count or scale that leaves nothing to draw.
+
+    Example:
+        >>> DigitScenesDataset('val', length=2, pipeline=[dict(type='mmseg.PackSegInputs')])[1]['inputs'].shape
+        torch.Size([3, 96, 96])
+    """
+
+    METAINFO: dict = {  # noqa: RUF012 - MMEngine reads the class attribute
+        'classes': ('background', *'0123456789'),
+        'palette': [
+            [40, 40, 40],
+            [230, 25, 75],
+            [60, 180, 75],
+            [255, 225, 25],
+            [0, 130, 200],
+            [245, 130, 48],
+            [145, 30, 180],
+            [70, 240, 240],
+            [240, 50, 230],
+            [210, 245, 60],
+            [250, 190, 212],
+        ],
+        'synthetic': True,
+    }
+
+    def __init__(
+        self,
+        split: Literal['train', 'val'] = 'train',
+        length: int = 1000,
+        size: int | Sequence[int] = 96,
+        count: Sequence[int] = (3, 7),
+        scale: Sequence[float] = (0.3, 0.6),
+        seed: int = 0,
+        pipeline: Sequence[dict | Callable] = (),
+        **kwargs: Any,
+    ) -> None:
+        if split not in STREAMS:
+            raise ValueError(f"split is 'train' or 'val', not {split!r}")
+        height, width = (size, size) if isinstance(size, int) else size
+        if length < 1 or min(height, width) < 8:
+            raise ValueError(f'length is at least 1 and size at least 8 pixels, not {length} and {size}')
+        if not 0 < count[0] <= count[1] or not 0 < scale[0] <= scale[1]:
+            raise ValueError(f'count and scale are (smallest, largest), above 0, not {count} and {scale}')
+        self.split, self.length, self.seed = split, length, seed
+        self.size, self.count, self.scale = (height, width), tuple(count), tuple(scale)
+        self.digits = digits('train' if split == 'train' else 'test')
+        super().__init__(pipeline=list(pipeline), **kwargs)
+
+    def load_data_list(self) -> list[dict[str, Any]]:
+        """Return what is common to all scenes, once per scene; pixels are drawn when they are asked for."""
+        common = {
+            'img_shape': self.size,
+            'ori_shape': self.size,
+            'seg_fields': ['gt_seg_map'],
+            'label_map': None,
+            'reduce_zero_label': False,
+        }
+        return [{'scene': index, **common} for index in range(self.length)]
+
+    def get_data_info(self, idx: int) -> dict[str, Any]:
+        """Return the results dict of one scene, its picture drawn."""
+        info = super().get_data_info(idx)
+        rng = np.random.default_rng((self.seed, STREAMS[self.split], info['scene']))
+        scene = compose(*self.digits, rng, self.size, self.count, self.scale)
+        return {**info, 'img': scene.image, 'gt_seg_map': scene.labels}
