@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -49,6 +49,14 @@ def comb(
     trace = run(model, inputs, forward or default_forward, heads)
     if strict:
         check_strict(trace)
-    found = build(model, trace, ignore)
-    found.inputs, found.forward = inputs, forward
-    return found
+
+    def combed(faults: Mapping[str, str]) -> Comb:
+        found = build(model, trace, ignore, faults)
+        found.inputs, found.forward = inputs, forward or default_forward
+        return found
+
+    from ..prune.trial import faults_of  # the safety net cuts for real: the one arrow that points back
+
+    found = combed({})
+    faults = faults_of(model, found)
+    return combed(faults) if faults else found

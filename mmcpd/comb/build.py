@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,9 +26,7 @@ class _Rows:
         self.rows = trace.table.rows
         starts = np.array([r.start for r in self.rows], np.int64)
         self.row_of = np.repeat(np.arange(len(self.rows)), [r.size for r in self.rows])
-        self.offset = (
-            np.arange(trace.table.size) - starts[self.row_of] if self.rows else np.empty(0, np.int64)
-        )
+        self.offset = np.arange(trace.table.size) - starts[self.row_of] if self.rows else np.empty(0, np.int64)
         self.role = np.zeros(trace.table.size, np.int8)
         for atoms, role in trace.roles:
             self.role[atoms[atoms >= 0]] = ROLES.index(role)
@@ -37,8 +35,14 @@ class _Rows:
         return self.rows[number]
 
 
-def build(model: nn.Module, trace: Trace, ignore: Sequence[str]) -> Comb:
+def build(model: nn.Module, trace: Trace, ignore: Sequence[str], faults: Mapping[str, str]) -> Comb:
     """Solve the equations and name the groups.
+
+    Args:
+        model: the model that was traced.
+        trace: what the run said.
+        ignore: patterns of group names that the user freezes.
+        faults: group name -> reason; what a trial found wrong.
 
     Raises:
         ValueError: if a pattern of `ignore` matches no group.
@@ -47,31 +51,26 @@ def build(model: nn.Module, trace: Trace, ignore: Sequence[str]) -> Comb:
     component, why = trace.table.solve()
     _require_producer(trace, rows, component, why)
     groups, unit_of = _groups(trace, rows, component, why)
-    ignored = _ignored(groups, ignore)
-    if ignored:
-        trace.table.reasons.append(IGNORED)
-        for number in ignored:
-            group = groups[number]
-            atoms = _atoms_of(rows, group.members[0])
-            why[component[atoms]] = len(trace.table.reasons) - 1
+    freeze = _ignored(groups, ignore) | dict(faults)
+    for group in groups:
+        if group.name in freeze:
+            trace.table.reasons.append(freeze[group.name])
+            member = group.members[0]
+            row = next(r for r in rows.rows if r.tensor == member.tensor and r.dim == member.dim)
+            why[component[row.start + member.index.numpy().flatten()]] = len(trace.table.reasons) - 1
+    if freeze:
         groups, unit_of = _groups(trace, rows, component, why)
     return _assemble(model, trace, rows, component, why, groups, unit_of)
 
 
-def _atoms_of(rows: _Rows, member: Member) -> np.ndarray:
-    row = next(r for r in rows.rows if r.tensor == member.tensor and r.dim == member.dim)
-    return row.start + member.index.numpy().flatten()
-
-
-def _ignored(groups: list[Group], ignore: Sequence[str]) -> list[int]:
-    found: list[int] = []
+def _ignored(groups: list[Group], ignore: Sequence[str]) -> dict[str, str]:
+    names = [g.name for g in groups]
+    found: dict[str, str] = {}
     for pattern in ignore:
-        hits = [i for i, g in enumerate(groups) if fnmatch.fnmatch(g.name, pattern)]
+        hits = fnmatch.filter(names, pattern)
         if not hits:
-            raise ValueError(
-                f'ignore: no group matches {pattern!r}; {near(pattern, [g.name for g in groups])}'
-            )
-        found += hits
+            raise ValueError(f'ignore: no group matches {pattern!r}; {near(pattern, names)}')
+        found.update(dict.fromkeys(hits, IGNORED))
     return found
 
 
@@ -85,29 +84,30 @@ def _require_producer(trace: Trace, rows: _Rows, component: np.ndarray, why: np.
         why[lonely] = len(trace.table.reasons) - 1
 
 
-def _groups(
-    trace: Trace, rows: _Rows, component: np.ndarray, why: np.ndarray
-) -> tuple[list[Group], np.ndarray]:
+def _groups(trace: Trace, rows: _Rows, component: np.ndarray, why: np.ndarray) -> tuple[list[Group], np.ndarray]:
     """Return the groups, and for each atom its unit's number or -1."""
     unit_of = np.full(trace.table.size, -1, np.int64)
     free = np.flatnonzero(why[component] < 0)
     if not len(free):
         return [], unit_of
     free = free[np.argsort(component[free], kind='stable')]  # by component, then by atom
-    bounds = np.flatnonzero(np.diff(component[free])) + 1
-    parts = np.split(free, bounds)
-    signatures: dict[bytes, list[np.ndarray]] = {}
-    for atoms in parts:  # units with the same (tensor, dim) pattern form a group
-        signatures.setdefault(rows.row_of[atoms].tobytes() + rows.role[atoms].tobytes(), []).append(atoms)
+    starts = np.flatnonzero(np.diff(component[free], prepend=-1))
+    lengths = np.diff(starts, append=len(free))
+    # Units whose atoms lie in the same (tensor, dim, role) pattern form a group; a random number stands for each
+    # pattern element, and their sum for the pattern.
+    codes = np.random.default_rng(0).integers(1, 2**62, len(rows.rows) * len(ROLES), dtype=np.uint64)
+    marks = codes[rows.row_of[free] * len(ROLES) + rows.role[free]]
+    signatures = np.stack([np.add.reduceat(marks, starts), lengths.astype(np.uint64)], axis=1)
+    _, which = np.unique(signatures, axis=0, return_inverse=True)
     order = _producer_order(trace, rows)
     found = []
-    for units in signatures.values():
-        atoms = np.stack(units)  # (units, atoms of a unit)
+    for members in _by_value(which.ravel()):
+        atoms = free[starts[members][:, None] + np.arange(lengths[members[0]])]  # (units, atoms of a unit)
         atoms = atoms[np.argsort(atoms[:, 0], kind='stable')]
-        producers = [
-            r
-            for r in dict.fromkeys(rows.row_of[atoms[0]][rows.role[atoms[0]] == ROLES.index('out')].tolist())
-        ]
+        pattern = rows.row_of[atoms[0]]
+        if not (rows.row_of[atoms] == pattern).all():
+            raise RuntimeError('two patterns of tensors share one signature; change the seed of the codes')
+        producers = dict.fromkeys(pattern[rows.role[atoms[0]] == ROLES.index('out')].tolist())
         first = min(producers, key=lambda r: order.get(r, len(order)))
         found.append((order.get(first, len(order)), int(atoms[0, 0]), first, atoms))
     found.sort(key=lambda f: f[:2])
@@ -127,6 +127,12 @@ def _groups(
         unit_of[atoms] = np.arange(number, number + len(atoms))[:, None]
         number += len(atoms)
     return groups, unit_of
+
+
+def _by_value(labels: np.ndarray) -> list[np.ndarray]:
+    """Return the positions of each value."""
+    order = np.argsort(labels, kind='stable')
+    return np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
 
 
 def _producer_order(trace: Trace, rows: _Rows) -> dict[int, int]:
@@ -241,13 +247,11 @@ def _assemble(
     )
 
 
-def _scales(
-    trace: Trace, rows: _Rows, book: _AxisBook
-) -> list[tuple[list[tuple[str, int, list[int]]], int, str]]:
-    found = {}
-    bias_of = {
-        int(w): int(b) for ws, bs in trace.biases for w, b in zip(ws, bs, strict=True) if w >= 0 and b >= 0
-    }
+def _scales(trace: Trace, rows: _Rows, book: _AxisBook) -> list[tuple[list[tuple[str, int, list[int]]], int, str]]:
+    found: dict[str, Any] = {}
+    if not trace.scales:
+        return []
+    bias_of = {int(w): int(b) for ws, bs in trace.biases for w, b in zip(ws, bs, strict=True) if w >= 0 and b >= 0}
     for site in trace.scales:
         axis = book.number(site.width)
         if not (book.axes[axis] >= 0).any():
@@ -270,9 +274,7 @@ def _frozen(trace: Trace, rows: _Rows, component: np.ndarray, why: np.ndarray) -
     for row in rows.rows:
         mine = reason[row.start : row.start + row.size]
         for number in np.unique(mine[mine >= 0]):
-            found.append(
-                Frozen(row.tensor, row.dim, int((mine == number).sum()), trace.table.reasons[int(number)])
-            )
+            found.append(Frozen(row.tensor, row.dim, int((mine == number).sum()), trace.table.reasons[int(number)]))
     return found
 
 

@@ -92,9 +92,7 @@ class Comb:
     memory: list[tuple[int, tuple[int, ...]]]
     params: list[tuple[int, tuple[int, ...]]]
     norms: list[tuple[str, int]]  # module path, axis
-    scales: list[
-        tuple[list[tuple[str, int, list[int]]], int]
-    ]  # (rows of the query's producer), axis of the width
+    scales: list[tuple[list[tuple[str, int, list[int]]], int]]  # (rows of the query's producer), axis of the width
     sizes: list[tuple[Any, int, bool]]
     equal: list[tuple[Any, Any]]
     shapes: dict[str, tuple[int, ...]]
@@ -153,9 +151,7 @@ class Comb:
         rows = [np.full(int((a >= 0).sum()), i) for i, a in enumerate(self.axes)]
         columns = [a[a >= 0] for a in self.axes]
         row, column = np.concatenate([[], *rows]).astype(int), np.concatenate([[], *columns]).astype(int)
-        matrix = csr_array(
-            (np.ones(len(row), np.int64), (row, column)), shape=(len(self.axes), max(self.units, 1))
-        )
+        matrix = csr_array((np.ones(len(row), np.int64), (row, column)), shape=(len(self.axes), max(self.units, 1)))
         return matrix, np.array([int((a < 0).sum()) for a in self.axes], np.int64)
 
     @cached_property
@@ -245,11 +241,7 @@ class Comb:
         """Read what `to_json` wrote: a path, or the text itself."""
         from .serial import load
 
-        text = (
-            source
-            if isinstance(source, str) and source.lstrip().startswith('{')
-            else Path(source).read_text()
-        )
+        text = source if isinstance(source, str) and source.lstrip().startswith('{') else Path(source).read_text()
         return load(json.loads(text))
 
     def reasons(self) -> Counter[str]:

@@ -168,6 +168,16 @@ def like(trace: Trace, call: Call) -> None:
     trace.set(call.out, tuple(a and a.activation(call.op == 'zeros_like') for a in axes))
 
 
+@rule('as_strided')  # as_strided(self, size, stride, storage_offset): only a relabelling of strides is understood
+def as_strided(trace: Trace, call: Call) -> None:
+    source = call.named['self']
+    moved = any(s > 1 and a != b for s, a, b in zip(source.shape, source.stride(), call.out.stride(), strict=False))
+    if call.out.shape != source.shape or moved:
+        unknown(trace, call)
+    else:
+        same(trace, call)
+
+
 @rule('copy')  # copy_(self, src, non_blocking)
 def copy(trace: Trace, call: Call) -> None:
     pointwise(trace, call)
@@ -381,9 +391,7 @@ def reduce_nonzero(trace: Trace, call: Call) -> None:
     _over_dims(trace, call, safe=False, zero=False)
 
 
-@rule(
-    '_softmax', '_log_softmax', 'softmax', 'log_softmax', '_safe_softmax'
-)  # _softmax(self, dim, half_to_float)
+@rule('_softmax', '_log_softmax', 'softmax', 'log_softmax', '_safe_softmax')  # _softmax(self, dim, half_to_float)
 def softmax(trace: Trace, call: Call) -> None:
     axes = list(trace.axes(call.named['self']))
     dim = call.named['dim'] % len(axes)
@@ -497,9 +505,7 @@ def _grouped(
         trace.tie(grouped)
         trace.equate(Axis(grouped.max(axis=1)), Axis(per_row[:, 0]), 'a convolution')
         if (grouped == FIXED).any():
-            trace.freeze(
-                Axis(grouped.max(axis=1)), f'a fixed position in a convolution group in {trace.where}'
-            )
+            trace.freeze(Axis(grouped.max(axis=1)), f'a fixed position in a convolution group in {trace.where}')
     return Axis(np.repeat(per_row[:, 0], n_out // groups)) if transposed else rows
 
 
@@ -636,9 +642,7 @@ def attention(trace: Trace, call: Call) -> None:
 
 
 # -- normalisation -----------------------------------------------------------------------------------------------------
-def _affine(
-    trace: Trace, axis: Axis | None, tensors: Sequence[tuple[Tensor | None, str]], what: str
-) -> Axis | None:
+def _affine(trace: Trace, axis: Axis | None, tensors: Sequence[tuple[Tensor | None, str]], what: str) -> Axis | None:
     """Make the parameters of a norm equal to its channel; the weight's atoms stand for the output."""
     result = axis
     for position, (tensor, role) in enumerate(tensors):
@@ -692,9 +696,7 @@ def layer_norm(trace: Trace, call: Call) -> None:
     channel = _affine(trace, axes[-1], [(weight, 'affine'), (bias, 'affine')], 'layer norm')
     if channel is not None:
         trace.norms.append(NormSite(trace.path[-1], channel.atoms))
-    trace.set(
-        call.out[0], (*(a and a.activation(False) for a in axes[:-1]), channel and channel.activation(True))
-    )
+    trace.set(call.out[0], (*(a and a.activation(False) for a in axes[:-1]), channel and channel.activation(True)))
 
 
 @rule('native_group_norm')  # native_group_norm(input, weight, bias, N, C, HxW, group, eps)

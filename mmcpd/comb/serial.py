@@ -55,9 +55,7 @@ def load(data: dict[str, Any]) -> Comb:
         ValueError: if another version wrote it.
     """
     if data.get('format') != FORMAT:
-        raise ValueError(
-            f'a comb of format {data.get("format")!r}; this version reads {FORMAT}: comb the model again'
-        )
+        raise ValueError(f'a comb of format {data.get("format")!r}; this version reads {FORMAT}: comb the model again')
     return Comb(
         groups=[
             Group(

@@ -213,9 +213,7 @@ def _split(trace: Trace, args: Any, kwargs: Any, out: Sequence[Tensor]) -> None:
 
 @_handles('narrow')  # narrow(dim, start, length)
 def _narrow(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
-    dim, start, length = (
-        args[i] if len(args) > i else kwargs[n] for i, n in ((1, 'dim'), (2, 'start'), (3, 'length'))
-    )
+    dim, start, length = (args[i] if len(args) > i else kwargs[n] for i, n in ((1, 'dim'), (2, 'start'), (3, 'length')))
     _cut(trace, args[0], dim % args[0].dim(), start, start + length)
 
 
@@ -263,17 +261,13 @@ def _conv(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
         _equation(trace, groups, axis.atoms[:: len(axis) // int(groups)])
 
 
-@_handles(
-    'conv_transpose1d', 'conv_transpose2d', 'conv_transpose3d'
-)  # (..., padding, output_padding, groups)
+@_handles('conv_transpose1d', 'conv_transpose2d', 'conv_transpose3d')  # (..., padding, output_padding, groups)
 def _conv_transpose(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
     groups = args[6] if len(args) > 6 else kwargs.get('groups', 1)
     _conv(trace, args[:6], {'groups': groups}, out)
 
 
-@_handles(
-    'scaled_dot_product_attention'
-)  # (query, key, value, attn_mask, dropout_p, is_causal, *, scale=None)
+@_handles('scaled_dot_product_attention')  # (query, key, value, attn_mask, dropout_p, is_causal, *, scale=None)
 def _attention(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
     axis = trace.axes(args[0])[-1]
     if kwargs.get('scale') is None and axis is not None:
@@ -342,9 +336,7 @@ def solve(
     values, known = dict(attributes), set()
     pending = [(expr, target if constant else int(live[target])) for expr, target, constant in equations]
     # What names an attribute alone decides it; products are solved for what is left.
-    pending.sort(
-        key=lambda e: (len(leaves(e[0], 'attr')), not (isinstance(e[0], (tuple, list)) and e[0][0] == 'attr'))
-    )
+    pending.sort(key=lambda e: (len(leaves(e[0], 'attr')), not (isinstance(e[0], (tuple, list)) and e[0][0] == 'attr')))
     for expr, target in pending:
         names = dict.fromkeys((leaf[1], leaf[2]) for leaf in leaves(expr, 'attr'))
         if evaluate(expr, values, live) == target:

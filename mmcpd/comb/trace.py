@@ -70,19 +70,13 @@ class Call:
 class Trace:
     """All that one run says about a model."""
 
-    heads: str = (
-        'dim'  # which dimension of a rectangle keeps the atoms: the width of each head, or whole heads
-    )
+    heads: str = 'dim'  # which dimension of a rectangle keeps the atoms: the width of each head, or whole heads
     table: AtomTable = field(default_factory=AtomTable)
     macs: list[Term] = field(default_factory=list)
-    memory: list[Term] = field(
-        default_factory=list
-    )  # elements of the outputs of convolutions and matrix products
+    memory: list[Term] = field(default_factory=list)  # elements of the outputs of convolutions and matrix products
     norms: list[NormSite] = field(default_factory=list)
     scales: list[ScaleSite] = field(default_factory=list)
-    sizes: list[tuple[Any, np.ndarray | int]] = field(
-        default_factory=list
-    )  # expression == live(atoms), or a number
+    sizes: list[tuple[Any, np.ndarray | int]] = field(default_factory=list)  # expression == live(atoms), or a number
     equal: list[tuple[Any, Any]] = field(default_factory=list)  # expressions that the forward compared
     roles: list[tuple[np.ndarray, str]] = field(default_factory=list)
     gates: list[np.ndarray] = field(default_factory=list)  # producers' rows at products of two activations
@@ -234,9 +228,7 @@ def run(model: nn.Module, inputs: tuple[Any, ...], forward: Callable[..., Any], 
             out = forward(model, *inputs)
         results = tensors_in(out)
         if not results:
-            raise CombError(
-                f'the forward pass returned {type(out).__name__} without a tensor; give `forward=` one'
-            )
+            raise CombError(f'the forward pass returned {type(out).__name__} without a tensor; give `forward=` one')
         for tensor in results:
             trace.freeze_all(tensor, 'model output')
     finally:

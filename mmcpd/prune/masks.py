@@ -47,9 +47,7 @@ class _OverLive(TorchFunctionMode):
     ) -> Tensor:
         if tuple(shape) != (self.channels,):
             return F.layer_norm(input, shape, weight, bias, eps)
-        return self._run(
-            input, -1, lambda x, w, b: F.layer_norm(x, (len(self.live),), w, b, eps), weight, bias
-        )
+        return self._run(input, -1, lambda x, w, b: F.layer_norm(x, (len(self.live),), w, b, eps), weight, bias)
 
     def group_norm(
         self,

@@ -14,7 +14,7 @@ from ..comb.errors import SlimError
 from ..comb.groups import Comb, Keep
 from ..comb.sizes import leaves, solve
 from .attributes import Shapes, described, local_shapes
-from .masks import unmask_norms_
+from .masks import named_tensors, unmask_norms_
 from .replace import REPLACEMENTS, replacement
 
 
@@ -35,10 +35,8 @@ def slim(model: nn.Module, comb: Comb, keep: Mapping[str, Tensor]) -> nn.Module:
         >>> small(x)                    # equals the masked model's output
     """
     comb.check(keep)
-    small = copy.deepcopy(model)
-    unmask_norms_(small)
-    before = {path: local_shapes(module) for path, module in small.named_modules()}
-    _cut_(small, comb, dict(keep))
+    small = _cut(model, comb, dict(keep))
+    before = {path: local_shapes(module) for path, module in model.named_modules()}
     changed = {path for path, module in small.named_modules() if local_shapes(module) != before[path]}
     for path in list(changed):  # a replaced module speaks for its children
         changed.update(p for p in before if path and p and path.startswith(p + '.'))
@@ -57,34 +55,26 @@ def _rows(comb: Comb, keep: Keep) -> dict[str, dict[int, Tensor]]:
             continue
         for member in group.members:
             dims = stay.setdefault(member.tensor, {})
-            alive = dims.setdefault(
-                member.dim, torch.ones(comb.shapes[member.tensor][member.dim], dtype=torch.bool)
-            )
+            alive = dims.setdefault(member.dim, torch.ones(comb.shapes[member.tensor][member.dim], dtype=torch.bool))
             alive[member.rows(gone)] = False
     return {t: {d: alive.nonzero().flatten() for d, alive in dims.items()} for t, dims in stay.items()}
 
 
 @torch.no_grad()
-def _cut_(model: nn.Module, comb: Comb, keep: Keep) -> None:
+def _cut(model: nn.Module, comb: Comb, keep: Keep) -> nn.Module:
+    """Copy a model with the rows that stay; what goes is never copied, and shared tensors stay shared."""
     stay = _rows(comb, keep)
-    names = {id(t): n for n, t in [*model.named_parameters(), *model.named_buffers()]}
-    done: dict[int, Tensor] = {}
-    for module in model.modules():
-        for own in (module._parameters, module._buffers):
-            for local, tensor in own.items():
-                dims = stay.get(names.get(id(tensor), ''))
-                if tensor is None or not dims:
-                    continue
-                if id(tensor) not in done:  # a shared tensor is cut once and stays shared
-                    value = tensor.detach()
-                    for dim, rows in dims.items():
-                        value = value.index_select(dim, rows.to(value.device))
-                    done[id(tensor)] = (
-                        nn.Parameter(value, tensor.requires_grad)
-                        if isinstance(tensor, nn.Parameter)
-                        else value
-                    )
-                own[local] = done[id(tensor)]  # type: ignore[assignment]
+    memo: dict[int, Any] = {}
+    for name, tensor in named_tensors(model).items():
+        if name not in stay:
+            continue
+        value = tensor.detach()
+        for dim, rows in stay[name].items():
+            value = value.index_select(dim, rows.to(value.device))
+        memo[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+    small = copy.deepcopy(model, memo)
+    unmask_norms_(small)
+    return small
 
 
 def _replace_(model: nn.Module, changed: set[str]) -> dict[str, str]:
@@ -167,9 +157,7 @@ def structure(model: nn.Module, small: nn.Module) -> dict[str, Any]:
         other = new.get(path)
         if other is None or any(path.startswith(r + '.') for r in replaced):
             continue
-        kind = next(
-            (k for k, r in REPLACEMENTS.items() if type(other) is r.kind and type(module) is not r.kind), None
-        )
+        kind = next((k for k, r in REPLACEMENTS.items() if type(other) is r.kind and type(module) is not r.kind), None)
         if kind is not None:
             replaced[path] = {'kind': kind, 'arguments': other.arguments()}  # type: ignore[operator]
             continue
@@ -181,9 +169,7 @@ def structure(model: nn.Module, small: nn.Module) -> dict[str, Any]:
         if changes:
             attributes[path] = changes
     old = {n: tuple(t.shape) for n, t in model.state_dict(keep_vars=True).items()}
-    tensors = {
-        n: list(t.shape) for n, t in small.state_dict(keep_vars=True).items() if old.get(n) != tuple(t.shape)
-    }
+    tensors = {n: list(t.shape) for n, t in small.state_dict(keep_vars=True).items() if old.get(n) != tuple(t.shape)}
     return {'tensors': tensors, 'attributes': attributes, 'replaced': replaced}
 
 
@@ -207,15 +193,9 @@ def restructure_(model: nn.Module, plan: Mapping[str, Any]) -> nn.Module:
         module = _find(model, path)
         own = module._parameters if local in module._parameters else module._buffers
         tensor = own.get(local)
-        if (
-            tensor is None
-            or tensor.dim() != len(shape)
-            or any(s > o for s, o in zip(shape, tensor.shape, strict=True))
-        ):
+        if tensor is None or tensor.dim() != len(shape) or any(s > o for s, o in zip(shape, tensor.shape, strict=True)):
             have = 'missing' if tensor is None else tuple(tensor.shape)
-            raise SlimError(
-                f'{name} is {have} in this model, and {tuple(shape)} in the structure: another model'
-            )
+            raise SlimError(f'{name} is {have} in this model, and {tuple(shape)} in the structure: another model')
         if id(tensor) not in shared:
             value = tensor.detach()[tuple(slice(0, s) for s in shape)].clone()
             shared[id(tensor)] = (
@@ -237,6 +217,4 @@ def _find(model: nn.Module, path: str) -> nn.Module:
     try:
         return model.get_submodule(path)
     except AttributeError as error:
-        raise SlimError(
-            f'this model has no module {path!r}, which the structure names: another model'
-        ) from error
+        raise SlimError(f'this model has no module {path!r}, which the structure names: another model') from error

@@ -1,0 +1,131 @@
+"""The safety net: what is masked can be slimmed, on models that nobody has seen.
+
+Combing ends with a trial: remove half of the units at random, mask one copy, slim another, run both on the example
+input and compare. Where they differ, or slimming or running fails, the groups at fault are found by bisection.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..comb.errors import CombError, SlimError
+from ..comb.groups import Comb, Keep
+from ..comb.trace import evaluating, tensors_in
+from .masks import mask_, named_tensors
+from .slim import slim
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
+_FAILURES = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    IndexError,
+    AssertionError,
+    AttributeError,
+    ZeroDivisionError,
+    KeyError,
+)
+
+
+def random_keep(comb: Comb, ratio: float, seed: int, among: set[str] | None = None) -> Keep:
+    """Return a keep in which about `ratio` of each group's units stay, chosen at random, always one at least."""
+    generator = torch.Generator().manual_seed(seed)
+    keep = comb.keep()
+    for group in comb.groups:
+        order = torch.randperm(group.units, generator=generator)
+        if among is None or group.name in among:
+            keep[group.name][order[max(1, round(ratio * group.units)) :]] = False
+    return keep
+
+
+def difference(left: Any, right: Any) -> float:
+    """Return the largest difference between two outputs, relative to the largest value of each tensor of `left`.
+
+    Raises:
+        SlimError: if they do not have the same shapes.
+    """
+    worst = 0.0
+    ours, theirs = tensors_in(left), tensors_in(right)
+    if [t.shape for t in ours] != [t.shape for t in theirs]:
+        raise SlimError(f'output shapes {[tuple(t.shape) for t in theirs]}, expected {[tuple(t.shape) for t in ours]}')
+    for a, b in zip(ours, theirs, strict=True):
+        if a.numel() and a.is_floating_point():
+            scale = float(a.abs().max())
+            gap = float((a - b).abs().max())
+            worst = max(worst, gap / scale if scale > 0 else gap)
+            if gap != gap:
+                return float('inf')
+    return worst
+
+
+@torch.no_grad()
+def _masked_copy(model: nn.Module, comb: Comb, keep: Keep) -> nn.Module:
+    """Copy a model for masking; tensors that are not masked are shared."""
+    touched = {m.tensor for g in comb.groups if not bool(keep[g.name].all()) for m in g.members}
+    memo: dict[int, Any] = {id(t): t for n, t in named_tensors(model).items() if n not in touched}
+    twin = copy.deepcopy(model, memo)
+    mask_(twin, comb, keep)
+    return twin
+
+
+def compare(model: nn.Module, comb: Comb, keep: Keep, small: nn.Module | None = None) -> float:
+    """Return how far the slimmed model is from the masked one on the example inputs (see `difference`).
+
+    Raises:
+        ValueError: if the comb was read from JSON and has no example inputs.
+    """
+    if comb.forward is None:
+        raise ValueError('this comb has no example inputs (it was read from JSON); comb the model again')
+    masked = _masked_copy(model, comb, keep)
+    small = small if small is not None else slim(model, comb, keep)
+    with evaluating(masked), evaluating(small):
+        return difference(comb.forward(masked, *comb.inputs), comb.forward(small, *comb.inputs))
+
+
+def _fault(model: nn.Module, comb: Comb, among: list[str]) -> str | None:
+    """Return why pruning these groups fails, or None where it does not."""
+    try:
+        gap = compare(model, comb, random_keep(comb, 0.5, 0, set(among)))
+    except _FAILURES as error:
+        text = str(error).strip().splitlines()
+        return f'a trial failed: {type(error).__name__}: {text[0][:160] if text else ""}'
+    dtype = next((p.dtype for p in model.parameters()), torch.float32)
+    if gap > TOLERANCE.get(dtype, 1e-3):
+        return f'a trial failed: the slimmed model differs from the masked one by {gap:.1e}'
+    return None
+
+
+def faults_of(model: nn.Module, comb: Comb) -> dict[str, str]:
+    """Return the groups that cannot be slimmed, with the reason; found by bisection.
+
+    Raises:
+        CombError: if the model's output on the example input is not finite, so that nothing could be compared.
+    """
+    names = [g.name for g in comb.groups]
+    why = _fault(model, comb, names) if names else None
+    if why is None:
+        return {}
+    with evaluating(model):
+        out = tensors_in(comb.forward(model, *comb.inputs)) if comb.forward else []
+    if any(not bool(torch.isfinite(t).all()) for t in out if t.is_floating_point()):
+        raise CombError('the output on the example input is not finite; give an input, or weights, for which it is')
+    good: list[str] = []
+    faults: dict[str, str] = {}
+
+    def bisect(candidates: list[str], why: str) -> None:
+        if len(candidates) == 1:
+            faults[candidates[0]] = why
+            return
+        for half in (candidates[: len(candidates) // 2], candidates[len(candidates) // 2 :]):
+            reason = _fault(model, comb, good + half)
+            if reason is None:
+                good.extend(half)
+            else:
+                bisect(half, reason)
+
+    bisect(names, why)
+    return faults
