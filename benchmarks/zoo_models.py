@@ -1,0 +1,344 @@
+"""Name one config of every architecture family in mmpretrain and mmseg, and build it with random weights.
+
+A family is a folder of `<package>/.mim/configs`. `FAMILIES` has the config that is swept (the smallest sensible
+variant), `OUT` the folders that are not, each with the reason; `unlisted()` finds folders in neither, which is how a
+newer version of the packages shows up.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Family:
+    """Hold one row of the sweep.
+
+    `config` is a path below `<package>/.mim/configs`; `size` the input's height and width in pixels; `changes` are
+    overrides of the config, by dotted keys, where the file as it stands is too large or cannot be read.
+    """
+
+    package: str
+    name: str
+    config: str
+    size: tuple[int, int] = (224, 224)
+    channels: int = 3
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        return f'{self.package}/{self.name}'
+
+
+def classifier(name: str, config: str, size: int = 224, channels: int = 3, **changes: Any) -> Family:
+    """Make a row of mmpretrain; underscores in the names of changes stand for dots where doubled."""
+    dotted = {k.replace('__', '.'): v for k, v in changes.items()}
+    return Family('mmpretrain', name, f'{name}/{config}.py', (size, size), channels, dotted)
+
+
+def segmentor(name: str, config: str, size: int = 128, **changes: Any) -> Family:
+    """Make a row of mmseg; underscores in the names of changes stand for dots where doubled."""
+    dotted = {k.replace('__', '.'): v for k, v in changes.items()}
+    return Family('mmseg', name, f'{name}/{config}.py', (size, size), 3, dotted)
+
+
+FAMILIES: tuple[Family, ...] = (
+    classifier('arcface', 'resnet50-arcface_8xb32_inshop'),
+    classifier('beit', 'benchmarks/beit-base-p16_8xb128-coslr-100e_in1k'),
+    classifier('clip', 'vit-base-p32_pt-64xb64_in1k-384px', model__backbone__img_size=224),
+    classifier('conformer', 'conformer-tiny-p16_8xb128_in1k'),
+    classifier('convmixer', 'convmixer-768-32_10xb64_in1k'),
+    classifier('convnext', 'convnext-tiny_32xb128_in1k'),
+    classifier('convnext_v2', 'convnext-v2-atto_32xb32_in1k'),
+    classifier('cspnet', 'cspresnext50_8xb32_in1k'),
+    classifier('csra', 'resnet101-csra_1xb16_voc07-448px'),
+    classifier('davit', 'davit-tiny_4xb256_in1k'),
+    classifier('deit', 'deit-small_4xb256_in1k'),
+    classifier('deit3', 'deit3-small-p16_64xb64_in1k'),
+    classifier('densenet', 'densenet121_4xb256_in1k'),
+    classifier('dinov2', 'vit-small-p14_dinov2-pre_headless', model__backbone__img_size=224),
+    classifier('edgenext', 'edgenext-xxsmall_8xb256_in1k'),
+    classifier('efficientformer', 'efficientformer-l1_8xb128_in1k'),
+    classifier('efficientnet', 'efficientnet-b0_8xb32_in1k'),
+    classifier('efficientnet_v2', 'efficientnetv2-b0_8xb32_in1k'),
+    classifier('eva02', 'eva02-tiny-p14_in1k', model__backbone__img_size=224),
+    classifier('glip', 'glip-t_headless'),
+    classifier('hivit', 'hivit-tiny-p16_16xb64_in1k'),
+    classifier('hornet', 'hornet-tiny_8xb128_in1k'),
+    classifier('hrnet', 'hrnet-w18_4xb32_in1k'),
+    classifier('inception_v3', 'inception-v3_8xb32_in1k', 299),
+    classifier('lenet', 'lenet5_mnist', 32, channels=1),
+    classifier('levit', 'levit-128s_8xb256_in1k'),
+    classifier('mixmim', 'benchmarks/mixmim-base_8xb128-coslr-100e_in1k'),
+    classifier('mlp_mixer', 'mlp-mixer-base-p16_64xb64_in1k'),
+    classifier('mobilenet_v2', 'mobilenet-v2_8xb32_in1k'),
+    classifier('mobilenet_v3', 'mobilenet-v3-small_8xb128_in1k'),
+    classifier('mobileone', 'mobileone-s0_8xb32_in1k'),
+    classifier('mobilevit', 'mobilevit-xxsmall_8xb128_in1k', 256),
+    classifier('mocov3', 'benchmarks/vit-small-p16_8xb128-linear-coslr-90e_in1k'),
+    classifier('mvit', 'mvitv2-tiny_8xb256_in1k'),
+    classifier('poolformer', 'poolformer-s12_32xb128_in1k'),
+    classifier('regnet', 'regnetx-400mf_8xb128_in1k'),
+    Family(
+        'mmpretrain',
+        'replknet',
+        '',  # its config files import Python modules, which Config.fromfile refuses: the model is written out
+        changes={
+            'model': dict(
+                type='ImageClassifier',
+                backbone=dict(type='RepLKNet', arch='31B', out_indices=(3,)),
+                neck=dict(type='GlobalAveragePooling'),
+                head=dict(type='LinearClsHead', num_classes=1000, in_channels=1024),
+            )
+        },
+    ),
+    classifier('repmlp', 'repmlp-base_8xb64_in1k'),
+    classifier('repvgg', 'repvgg-A0_8xb32_in1k'),
+    classifier('res2net', 'res2net50-w14-s8_8xb32_in1k'),
+    classifier('resnest', 'resnest50_32xb64_in1k'),
+    classifier('resnet', 'resnet50_8xb32_in1k'),
+    classifier('resnext', 'resnext50-32x4d_8xb32_in1k'),
+    classifier('revvit', 'revvit-small_8xb256_in1k'),
+    classifier('riformer', 'riformer-s12_8xb128_in1k'),
+    classifier('sam', 'vit-base-p16_sam_headless', model__backbone__img_size=224),
+    classifier('seresnet', 'seresnet50_8xb32_in1k'),
+    classifier('shufflenet_v1', 'shufflenet-v1-1x_16xb64_in1k'),
+    classifier('shufflenet_v2', 'shufflenet-v2-1x_16xb64_in1k'),
+    classifier('swin_transformer', 'swin-tiny_16xb64_in1k'),
+    classifier('swin_transformer_v2', 'swinv2-tiny-w8_16xb64_in1k-256px', 256),
+    classifier('t2t_vit', 't2t-vit-t-14_8xb64_in1k'),
+    classifier('tinyvit', 'tinyvit-5m-distill_8xb256_in1k'),
+    classifier('tnt', 'tnt-s-p16_16xb64_in1k'),
+    classifier('twins', 'twins-svt-small_8xb128_in1k'),
+    classifier('van', 'van-tiny_8xb128_in1k'),
+    classifier('vgg', 'vgg11bn_8xb32_in1k'),
+    classifier('vig', 'pvig-tiny_8xb128_in1k'),
+    classifier('vision_transformer', 'vit-base-p32_64xb64_in1k'),
+    classifier('wrn', 'wide-resnet50_8xb32_in1k'),
+    classifier('xcit', 'xcit-nano-12-p16_8xb128_in1k'),
+    segmentor('ann', 'ann_r50-d8_4xb2-40k_cityscapes-512x1024'),
+    segmentor('apcnet', 'apcnet_r50-d8_4xb2-40k_cityscapes-512x1024'),
+    segmentor('beit', 'beit-base_upernet_8xb2-160k_ade20k-640x640', model__backbone__img_size=128),
+    segmentor('bisenetv1', 'bisenetv1_r18-d32-in1k-pre_4xb4-160k_cityscapes-1024x1024'),
+    segmentor('bisenetv2', 'bisenetv2_fcn_4xb4-160k_cityscapes-1024x1024'),
+    segmentor('cgnet', 'cgnet_fcn_4xb4-60k_cityscapes-680x680'),
+    segmentor('convnext', 'convnext-tiny_upernet_8xb2-amp-160k_ade20k-512x512'),
+    segmentor('danet', 'danet_r50-d8_4xb2-40k_cityscapes-512x1024'),
+    segmentor('ddrnet', 'ddrnet_23-slim_in1k-pre_2xb6-120k_cityscapes-1024x1024'),
+    segmentor('deeplabv3', 'deeplabv3_r18-d8_4xb2-80k_cityscapes-512x1024'),
+    segmentor('deeplabv3plus', 'deeplabv3plus_r18-d8_4xb2-80k_cityscapes-512x1024'),
+    segmentor('dmnet', 'dmnet_r50-d8_4xb2-40k_cityscapes-512x1024'),
+    segmentor('dnlnet', 'dnl_r50-d8_4xb2-40k_cityscapes-512x1024'),
+    segmentor('dpt', 'dpt_vit-b16_8xb2-160k_ade20k-512x512'),
+    segmentor('emanet', 'emanet_r50-d8_4xb2-80k_cityscapes-512x1024'),
+    segmentor('encnet', 'encnet_r50-d8_4xb2-40k_cityscapes-512x1024'),
+    segmentor('erfnet', 'erfnet_fcn_4xb4-160k_cityscapes-512x1024'),
+    segmentor('fastfcn', 'fastfcn_r50-d32_jpu_psp_4xb2-80k_cityscapes-512x1024'),
+    segmentor('fastscnn', 'fast_scnn_8xb4-160k_cityscapes-512x1024', 256),
+    segmentor('fcn', 'fcn_r18-d8_4xb2-80k_cityscapes-512x1024'),
+    segmentor('gcnet', 'gcnet_r50-d8_4xb2-40k_cityscapes-512x1024'),
+    segmentor('hrnet', 'fcn_hr18s_4xb2-160k_cityscapes-512x1024'),
+    segmentor('icnet', 'icnet_r18-d8_4xb2-80k_cityscapes-832x832'),
+    segmentor('isanet', 'isanet_r50-d8_4xb2-40k_cityscapes-512x1024'),
+    segmentor('knet', 'knet-s3_r50-d8_fcn_8xb2-adamw-80k_ade20k-512x512'),
+    segmentor('mae', 'mae-base_upernet_8xb2-amp-160k_ade20k-512x512', model__backbone__img_size=128),
+    segmentor('mobilenet_v2', 'mobilenet-v2-d8_fcn_4xb2-80k_cityscapes-512x1024'),
+    segmentor('mobilenet_v3', 'mobilenet-v3-d8-s_lraspp_4xb4-320k_cityscapes-512x1024', 512),
+    segmentor('nonlocal_net', 'nonlocal_r50-d8_4xb2-40k_cityscapes-512x1024'),
+    segmentor('ocrnet', 'ocrnet_hr18s_4xb2-160k_cityscapes-512x1024'),
+    segmentor('pidnet', 'pidnet-s_2xb6-120k_1024x1024-cityscapes'),
+    segmentor('poolformer', 'fpn_poolformer_s12_8xb4-40k_ade20k-512x512'),
+    segmentor('pspnet', 'pspnet_r18-d8_4xb2-80k_cityscapes-512x1024'),
+    segmentor('resnest', 'resnest_s101-d8_fcn_4xb2-80k_cityscapes-512x1024'),
+    segmentor('segformer', 'segformer_mit-b0_8xb2-160k_ade20k-512x512'),
+    segmentor('segmenter', 'segmenter_vit-t_mask_8xb1-160k_ade20k-512x512'),
+    segmentor(  # its bases are drawn anew in each forward otherwise, and two runs of one model differ
+        'segnext',
+        'segnext_mscan-t_1xb16-adamw-160k_ade20k-512x512',
+        model__decode_head__ham_kwargs__rand_init=False,
+    ),
+    segmentor('sem_fpn', 'fpn_r50_4xb2-80k_cityscapes-512x1024'),
+    segmentor(
+        'setr',
+        'setr_vit-l_pup_8xb2-160k_ade20k-512x512',
+        model__backbone__num_layers=6,
+        model__backbone__out_indices=(1, 2, 4, 5),
+    ),
+    segmentor('stdc', 'stdc1_4xb12-80k_cityscapes-512x1024'),
+    segmentor('swin', 'swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512', 224),
+    segmentor('twins', 'twins_pcpvt-s_fpn_fpnhead_8xb4-80k_ade20k-512x512'),
+    segmentor('unet', 'unet-s5-d16_fcn_4xb4-160k_cityscapes-512x1024'),
+    segmentor('upernet', 'upernet_r18_4xb2-40k_cityscapes-512x1024'),
+    segmentor('vit', 'vit_deit-s16_upernet_8xb2-160k_ade20k-512x512'),
+)
+
+_LANGUAGE = 'vision and language: needs the multimodal extra and a tokenizer, and is not a vision network'
+_OPS = "needs mmcv's compiled ops"
+_DET = 'needs mmdet'
+
+OUT: dict[str, str] = {
+    'mmpretrain/barlowtwins': "a pre-training method; the network is resnet's",
+    'mmpretrain/beitv2': "a pre-training method; the network is beit's",
+    'mmpretrain/blip': _LANGUAGE,
+    'mmpretrain/blip2': _LANGUAGE,
+    'mmpretrain/byol': "a pre-training method; the network is resnet's",
+    'mmpretrain/cae': "a pre-training method; the network is beit's",
+    'mmpretrain/chinese_clip': _LANGUAGE,
+    'mmpretrain/densecl': "a pre-training method; the network is resnet's",
+    'mmpretrain/eva': "a pre-training method; the networks are beit's and vision_transformer's",
+    'mmpretrain/flamingo': _LANGUAGE,
+    'mmpretrain/itpn': "pre-training only, without a classifier; the encoder is hivit's",
+    'mmpretrain/llava': _LANGUAGE,
+    'mmpretrain/mae': "a pre-training method; the network is vision_transformer's",
+    'mmpretrain/maskfeat': "a pre-training method; the network is vision_transformer's",
+    'mmpretrain/mff': "a pre-training method; the network is vision_transformer's",
+    'mmpretrain/milan': "a pre-training method; the network is vision_transformer's",
+    'mmpretrain/minigpt4': _LANGUAGE,
+    'mmpretrain/mocov2': "a pre-training method; the network is resnet's",
+    'mmpretrain/ofa': _LANGUAGE,
+    'mmpretrain/otter': _LANGUAGE,
+    'mmpretrain/simclr': "a pre-training method; the network is resnet's",
+    'mmpretrain/simmim': "a pre-training method; the network is swin_transformer's",
+    'mmpretrain/simsiam': "a pre-training method; the network is resnet's",
+    'mmpretrain/spark': "a pre-training method; the networks are resnet's and convnext_v2's",
+    'mmpretrain/swav': "a pre-training method; the network is resnet's",
+    'mmseg/ccnet': _OPS,
+    'mmseg/dsdl': "a data format; the network is deeplabv3's",
+    'mmseg/mask2former': _DET,
+    'mmseg/maskformer': _DET,
+    'mmseg/point_rend': _OPS,
+    'mmseg/psanet': _OPS,
+    'mmseg/san': _OPS,
+    'mmseg/vpd': 'depth from a diffusion model: needs the ldm package',
+}
+
+
+def config_root(package: str) -> Path:
+    """Find the folder of a package's configs."""
+    return Path(importlib.import_module(package).__file__).parent / '.mim' / 'configs'
+
+
+def unlisted() -> list[str]:
+    """List the config folders that neither `FAMILIES` nor `OUT` knows."""
+    known = {f.key for f in FAMILIES} | set(OUT)
+    found = [
+        f'{package}/{folder.name}'
+        for package in ('mmpretrain', 'mmseg')
+        for folder in sorted(config_root(package).iterdir())
+        if folder.is_dir() and folder.name not in ('_base_', '__pycache__')
+    ]
+    return [key for key in found if key not in known]
+
+
+class Deployed(nn.Module):
+    """Run an OpenMMLab model as it is deployed: picture `(1, C, H, W)` in, a tuple of tensors out."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(flatten(self.net(x, mode='tensor')))
+
+
+def flatten(value: Any) -> list[Tensor]:
+    """List the tensors of nested tuples, lists and dicts in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [t for v in value for t in flatten(v)] if isinstance(value, list | tuple) else []
+
+
+def build(family: Family, seed: int = 0) -> tuple[Deployed, Tensor]:
+    """Build a family's model with random weights, in eval mode, and its input `(1, C, H, W)`.
+
+    Nothing is downloaded: `init_cfg` and `pretrained` are taken out. Auxiliary heads, which are there for training
+    only, are left away, and SyncBN becomes BN.
+    """
+    from mmengine.config import Config
+    from mmengine.registry import DefaultScope
+
+    importlib.import_module(f'{family.package}.models')
+    registry = importlib.import_module(f'{family.package}.registry').MODELS
+    config = Config.fromfile(str(config_root(family.package) / family.config)) if family.config else Config()
+    config.merge_from_dict(family.changes)
+    model = _local(config.model.to_dict())
+    model.pop('auxiliary_head', None)
+    torch.manual_seed(seed)
+    with DefaultScope.overwrite_default_scope(family.package):
+        net = registry.build(model)
+    deployed = randomise_(Deployed(net), seed).eval()
+    x = torch.randn(1, family.channels, *family.size, generator=torch.Generator().manual_seed(seed))
+    return calibrate_(deployed, x), x
+
+
+def _local(value: Any) -> Any:
+    if isinstance(value, dict):
+        kept = {k: _local(v) for k, v in value.items() if k not in ('init_cfg', 'pretrained')}
+        if kept.get('type') == 'SyncBN':
+            kept['type'] = 'BN'
+        return kept
+    return type(value)(_local(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+@torch.no_grad()
+def randomise_(model: nn.Module, seed: int) -> nn.Module:
+    """Draw every parameter and running statistic anew, so that no branch is dead.
+
+    As built, gammas at zero, layer scales at 1e-6 and zero-initialised projections cut branches off, and a test that
+    compares outputs could not fail there; parameters from `torch.empty` would not even be repeatable.
+    """
+    g = torch.Generator().manual_seed(seed)
+
+    def uniform(t: Tensor) -> None:
+        t.copy_(torch.rand(t.shape, generator=g) + 0.5)
+
+    def normal(t: Tensor, std: float) -> None:
+        t.copy_(torch.randn(t.shape, generator=g) * std)
+
+    for name, p in model.named_parameters():
+        if name.endswith('bias') and p.dim() == 1:
+            normal(p, 0.1)
+        elif p.numel() == max(p.shape, default=1):  # gammas, layer scales, temperatures, whatever their shape
+            uniform(p)
+        elif p.shape[0] == 1:  # class tokens, position embeddings
+            normal(p, 0.2)
+        else:  # half the usual deviation for linear layers: kernels like exp(q k) stay within float32
+            normal(p, (p.shape[0] / p.numel()) ** 0.5 * (0.5 if p.dim() == 2 else 1))
+    for name, b in model.named_buffers():
+        if name.endswith('running_mean'):
+            normal(b, 0.1)
+        elif name.endswith('running_var'):
+            uniform(b)
+    return model
+
+
+@torch.no_grad()
+def calibrate_(model: nn.Module, x: Tensor) -> nn.Module:
+    """Multiply each batch norm's random running statistics into what the picture `x` gives there.
+
+    Random statistics alone let the signal grow by many powers of ten with depth: gates saturate and float32 is lost.
+    A batch norm that sees one value per channel keeps the statistics it has.
+    """
+
+    def measure(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+        rows = args[0].transpose(0, 1).flatten(1)  # (C, N * H * W)
+        if norm.running_mean is not None and rows.shape[1] > 1:
+            norm.running_mean.mul_(rows.std(1)).add_(rows.mean(1))
+            norm.running_var.mul_(rows.var(1)).add_(1e-3)
+
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    handles = [m.register_forward_pre_hook(measure) for m in norms]
+    try:
+        model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return model
