@@ -19,9 +19,7 @@ from mmcpd.engine.slimmed import fill, read_checkpoint
 def parse_args() -> argparse.Namespace:
     parser = cli.parser(__doc__)
     parser.add_argument('--checkpoint', help='weights to load; the groups do not depend on them')
-    parser.add_argument(
-        '--heads', choices=('dim', 'head'), help="what attention gives up; default: the config's"
-    )
+    parser.add_argument('--heads', choices=('dim', 'head'), help="what attention gives up; default: the config's")
     parser.add_argument('--shape', type=int, nargs=3, metavar=('C', 'H', 'W'), help='size of the input')
     parser.add_argument('--strict', action='store_true', help='fail on an operation without a rule')
     parser.add_argument('--json', metavar='FILE', help='write the comb as JSON')

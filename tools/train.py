@@ -26,9 +26,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--amp', action='store_true', help='train in automatic mixed precision')
     parser.add_argument('--seed', type=int, help="seed of everything random; default: the config's")
     parser.add_argument('--no-validate', action='store_true', help='do not evaluate while training')
-    parser.add_argument(
-        '--auto-scale-lr', action='store_true', help='scale the learning rate with the batch size'
-    )
+    parser.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate with the batch size')
     parser.add_argument(
         '--no-persistent-workers', action='store_true', help="start the loaders' workers anew each epoch"
     )

@@ -84,7 +84,7 @@ def example_inputs(config: ConfigLike) -> Tensor:
         torch.Size([1, 3, 32, 32])
     """
     cfg = as_config(config)
-    if 'example_shape' in cfg:
+    if cfg.get('example_shape'):
         shape = tuple(cfg.example_shape)
     else:
         preprocessor = student_config(cfg).get('data_preprocessor') or {}

@@ -8,6 +8,7 @@ import shlex
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,16 @@ EMBEDDED = 'configs/cpd/resnet50_prune.py'  # runs anywhere: its data ship insid
 LAYOUTS = {
     'ImageNet': '{root}/train/<class>/*.JPEG and {root}/val/<class>/*.JPEG',
     'CustomDataset': '{root}/train/<class>/*.png and {root}/test/<class>/*.png',
-    'ADE20KDataset': '{root}/images/{{training,validation}}/*.jpg and '
-    '{root}/annotations/{{training,validation}}/*.png',
+    'ADE20KDataset': '{root}/images/{{training,validation}}/*.jpg and {root}/annotations/{{training,validation}}/*.png',
     'CityscapesDataset': '{root}/leftImg8bit/{{train,val}}/<city>/*.png and '
     '{root}/gtFine/{{train,val}}/<city>/*_labelTrainIds.png',
 }
 DOWNLOADING = ('CIFAR10', 'CIFAR100', 'MNIST', 'FashionMNIST')  # these fetch their data themselves
 LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
+
+
+# OneDL's mmcv comes without compiled operators, and says so at each start.
+warnings.filterwarnings('ignore', message='Fail to import ``MultiScaleDeformableAttention``')
 
 
 class UserError(RuntimeError):

@@ -21,6 +21,9 @@ from mmcpd.engine.build import ConfigLike, build_dense, example_inputs, student_
 from mmcpd.prune import restructure_
 from mmcpd.version import __version__
 
+# What unpickling may raise on bytes that are no checkpoint, or half of one.
+GARBAGE = (RuntimeError, EOFError, ValueError, OSError, LookupError, TypeError, AttributeError)
+
 __all__ = [
     'build_dense',
     'example_inputs',
@@ -36,15 +39,13 @@ __all__ = [
 PathLike = str | os.PathLike
 
 
-def save_slim(
-    path: PathLike, model: nn.Module, structure: Mapping[str, Any], meta: Mapping[str, Any]
-) -> None:
+def save_slim(path: PathLike, model: nn.Module, structure: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
     """Write a slim model's checkpoint, whole or not at all: it is written beside `path` and renamed.
 
     Args:
         path: The file to write; its folder is made.
         model: The slim model.
-        structure: What `mmcpd.prune.structure` returned for it.
+        structure: What `mmcpd.prune.structure` returned for the dense model and it.
         meta: What a reader should know: plain values only. MMEngine's own readers look for `dataset_meta`.
 
     Raises:
@@ -52,7 +53,7 @@ def save_slim(
 
     Example:
         >>> small = slim(model, c, keep)
-        >>> save_slim('slim.pth', small, structure(c, keep), {'cfg': cfg.pretty_text})
+        >>> save_slim('slim.pth', small, structure(model, small), {'cfg': cfg.pretty_text})
     """
     path = Path(path)
     content = {
@@ -176,22 +177,17 @@ def slimmed(
 
 
 def cut_to(model: nn.Module, structure: Mapping[str, Any], where: PathLike) -> nn.Module:
-    """Cut a dense model to a structure; `where` names the structure's origin in errors.
+    """Cut a dense model to a structure, in place; `where` names the structure's origin in errors.
 
     Raises:
-        SlimError: The structure is of another model.
+        SlimError: The structure is of another model, or is none.
     """
-    state = model.state_dict()
-    for name, shape in structure.get('tensors', {}).items():
-        if name not in state:
-            raise SlimError(f'{where} is of another model: it has {name}, {type(model).__name__} has not')
-        dense = tuple(state[name].shape)
-        if len(shape) != len(dense) or any(small > large for small, large in zip(shape, dense, strict=True)):
-            raise SlimError(
-                f'{where} is of another model: {name} is {tuple(shape)} there and {dense} in the dense '
-                f'{type(model).__name__}'
-            )
-    return restructure_(model, structure)
+    if not structure.keys() >= {'tensors', 'attributes', 'replaced'}:
+        raise SlimError(f'{where} holds no structure of a slim model')
+    try:
+        return restructure_(model, structure)
+    except SlimError as error:
+        raise SlimError(f'{where} does not fit {type(model).__name__}: {error}') from error
 
 
 def fill(model: nn.Module, state_dict: Mapping[str, torch.Tensor], where: PathLike) -> None:
@@ -227,7 +223,7 @@ def _readable(path: PathLike) -> Iterator[None]:
         if zipfile.is_zipfile(path):
             raise SlimError(f'{path} is not a slim checkpoint: it holds more than weights') from error
         raise SlimError(f'{path} is truncated or not a checkpoint') from error
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
+    except GARBAGE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SlimError(f'{path} is truncated or not a checkpoint: {reason}') from error
 

@@ -1,0 +1,290 @@
+"""slim.pth: written whole or not at all, read without running code, and only into its own model."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+from mmengine.runner import load_checkpoint
+
+from mmcpd.comb import comb
+from mmcpd.comb.errors import SlimError
+from mmcpd.engine import slimmed
+from mmcpd.prune import slim, structure
+
+SIZE = 32
+
+
+def config(depth: int = 18, classes: int = 10, **entries) -> Config:
+    model = dict(
+        type='ImageClassifier',
+        backbone=dict(type='ResNet', depth=depth, base_channels=8, stem_channels=8, num_stages=4),
+        neck=dict(type='GlobalAveragePooling'),
+        head=dict(type='LinearClsHead', num_classes=classes, in_channels=64, loss=dict(type='CrossEntropyLoss')),
+    )
+    preprocessor = dict(mean=[1.0, 2.0, 3.0], std=[4.0, 5.0, 6.0])
+    return Config(
+        dict(model=model, default_scope='mmpretrain', data_preprocessor=preprocessor, example_shape=(3, SIZE, SIZE))
+        | entries
+    )
+
+
+def vit() -> Config:
+    backbone = dict(
+        type='VisionTransformer',
+        arch=dict(embed_dims=24, num_layers=2, num_heads=3, feedforward_channels=48),
+        img_size=SIZE,
+        patch_size=8,
+    )
+    head = dict(type='VisionTransformerClsHead', num_classes=5, in_channels=24)
+    return config(model=dict(type='ImageClassifier', backbone=backbone, neck=None, head=head))
+
+
+def cut(cfg: Config, seed: int = 0):
+    """Return the dense model, a slim one at a random keep, and the structure."""
+    torch.manual_seed(seed)
+    dense = slimmed.build_dense(cfg).eval()
+    c = comb(dense, slimmed.example_inputs(cfg))
+    generator = torch.Generator().manual_seed(seed)
+    keep = {name: torch.rand(len(units), generator=generator) < 0.6 for name, units in c.keep().items()}
+    for units in keep.values():
+        units[0] = True
+    small = slim(dense, c, keep)
+    return dense, small, structure(dense, small)
+
+
+def count(model) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.fixture
+def written(tmp_path):
+    cfg = config()
+    dense, small, plan = cut(cfg)
+    path = tmp_path / 'deep' / 'slim.pth'
+    slimmed.save_slim(path, small, plan, {'dataset_meta': {'classes': ('a', 'b')}, 'slim': {'macs': 12}})
+    return cfg, dense, small, path
+
+
+@pytest.mark.parametrize('make', [config, vit])
+def test_a_round_trip_gives_the_same_function_and_the_same_class(tmp_path, make):
+    cfg = make()
+    dense, small, plan = cut(cfg)
+    path = tmp_path / 'slim.pth'
+    slimmed.save_slim(path, small, plan, {})
+    again = slimmed.load_slim(cfg, path)
+    x = torch.randn(2, 3, SIZE, SIZE)
+    assert type(again) is type(dense)
+    assert not again.training
+    assert count(again) == count(small) < count(dense)
+    torch.testing.assert_close(again(x, mode='tensor'), small(x, mode='tensor'), rtol=0, atol=0)
+
+
+def test_the_file_holds_plain_values_only(written):
+    *_, path = written
+    content = torch.load(path, weights_only=True)
+    assert set(content) == {'state_dict', 'structure', 'meta'}
+    assert json.loads(content['structure'])['tensors']
+    assert content['meta']['dataset_meta'] == {'classes': ['a', 'b']}
+    assert content['meta']['mmcpd_version']
+    assert os.listdir(path.parent) == ['slim.pth']
+
+
+def test_a_failed_write_leaves_the_old_file(written, monkeypatch):
+    _, _, small, path = written
+    before = path.read_bytes()
+
+    def fail(content, file):
+        file.write_bytes(b'half')
+        raise OSError('disk full')
+
+    monkeypatch.setattr(torch, 'save', fail)
+    with pytest.raises(OSError, match='disk full'):
+        slimmed.save_slim(path, small, {}, {})
+    assert path.read_bytes() == before
+    assert os.listdir(path.parent) == ['slim.pth']
+
+
+def test_meta_that_is_not_plain_is_refused(written):
+    _, _, small, path = written
+    with pytest.raises(ValueError, match=r'meta\.a\[1\] of a slim checkpoint must be plain values, not object'):
+        slimmed.save_slim(path, small, {}, {'a': [1, object()]})
+
+
+def test_scalars_of_torch_become_numbers(written, tmp_path):
+    _, _, small, _ = written
+    path = tmp_path / 'scalar.pth'
+    slimmed.save_slim(path, small, {}, {'loss': torch.tensor(0.5), 'flag': True})
+    assert slimmed.read_slim(path)['meta'] | {'mmcpd_version': ''} == {
+        'loss': 0.5,
+        'flag': True,
+        'mmcpd_version': '',
+    }
+
+
+def test_a_stranger_s_checkpoint_runs_no_code(tmp_path):
+    path = tmp_path / 'evil.pth'
+    ran = tmp_path / 'ran'
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(ran),)
+
+    torch.save({'state_dict': {}, 'structure': '{}', 'meta': Evil()}, path)
+    with pytest.raises(SlimError, match='holds more than weights'):
+        slimmed.read_slim(path)
+    assert not ran.exists()
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(SlimError, match='there is no such checkpoint'):
+        slimmed.read_slim(tmp_path / 'none.pth')
+
+
+@pytest.mark.parametrize('share', [0.0, 0.01, 0.5, 0.99])
+def test_a_truncated_checkpoint(written, share):
+    cfg, _, _, path = written
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(SlimError, match='truncated or not a checkpoint'):
+        slimmed.load_slim(cfg, path)
+    with pytest.raises(SlimError, match='truncated or not a checkpoint'):
+        slimmed.read_checkpoint(path)
+    assert not slimmed.is_slim(path)
+
+
+def test_a_file_that_is_no_checkpoint(tmp_path):
+    path = tmp_path / 'readme.txt'
+    path.write_text('hello')
+    with pytest.raises(SlimError, match='truncated or not a checkpoint'):
+        slimmed.read_slim(path)
+
+
+def test_an_ordinary_checkpoint_is_not_a_slim_one(tmp_path):
+    path = tmp_path / 'epoch_1.pth'
+    torch.save({'state_dict': slimmed.build_dense(config()).state_dict()}, path)
+    with pytest.raises(SlimError, match=r'not a slim checkpoint: it has no structure.*tools/slim\.py'):
+        slimmed.load_slim(config(), path)
+    assert not slimmed.is_slim(path)
+    assert 'head.fc.weight' in slimmed.read_checkpoint(path)['state_dict']
+
+
+def test_a_bare_state_dict_is_read_as_a_checkpoint(tmp_path):
+    path = tmp_path / 'weights.pth'
+    torch.save({'head.fc.bias': torch.ones(3)}, path)
+    assert slimmed.read_checkpoint(path)['state_dict']['head.fc.bias'].tolist() == [1, 1, 1]
+
+
+def test_a_pickle_of_something_else(tmp_path):
+    path = tmp_path / 'list.pth'
+    with path.open('wb') as file:
+        pickle.dump([1, 2], file)
+    with pytest.raises(SlimError):
+        slimmed.read_slim(path)
+
+
+def test_a_checkpoint_of_another_model_names_the_first_mismatch(written):
+    *_, path = written
+    with pytest.raises(SlimError, match=r'slim\.pth.*another model'):
+        slimmed.load_slim(vit(), path)
+    with pytest.raises(SlimError, match=r'slim\.pth does not fit ImageClassifier: head\.fc\.weight is \(7, 64\)'):
+        slimmed.load_slim(config(classes=7), path)
+    with pytest.raises(SlimError, match=r'it lacks backbone\.layer1\.\d\.conv\d\.weight, which ImageClassifier has'):
+        slimmed.load_slim(config(depth=34), path)
+
+
+def test_the_builder_gives_the_trained_model_to_stock_tools(written):
+    cfg, _, small, path = written
+    wrapped = dict(type='slimmed', model=cfg.model, structure=str(path), data_preprocessor=cfg.data_preprocessor)
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        model = MODELS.build(wrapped).eval()
+    x = torch.randn(1, 3, SIZE, SIZE)
+    torch.testing.assert_close(model(x, mode='tensor'), small(x, mode='tensor'), rtol=0, atol=0)
+    assert model.data_preprocessor.mean.flatten().tolist() == [1, 2, 3]
+    model.init_weights()  # the Runner calls it when training starts
+    torch.testing.assert_close(model(x, mode='tensor'), small(x, mode='tensor'), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('kind', ['dict', 'json'])
+def test_the_builder_takes_a_bare_structure(written, tmp_path, kind):
+    cfg, _, small, path = written
+    plan = slimmed.read_slim(path)['structure']
+    file = tmp_path / 'structure.json'
+    file.write_text(json.dumps(plan))
+    wrapped = dict(type='slimmed', model=cfg.model, structure=plan if kind == 'dict' else str(file))
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        model = MODELS.build(wrapped)
+    load_checkpoint(model, str(path), strict=True)
+    x = torch.randn(1, 3, SIZE, SIZE)
+    torch.testing.assert_close(model.eval()(x, mode='tensor'), small(x, mode='tensor'), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('text', ['{', '{}', None])
+def test_a_bad_json_structure(tmp_path, text):
+    file = tmp_path / 'structure.json'
+    if text is not None:
+        file.write_text(text)
+    with DefaultScope.overwrite_default_scope('mmpretrain'), pytest.raises(SlimError, match=r'structure\.json'):
+        MODELS.build(dict(type='slimmed', model=config().model, structure=str(file)))
+
+
+def test_the_student_of_a_distiller_is_found_with_its_preprocessor():
+    bare = config()
+    inside = config(model=dict(type='mmcpd.Distiller', student=bare.model, teacher='self'))
+    twice = config(model=dict(type='slimmed', model=bare.model, structure='slim.pth'))
+    for cfg in (bare, inside, twice):
+        student = slimmed.student_config(cfg)
+        assert student.type == 'ImageClassifier'
+        assert student.data_preprocessor == bare.data_preprocessor
+    assert 'data_preprocessor' not in bare.model  # a copy was changed, not the config
+    own = config(model={**bare.model, 'data_preprocessor': dict(mean=[0.0], std=[1.0])})
+    assert slimmed.student_config(own).data_preprocessor.mean == [0]
+
+
+def loader(*transforms) -> dict:
+    return dict(dataset=dict(type='RepeatDataset', times=2, dataset=dict(type='X', pipeline=list(transforms))))
+
+
+@pytest.mark.parametrize(
+    ('entries', 'shape'),
+    [
+        (dict(example_shape=(1, 20, 30)), (1, 1, 20, 30)),
+        (dict(crop_size=(48, 64)), (1, 3, 48, 64)),
+        (dict(test_dataloader=loader(dict(type='Resize', scale=(64, 48)), dict(type='Pack'))), (1, 3, 48, 64)),
+        (
+            dict(
+                test_dataloader=loader(dict(type='Resize', scale=(64, 48), keep_ratio=True)),
+                train_dataloader=loader(dict(type='RandomCrop', crop_size=40)),
+            ),
+            (1, 3, 40, 40),
+        ),
+        (
+            dict(test_dataloader=loader(dict(type='ResizeEdge', scale=256), dict(type='CenterCrop', crop_size=224))),
+            (1, 3, 224, 224),
+        ),
+        (dict(data_preprocessor=dict(mean=[0.5], std=[1.0], size=(50, 60))), (1, 1, 50, 60)),
+    ],
+)
+def test_example_inputs_have_the_size_of_the_test(entries, shape):
+    cfg = config(**{'example_shape': None, **entries})
+    inputs = slimmed.example_inputs(cfg)
+    assert inputs.shape == shape
+    assert torch.equal(inputs, slimmed.example_inputs(cfg))
+
+
+def test_a_config_without_any_size_says_how_to_give_one():
+    cfg = config(example_shape=None)
+    with pytest.raises(ValueError, match='example_shape=3,H,W'):
+        slimmed.example_inputs(cfg)
+
+
+def test_a_real_config_is_sized(tmp_path):
+    file = tmp_path / 'config.py'
+    file.write_text("_base_ = 'mmseg::segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py'\n")
+    assert slimmed.example_inputs(str(file)).shape == (1, 3, 512, 512)
+    assert type(slimmed.build_dense(file)).__name__ == 'EncoderDecoder'
