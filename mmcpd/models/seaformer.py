@@ -80,9 +80,7 @@ class ConvNorm(nn.Sequential):
         norm_cfg: dict[str, Any] = NORM_CFG,
         zero_init: bool = False,
     ) -> None:
-        conv = nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=False
-        )
+        conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=False)
         norm = build_norm_layer(norm_cfg, out_channels)[1]
         nn.init.constant_(norm.weight, 0.0 if zero_init else 1.0)
         super().__init__(OrderedDict(c=conv, bn=norm))
@@ -282,9 +280,7 @@ class SeaFormer(BaseModule):
         for i, rows in enumerate(arch['stages']):
             layers: OrderedDict[str, nn.Module] = OrderedDict(stem_block=stem) if i == 0 else OrderedDict()
             for j, (kernel_size, expand_ratio, width, stride) in enumerate(rows, 1):
-                layers[f'layer{j}'] = InvertedResidual(
-                    channels, width, kernel_size, stride, expand_ratio, norm_cfg
-                )
+                layers[f'layer{j}'] = InvertedResidual(channels, width, kernel_size, stride, expand_ratio, norm_cfg)
                 channels = width
             self.add_module(f'smb{i + 1}', nn.Sequential(layers))
             t = i - self.num_mobile_only  # the transformer stage that follows, if any
@@ -334,16 +330,12 @@ def _resolve(arch: str | Mapping[str, Any]) -> Mapping[str, Any]:
     if isinstance(arch, str):
         name = ALIASES.get(arch, arch)
         if name not in ARCHS:
-            raise ValueError(
-                f'SeaFormer: arch {arch!r} is unknown; give one of {[*ARCHS, *ALIASES]} or a dict'
-            )
+            raise ValueError(f'SeaFormer: arch {arch!r} is unknown; give one of {[*ARCHS, *ALIASES]} or a dict')
         return ARCHS[name]
     fields = set(ARCHS['tiny'])
     if set(arch) != fields:
         raise ValueError(f'SeaFormer: a dict arch needs exactly {sorted(fields)}, not {sorted(arch)}')
-    per_stage: dict[str, Sequence[int]] = {
-        k: arch[k] for k in ('depths', 'key_dims', 'num_heads', 'mlp_ratios')
-    }
+    per_stage: dict[str, Sequence[int]] = {k: arch[k] for k in ('depths', 'key_dims', 'num_heads', 'mlp_ratios')}
     lengths = {k: len(v) for k, v in per_stage.items()}
     if len(set(lengths.values())) != 1:
         raise ValueError(f'SeaFormer: give one entry per transformer stage in each of {lengths}')

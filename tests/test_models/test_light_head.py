@@ -89,9 +89,7 @@ def test_attention_block_count_by_hand() -> None:
 
 
 def test_state_dict_keys(head: LightHead) -> None:
-    state = {
-        name: tuple(tensor.shape) for name, tensor in head.state_dict().items() if 'num_batches' not in name
-    }
+    state = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items() if 'num_batches' not in name}
     conv = {
         'fuse1.local_embedding': (6, 3, 1, 1),
         'fuse1.global_act': (6, 4, 1, 1),

@@ -172,9 +172,7 @@ def test_pretrained(tmp_path: Path, outer: str | None, prefix: str) -> None:
 
 
 def test_pretrained_prefers_the_average_and_takes_a_prefix() -> None:
-    checkpoint = dict(
-        state_dict={'a.x': torch.zeros(1)}, state_dict_ema={'a.x': torch.ones(1), 'b.y': torch.ones(1)}
-    )
+    checkpoint = dict(state_dict={'a.x': torch.zeros(1)}, state_dict_ema={'a.x': torch.ones(1), 'b.y': torch.ones(1)})
     assert backbone_state_dict(checkpoint, 'a') == {'x': torch.ones(1)}
     with pytest.raises(ValueError, match=r"begins with 'c\.'.*\['a', 'b'\]"):
         backbone_state_dict(checkpoint, 'c.')
@@ -273,9 +271,7 @@ def resized(attn: SqueezeAxialAttention, dims: int, heads: int, key_dim: int, he
     attn.proj[1] = ConvNorm(v, dims)
 
 
-def naive_axis(
-    attn: SqueezeAxialAttention, q: Tensor, k: Tensor, v: Tensor, axis: str, scale: float
-) -> Tensor:
+def naive_axis(attn: SqueezeAxialAttention, q: Tensor, k: Tensor, v: Tensor, axis: str, scale: float) -> Tensor:
     """Attend with one Python loop per index: q, k (N, heads * key_dim, L), v (N, heads * head_dim, L)."""
     length = q.shape[2]
     q = q + interpolated(getattr(attn, f'pos_emb_{axis}q').pos_embed[0], length)
@@ -286,16 +282,13 @@ def naive_axis(
         for h in range(attn.num_heads):
             for i in range(length):
                 scores = [
-                    sum((q[n, h * key_dim + d, i] * k[n, h * key_dim + d, j]).item() for d in range(key_dim))
-                    * scale
+                    sum((q[n, h * key_dim + d, i] * k[n, h * key_dim + d, j]).item() for d in range(key_dim)) * scale
                     for j in range(length)
                 ]
                 total = sum(math.exp(score) for score in scores)
                 for d in range(head_dim):
                     row = h * head_dim + d
-                    out[n, row, i] = sum(
-                        math.exp(scores[j]) / total * v[n, row, j].item() for j in range(length)
-                    )
+                    out[n, row, i] = sum(math.exp(scores[j]) / total * v[n, row, j].item() for j in range(length))
     return out
 
 
@@ -307,17 +300,18 @@ def test_attention_equals_loops(pruned: tuple[int, int, int] | None) -> None:
         resized(attn, 6, *pruned)
     attn = attn.double().eval()
     randomise(attn, seed=1)
+    attn.to_v.bn.weight *= 60
     x = torch.randn(2, 6, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
 
     q, k, v = attn.to_q(x), attn.to_k(x), attn.to_v(x)
     width, height = x.shape[3], x.shape[2]
     row = naive_axis(attn, *(sum(t[..., i] for i in range(width)) / width for t in (q, k, v)), 'row', 0.5)
-    column = naive_axis(
-        attn, *(sum(t[:, :, i] for i in range(height)) / height for t in (q, k, v)), 'column', 0.5
-    )
-    row, column = attn.proj_encode_row[1](row.clamp(0, 6)[..., None]), column.clamp(0, 6)[:, :, None]
+    column = naive_axis(attn, *(sum(t[:, :, i] for i in range(height)) / height for t in (q, k, v)), 'column', 0.5)
+    for bounded in (row, column, v):
+        assert bounded.min() < 0 and bounded.max() > 6  # both ends of ReLU6 are at work
+    row = attn.proj_encode_row[1](row.clamp(0, 6)[:, :, :, None])
+    column = attn.proj_encode_column[1](column.clamp(0, 6)[:, :, None, :])
     fused = torch.zeros_like(v)
-    column = attn.proj_encode_column[1](column)
     for i in range(height):
         for j in range(width):
             fused[:, :, i, j] = row[:, :, i, 0] + column[:, :, 0, j] + v[:, :, i, j]
