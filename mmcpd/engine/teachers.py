@@ -1,0 +1,158 @@
+"""The teacher of a distiller: built from a config and a checkpoint, and held where no one trains or saves it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.hub import get_config
+from mmengine.model import BaseModel
+from torch import Tensor, nn
+
+from mmcpd.comb.errors import SlimError
+from mmcpd.distill import Taps
+from mmcpd.engine.build import as_config, build_dense
+from mmcpd.engine.slimmed import fill, is_slim, load_slim, read_checkpoint
+
+DTYPES = {None: None, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+# What the distiller adds to a student's checkpoint: no part of a teacher made from it.
+DISTILL = 'distill.'
+
+
+class FrozenTeacher:
+    """Run a frozen model on the student's batches, and return what its taps see.
+
+    It is no `nn.Module`, so that a distiller may hold it without its weights being parameters, saved, broadcast or
+    put into training mode. Copies of the distiller (an EMA's) share it.
+
+    Args:
+        module: The teacher; frozen and put into eval mode, in place.
+        taps: Names of module outputs, as in `mmcpd.distill.Tap`.
+        dtype: Run in this precision instead of the student's: half the memory, and on GPUs about half the time.
+        compiled: Run through `torch.compile`; the first batch of each size then takes longer. An ordinary
+            teacher runs no further than its last tap, a compiled one to its end.
+
+    Raises:
+        ValueError: If a tap's name is not known.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        taps: Iterable[str],
+        dtype: torch.dtype | None = None,
+        compiled: bool = False,
+    ) -> None:
+        self.taps = Taps(module, taps)
+        self.module = module.requires_grad_(False).eval()
+        self.dtype = dtype
+        # MMEngine's models return what a plain module would only in this mode.
+        self.options = {'mode': 'tensor'} if isinstance(module, BaseModel) else {}
+        if dtype is not None:
+            self.module.to(dtype)
+        self.compiled: Callable[..., Any] | None = None
+        if compiled:
+            self.taps.attach()
+            self.compiled = torch.compile(self.module)
+
+    def __call__(self, inputs: Tensor) -> dict[str, Tensor]:
+        """Return what each tap sees for a preprocessed batch `(N, C, H, W)`.
+
+        Raises:
+            ValueError: If a tap's module is not called, or gives no tensor.
+        """
+        own_precision = nullcontext()
+        if self.dtype is not None:
+            inputs = inputs.to(self.dtype)
+            own_precision = torch.autocast(inputs.device.type, enabled=False)
+        with torch.inference_mode(), own_precision:
+            seen = self._run(inputs)
+        # Autograd may not save inference tensors; their copies are ordinary ones.
+        return {name: tensor.clone() for name, tensor in seen.items()}
+
+    def _run(self, inputs: Tensor) -> dict[str, Tensor]:
+        if self.compiled is None:
+            return self.taps.run(inputs, **self.options)
+        self.taps.seen.clear()
+        self.compiled(inputs, **self.options)
+        return {name: self.taps[name] for name in self.taps.taps}
+
+    def apply_(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Follow the student to another device; the precision stays, if it was given."""
+        self.module._apply(change)
+        if self.dtype is not None:
+            self.module.to(self.dtype)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FrozenTeacher:
+        return self
+
+
+def load_teacher(teacher: Mapping[str, Any]) -> nn.Module:
+    """Build a teacher from `dict(config=..., checkpoint=..., cfg_options=...)`.
+
+    `config` is a file, `'mmpretrain::resnet/resnet101_8xb32_in1k.py'` or a Config, of a bare model or of a
+    distiller; `checkpoint` is a training checkpoint, bare weights, or a `slim.pth` cut from that config.
+
+    Raises:
+        ValueError: If a key is missing or unknown, or the checkpoint cannot be read or is of another model.
+
+    Example:
+        >>> load_teacher({'config': 'mmpretrain::resnet/resnet101_8xb32_in1k.py', 'checkpoint': 'r101.pth'})
+    """
+    keys = {'config', 'checkpoint', 'cfg_options'}
+    if not {'config', 'checkpoint'} <= teacher.keys() <= keys or teacher.get('checkpoint') is None:
+        raise ValueError(
+            f'teacher needs config and checkpoint, and may have cfg_options; it has {", ".join(teacher)}. '
+            "For the unpruned student itself write teacher='self'"
+        )
+    cfg = _read_config(teacher['config'])
+    cfg.merge_from_dict(dict(teacher.get('cfg_options') or {}))
+    path = os.fspath(teacher['checkpoint'])
+    try:
+        if is_slim(path):
+            return load_slim(cfg, path)
+        model = build_dense(cfg)
+        weights = read_checkpoint(path)['state_dict']
+        names = {name: name.removeprefix('module.') for name in weights}
+        fill(model, {new: weights[old] for old, new in names.items() if not new.startswith(DISTILL)}, path)
+    except SlimError as error:
+        raise ValueError(f'teacher: {error}') from error
+    return model
+
+
+def _read_config(config: Config | str | os.PathLike) -> Config:
+    if isinstance(config, str) and '::' in config:
+        return get_config(config)
+    try:
+        return Config(as_config(config).to_dict())  # a copy, for cfg_options must not reach the caller's
+    except OSError as error:
+        raise ValueError(f'teacher: there is no config {config}') from error
+
+
+def check_same_input(student: nn.Module, teacher: nn.Module) -> None:
+    """Refuse a teacher that was trained on pictures normalised otherwise: it sees the student's batch.
+
+    Raises:
+        ValueError: If mean, std or the order of channels differ.
+    """
+    ours, theirs = (getattr(model, 'data_preprocessor', None) for model in (student, teacher))
+    if ours is None or theirs is None:
+        return
+    for name in ('mean', 'std', 'to_rgb', 'channel_conversion'):
+        if name in ('to_rgb', 'channel_conversion') and not (hasattr(ours, name) and hasattr(theirs, name)):
+            continue  # mmpretrain's name for the order of channels, and mmseg's
+        a, b = getattr(ours, name, None), getattr(theirs, name, None)
+        same = torch.equal(a.cpu(), b.cpu()) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
+        if not same:
+            raise ValueError(
+                f'the teacher was trained with {name} {_short(b)} in its data_preprocessor, the student has '
+                f'{_short(a)}; both see one batch: give the student the same data_preprocessor'
+            )
+
+
+def _short(value: Any) -> str:
+    return str(value.flatten().tolist()) if isinstance(value, Tensor) else str(value)
