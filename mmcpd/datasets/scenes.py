@@ -125,8 +125,8 @@ class DigitScenesDataset(BaseDataset):
         split: Literal['train', 'val'] = 'train',
         length: int = 1000,
         size: int | Sequence[int] = 96,
-        count: Sequence[int] = (3, 7),
-        scale: Sequence[float] = (0.3, 0.6),
+        count: tuple[int, int] = (3, 7),
+        scale: tuple[float, float] = (0.3, 0.6),
         seed: int = 0,
         pipeline: Sequence[dict | Callable] = (),
         **kwargs: Any,
@@ -139,7 +139,7 @@ class DigitScenesDataset(BaseDataset):
         if not 0 < count[0] <= count[1] or not 0 < scale[0] <= scale[1]:
             raise ValueError(f'count and scale are (smallest, largest), above 0, not {count} and {scale}')
         self.split, self.length, self.seed = split, length, seed
-        self.size, self.count, self.scale = (height, width), tuple(count), tuple(scale)
+        self.size, self.count, self.scale = (height, width), count, scale
         self.digits = digits('train' if split == 'train' else 'test')
         super().__init__(pipeline=list(pipeline), **kwargs)
 

@@ -75,17 +75,10 @@ val_dataloader = dict(
     ),
 )
 test_dataloader = dict(
-    batch_size=1,
-    num_workers=2,
-    persistent_workers=True,
-    sampler=dict(type='DefaultSampler', shuffle=False),
+    val_dataloader,
     dataset=dict(
-        type=dataset_type,
-        data_root=data_root,
+        val_dataloader['dataset'],
         data_prefix=dict(img_path='images/test', seg_map_path='annotations/test'),
-        metainfo=metainfo,
-        pipeline=test_pipeline,
-        test_mode=True,
     ),
 )
 

@@ -1,6 +1,6 @@
 # SYNTHETIC segmentation scenes composed of scikit-learn's digits, 11 classes: nothing to download. The metrics are
 # called `synthetic/mIoU` and so on, so that no figure passes for one on photographs.
-# As in mmseg, the model's config holds the data_preprocessor: size=crop_size, mean [127.5] * 3, std [75] * 3.
+# As in mmseg, the model's config holds the data_preprocessor: size=crop_size, mean [128] * 3, std [77] * 3.
 dataset_type = 'mmcpd.DigitScenesDataset'
 crop_size = (96, 96)
 
@@ -19,9 +19,7 @@ val_dataloader = dict(
     num_workers=0,
     persistent_workers=False,
     sampler=dict(type='DefaultSampler', shuffle=False),
-    dataset=dict(
-        type=dataset_type, split='val', length=200, size=crop_size, pipeline=pipeline, test_mode=True
-    ),
+    dataset=dict(type=dataset_type, split='val', length=200, size=crop_size, pipeline=pipeline, test_mode=True),
 )
 test_dataloader = val_dataloader
 

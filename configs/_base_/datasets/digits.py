@@ -1,6 +1,6 @@
 # Scikit-learn's handwritten digits, 1352 for training and 445 for testing, in memory: nothing to download.
 dataset_type = 'mmcpd.DigitsDataset'
-data_preprocessor = dict(num_classes=10, mean=[77.5] * 3, std=[86.1] * 3, to_rgb=False)
+data_preprocessor = dict(num_classes=10, mean=[79.5] * 3, std=[90.7] * 3, to_rgb=False)
 
 train_pipeline = [
     dict(type='RandomCrop', crop_size=32, padding=4),

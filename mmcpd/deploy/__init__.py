@@ -1,0 +1,22 @@
+"""ONNX: export a model, compare the file with torch, measure files side by side, report."""
+
+from __future__ import annotations
+
+from mmcpd.compat import require
+
+require('deploy')
+
+from mmcpd.deploy.latency import Latency, measure_latency  # noqa: E402
+from mmcpd.deploy.onnx import DeployError, Parity, check_parity, export_onnx  # noqa: E402
+from mmcpd.deploy.report import Report, deploy  # noqa: E402
+
+__all__ = [
+    'DeployError',
+    'Latency',
+    'Parity',
+    'Report',
+    'check_parity',
+    'deploy',
+    'export_onnx',
+    'measure_latency',
+]

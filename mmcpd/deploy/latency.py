@@ -1,0 +1,155 @@
+"""Measure ONNX files side by side in ONNX Runtime."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TextIO
+
+import numpy as np
+
+from mmcpd.deploy.onnx import Inputs, feed, open_session
+
+Progress = Callable[[int, int, float], None]  # rounds done, rounds in all, seconds left
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Summarise the runs of one file; times in milliseconds.
+
+    Attributes:
+        name: As given.
+        median, mean, p90: Of the single runs.
+        ratio: Median over the rounds of this file's time by the first file's time in the same round.
+        ratio_p10, ratio_p90: The same ratio's 10th and 90th percentile.
+        n: Number of runs.
+        threads: Threads within an operator.
+    """
+
+    name: str
+    median: float
+    mean: float
+    p90: float
+    ratio: float
+    ratio_p10: float
+    ratio_p90: float
+    n: int
+    threads: int
+
+
+def measure_latency(
+    paths: Mapping[str, str | os.PathLike],
+    inputs: Inputs,
+    n: int = 1000,
+    time_limit: float | None = None,
+    warmup: int = 20,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> list[Latency]:
+    """Measure ONNX files on one input in alternating runs, so that what else the machine does hits all alike.
+
+    A round runs each file once; the order turns round from one round to the next. Idle threads do not spin.
+
+    Args:
+        paths: Files by name; the first one is what the others are compared with.
+        inputs: What every file is run on, batch included.
+        n: Rounds.
+        time_limit: Seconds after which no further round starts, warm-up apart; None: no limit.
+        warmup: Rounds before, not counted.
+        threads: Threads within an operator; None: as many as this process may use cores.
+        progress: Called after each round, outside of what is measured: see `progress_line`.
+
+    Raises:
+        ValueError: No files, or n, warmup or threads out of range.
+
+    Example:
+        >>> dense, slim = measure_latency({'dense': 'dense.onnx', 'slim': 'slim.onnx'}, torch.rand(1, 3, 224, 224))
+        >>> slim.ratio
+        0.58
+    """
+    threads = usable_cores() if threads is None else threads
+    if not paths or n < 1 or warmup < 0 or threads < 1:
+        raise ValueError(
+            f'nothing to measure: {len(paths)} files, n={n} (from 1), warmup={warmup} (from 0), threads={threads} '
+            '(from 1)'
+        )
+    runs = []
+    for path in paths.values():
+        session = open_session(path, threads)
+        runs.append((session, feed(session, inputs)))
+    for _ in range(warmup):
+        for session, arrays in runs:
+            session.run(None, arrays)
+    times = np.zeros((n, len(runs)))
+    start = time.perf_counter()
+    done = 0
+    while done < n and (done == 0 or time_limit is None or time.perf_counter() - start < time_limit):
+        order = range(len(runs)) if done % 2 == 0 else reversed(range(len(runs)))
+        for column in order:
+            session, arrays = runs[column]
+            begin = time.perf_counter_ns()
+            session.run(None, arrays)
+            times[done, column] = (time.perf_counter_ns() - begin) / 1e6
+        done += 1
+        if progress is not None:
+            progress(done, n, _seconds_left(time.perf_counter() - start, done, n, time_limit))
+    return _summaries(list(paths), times[:done], threads)
+
+
+def progress_line(stream: TextIO | None = None, every: float | None = None) -> Progress:
+    """Return a progress callback that writes `312/1000 rounds, 0:42 left` at most every so many seconds.
+
+    Without `every` that is once a second over the same line in a terminal, and a line each 15 seconds elsewhere.
+
+    Example:
+        >>> measure_latency(paths, inputs, progress=progress_line())
+    """
+    stream = sys.stderr if stream is None else stream
+    terminal = stream.isatty()
+    every = (1.0 if terminal else 15.0) if every is None else every
+    last = time.monotonic()
+
+    def show(done: int, total: int, left: float) -> None:
+        nonlocal last
+        finished = done == total or left <= 0
+        if time.monotonic() - last >= every or finished:
+            last = time.monotonic()
+            text = f'{done}/{total} rounds, {int(left) // 60}:{int(left) % 60:02d} left'
+            ending = '\n' if finished or not terminal else ''
+            stream.write(f'\r{text:<40}{ending}' if terminal else f'{text}\n')
+            stream.flush()
+
+    return show
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may run on."""
+    affinity = getattr(os, 'sched_getaffinity', None)  # Linux only
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def _seconds_left(elapsed: float, done: int, n: int, time_limit: float | None) -> float:
+    left = elapsed / done * (n - done)
+    return left if time_limit is None else min(left, max(time_limit - elapsed, 0.0))
+
+
+def _summaries(names: list[str], times: np.ndarray, threads: int) -> list[Latency]:
+    """Summarise times (rounds, files) in milliseconds."""
+    ratios = times / times[:, :1]  # (rounds, files)
+    return [
+        Latency(
+            name=name,
+            median=float(np.median(times[:, column])),
+            mean=float(np.mean(times[:, column])),
+            p90=float(np.percentile(times[:, column], 90)),
+            ratio=float(np.median(ratios[:, column])),
+            ratio_p10=float(np.percentile(ratios[:, column], 10)),
+            ratio_p90=float(np.percentile(ratios[:, column], 90)),
+            n=len(times),
+            threads=threads,
+        )
+        for column, name in enumerate(names)
+    ]

@@ -1,0 +1,284 @@
+"""Export any module to one ONNX file, and compare the file with the module."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+Inputs = Tensor | tuple[Tensor, ...]
+Forward = Callable[..., Any]
+
+NEW_EXPORTER = 18  # the oldest opset that torch's exporter over torch.export writes; below, the TorchScript one does
+LARGEST = 2 * 1024**3  # bytes; protobuf allows no more in one file
+TOLERANCE = 1e-4  # of the largest output, float32
+RUN_ERRORS = (ort_errors.Fail, ort_errors.InvalidArgument, ort_errors.RuntimeException)
+
+
+class DeployError(RuntimeError):
+    """A model cannot be exported, or its file is not what the model computes."""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Say how far an ONNX file is from its model.
+
+    Attributes:
+        max_abs: Largest absolute difference of any output element.
+        max_rel: Largest difference of any batch, relative to that batch's largest torch output.
+        ok: Whether `max_rel` is within the tolerance, and all shapes and counts agree.
+        batches: Size and relative difference of each batch; inf where the file failed or a shape differs.
+    """
+
+    max_abs: float
+    max_rel: float
+    ok: bool
+    batches: tuple[tuple[int, float], ...]
+
+
+def export_onnx(
+    model: nn.Module,
+    inputs: Inputs,
+    path: str | os.PathLike,
+    opset: int = NEW_EXPORTER,
+    dynamic_batch: bool = True,
+    forward: Forward | None = None,
+) -> Path:
+    """Write a model in eval mode as one ONNX file, checked by onnx, or leave no file.
+
+    An OpenMMLab model called as `model(x)` is in its tensor mode, so the file holds what that returns: a
+    classifier's logits (N, classes), not softmax scores; a segmentor's logits at the resolution of its head,
+    (N, classes, H/k, W/k), before they are resized to the image. Images come in preprocessed (normalised).
+
+    Args:
+        model: Any module; its mode is restored.
+        inputs: An example of what it is called with, batch first. A dynamic batch needs two samples or more,
+            so a single one is doubled.
+        path: Where the file goes; it appears there when it is complete.
+        opset: From 18 by torch's current exporter; below by its TorchScript one, where nothing else is possible.
+        dynamic_batch: Leave the batch size open. Models that compute with it as a Python number are exported wrong
+            by torch, without a warning: compare at another batch size by `check_parity`.
+        forward: Called as `forward(model, *inputs)` instead of the model itself.
+
+    Returns:
+        The path. Inputs are named `input` or `input_0`, ..., outputs `output` or `output_0`, ...
+
+    Raises:
+        DeployError: torch cannot export the model or not at this opset, or onnx refuses the result.
+        ValueError: The model has 2 GB of weights or more.
+
+    Example:
+        >>> export_onnx(torchvision.models.resnet18(), torch.rand(1, 3, 224, 224), 'resnet18.onnx')
+        PosixPath('resnet18.onnx')
+    """
+    path = Path(path)
+    size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    if size >= LARGEST:
+        raise ValueError(f'{path}: one ONNX file holds less than 2 GB of weights, and these are {size} bytes')
+    args = _tuple(inputs)
+    if dynamic_batch:
+        args = tuple(x if len(x) > 1 else torch.cat([x, x]) for x in args)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(suffix='.onnx.tmp', dir=path.parent)
+    os.close(handle)
+    try:
+        with _eval(model):
+            _export(model, args, name, opset, dynamic_batch, forward)
+        _check(name, path, opset)
+        os.chmod(name, 0o666 & ~_umask())  # mkstemp's files are their owner's alone
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+    return path
+
+
+def check_parity(
+    path: str | os.PathLike,
+    model: nn.Module,
+    inputs: Inputs | list[Inputs],
+    forward: Forward | None = None,
+    tolerance: float = TOLERANCE,
+) -> Parity:
+    """Compare an ONNX file in ONNX Runtime with its model on one batch or several, better of several sizes.
+
+    Args:
+        path: The file.
+        model: The module that it was exported from; its mode is restored.
+        inputs: One input (a tensor, or a tuple of tensors), or a list of inputs.
+        forward: As given to `export_onnx`.
+        tolerance: Largest difference allowed, relative to the batch's largest torch output.
+
+    Raises:
+        ValueError: There is nothing to compare.
+
+    Example:
+        >>> check_parity('resnet18.onnx', model, [torch.rand(1, 3, 224, 224), torch.rand(3, 3, 224, 224)]).ok
+        True
+    """
+    batches: list[Inputs] = inputs if isinstance(inputs, list) else [inputs]
+    if not batches:
+        raise ValueError(f'{path}: no inputs to compare the file with the model on')
+    session = open_session(path, threads=1)
+    found = []
+    with _eval(model):
+        for batch in batches:
+            args = _tuple(batch)
+            expected = _outputs(_call(model, args, forward))
+            found.append((len(args[0]), *_differences(session, args, expected)))
+    max_abs = max(absolute for _, absolute, _ in found)
+    max_rel = max(relative for _, _, relative in found)
+    return Parity(max_abs, max_rel, max_rel <= tolerance, tuple((n, rel) for n, _, rel in found))
+
+
+def open_session(path: str | os.PathLike, threads: int) -> onnxruntime.InferenceSession:
+    """Open an ONNX file on the CPU with so many threads."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    # Idle threads that spin would take the cores from the session that is measured beside this one.
+    options.add_session_config_entry('session.intra_op.allow_spinning', '0')
+    return onnxruntime.InferenceSession(os.fspath(path), options, providers=['CPUExecutionProvider'])
+
+
+def feed(session: onnxruntime.InferenceSession, inputs: Inputs) -> dict[str, np.ndarray]:
+    """Return a session's inputs by name."""
+    names = [entry.name for entry in session.get_inputs()]
+    arrays = [np.ascontiguousarray(x.detach().cpu().numpy()) for x in _tuple(inputs)]
+    return dict(zip(names, arrays, strict=True))
+
+
+class _Forward(nn.Module):
+    """Make a module of `forward(model, *inputs)`, which is what the exporters take."""
+
+    def __init__(self, model: nn.Module, forward: Forward) -> None:
+        super().__init__()
+        self.model, self.call = model, forward
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.call(self.model, *inputs)
+
+
+def _export(
+    model: nn.Module, args: tuple[Tensor, ...], name: str, opset: int, dynamic: bool, forward: Forward | None
+) -> None:
+    expected = _outputs(_call(model, args, forward))
+    ins, outs = _names('input', len(args)), _names('output', len(expected))
+    options: dict[str, Any]
+    if opset >= NEW_EXPORTER:
+        shapes: Any = tuple({0: torch.export.Dim('batch')} for _ in args)
+        if forward is not None:
+            shapes = (shapes,)  # one variadic parameter
+        options = {'dynamo': True, 'external_data': False, 'dynamic_shapes': shapes if dynamic else None}
+    else:
+        axes = {label: {0: 'batch'} for label in (*ins, *outs)}
+        options = {'dynamo': False, 'dynamic_axes': axes if dynamic else None}
+    module = model if forward is None else _Forward(model, forward)
+    try:
+        with warnings.catch_warnings(), _quiet('onnxscript', 'torch.onnx', 'onnx_ir'):
+            warnings.simplefilter('ignore')  # tracer warnings; check_parity tells whether they matter
+            torch.onnx.export(
+                module, args, name, opset_version=opset, input_names=ins, output_names=outs, verbose=False, **options
+            )
+    except Exception as error:  # exporters raise errors of many unrelated kinds
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        other = 'a lower opset (17)' if opset >= NEW_EXPORTER else f'a higher opset ({NEW_EXPORTER})'
+        hint = f'{other}, or a static batch' if dynamic else other
+        raise DeployError(
+            f'torch cannot export {type(model).__name__} to ONNX at opset {opset}: {reason} Try {hint}.'
+        ) from error
+
+
+def _check(name: str, path: Path, opset: int) -> None:
+    written = onnx.load(name)
+    version = next(entry.version for entry in written.opset_import if entry.domain in ('', 'ai.onnx'))
+    if version != opset:
+        raise DeployError(f'{path}: torch wrote opset {version} where {opset} was asked for; ask for {version}')
+    try:
+        onnx.checker.check_model(written, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise DeployError(f'{path}: onnx refuses what torch exported: {str(error).splitlines()[0]}') from error
+
+
+def _differences(
+    session: onnxruntime.InferenceSession, args: tuple[Tensor, ...], expected: list[Tensor]
+) -> tuple[float, float]:
+    """Return the largest absolute difference, and the same relative to the largest expected value."""
+    try:
+        got = session.run(None, feed(session, args))
+    except RUN_ERRORS:
+        return float('inf'), float('inf')  # e.g. a reshape that holds for one batch size only
+    if [x.shape for x in got] != [tuple(x.shape) for x in expected]:
+        return float('inf'), float('inf')
+    absolute = relative = 0.0
+    for ours, theirs in zip(got, expected, strict=True):
+        reference = theirs.detach().cpu().double().numpy()
+        difference = np.abs(ours.astype(np.float64) - reference).max(initial=0.0)
+        if not np.isfinite(difference):
+            return float('inf'), float('inf')
+        absolute = max(absolute, float(difference))
+        relative = max(relative, float(difference / max(np.abs(reference).max(initial=0.0), 1e-12)))
+    return absolute, relative
+
+
+def _tuple(inputs: Inputs) -> tuple[Tensor, ...]:
+    return (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+
+
+def _call(model: nn.Module, args: tuple[Tensor, ...], forward: Forward | None) -> Any:
+    with torch.no_grad():
+        return model(*args) if forward is None else forward(model, *args)
+
+
+def _outputs(result: Any) -> list[Tensor]:
+    """Return the tensors of a model's result in the order in which the exporters write them."""
+    return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+
+
+def _names(label: str, count: int) -> list[str]:
+    return [label] if count == 1 else [f'{label}_{number}' for number in range(count)]
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@contextmanager
+def _eval(model: nn.Module) -> Iterator[None]:
+    """Put every module into eval mode, and each back into its own."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def _quiet(*names: str) -> Iterator[None]:
+    """Let these loggers speak of errors only."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

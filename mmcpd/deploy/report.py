@@ -1,0 +1,183 @@
+"""Export models, check and measure them, and report that as a table and as JSON."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+from mmcpd.deploy.latency import Latency, Progress, measure_latency, usable_cores
+from mmcpd.deploy.onnx import NEW_EXPORTER, DeployError, Forward, Inputs, Parity, check_parity, export_onnx
+from mmcpd.version import __version__
+
+
+@dataclass(frozen=True)
+class Exported:
+    """Describe one exported model."""
+
+    name: str
+    file: str
+    bytes: int
+    params: int
+    parity: Parity
+
+
+@dataclass(frozen=True)
+class Report:
+    """Hold what was exported and measured, and in which circumstances; `print` shows a table."""
+
+    models: tuple[Exported, ...]
+    latency: tuple[Latency, ...]  # empty where nothing was measured
+    facts: dict[str, Any]
+
+    def __str__(self) -> str:
+        head = f'{"model":<12}{"params":>12}{"file MB":>9}{"parity":>10}'
+        if self.latency:
+            head += f'{"median ms":>11}{"mean ms":>10}{"p90 ms":>10}{"ratio":>8}{"p10..p90":>14}'
+        times = {entry.name: entry for entry in self.latency}
+        lines = [_circumstances(self.facts, self.latency), '', head, '-' * len(head)]
+        for model in self.models:
+            line = f'{model.name:<12}{model.params:>12,}{model.bytes / 1e6:>9.2f}{model.parity.max_rel:>10.1e}'
+            if model.name in times:
+                t = times[model.name]
+                spread = f'{t.ratio_p10:.3f}..{t.ratio_p90:.3f}'
+                line += f'{t.median:>11.3f}{t.mean:>10.3f}{t.p90:>10.3f}{t.ratio:>8.3f}{spread:>14}'
+            lines.append(line)
+        return '\n'.join(lines)
+
+    def to_json(self, path: str | os.PathLike) -> None:
+        """Write everything as JSON, whole or not at all."""
+        path = Path(path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            whole = Path(folder) / path.name
+            whole.write_text(json.dumps(asdict(self), indent=2) + '\n', encoding='utf-8')
+            os.replace(whole, path)
+
+
+def deploy(
+    models: Mapping[str, nn.Module],
+    batches: list[Inputs],
+    out: str | os.PathLike,
+    opset: int = NEW_EXPORTER,
+    dynamic_batch: bool = True,
+    forward: Forward | None = None,
+    runs: int = 1000,
+    time_limit: float | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> Report:
+    """Export models as `out/<name>.onnx`, check each against torch, measure them in pairs, write `latency.json`.
+
+    Args:
+        models: Modules by name; the first is what the others are compared with.
+        batches: Real inputs. The first is what the latency is measured on and what a static batch is fixed to;
+            all of one size for a static batch, of several sizes for a dynamic one.
+        out: A folder; made if it is not there. Files appear in it when all of them have passed.
+        opset: As in `export_onnx`, like the next two.
+        dynamic_batch: Leave the batch size open.
+        forward: Called as `forward(model, *inputs)` instead of the model itself.
+        runs: Rounds of the measurement; 0 leaves it out.
+        time_limit: Seconds of measurement, as in `measure_latency`, like the next two.
+        threads: Threads within an operator.
+        progress: Called after each round.
+        facts: What else should stand in the report, e.g. the config and where the inputs come from.
+
+    Raises:
+        DeployError: A model cannot be exported, or its file computes something else.
+        ValueError: No models, or no batches.
+
+    Example:
+        >>> print(deploy({'dense': dense, 'slim': slim}, [one, three], 'work_dirs/x', facts={'inputs': 'test data'}))
+    """
+    if not models or not batches:
+        raise ValueError(f'nothing to deploy: {len(models)} models, {len(batches)} batches')
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out) as folder:
+        made = [
+            _exported(name, model, batches, Path(folder), opset, dynamic_batch, forward)
+            for name, model in models.items()
+        ]
+        times: list[Latency] = []
+        if runs:
+            paths = {entry.name: Path(folder) / entry.file for entry in made}
+            times = measure_latency(paths, batches[0], runs, time_limit, threads=threads, progress=progress)
+        circumstances = {
+            **environment(),
+            'opset': opset,
+            'dynamic_batch': dynamic_batch,
+            'shape': [list(x.shape) for x in ([batches[0]] if isinstance(batches[0], Tensor) else batches[0])],
+            **(facts or {}),
+        }
+        report = Report(tuple(made), tuple(times), circumstances)
+        for entry in made:
+            os.replace(Path(folder) / entry.file, out / entry.file)
+    report.to_json(out / 'latency.json')
+    return report
+
+
+def environment() -> dict[str, Any]:
+    """Return versions, processor, cores and date, as a report needs them."""
+    return {
+        'mmcpd': __version__,
+        'python': platform.python_version(),
+        'torch': torch.__version__,
+        'numpy': np.__version__,
+        'onnx': onnx.__version__,
+        'onnxruntime': onnxruntime.__version__,
+        'provider': 'CPUExecutionProvider',
+        'cpu': cpu_name(),
+        'cores': usable_cores(),
+        'system': platform.platform(),
+        'date': datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'),
+    }
+
+
+def cpu_name() -> str:
+    """Return the processor's name, as far as the system tells it."""
+    info = Path('/proc/cpuinfo')
+    if info.is_file():
+        for line in info.read_text(encoding='utf-8', errors='replace').splitlines():
+            if line.startswith('model name'):
+                return line.split(':', 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _exported(
+    name: str,
+    model: nn.Module,
+    batches: list[Inputs],
+    folder: Path,
+    opset: int,
+    dynamic_batch: bool,
+    forward: Forward | None,
+) -> Exported:
+    path = export_onnx(model, batches[0], folder / f'{name}.onnx', opset, dynamic_batch, forward)
+    parity = check_parity(path, model, batches, forward)
+    if not parity.ok:
+        each = ', '.join(f'batch of {size}: {relative:.1e}' for size, relative in parity.batches)
+        hint = ' If some batch sizes agree, export a static batch.' if dynamic_batch else ''
+        raise DeployError(f'{name}: the ONNX file is not what the model computes (relative difference: {each}).{hint}')
+    params = sum(parameter.numel() for parameter in model.parameters())
+    return Exported(name, path.name, path.stat().st_size, params, parity)
+
+
+def _circumstances(facts: Mapping[str, Any], latency: tuple[Latency, ...]) -> str:
+    shapes = ', '.join('x'.join(map(str, shape)) for shape in facts['shape'])
+    text = f'ONNX Runtime {facts["onnxruntime"]} on {facts["cpu"]}, input {shapes}, opset {facts["opset"]}'
+    if latency:
+        text += f', {latency[0].threads} threads, {latency[0].n} paired runs; ratio to {latency[0].name}'
+    return f'{text}\nparity: largest difference from torch {facts["torch"]}, relative to the largest output'
