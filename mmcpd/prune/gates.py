@@ -176,8 +176,8 @@ def untouched(*modules: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for tensor, value in zip(held, values, strict=True):
                 tensor.copy_(value)
-            for parameter, (grad, value) in zip(parameters, grads, strict=True):
+            for parameter, (grad, saved) in zip(parameters, grads, strict=True):
                 # The same tensor object: a bucket of a data-parallel wrapper may look at it.
                 parameter.grad = grad
-                if grad is not None:
-                    grad.copy_(value)
+                if grad is not None and saved is not None:
+                    grad.copy_(saved)

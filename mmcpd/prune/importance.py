@@ -6,7 +6,7 @@ asked for when units have to go. To add one: a subclass, `@register("name")`, an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -38,9 +38,7 @@ def register(name: str) -> Callable[[type[Importance]], type[Importance]]:
 
     def enter(cls: type[Importance]) -> type[Importance]:
         if name in IMPORTANCES:
-            raise ValueError(
-                f"importance '{name}' is already registered, by {IMPORTANCES[name].__qualname__}"
-            )
+            raise ValueError(f"importance '{name}' is already registered, by {IMPORTANCES[name].__qualname__}")
         IMPORTANCES[name] = cls
         return cls
 
@@ -69,6 +67,7 @@ class Importance:
 
     Args:
         comb: what belongs together; names in it are those of the model that `accumulate` gets.
+        seed: of whatever is random, the same on all processes.
 
     Attributes:
         needs_closure: `accumulate` wants a closure that runs this step's forward and backward once more.
@@ -80,13 +79,12 @@ class Importance:
     needs_closure: ClassVar[bool] = False
     every_iteration: ClassVar[bool] = True
 
-    def __init__(self, comb: Comb) -> None:
+    def __init__(self, comb: Comb, seed: int = 0) -> None:
         self.comb = comb
+        self.generator = torch.Generator().manual_seed(seed)
         self.gates = Gates(comb.groups)
         self.total = torch.zeros(self.gates.units)
-        self._counts = torch.zeros(
-            2, dtype=torch.long
-        )  # iterations, skipped; a tensor: nothing waits for the device
+        self._counts = torch.zeros(2, dtype=torch.long)  # iterations, skipped; a tensor: nothing waits for the device
 
     @property
     def iterations(self) -> int:
@@ -126,7 +124,11 @@ class Importance:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the state as plain tensors."""
-        return {'total': self.total.cpu().clone(), 'counts': self._counts.cpu().clone()}
+        return {
+            'total': self.total.cpu().clone(),
+            'counts': self._counts.cpu().clone(),
+            'generator': self.generator.get_state(),
+        }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take a state from `state_dict`.
@@ -135,10 +137,9 @@ class Importance:
             ValueError: it belongs to another comb.
         """
         if state['total'].shape != self.total.shape:
-            raise ValueError(
-                f'saved scores are of {len(state["total"])} units, the model has {len(self.total)}'
-            )
+            raise ValueError(f'saved scores are of {len(state["total"])} units, the model has {len(self.total)}')
         self.total, self._counts = state['total'].clone(), state['counts'].clone()
+        self.generator.set_state(state['generator'].cpu())
 
     def _add(self, evidence: Tensor) -> None:
         """Add (units,) to the total, unless anything in it is not finite; without waiting for the device."""
@@ -175,7 +176,6 @@ class Curvature(Importance):
         comb: what belongs together.
         probes: directions z ~ N(0, I) per step, averaged; each costs one more forward and backward.
         step: h in (grad(1 + h z) - grad(1)) / h.
-        seed: of the directions, the same on all processes.
 
     Source: CPD: ||H||_F^2 = E_z ||H z||^2, taken per unit on the gates instead of the weights.
     """
@@ -183,11 +183,10 @@ class Curvature(Importance):
     needs_closure = True
 
     def __init__(self, comb: Comb, probes: int = 1, step: float = 1e-2, seed: int = 0) -> None:
-        super().__init__(comb)
+        super().__init__(comb, seed)
         if probes < 1 or step <= 0:
             raise ValueError(f'curvature needs probes >= 1 and step > 0, got {probes} and {step}')
         self.probes, self.step = probes, step
-        self._generator = torch.Generator().manual_seed(seed)
 
     def accumulate(self, model: nn.Module, closure: Closure | None = None, loss_scale: float = 1.0) -> None:
         if closure is None:
@@ -197,7 +196,7 @@ class Curvature(Importance):
         base = self.gates.gradient(model)
         found = torch.zeros_like(base)
         for _ in range(self.probes):
-            z = torch.randn(self.gates.units, generator=self._generator, dtype=base.dtype).to(base.device)
+            z = torch.randn(self.gates.units, generator=self.generator, dtype=base.dtype).to(base.device)
             with untouched(model):
                 moved = self._gradient_at(model, 1 + self.step * z, closure)
             found += ((moved - base) / self.step).square()
@@ -211,13 +210,6 @@ class Curvature(Importance):
         closure()
         # sum of w' * dL/dw' is m * dL/dm, whatever other gates the same weight has.
         return self.gates.gradient(model) / gates
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {**super().state_dict(), 'generator': self._generator.get_state()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        super().load_state_dict(state)
-        self._generator.set_state(state['generator'])
 
 
 @register('group_fisher')
@@ -236,8 +228,8 @@ class GroupFisher(Importance):
         >>> score.accumulate(model)
     """
 
-    def __init__(self, comb: Comb) -> None:
-        super().__init__(comb)
+    def __init__(self, comb: Comb, seed: int = 0) -> None:
+        super().__init__(comb, seed)
         self._taps: SampleTaps | None = None
         self._pending: Tensor | None = None
 
@@ -258,9 +250,7 @@ class GroupFisher(Importance):
 
     def accumulate(self, model: nn.Module, closure: Closure | None = None, loss_scale: float = 1.0) -> None:
         if self._taps is None:
-            raise ValueError(
-                "importance 'group_fisher' watches forward passes: call attach(model) before them"
-            )
+            raise ValueError("importance 'group_fisher' watches forward passes: call attach(model) before them")
         self.next_batch()
         self._taps.check(model)
         if self._pending is not None:
@@ -283,9 +273,9 @@ class Magnitude(Importance):
     every_iteration = False
 
     def __init__(
-        self, comb: Comb, p: int = 1, roles: tuple[str, ...] = ('out', 'in', 'affine', 'free')
+        self, comb: Comb, p: int = 1, roles: Sequence[str] = ('out', 'in', 'affine', 'free'), seed: int = 0
     ) -> None:
-        super().__init__(comb)
+        super().__init__(comb, seed)
         if p not in (1, 2):
             raise ValueError(f'magnitude takes p=1 or p=2, got {p}')
         self.p, self.roles = p, tuple(roles)
@@ -313,22 +303,16 @@ class Magnitude(Importance):
 
 @register('random')
 class Random(Importance):
-    """Uniform noise, drawn anew after each `reset`: the control that every score has to beat.
-
-    Args:
-        comb: what belongs together.
-        seed: of the noise, the same on all processes.
-    """
+    """Uniform noise, drawn anew after each `reset`: the control that every score has to beat."""
 
     every_iteration = False
 
     def __init__(self, comb: Comb, seed: int = 0) -> None:
-        super().__init__(comb)
-        self._generator = torch.Generator().manual_seed(seed)
+        super().__init__(comb, seed)
         self._draw()
 
     def _draw(self) -> None:
-        self.total = torch.rand(self.gates.units, generator=self._generator)
+        self.total = torch.rand(self.gates.units, generator=self.generator)
 
     def accumulate(self, model: nn.Module, closure: Closure | None = None, loss_scale: float = 1.0) -> None:
         self._counts[0] += 1
@@ -336,10 +320,3 @@ class Random(Importance):
     def reset(self) -> None:
         self._draw()
         self._counts[0] = 0
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {**super().state_dict(), 'generator': self._generator.get_state()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        super().load_state_dict(state)
-        self._generator.set_state(state['generator'])

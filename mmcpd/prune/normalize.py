@@ -22,9 +22,7 @@ NORMALIZERS: dict[str, tuple[str, bool] | None] = {
 }
 
 
-def normalize(
-    scores: dict[str, Tensor], comb: Comb, keep: dict[str, Tensor], by: str = 'memory'
-) -> dict[str, Tensor]:
+def normalize(scores: dict[str, Tensor], comb: Comb, keep: dict[str, Tensor], by: str = 'memory') -> dict[str, Tensor]:
     """Divide scores by what the unit's removal saves now, in float64 on the CPU.
 
     Args:

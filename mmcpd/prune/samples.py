@@ -145,9 +145,7 @@ class SampleTaps:
             raise ValueError(f"group_fisher cannot score '{name}' of a {type(module).__name__}: {_HINT}")
         side, channel = places[dim]
         if side == 'input' and getattr(module, 'groups', 1) != 1:
-            raise ValueError(
-                f"group_fisher cannot score the grouped convolution '{path}' by its input: {_HINT}"
-            )
+            raise ValueError(f"group_fisher cannot score the grouped convolution '{path}' by its input: {_HINT}")
         return side, channel
 
     def _tap(self, model: nn.Module, cut: tuple[str, int], side: str, channel: int) -> RemovableHandle:
@@ -172,7 +170,5 @@ class SampleTaps:
             return _Tap.apply(output, offset, channel, True, self, cut)
 
         return (
-            module.register_forward_pre_hook(on_input)
-            if side == 'input'
-            else module.register_forward_hook(on_output)
+            module.register_forward_pre_hook(on_input) if side == 'input' else module.register_forward_hook(on_output)
         )

@@ -68,16 +68,12 @@ class Schedule:
         look_up(METRICS, self.metric, 'metric')
         look_up(CURVES, self.curve, 'curve')
         if not 0 < self.target < 1:
-            raise ValueError(
-                f'target is the share of {self.metric} that remains, between 0 and 1: got {self.target}'
-            )
+            raise ValueError(f'target is the share of {self.metric} that remains, between 0 and 1: got {self.target}')
         if isinstance(self.interval, bool) or not isinstance(self.interval, int) or self.interval < 1:
             raise ValueError(f'interval counts iterations, at least 1: got {self.interval}')
         for name, value in (('begin', self.begin), ('end', self.end)):
             if value < 0 or (isinstance(value, float) and value > 1):
-                raise ValueError(
-                    f'{name} is an iteration (int) or a share of the run (float in [0, 1]): got {value}'
-                )
+                raise ValueError(f'{name} is an iteration (int) or a share of the run (float in [0, 1]): got {value}')
         if type(self.begin) is type(self.end) and self.begin >= self.end:
             raise ValueError(f'pruning begins at {self.begin}, so it cannot end at {self.end}')
         if (self.curve == 'paper') != (self.units_per_event is not None):
@@ -92,8 +88,7 @@ class Schedule:
             ValueError: pruning would not end within the run.
         """
         begin, end = (
-            round(value * iterations) if isinstance(value, float) else value
-            for value in (self.begin, self.end)
+            round(value * iterations) if isinstance(value, float) else value for value in (self.begin, self.end)
         )
         if not begin < end <= iterations:
             raise ValueError(
@@ -246,9 +241,7 @@ def check_reachable(
             )
 
 
-def _steps(
-    comb: Comb, keep: Keep, min_units: int, round_to: int, ignore: Sequence[str]
-) -> dict[str, list[int]]:
+def _steps(comb: Comb, keep: Keep, min_units: int, round_to: int, ignore: Sequence[str]) -> dict[str, list[int]]:
     """Return, for each group, the numbers of units that it may be brought down to, from most to least."""
     if min_units < 1 or round_to < 1:
         raise ValueError(f'min_units and round_to are at least 1: got {min_units} and {round_to}')
@@ -262,9 +255,7 @@ def _steps(
     return steps
 
 
-def _chunks(
-    scores: dict[str, Tensor], keep: Keep, steps: dict[str, list[int]]
-) -> list[tuple[float, str, Tensor]]:
+def _chunks(scores: dict[str, Tensor], keep: Keep, steps: dict[str, list[int]]) -> list[tuple[float, str, Tensor]]:
     """Return (mean score, group, units) of everything that may go, lowest first; stable, so deterministic."""
     chunks = []
     for name, numbers in steps.items():

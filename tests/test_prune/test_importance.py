@@ -120,14 +120,14 @@ class Attention(nn.Module):
         super().__init__()
         self.q, self.k, self.v = nn.Linear(3, 8), nn.Linear(3, 8), nn.Linear(3, 8)
         self.proj = nn.Linear(8, 4)
-        self.heads, self.width = 2, 4
+        self.heads, self.scale = 2, 4**-0.5
 
     def forward(self, x, gates):
         q, k, v = (
-            layer(x).unflatten(-1, (self.heads, self.width)).transpose(1, 2) for layer in (self.q, self.k, self.v)
+            layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v)
         )
         q, v = gated(q, gates, 'q', -1), gated(v, gates, 'v', -1)
-        x = ((q * self.width**-0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
+        x = ((q * self.scale) @ k.transpose(-2, -1)).softmax(-1) @ v
         return self.proj(x.transpose(1, 2).flatten(2)).mean(1)
 
 
