@@ -8,7 +8,6 @@ import shlex
 import sys
 import tempfile
 import traceback
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,11 +31,8 @@ LAYOUTS = {
     '{root}/gtFine/{{train,val}}/<city>/*_labelTrainIds.png',
 }
 DOWNLOADING = ('CIFAR10', 'CIFAR100', 'MNIST', 'FashionMNIST')  # these fetch their data themselves
+SPLIT_IS_A_FOLDER = ('ImageNet', 'ImageNet21k')
 LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
-
-
-# OneDL's mmcv comes without compiled operators, and says so at each start.
-warnings.filterwarnings('ignore', message='Fail to import ``MultiScaleDeformableAttention``')
 
 
 class UserError(RuntimeError):
@@ -182,7 +178,8 @@ def check_data(cfg: Config, loaders: tuple[str, ...]) -> None:
 def _paths(dataset: ConfigDict) -> list[str]:
     """Return the root, then the annotation file and the prefixes under it."""
     root = str(dataset.get('data_root') or '')
-    prefix = dataset.get('data_prefix') or dataset.get('split') or ''
+    split = dataset.get('split') if type_name(dataset) in SPLIT_IS_A_FOLDER else None
+    prefix = dataset.get('data_prefix') or split or ''
     parts = [dataset.get('ann_file') or '', *(prefix.values() if isinstance(prefix, dict) else [prefix])]
     return [path for path in (root, *(os.path.join(root, part) for part in parts if part)) if path]
 
