@@ -5,10 +5,20 @@ Importing it checks OpenMMLab's versions and registers everything that a config 
 
 from __future__ import annotations
 
+import warnings
+
 from mmcpd.compat import require
 
 require('openmmlab')
 
-from mmcpd.engine.compat import mend_scopes  # noqa: E402
+with warnings.catch_warnings():
+    # OneDL's mmcv comes without compiled operators, and says so at each start.
+    warnings.filterwarnings('ignore', message='Fail to import ``MultiScaleDeformableAttention``')
+    from mmcpd import datasets, models
+    from mmcpd.engine import slimmed
+    from mmcpd.engine.compat import mend_scopes
+    from mmcpd.engine.distillers import Distiller
 
 mend_scopes()
+
+__all__ = ['Distiller', 'datasets', 'models', 'slimmed']
