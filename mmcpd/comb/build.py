@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .atoms import Row
-from .groups import Comb, Frozen, Group, Member, near
+from .groups import Comb, Frozen, Group, Member, SizeRule, near
 from .sizes import leaves
+from .source import site
 from .trace import Term, Trace
 
 ROLES = ('free', 'stat', 'affine', 'in', 'out')
@@ -156,7 +157,7 @@ def _gates(trace: Trace, rows: _Rows) -> np.ndarray:
 
 
 def _members(rows: _Rows, atoms: np.ndarray, marked: np.ndarray | None = None) -> tuple[Member, ...]:
-    """Split the atoms of all units, (units, n), by tensor and dimension; only the marked ones where `marked` is given."""
+    """Split the atoms of all units, (units, n), by tensor and dimension; only those marked, where `marked` is given."""
     members = []
     pattern = rows.row_of[atoms[0]]
     for row in dict.fromkeys(pattern.tolist()):
@@ -220,15 +221,7 @@ def _assemble(
     for name in parameters:
         axes = tuple(by_dim[name, d] for d, s in enumerate(shapes[name]) if s > 1)
         params.append(Term(1, axes))
-    sizes = []
-    for expr, target in trace.sizes:
-        if isinstance(target, int):
-            if leaves(expr, 'attr'):
-                sizes.append((book.expression(expr), target, True))
-        elif (unit_of[target[target >= 0]] >= 0).any() or leaves(expr, 'attr'):
-            sizes.append((book.expression(expr), book.number(target), False))
-    equal = [(book.expression(left), book.expression(right)) for left, right in trace.equal]
-    unique = {repr(s): s for s in sizes}, {repr(e): e for e in equal}
+    equal = {repr(e): e for e in ((book.expression(left), book.expression(right)) for left, right in trace.equal)}
     norms = {(site.module, book.number(site.axis)): None for site in trace.norms}
     return Comb(
         groups=groups,
@@ -240,11 +233,34 @@ def _assemble(
         params=book.terms(params),
         norms=[n for n in norms if (book.axes[n[1]] >= 0).any()],
         scales=_scales(trace, rows, book),
-        sizes=list(unique[0].values()),
-        equal=list(unique[1].values()),
+        sizes=_sizes(model, trace, book),
+        equal=list(equal.values()),
         shapes=shapes,
         parameters=tuple(parameters),
     )
+
+
+def _sizes(model: nn.Module, trace: Trace, book: _AxisBook) -> list[SizeRule]:
+    """Translate the equations, each once; those that attributes cannot satisfy alone know their place in the source."""
+    modules = dict(model.named_modules())
+    found: dict[str, SizeRule] = {}
+    for equation in trace.sizes:
+        expr, target = book.expression(equation.expression), equation.target
+        by_attributes = bool(leaves(expr, 'attr')) and not leaves(expr, 'live')
+        if isinstance(target, int):
+            if by_attributes:
+                found.setdefault(repr((expr, target)), SizeRule(expr, target, True, None))
+            continue
+        axis = book.number(target)
+        widths = [axis, *(leaf[1] for leaf in leaves(expr, 'live'))]
+        if not by_attributes and not any((book.axes[w] >= 0).any() for w in widths):
+            continue
+        key = repr((expr, axis, equation.module, equation.place and equation.place.instruction))
+        if key not in found:
+            place = None if by_attributes or equation.place is None else equation.place
+            where = place and site(modules[equation.module], equation.module, place)
+            found[key] = SizeRule(expr, axis, False, where)
+    return list(found.values())
 
 
 def _scales(trace: Trace, rows: _Rows, book: _AxisBook) -> list[tuple[list[tuple[str, int, list[int]]], int, str]]:
@@ -252,19 +268,19 @@ def _scales(trace: Trace, rows: _Rows, book: _AxisBook) -> list[tuple[list[tuple
     if not trace.scales:
         return []
     bias_of = {int(w): int(b) for ws, bs in trace.biases for w, b in zip(ws, bs, strict=True) if w >= 0 and b >= 0}
-    for site in trace.scales:
-        axis = book.number(site.width)
+    for scale in trace.scales:
+        axis = book.number(scale.width)
         if not (book.axes[axis] >= 0).any():
             continue
         # The label names one head; the rows of all heads are tied to it, in the same tensor and piece of it.
-        atoms = site.query[site.query >= 0]
+        atoms = scale.query[scale.query >= 0]
         every = [*atoms.tolist(), *(bias_of[a] for a in atoms.tolist() if a in bias_of)]
         pieces: dict[tuple[str, int], list[int]] = {}
         for atom in every:
             row = rows[int(rows.row_of[atom])]
             pieces.setdefault((row.tensor, row.dim), []).append(int(rows.offset[atom]))
         key = repr((sorted(pieces.items()), axis))
-        found[key] = ([(t, d, i) for (t, d), i in pieces.items()], axis, site.module)
+        found[key] = ([(t, d, i) for (t, d), i in pieces.items()], axis, scale.module)
     return list(found.values())
 
 

@@ -16,6 +16,7 @@ from scipy.sparse import csr_array
 from torch import Tensor
 
 from .cost import METRICS, Cost, Formula
+from .source import Site
 
 Keep = dict[str, Tensor]
 KERNEL = 'a kernel size'
@@ -70,6 +71,19 @@ class Frozen:
     reason: str
 
 
+@dataclass(frozen=True)
+class SizeRule:
+    """A size that the forward asks for: `expression` equals `target`, the live count of that axis, or that number.
+
+    Where it cannot, the number is written into the source at `site`, if there is one.
+    """
+
+    expression: Any
+    target: int
+    constant: bool
+    site: Site | None
+
+
 @dataclass
 class Comb:
     """A whole model, combed.
@@ -93,7 +107,7 @@ class Comb:
     params: list[tuple[int, tuple[int, ...]]]
     norms: list[tuple[str, int]]  # module path, axis
     scales: list[tuple[list[tuple[str, int, list[int]]], int]]  # (rows of the query's producer), axis of the width
-    sizes: list[tuple[Any, int, bool]]
+    sizes: list[SizeRule]
     equal: list[tuple[Any, Any]]
     shapes: dict[str, tuple[int, ...]]
     parameters: tuple[str, ...]

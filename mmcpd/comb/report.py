@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .groups import Comb, Group
 
-_MOST_REASONS = 12
+_MOST_REASONS = 25
 
 
 def table(comb: Comb) -> str:
@@ -12,8 +12,8 @@ def table(comb: Comb) -> str:
     cost = comb.cost(comb.keep())
     prunable, total = comb.prunable()
     lines = [
-        f'{len(comb.groups)} groups, {comb.units} units; {cost.macs / 1e6:,.1f} M MACs, {cost.params / 1e6:,.2f} M parameters '
-        f'({prunable / max(total, 1):.1%} prunable), {cost.memory / 2**20:,.1f} MiB of activations',
+        f'{len(comb.groups)} groups, {comb.units} units; {cost.macs / 1e6:,.1f} M MACs, '
+        f'{cost.params / 1e6:,.2f} M parameters ({prunable / max(total, 1):.1%} prunable), {cost.memory / 2**20:,.1f} MiB of activations',
         '',
     ]
     rows = [('group', 'units', 'rows', 'producers', 'consumers', 'MACs saved by one unit')]
@@ -29,7 +29,7 @@ def table(comb: Comb) -> str:
                 f'{saved[group.name].macs / 1e3:,.1f} k',
             )
         )
-    lines += _align(rows) + ['']
+    lines += [*_align(rows), '']
     reasons = comb.reasons().most_common()
     if reasons:
         lines += _align([('frozen because', 'rows'), *((r, str(n)) for r, n in reasons[:_MOST_REASONS])])

@@ -14,7 +14,6 @@ with a toy net whose groups are written by hand (`docs/design.md`, "How to add a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,15 +29,15 @@ RULES: dict[str, Rule] = {}
 
 # f(0) == 0, so a channel that is zero before is zero after.
 ZERO_STAYS = set(
-    'relu relu6 gelu silu hardswish mish tanh elu celu selu leaky_relu prelu _prelu_kernel neg abs sqrt sin sinh asinh '
-    'atan erf sign floor ceil round trunc square expm1 log1p native_dropout dropout nan_to_num softsign positive'.split()
+    'relu relu6 gelu silu hardswish mish tanh elu celu selu leaky_relu prelu _prelu_kernel neg abs sqrt sin sinh '
+    'asinh atan erf sign floor ceil round trunc square expm1 log1p native_dropout dropout nan_to_num softsign'.split()
 )
 # Axes pass through untouched.
 SAME = set('clone contiguous detach alias _to_copy lift_fresh lift view_of positive fill_diagonal'.split())
 MOVEMENT = set(
     'view _unsafe_view reshape _reshape_alias permute transpose t expand unsqueeze squeeze select slice narrow split '
-    'split_with_sizes unsafe_split unsafe_split_with_sizes chunk unsafe_chunk unbind roll flip repeat repeat_interleave '
-    'constant_pad_nd reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d unfold diagonal '
+    'split_with_sizes unsafe_split unsafe_split_with_sizes chunk unsafe_chunk unbind roll flip repeat '
+    'repeat_interleave constant_pad_nd reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d unfold diagonal '
     'movedim rot90 tril triu pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle unflatten flatten '
     'numpy_T swapaxes view_as expand_as squeeze_copy index index_select gather'.split()
 )
@@ -151,8 +150,10 @@ def pointwise(trace: Trace, call: Call) -> None:
         first = met[0]
         for axis in met[1:]:
             trace.equate(first, axis, call.op)
-        if bare:
+        if bare:  # frozen from here on, so nothing that follows needs to know
             trace.equate(first, None, call.op)
+            result.append(None)
+            continue
         weight = all(axis.weight for axis in met) and len(met) == len(tensors)
         zero = _zero_after(call, met, len(tensors))
         full = first.full if first.full is not None and first.full.dim() == out.dim() else None
@@ -214,7 +215,7 @@ def _moved(call: Call, source: Tensor, labels: Tensor) -> list[Tensor]:
     args = [swap.get(id(a), a) for a in call.args]
     kwargs = {k: swap.get(id(v), v) for k, v in call.kwargs.items()}
     if call.op == 'constant_pad_nd':
-        args = args[:2] + [FIXED]
+        args = [*args[:2], FIXED]
     if call.op in VIEWS:
         return [labels.reshape(call.out.shape)]
     if 'pad' in call.op and call.op != 'constant_pad_nd':  # reflection and replication know no integers
@@ -250,8 +251,7 @@ def place(trace: Trace, call: Call, axis: Axis, labels: Tensor, found: list[Axis
     if columns.shape[1] > 1:
         trace.tie(columns)
     atoms = columns.max(axis=1)
-    if found[keep] is not None:
-        trace.equate(found[keep], Axis(atoms), call.op)
+    trace.freeze(found[keep], f'two axes in one dimension ({call.op}) in {trace.where}')
     zero = axis.zero and (call.op != 'constant_pad_nd' or not call.named.get('value'))
     found[keep] = Axis(atoms, zero, axis.weight, labels if columns.shape[1] > 1 else None)
 
@@ -295,7 +295,7 @@ def cat(trace: Trace, call: Call) -> None:
             zero = all(a is not None and a.zero for a in column)
             result.append(Axis(np.concatenate(parts), zero, all(a.weight for a in known)))
         else:
-            for axis, (tensor, _) in zip(column, rows, strict=True):
+            for axis in column:
                 if axis is not known[0]:
                     trace.equate(known[0], axis, call.op)
             result.append(Axis(known[0].atoms, all(a.zero for a in known), all(a.weight for a in known)))
@@ -533,9 +533,7 @@ def _product(trace: Trace, call: Call, left: Tensor, right: Tensor, bias: Tensor
     _contract(trace, a[-1], b[-2], call.op)
     lead: list[Axis | None] = []
     for x, y in zip(a[:-2], b[:-2], strict=True):
-        if (x is None) != (y is None):
-            trace.equate(x, y, call.op)
-        elif x is not None:
+        if (x is None) != (y is None) or x is not None:
             trace.equate(x, y, call.op)
         lead.append(x or y)
     rows, columns = a[-2], b[-1]

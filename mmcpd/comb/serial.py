@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
 from typing import Any
 
 import numpy as np
 import torch
 
-from .groups import Comb, Frozen, Group, Member
+from .groups import Comb, Frozen, Group, Member, SizeRule
+from .source import Site
 
 FORMAT = 1
 
@@ -41,7 +43,7 @@ def dump(comb: Comb) -> dict[str, Any]:
         'params': comb.params,
         'norms': comb.norms,
         'scales': comb.scales,
-        'sizes': comb.sizes,
+        'sizes': [[s.expression, s.target, s.constant, s.site and list(astuple(s.site))] for s in comb.sizes],
         'equal': comb.equal,
         'shapes': comb.shapes,
         'parameters': comb.parameters,
@@ -74,7 +76,9 @@ def load(data: dict[str, Any]) -> Comb:
         params=_terms(data['params']),
         norms=[(path, axis) for path, axis in data['norms']],
         scales=[([(t, d, i) for t, d, i in rows], axis, path) for rows, axis, path in data['scales']],
-        sizes=[(expr, target, constant) for expr, target, constant in data['sizes']],
+        sizes=[
+            SizeRule(e, target, constant, Site(*site) if site else None) for e, target, constant, site in data['sizes']
+        ],
         equal=[(left, right) for left, right in data['equal']],
         shapes={name: tuple(shape) for name, shape in data['shapes'].items()},
         parameters=tuple(data['parameters']),

@@ -15,12 +15,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .errors import SlimError
-from .trace import ScaleSite, Trace
+from .source import Spot, spot
+from .trace import Equation, ScaleSite, Trace
 
 # ('attr', module path, name) | ('live', atoms or axis number) | (operator, left, right) | int
 Expression = Any
@@ -111,7 +110,7 @@ class _Observe(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, '__name__', '')
-        if name == '__get__' and func is _SHAPE or name == 'size':
+        if func == _SHAPE or name == 'size':
             return self.shape(func, args, kwargs)
         out = func(*args, **kwargs)
         handler = HANDLERS.get(name)
@@ -142,12 +141,12 @@ def _handles(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]
     return register
 
 
-def _equation(trace: Trace, value: Any, atoms: np.ndarray | None) -> None:
-    """State that a size argument is the number of live units, or without atoms that it stays; a literal cannot follow."""
+def _equation(trace: Trace, value: Any, atoms: np.ndarray | None, place: Spot | None = None) -> None:
+    """State that a size argument is the number of live units, or without atoms that it stays."""
     if isinstance(value, Size):
-        trace.sizes.append((value.expression, int(value) if atoms is None else atoms))
-    elif atoms is not None:
-        trace.table.freeze(atoms, f'the size {int(value)} is written into the forward of {trace.where}')
+        trace.sizes.append(Equation(value.expression, int(value) if atoms is None else atoms, trace.path[-1], place))
+    elif atoms is not None:  # a literal cannot follow, but may be replaced where it stands
+        trace.sizes.append(Equation(int(value), atoms, trace.path[-1], place))
 
 
 def _sizes(args: Any, kwargs: Any, names: Sequence[str]) -> list[Any]:
@@ -160,9 +159,9 @@ def _reshape(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
     sizes = _sizes(args, kwargs, ('shape', 'size'))
     if len(sizes) != out.dim():  # view(dtype)
         return
-    for size, axis in zip(sizes, trace.axes(out), strict=True):
-        if int(size) != -1:
-            _equation(trace, size, axis and axis.atoms)
+    for i, (size, axis) in enumerate(zip(sizes, trace.axes(out), strict=True)):
+        if int(size) != -1 and (axis is not None or isinstance(size, Size)):
+            _equation(trace, size, axis and axis.atoms, spot(i, len(sizes)) if axis is not None else None)
 
 
 @_handles('unflatten')  # unflatten(dim, sizes)
@@ -279,25 +278,49 @@ def _attention(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
 @contextmanager
 def observing_sizes(model: nn.Module, trace: Trace) -> Iterator[None]:
     """Let every plain `int` attribute of every module remember its name while the model runs; restore them all."""
-    kept: list[tuple[dict[str, Any], str, int]] = []
+    kept: list[tuple[dict[str, Any], str, Any]] = []
     try:
         for path, module in model.named_modules():
             for name, value in vars(module).items():
                 if type(value) is int:
                     kept.append((vars(module), name, value))
                     vars(module)[name] = Size.of(value, ('attr', path, name), trace)
+                elif type(value) in (list, tuple) and value and all(type(v) is int for v in value):
+                    kept.append((vars(module), name, value))
+                    sizes = (Size.of(v, ('attr', path, f'{name}[{i}]'), trace) for i, v in enumerate(value))
+                    vars(module)[name] = type(value)(sizes)
         with _Observe(trace):
             yield
     finally:
         for attributes, name, value in kept:
-            current = attributes[name]
-            attributes[name] = value if isinstance(current, Size) and int(current) == value else int(current)
+            if attributes.get(name) == value:  # else the forward set another, which stays
+                attributes[name] = value
         for module in model.modules():  # what the forward itself stored
             for name, value in vars(module).items():
                 if isinstance(value, Size):
                     vars(module)[name] = int(value)
-                elif type(value) is Shape:
-                    vars(module)[name] = tuple(int(s) for s in value)
+                elif isinstance(value, (tuple, list)) and any(isinstance(v, Size) for v in value):
+                    plain = (int(v) if isinstance(v, Size) else v for v in value)
+                    vars(module)[name] = list(plain) if isinstance(value, list) else tuple(plain)
+
+
+# -- attributes by name --------------------------------------------------------------------------------------------
+def read_attribute(module: nn.Module, name: str) -> int:
+    """Read `name` or `name[i]`."""
+    base, _, index = name.partition('[')
+    value = getattr(module, base)
+    return int(value[int(index[:-1])] if index else value)
+
+
+def write_attribute(module: nn.Module, name: str, value: int) -> None:
+    """Write `name` or `name[i]`; a list or tuple is replaced, never changed, since others may hold it."""
+    base, _, index = name.partition('[')
+    if index:
+        items = list(getattr(module, base))
+        items[int(index[:-1])] = value
+        setattr(module, base, type(getattr(module, base))(items))
+    else:
+        setattr(module, name, value)
 
 
 # -- solving -----------------------------------------------------------------------------------------------------------
@@ -313,66 +336,46 @@ def evaluate(expr: Expression, attributes: Mapping[tuple[str, str], int], live: 
 
 
 def solve(
-    equations: Sequence[tuple[Expression, int, bool]],
-    equal: Sequence[tuple[Expression, Expression]],
-    attributes: dict[tuple[str, str], int],
-    live: Sequence[int],
-) -> dict[tuple[str, str], int]:
-    """Find the attributes for which each expression equals the live count of its axis.
+    equations: Sequence[tuple[Expression, int]], attributes: Mapping[tuple[str, str], int], live: Sequence[int]
+) -> tuple[dict[tuple[str, str], int], list[int]]:
+    """Find the attributes for which each expression equals its target.
+
+    Only expressions of attributes alone decide an attribute: those that name one first, products are then solved for
+    what is left. What reads a tensor's width as well is only checked.
 
     Args:
-        equations: `(expression, target, constant)`: the expression equals the live count of axis number `target`, or
-            the number `target` itself.
-        equal: pairs of expressions that the forward compared and found equal.
+        equations: `(expression, target)`.
         attributes: the present value of each attribute that occurs, by (module path, name).
         live: the live count of each axis.
 
     Returns:
-        The attributes that change, with their new values.
-
-    Raises:
-        SlimError: if no value fits, with the module and the expression.
+        The attributes that change, with their new values; and the numbers of the equations that no value satisfies.
     """
-    values, known = dict(attributes), set()
-    pending = [(expr, target if constant else int(live[target])) for expr, target, constant in equations]
-    # What names an attribute alone decides it; products are solved for what is left.
-    pending.sort(key=lambda e: (len(leaves(e[0], 'attr')), not (isinstance(e[0], (tuple, list)) and e[0][0] == 'attr')))
-    for expr, target in pending:
+    values, known = dict(attributes), set[tuple[str, str]]()
+
+    def order(number: int) -> tuple[int, bool]:
+        expr = equations[number][0]
+        return len(leaves(expr, 'attr')), not (isinstance(expr, (tuple, list)) and expr[0] == 'attr')
+
+    for number in sorted(range(len(equations)), key=order):
+        expr, target = equations[number]
         names = dict.fromkeys((leaf[1], leaf[2]) for leaf in leaves(expr, 'attr'))
         if evaluate(expr, values, live) == target:
             if len(names) == 1:
                 known.update(names)
             continue
-        for name in names:
-            if name in known:
-                continue
-            found = _value(expr, name, values, target, live)
+        for name in names if not leaves(expr, 'live') else ():
+            found = _value(expr, name, values, target, live) if name not in known else None
             if found is not None:
                 values[name] = found
                 known.add(name)
                 break
-        else:
-            raise SlimError(
-                f'no attribute makes {show(expr)} equal {target}: it is {evaluate(expr, values, live)}. '
-                'Freeze these channels with ignore=, or give the module a row in SHAPE_ATTRS'
-            )
-    for expr, target in pending:
-        if evaluate(expr, values, live) != target:
-            raise SlimError(
-                f'{show(expr)} must be {target} and something else at the same time; freeze it with ignore='
-            )
-    for left, right in equal:
-        if evaluate(left, values, live) != evaluate(right, values, live):
-            raise SlimError(f'the forward compares {show(left)} with {show(right)}, which no longer agree')
-    return {name: value for name, value in values.items() if value != attributes[name]}
+    failed = [i for i, (expr, target) in enumerate(equations) if evaluate(expr, values, live) != target]
+    return {name: value for name, value in values.items() if value != attributes[name]}, failed
 
 
 def _value(
-    expr: Expression,
-    name: tuple[str, str],
-    values: dict[tuple[str, str], int],
-    target: int,
-    live: Sequence[int],
+    expr: Expression, name: tuple[str, str], values: dict[tuple[str, str], int], target: int, live: Sequence[int]
 ) -> int | None:
     """Find the one value of an attribute for which the expression is `target`: it is monotonic in each attribute."""
     old = values[name]

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .atoms import AtomTable, Axes, Axis
 from .errors import CombError
+from .source import Spot
 
 _AXES = '_mmcpd_axes'  # the attribute of a running tensor that holds its axes
 
@@ -42,6 +43,16 @@ class ScaleSite:
     query: np.ndarray  # atoms of the query's producer, all heads
     width: np.ndarray  # atoms of one head
     module: str
+
+
+@dataclass
+class Equation:
+    """A size that a forward asked for, and what it must be: the live count of an axis, or a number."""
+
+    expression: Any
+    target: np.ndarray | int
+    module: str
+    place: Spot | None
 
 
 @dataclass
@@ -76,7 +87,7 @@ class Trace:
     memory: list[Term] = field(default_factory=list)  # elements of the outputs of convolutions and matrix products
     norms: list[NormSite] = field(default_factory=list)
     scales: list[ScaleSite] = field(default_factory=list)
-    sizes: list[tuple[Any, np.ndarray | int]] = field(default_factory=list)  # expression == live(atoms), or a number
+    sizes: list[Equation] = field(default_factory=list)
     equal: list[tuple[Any, Any]] = field(default_factory=list)  # expressions that the forward compared
     roles: list[tuple[np.ndarray, str]] = field(default_factory=list)
     gates: list[np.ndarray] = field(default_factory=list)  # producers' rows at products of two activations

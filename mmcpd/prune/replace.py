@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 class SlimMultiheadAttention(nn.Module):
-    """Self-attention or cross-attention whose heads are narrower than its embedding.
+    """Self- or cross-attention whose heads are narrower than its embedding; values and queries may differ.
 
     Args:
         source: the attention to take over; parameters, dropout and `batch_first` are its own.
@@ -62,8 +62,11 @@ class SlimMultiheadAttention(nn.Module):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend as `nn.MultiheadAttention` does, with its arguments and results."""
-        weights = self.in_proj_weight.chunk(3)
-        biases = self.in_proj_bias.chunk(3) if self.in_proj_bias is not None else (None, None, None)
+        v_rows = self.out_proj.weight.shape[1]
+        qk_rows = (self.in_proj_weight.shape[0] - v_rows) // 2
+        rows = [qk_rows, qk_rows, v_rows]
+        weights = self.in_proj_weight.split(rows)
+        biases = self.in_proj_bias.split(rows) if self.in_proj_bias is not None else (None, None, None)
         if not self.batch_first:
             query, key, value = (t.transpose(0, 1) for t in (query, key, value))
         q, k, v = (

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from ..comb.errors import SlimError
 from ..comb.groups import Comb, Keep
-from ..comb.sizes import leaves, solve
+from ..comb.sizes import evaluate, leaves, read_attribute, show, solve, write_attribute
 from .attributes import Shapes, described, local_shapes
 from .masks import named_tensors, unmask_norms_
 from .replace import REPLACEMENTS, replacement
+from .rewrite import Rewrite, rewrite_, rewrites_of
 
 
 def slim(model: nn.Module, comb: Comb, keep: Mapping[str, Tensor]) -> nn.Module:
@@ -121,30 +122,43 @@ def _follow_(
         if outside[path] and path in modules and local_shapes(modules[path]) != shapes:
             for name, value in described(modules[path], shapes, local_shapes(modules[path])).items():
                 setattr(modules[path], name, value)
-    attributes: dict[tuple[str, str], int] = {}
-    equations = []
-    for equation in comb.sizes:
-        names = [(leaf[1], leaf[2]) for leaf in leaves(equation[0], 'attr')]
-        if all(outside.get(path, False) for path, _ in names):
-            equations.append(equation)
-            attributes.update({(p, n): int(getattr(modules[p], n)) for p, n in names})
-    equal = []
-    for pair in comb.equal:
-        names = [(leaf[1], leaf[2]) for side in pair for leaf in leaves(side, 'attr')]
-        if all(outside.get(path, False) for path, _ in names):
-            equal.append(pair)
-            attributes.update({(p, n): int(getattr(modules[p], n)) for p, n in names})
-    for (path, name), value in solve(equations, equal, attributes, comb.live(keep).tolist()).items():
-        setattr(modules[path], name, value)
+    live = comb.live(keep).tolist()
+
+    def inside(*expressions: Any) -> bool:
+        """Say whether all attributes are of modules that were not replaced."""
+        return all(outside.get(path, False) for e in expressions for _, path, _ in leaves(e, 'attr'))
+
+    rules = [r for r in comb.sizes if inside(r.expression) and outside.get(r.site.module if r.site else '', True)]
+    pairs = [pair for pair in comb.equal if inside(*pair)]
+    names = {
+        leaf[1:] for e in [r.expression for r in rules] + [e for p in pairs for e in p] for leaf in leaves(e, 'attr')
+    }
+    attributes = {(path, name): read_attribute(modules[path], name) for path, name in sorted(names)}
+    equations = [(r.expression, r.target if r.constant else live[r.target]) for r in rules]
+    changes, failed = solve(equations, attributes, live)
+    for (path, name), value in changes.items():
+        write_attribute(modules[path], name, value)
+    rewrites: dict[str, list[Rewrite]] = {}
+    for number in failed:
+        place, (expr, value) = rules[number].site, equations[number]
+        if place is None:
+            raise SlimError(f'no attribute makes {show(expr)} equal {value}')
+        rewrites.setdefault(place.module, []).append((place.method, place.call, place.index, place.count, value))
+    for path, wanted in rewrites.items():
+        rewrite_(modules[path], wanted)
+    attributes.update(changes)
+    for left, right in pairs:
+        if evaluate(left, attributes, live) != evaluate(right, attributes, live):
+            raise SlimError(f'the forward compares {show(left)} with {show(right)}, which no longer agree')
 
 
-# -- structure: what a slimmed model is, without its values --------------------------------------------------------------
+# -- structure: what a slimmed model is, without its values ----------------------------------------------------------
 def structure(model: nn.Module, small: nn.Module) -> dict[str, Any]:
     """Describe how a slimmed model differs from its dense one, in plain JSON types.
 
     Returns:
-        `tensors` (new shapes by name), `attributes` (new values by module path and name) and `replaced` (kinds by
-        module path, with the arguments of the replacement).
+        `tensors` (new shapes by name), `attributes` (new values by module path and name), `replaced` (kinds by module
+        path, with the arguments of the replacement) and `rewritten` (sizes put into methods, by module path).
 
     Example:
         >>> plan = structure(model, small)
@@ -152,7 +166,9 @@ def structure(model: nn.Module, small: nn.Module) -> dict[str, Any]:
         >>> twin.load_state_dict(small.state_dict())
     """
     new = dict(small.named_modules())
-    replaced, attributes = {}, {}
+    replaced: dict[str, Any] = {}
+    attributes: dict[str, Any] = {}
+    rewritten: dict[str, Any] = {}
     for path, module in model.named_modules():
         other = new.get(path)
         if other is None or any(path.startswith(r + '.') for r in replaced):
@@ -168,13 +184,15 @@ def structure(model: nn.Module, small: nn.Module) -> dict[str, Any]:
         }
         if changes:
             attributes[path] = changes
+        if rewrites_of(other):
+            rewritten[path] = [list(r) for r in rewrites_of(other)]
     old = {n: tuple(t.shape) for n, t in model.state_dict(keep_vars=True).items()}
     tensors = {n: list(t.shape) for n, t in small.state_dict(keep_vars=True).items() if old.get(n) != tuple(t.shape)}
-    return {'tensors': tensors, 'attributes': attributes, 'replaced': replaced}
+    return {'tensors': tensors, 'attributes': attributes, 'replaced': replaced, 'rewritten': rewritten}
 
 
 def _plain(value: Any) -> bool:
-    return type(value) is int or (type(value) is tuple and all(type(v) is int for v in value))
+    return type(value) is int or (type(value) in (tuple, list) and all(type(v) is int for v in value))
 
 
 @torch.no_grad()
@@ -209,7 +227,9 @@ def restructure_(model: nn.Module, plan: Mapping[str, Any]) -> nn.Module:
                 raise SlimError(
                     f'{path or "the model"} has no attribute {name}, which the structure sets: another model'
                 )
-            setattr(module, name, tuple(value) if isinstance(value, list) else value)
+            setattr(module, name, type(getattr(module, name))(value))
+    for path, rewrites in plan.get('rewritten', {}).items():
+        rewrite_(_find(model, path), [(m, call, index, count, int(value)) for m, call, index, count, value in rewrites])
     return model
 
 

@@ -1,0 +1,116 @@
+"""Find the call in a module's source that asked for a size which no attribute holds.
+
+`x.reshape(B, N, 3, self.num_heads, C // self.num_heads)` divides the *embedding's* width by the heads. Once both are
+pruned, no value of any attribute makes that the width of a head, but a number in its place does. A `Site` names that
+place: by the text of the call, so that it is found again in another release as long as the line is the same.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from types import CodeType, FrameType
+from typing import Any
+
+from torch import nn
+
+_LIBRARIES = ('torch.', 'mmcpd.comb.')
+
+
+@dataclass(frozen=True)
+class Spot:
+    """Where a running forward is: the code, its instruction, and which size of the call is meant."""
+
+    code: CodeType
+    instruction: int
+    index: int
+    count: int  # sizes in the call
+
+
+@dataclass(frozen=True)
+class Site:
+    """One size in one call of one method of one module's class."""
+
+    module: str
+    method: str
+    call: str
+    index: int
+    count: int
+
+
+def spot(index: int, count: int) -> Spot | None:
+    """Return the place in the nearest caller that is neither torch nor this package."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_globals.get('__name__', '') + '.'
+        if not name.startswith(_LIBRARIES):
+            return Spot(frame.f_code, frame.f_lasti, index, count)
+        frame = frame.f_back
+    return None
+
+
+def site(module: nn.Module, path: str, place: Spot) -> Site | None:
+    """Name a place by method and call text, or None where the code is not a method of the module's class."""
+    positions = list(place.code.co_positions())[place.instruction // 2]
+    for name, function in methods(type(module)):
+        if place.code not in _codes(function.__code__):
+            continue
+        tree = parsed(function)
+        for call in ast.walk(tree) if tree is not None else ():
+            if isinstance(call, ast.Call) and (call.lineno, call.end_lineno, call.col_offset, call.end_col_offset) == (
+                positions[0],
+                positions[1],
+                *_columns(function, positions),
+            ):
+                found = Site(path, name, ast.unparse(call), place.index, place.count)
+                return found if sizes_of(call, place.count) is not None else None
+    return None
+
+
+def methods(kind: type) -> Iterator[tuple[str, Any]]:
+    """Yield the plain methods and static methods of a class, as its instances find them."""
+    for name in dir(kind):
+        raw = inspect.getattr_static(kind, name)
+        function = raw.__func__ if isinstance(raw, staticmethod) else raw
+        if inspect.isfunction(function) and not function.__module__.startswith('torch.'):
+            yield name, function
+
+
+def _codes(code: CodeType) -> set[CodeType]:
+    inner = {c for const in code.co_consts if isinstance(const, CodeType) for c in _codes(const)}
+    return {code} | inner
+
+
+@lru_cache(maxsize=256)
+def parsed(function: Any) -> ast.Module | None:
+    """Parse the source of a function; line numbers are those of its file. None where there is no source."""
+    try:
+        lines, start = inspect.getsourcelines(function)
+        tree = ast.parse(textwrap.dedent(''.join(lines)))
+    except (OSError, SyntaxError):
+        return None
+    ast.increment_lineno(tree, start - 1)
+    return tree
+
+
+def _columns(function: Any, positions: Any) -> tuple[int, int]:
+    """Return the columns of a call without the indentation that `parsed` removed."""
+    first = inspect.getsourcelines(function)[0][0]
+    indent = len(first) - len(first.lstrip())
+    return positions[2] - indent, positions[3] - indent
+
+
+def sizes_of(call: ast.Call, count: int) -> list[ast.expr] | None:
+    """Return the size arguments of `x.view(a, b)`, `x.view((a, b))` or `torch.reshape(x, (a, b))`."""
+    for candidate in ([a for a in call.args if isinstance(a, (ast.Tuple, ast.List))], [call]):
+        if len(candidate) == 1:
+            node = candidate[0]
+            sizes = node.args if isinstance(node, ast.Call) else node.elts  # type: ignore[attr-defined]
+            if len(sizes) == count and not any(isinstance(s, ast.Starred) for s in sizes):
+                return sizes
+    return None
