@@ -1,0 +1,70 @@
+"""Inputs from a config: real ones as the model sees them, or noise on request."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mmpretrain.models  # noqa: F401 - registers
+import pytest
+import torch
+from mmengine.config import Config
+
+from mmcpd.datasets.digits import DigitsDataset
+from mmcpd.engine.build import build_dense
+from mmcpd.engine.inputs import data_batches, random_batches
+
+BASE = Path(__file__).resolve().parents[2] / 'configs' / '_base_' / 'datasets' / 'digits.py'
+
+
+@pytest.fixture(scope='module')
+def cfg():
+    cfg = Config.fromfile(BASE)
+    cfg.default_scope = 'mmpretrain'
+    cfg.model = dict(
+        type='ImageClassifier',
+        backbone=dict(type='ResNet', depth=18, base_channels=8, stem_channels=8),
+        neck=dict(type='GlobalAveragePooling'),
+        head=dict(type='LinearClsHead', num_classes=10, in_channels=64),
+    )
+    return cfg
+
+
+@pytest.fixture(scope='module')
+def model(cfg):
+    return build_dense(cfg)
+
+
+def test_real_inputs_are_normalised_pictures_from_the_whole_test_set(cfg, model):
+    one, three = data_batches(cfg, model, (1, 3))
+    assert one.shape == (1, 3, 32, 32)
+    assert three.shape == (3, 3, 32, 32)
+    data = DigitsDataset('test')
+    for picture, index in ((one[0], 0), (three[0], 148), (three[2], 444)):
+        expected = (torch.from_numpy(data[index]['img']).permute(2, 0, 1) - 79.5) / 90.7
+        torch.testing.assert_close(picture, expected)
+
+
+def test_real_inputs_are_scaled_to_another_shape(cfg, model):
+    (same,), (large,) = data_batches(cfg, model, (2,)), data_batches(cfg, model, (2,), shape=(64, 48))
+    assert large.shape == (2, 3, 64, 48)
+    torch.testing.assert_close(large.mean(), same.mean(), atol=0.05, rtol=0)
+
+
+def test_more_inputs_than_pictures_repeat_some(cfg, model):
+    few = Config(dict(cfg))
+    few.test_dataloader.dataset.indices = 2
+    (batch,) = data_batches(few, model, (5,))
+    assert len(batch.unique(dim=0)) == 2
+
+
+def test_random_inputs_are_always_the_same(cfg):
+    one, two = random_batches(cfg, (2, 3)), random_batches(cfg, (2, 3))
+    assert [x.shape for x in one] == [(2, 3, 32, 32), (3, 3, 32, 32)]
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    assert random_batches(cfg, (1,), (8, 16))[0].shape == (1, 3, 8, 16)
+
+
+def test_without_test_data_it_says_so(cfg, model):
+    bare = Config({key: value for key, value in cfg.items() if key != 'test_dataloader'})
+    with pytest.raises(ValueError, match='no test_dataloader'):
+        data_batches(bare, model, (1,))
