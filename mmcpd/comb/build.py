@@ -102,8 +102,8 @@ def _groups(trace: Trace, rows: _Rows, component: np.ndarray, why: np.ndarray) -
     _, which = np.unique(signatures, axis=0, return_inverse=True)
     order = _producer_order(trace, rows)
     found = []
-    for members in _by_value(which.ravel()):
-        atoms = free[starts[members][:, None] + np.arange(lengths[members[0]])]  # (units, atoms of a unit)
+    for units in _by_value(which.ravel()):
+        atoms = free[starts[units][:, None] + np.arange(lengths[units[0]])]  # (units, atoms of a unit)
         atoms = atoms[np.argsort(atoms[:, 0], kind='stable')]
         pattern = rows.row_of[atoms[0]]
         if not (rows.row_of[atoms] == pattern).all():
@@ -257,8 +257,8 @@ def _sizes(model: nn.Module, trace: Trace, book: _AxisBook) -> list[SizeRule]:
             continue
         key = repr((expr, axis, equation.module, equation.place and equation.place.instruction))
         if key not in found:
-            place = None if by_attributes or equation.place is None else equation.place
-            where = place and site(modules[equation.module], equation.module, place)
+            place = None if by_attributes else equation.place
+            where = None if place is None else site(modules[equation.module], equation.module, place)
             found[key] = SizeRule(expr, axis, False, where)
     return list(found.values())
 

@@ -106,7 +106,7 @@ class Comb:
     memory: list[tuple[int, tuple[int, ...]]]
     params: list[tuple[int, tuple[int, ...]]]
     norms: list[tuple[str, int]]  # module path, axis
-    scales: list[tuple[list[tuple[str, int, list[int]]], int]]  # (rows of the query's producer), axis of the width
+    scales: list[tuple[list[tuple[str, int, list[int]]], int, str]]  # query's rows, axis of width, module
     sizes: list[SizeRule]
     equal: list[tuple[Any, Any]]
     shapes: dict[str, tuple[int, ...]]

@@ -13,10 +13,11 @@ def table(comb: Comb) -> str:
     prunable, total = comb.prunable()
     lines = [
         f'{len(comb.groups)} groups, {comb.units} units; {cost.macs / 1e6:,.1f} M MACs, '
-        f'{cost.params / 1e6:,.2f} M parameters ({prunable / max(total, 1):.1%} prunable), {cost.memory / 2**20:,.1f} MiB of activations',
+        f'{cost.params / 1e6:,.2f} M parameters ({prunable / max(total, 1):.1%} prunable), '
+        f'{cost.memory / 2**20:,.1f} MiB of activations',
         '',
     ]
-    rows = [('group', 'units', 'rows', 'producers', 'consumers', 'MACs saved by one unit')]
+    rows: list[tuple[str, ...]] = [('group', 'units', 'rows', 'producers', 'consumers', 'MACs saved by one unit')]
     saved = comb.marginal(comb.keep())
     for group in comb.groups:
         rows.append(

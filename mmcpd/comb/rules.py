@@ -37,9 +37,9 @@ SAME = set('clone contiguous detach alias _to_copy lift_fresh lift view_of posit
 MOVEMENT = set(
     'view _unsafe_view reshape _reshape_alias permute transpose t expand unsqueeze squeeze select slice narrow split '
     'split_with_sizes unsafe_split unsafe_split_with_sizes chunk unsafe_chunk unbind roll flip repeat '
-    'repeat_interleave constant_pad_nd reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d unfold diagonal '
-    'movedim rot90 tril triu pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle unflatten flatten '
-    'numpy_T swapaxes view_as expand_as squeeze_copy index index_select gather'.split()
+    'repeat_interleave constant_pad_nd reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d unfold '
+    'diagonal movedim rot90 tril triu pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle unflatten '
+    'flatten numpy_T swapaxes view_as expand_as squeeze_copy index index_select gather'.split()
 )
 VIEWS = {
     'view': 'reshape',
@@ -121,7 +121,7 @@ def _zero_after(call: Call, met: Sequence[Axis], operands: int) -> bool:
         return (low is None or low <= 0) and (high is None or high >= 0)
     if op in ('clamp_min', 'clamp_max'):
         bound = call.named.get('min', call.named.get('max'))
-        return bound <= 0 if op == 'clamp_min' else bound >= 0
+        return isinstance(bound, (int, float)) and (bound <= 0 if op == 'clamp_min' else bound >= 0)
     if op == 'pow':
         exponent = call.named.get('exponent')
         return isinstance(exponent, (int, float)) and exponent > 0
@@ -435,7 +435,8 @@ def _beside_bias(trace: Trace, out: Axis | None, bias: Tensor | None, what: str)
 @rule('convolution', '_convolution', 'cudnn_convolution', 'mkldnn_convolution')
 # convolution(input, weight, bias, stride, padding, dilation, transposed, output_padding, groups)
 def convolution(trace: Trace, call: Call) -> None:
-    x, weight = call.named.get('input', call.named.get('self')), call.named['weight']
+    x: Tensor = call.named['input' if 'input' in call.named else 'self']
+    weight: Tensor = call.named['weight']
     groups, transposed = int(call.named['groups']), bool(call.named.get('transposed', False))
     what = 'a convolution'
     x_axes, w_axes = trace.axes(x), trace.axes(weight)
@@ -450,16 +451,8 @@ def convolution(trace: Trace, call: Call) -> None:
         if x.shape[len(lead) - 1] > 1:
             _contract(trace, channel, into, what)
     else:
-        out = _grouped(
-            trace,
-            channel,
-            into,
-            out,
-            groups,
-            transposed,
-            x.shape[len(lead) - 1],
-            call.out.shape[len(lead) - 1],
-        )
+        widths = x.shape[len(lead) - 1], call.out.shape[len(lead) - 1]
+        out = _grouped(trace, channel, into, out, groups, transposed, widths)
     if out is not None:
         trace.role(out, 'out')
         out = out.activation(True)
@@ -479,12 +472,11 @@ def _grouped(
     out: Axis | None,
     groups: int,
     transposed: bool,
-    n_in: int,
-    n_out: int,
+    widths: tuple[int, int],
 ) -> Axis | None:
     """Tie the channels of each convolution group, inputs and outputs, so that it stays or goes whole.
 
-    `into` and `out` are the weight's axes: (O, I / groups) or, transposed, (I, O / groups).
+    `into` and `out` are the weight's axes: (O, I / groups) or, transposed, (I, O / groups); `widths` are I and O.
     """
     reason = f'channels inside a convolution group in {trace.where}'
     if transposed:
@@ -501,12 +493,12 @@ def _grouped(
     if channel is None:
         trace.freeze(rows, f'a grouped convolution of an activation without channels in {trace.where}')
     else:
-        grouped = channel.atoms.reshape(groups, n_in // groups)
+        grouped = channel.atoms.reshape(groups, widths[0] // groups)
         trace.tie(grouped)
         trace.equate(Axis(grouped.max(axis=1)), Axis(per_row[:, 0]), 'a convolution')
         if (grouped == FIXED).any():
             trace.freeze(Axis(grouped.max(axis=1)), f'a fixed position in a convolution group in {trace.where}')
-    return Axis(np.repeat(per_row[:, 0], n_out // groups)) if transposed else rows
+    return Axis(np.repeat(per_row[:, 0], widths[1] // groups)) if transposed else rows
 
 
 def _contract(trace: Trace, left: Axis | None, right: Axis | None, what: str) -> None:

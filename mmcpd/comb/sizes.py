@@ -76,7 +76,7 @@ class Size(int):
 
     def __eq__(self, other: object) -> bool:
         """Compare as integers; that an axis was found equal to something is an equation too."""
-        equal = int.__eq__(self, other)  # type: ignore[operator]
+        equal = int.__eq__(self, other)
         if equal is True and self.trace is not None and isinstance(other, int):
             pair = (expression(self), expression(other))
             if any(leaves(e, 'live') for e in pair):
@@ -161,7 +161,9 @@ def _reshape(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
         return
     for i, (size, axis) in enumerate(zip(sizes, trace.axes(out), strict=True)):
         if int(size) != -1 and (axis is not None or isinstance(size, Size)):
-            _equation(trace, size, axis and axis.atoms, spot(i, len(sizes)) if axis is not None else None)
+            _equation(
+                trace, size, None if axis is None else axis.atoms, spot(i, len(sizes)) if axis is not None else None
+            )
 
 
 @_handles('unflatten')  # unflatten(dim, sizes)
@@ -170,7 +172,7 @@ def _unflatten(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
     sizes = list(args[2] if len(args) > 2 else kwargs['sizes'])
     for size, axis in zip(sizes, trace.axes(out)[dim : dim + len(sizes)], strict=True):
         if int(size) != -1:
-            _equation(trace, size, axis and axis.atoms)
+            _equation(trace, size, None if axis is None else axis.atoms)
 
 
 def _tie_pieces(trace: Trace, source: np.ndarray, count: int) -> None:

@@ -110,7 +110,7 @@ def sizes_of(call: ast.Call, count: int) -> list[ast.expr] | None:
     for candidate in ([a for a in call.args if isinstance(a, (ast.Tuple, ast.List))], [call]):
         if len(candidate) == 1:
             node = candidate[0]
-            sizes = node.args if isinstance(node, ast.Call) else node.elts  # type: ignore[attr-defined]
+            sizes = node.args if isinstance(node, ast.Call) else node.elts
             if len(sizes) == count and not any(isinstance(s, ast.Starred) for s in sizes):
                 return sizes
     return None

@@ -175,7 +175,7 @@ def structure(model: nn.Module, small: nn.Module) -> dict[str, Any]:
             continue
         kind = next((k for k, r in REPLACEMENTS.items() if type(other) is r.kind and type(module) is not r.kind), None)
         if kind is not None:
-            replaced[path] = {'kind': kind, 'arguments': other.arguments()}  # type: ignore[operator]
+            replaced[path] = {'kind': kind, 'arguments': other.arguments()}
             continue
         changes = {
             n: list(v) if isinstance(v, tuple) else v
