@@ -70,6 +70,10 @@ class CIRKDLoss(DistillLoss):
     """
 
     same_channels = False
+    pixel_queue: Tensor
+    region_queue: Tensor
+    pixel_written: Tensor
+    region_written: Tensor
 
     def __init__(
         self,
@@ -139,9 +143,7 @@ class CIRKDLoss(DistillLoss):
         """Name the buffers that are equal on all processes by themselves, and too large to be broadcast."""
         return [name for name, _ in self.named_buffers(recurse=False)]
 
-    def compare(
-        self, student: Tensor, teacher: Tensor, labels: Tensor | None, valid: Tensor | None
-    ) -> Tensor:
+    def compare(self, student: Tensor, teacher: Tensor, labels: Tensor | None, valid: Tensor | None) -> Tensor:
         batch = self.batch_term(student, teacher) if self.alpha else student.sum() * 0
         self.terms = {'batch': batch.detach()}
         total = self.alpha * batch
@@ -161,9 +163,7 @@ class CIRKDLoss(DistillLoss):
             similarity.append((rows @ rows.T / self.tau).view(len(rows), n, -1))  # (N * P, N, P)
         return _kl_rows(*similarity).mean()
 
-    def memory_terms(
-        self, student: Tensor, teacher: Tensor, labels: Tensor, valid: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def memory_terms(self, student: Tensor, teacher: Tensor, labels: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """Compare labelled pixels with keys from the queues: `(N, C, H, W)` twice, `(N, H, W)` twice."""
         width = self.pixel_queue.shape[-1]
         if teacher.shape[1] != width:
@@ -186,9 +186,7 @@ class CIRKDLoss(DistillLoss):
                 terms.append(student.sum() * 0)
                 continue
             scale = self.tau * self.temperature
-            terms.append(
-                _mean(_kl_rows(s @ keys.T / scale, t @ keys.T / scale), student) * self.temperature**2
-            )
+            terms.append(_mean(_kl_rows(s @ keys.T / scale, t @ keys.T / scale), student) * self.temperature**2)
         return terms[0], terms[1]
 
     @torch.no_grad()

@@ -66,9 +66,7 @@ class DistillLoss(nn.Module):
         with torch.autocast(student.device.type, enabled=False):
             return self.loss_weight * self.compare(student, teacher, labels, valid)
 
-    def compare(
-        self, student: Tensor, teacher: Tensor, labels: Tensor | None, valid: Tensor | None
-    ) -> Tensor:
+    def compare(self, student: Tensor, teacher: Tensor, labels: Tensor | None, valid: Tensor | None) -> Tensor:
         """Return the unweighted loss; `labels` and `valid` are `(N,)` or `(N, H, W)` like the student."""
         raise NotImplementedError
 
@@ -109,9 +107,7 @@ class KDLoss(DistillLoss):
         super().__init__(loss_weight, ignore_index)
         self.tau = _positive(tau, 'tau', self)
 
-    def compare(
-        self, student: Tensor, teacher: Tensor, labels: Tensor | None, valid: Tensor | None
-    ) -> Tensor:
+    def compare(self, student: Tensor, teacher: Tensor, labels: Tensor | None, valid: Tensor | None) -> Tensor:
         rows = _kl_rows(_rows(student, valid) / self.tau, _rows(teacher, valid) / self.tau)
         return _mean(rows, student) * self.tau**2
 
@@ -144,13 +140,9 @@ class CWDLoss(DistillLoss):
         super().__init__(loss_weight, ignore_index)
         self.tau = _positive(tau, 'tau', self)
 
-    def compare(
-        self, student: Tensor, teacher: Tensor, labels: Tensor | None, valid: Tensor | None
-    ) -> Tensor:
+    def compare(self, student: Tensor, teacher: Tensor, labels: Tensor | None, valid: Tensor | None) -> Tensor:
         if student.ndim != 4:
-            raise ValueError(
-                f'CWDLoss compares maps (N, C, H, W), got {tuple(student.shape)}: tap a convolution'
-            )
+            raise ValueError(f'CWDLoss compares maps (N, C, H, W), got {tuple(student.shape)}: tap a convolution')
         s, t = (x.flatten(2) / self.tau for x in (student, teacher))  # (N, C, H*W)
         if valid is not None:
             left_out = ~valid.flatten(1).unsqueeze(1)  # (N, 1, H*W)
@@ -200,9 +192,7 @@ class DISTLoss(DistillLoss):
         super().__init__(loss_weight, ignore_index)
         self.beta, self.gamma, self.tau = beta, gamma, _positive(tau, 'tau', self)
 
-    def compare(
-        self, student: Tensor, teacher: Tensor, labels: Tensor | None, valid: Tensor | None
-    ) -> Tensor:
+    def compare(self, student: Tensor, teacher: Tensor, labels: Tensor | None, valid: Tensor | None) -> Tensor:
         s = (_rows(student, valid) / self.tau).softmax(-1)  # (rows, classes)
         t = (_rows(teacher, valid) / self.tau).softmax(-1)
         if len(s) == 0:
@@ -253,9 +243,7 @@ class FeatureLoss(DistillLoss):
             else nn.Linear(self.student_channels, self.teacher_channels)
         )
 
-    def compare(
-        self, student: Tensor, teacher: Tensor, labels: Tensor | None, valid: Tensor | None
-    ) -> Tensor:
+    def compare(self, student: Tensor, teacher: Tensor, labels: Tensor | None, valid: Tensor | None) -> Tensor:
         s, t = _rows(student, valid), _rows(teacher, valid)  # (rows, C)
         if (s.shape[1], t.shape[1]) != (self.student_channels, self.teacher_channels):
             raise ValueError(

@@ -12,9 +12,7 @@ from torch import Tensor
 Labelled = tuple[Tensor, Tensor]  # class of each row (rows,), embedding of each row (rows, C)
 
 
-def collect(
-    teacher: Tensor, labels: Tensor, valid: Tensor, classes: int, at_most: int
-) -> tuple[Labelled, Labelled]:
+def collect(teacher: Tensor, labels: Tensor, valid: Tensor, classes: int, at_most: int) -> tuple[Labelled, Labelled]:
     """Choose from each image, for each class in it, up to `at_most` pixels of that class, and its mean."""
     pixels: list[Tensor] = []
     regions: list[Tensor] = []
@@ -25,9 +23,7 @@ def collect(
         label = label[ok]
         for c in label.unique().tolist():
             if not 0 <= c < classes:
-                raise ValueError(
-                    f'CIRKDLoss: label {c} is not in [0, {classes}); set num_classes or ignore_index'
-                )
+                raise ValueError(f'CIRKDLoss: label {c} is not in [0, {classes}); set num_classes or ignore_index')
             of_class = rows[label == c]
             chosen = of_class[torch.randperm(len(of_class), device=rows.device)[:at_most]]
             pixels.append(chosen)
@@ -100,11 +96,7 @@ def check_memory(num_classes: int, pixel_queue: int, region_queue: int, channels
                 f'CIRKDLoss: the queues need {needed:,} bytes ({num_classes} classes x ({pixel_queue} pixels '
                 f'+ {region_queue} regions) x {channels} channels x 4 bytes), '
                 f'{where} has {free:,} available. '
-                + (
-                    f'Set pixel_queue to {fits} or less'
-                    if fits
-                    else 'Set smaller pixel_queue and region_queue'
-                )
+                + (f'Set pixel_queue to {fits} or less' if fits else 'Set smaller pixel_queue and region_queue')
                 + ', or beta=gamma=0 for the batch term alone.'
             )
 

@@ -59,8 +59,7 @@ class Tap:
             path = found
         if not path or path not in modules:
             raise ValueError(
-                f'tap {name!r}: {type(model).__name__} has no module {path!r}; '
-                f'near: {near_names(path, modules)}'
+                f'tap {name!r}: {type(model).__name__} has no module {path!r}; near: {near_names(path, modules)}'
             )
         if part in ('', 'in'):
             return Tap(path, part or None)
@@ -117,9 +116,7 @@ class Taps:
         for name, tap in self.taps.items():
             module, hook = modules[tap.module], partial(self._see, name, tap)
             self._handles.append(
-                module.register_forward_pre_hook(hook)
-                if tap.part == 'in'
-                else module.register_forward_hook(hook)
+                module.register_forward_pre_hook(hook) if tap.part == 'in' else module.register_forward_hook(hook)
             )
 
     def detach(self) -> None:
@@ -168,14 +165,12 @@ def _choose(name: str, tap: Tap, value: Any) -> Tensor:
     """Find the tensor that a tap means in what a module takes or gives."""
     if isinstance(tap.part, int):
         if not isinstance(value, (tuple, list)) or not -len(value) <= tap.part < len(value):
-            got = (
-                f'{len(value)} outputs' if isinstance(value, (tuple, list)) else f'one {type(value).__name__}'
-            )
+            got = f'{len(value)} outputs' if isinstance(value, (tuple, list)) else f'one {type(value).__name__}'
             raise ValueError(f'tap {name!r}: {tap.module!r} gives {got}, there is no output {tap.part}')
         value = value[tap.part]
     elif isinstance(value, (tuple, list)):
         tensors = [item for item in value if isinstance(item, Tensor)]
-        value = (tensors or [None])[0 if tap.part == 'in' else -1]
+        value = tensors[0 if tap.part == 'in' else -1] if tensors else value
     if not isinstance(value, Tensor):
         raise ValueError(
             f'tap {name!r}: {tap.module!r} has no tensor there, but {type(value).__name__}; tap a module '

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,22 +12,13 @@ from mmengine.model import BaseModel
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from mmcpd.distill import CIRKDLoss, CWDLoss, DISTLoss, FeatureLoss, KDLoss, Tap, Taps
-from mmcpd.distill.taps import near_names
+from mmcpd.distill import Taps
+from mmcpd.engine.lessons import LOSSES, Lesson, labels_of, read_lesson
 from mmcpd.engine.teachers import DISTILL, DTYPES, FrozenTeacher, check_same_input, load_teacher
 
-LOSSES: dict[str, type[nn.Module]] = {
-    loss.__name__: loss for loss in (KDLoss, CWDLoss, CIRKDLoss, DISTLoss, FeatureLoss)
-}
+__all__ = ['LOSSES', 'Distiller']
+
 STUDENT = 'student.'  # what nn.Module puts before the student's names, and nobody else sees
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """What one loss compares: a tap on the student with one on the teacher."""
-
-    tap: str
-    teacher_tap: str
 
 
 @MODELS.register_module()
@@ -81,7 +71,9 @@ class Distiller(BaseModel):
         self.distill = nn.ModuleDict()
         self.lessons: dict[str, Lesson] = {}
         for config in losses:
-            self._add_loss(config)
+            lesson = read_lesson(config, self.lessons)
+            self.distill[lesson.name] = lesson.build(self.student)
+            self.lessons[lesson.name] = lesson
         if teacher_dtype not in DTYPES:
             known = ', '.join(map(repr, DTYPES))
             raise ValueError(f'teacher_dtype must be one of {known}, got {teacher_dtype!r}')
@@ -156,24 +148,6 @@ class Distiller(BaseModel):
 
     # The losses -------------------------------------------------------------------------------------------
 
-    def _add_loss(self, config: Mapping[str, Any]) -> None:
-        args = dict(config)
-        kind = args.pop('type', None)
-        if kind is None:
-            raise ValueError(f'losses: {config} has no type; known: {", ".join(LOSSES)}')
-        tap = args.pop('tap', 'logits')
-        teacher_tap = args.pop('teacher_tap', tap)
-        label = kind.rpartition('.')[2] if isinstance(kind, str) else kind.__name__
-        short = label.removesuffix('Loss').lower() or label.lower()
-        name = args.pop('name', None)
-        if name is None:
-            name = short if short not in self.lessons else f'{short}_{len(self.lessons)}'
-        if name in self.lessons or not name.isidentifier() or hasattr(nn.ModuleDict, name):
-            raise ValueError(f'losses: {name!r} cannot be the name of {label}, or is taken; set another name')
-        Tap.parse(tap, self.student)
-        self.distill[name] = _build_loss(kind, args)
-        self.lessons[name] = Lesson(tap, teacher_tap)
-
     def forward(
         self, inputs: Tensor, data_samples: list | None = None, mode: str = 'tensor'
     ) -> dict[str, Tensor] | list | Tensor | tuple:
@@ -196,14 +170,14 @@ class Distiller(BaseModel):
             losses = dict(self.student(inputs, data_samples, mode='loss'))
         for name, loss in self.distill.items():
             lesson = self.lessons[name]
-            labels = [_labels(data_samples, name)] if getattr(loss, 'needs_labels', False) else []
+            labels = [labels_of(data_samples, name)] if getattr(loss, 'needs_labels', False) else []
             losses[f'loss_distill_{name}'] = loss(taps[lesson.tap], said[lesson.teacher_tap], *labels)
         return losses
 
     def _untaught(self) -> dict[str, Tensor]:
         """Return a zero for each loss with parameters: several processes expect a gradient for every one."""
         return {
-            f'loss_distill_{name}': sum(p.sum() * 0 for p in loss.parameters())
+            f'loss_distill_{name}': torch.stack([p.sum() * 0 for p in loss.parameters()]).sum()
             for name, loss in self.distill.items()
             if any(p.requires_grad for p in loss.parameters())
         }
@@ -276,7 +250,7 @@ class Distiller(BaseModel):
         )
 
 
-def _as_student(module: Distiller, state_dict: dict[str, Tensor], prefix: str, _: dict) -> None:
+def _as_student(module: Distiller, state_dict: Any, prefix: str, _: dict) -> None:
     """Rename a state dict's entries, and their versions, to the bare student's names, in place and in order."""
     for key in [k for k in state_dict if k.startswith(prefix)]:
         state_dict[_bare(key, prefix.rstrip('.'))] = state_dict.pop(key)
@@ -319,27 +293,3 @@ def _build_student(
     if 'distill' in dict(student.named_children()):
         raise ValueError(f"{type(student).__name__} has a part called 'distill', where the losses' state goes")
     return student
-
-
-def _build_loss(kind: str | type, args: dict[str, Any]) -> nn.Module:
-    """Build a loss of ours by its name, with or without 'mmcpd.' before it, or any that MMEngine knows."""
-    name = kind.removeprefix('mmcpd.').removeprefix('distill.') if isinstance(kind, str) else kind.__name__
-    try:
-        if isinstance(kind, str) and name in LOSSES:
-            return LOSSES[name](**args)
-        with MODELS.switch_scope_and_registry(None) as registry:
-            if isinstance(kind, str) and registry.get(kind) is None:
-                raise ValueError(f'losses: no loss is called {kind!r}; near: {near_names(name, LOSSES)}')
-        return MODELS.build({'type': kind, **args})
-    except TypeError as error:
-        raise ValueError(f'losses: {name}: {error}') from error
-
-
-def _labels(data_samples: list | None, loss: str) -> Tensor:
-    """Return the labels of a batch: `(N, 1, H, W)` of mmseg's samples, `(N,)` of mmpretrain's."""
-    samples = data_samples or []
-    if samples and all('gt_sem_seg' in sample for sample in samples):
-        return torch.stack([sample.gt_sem_seg.data for sample in samples])
-    if samples and all('gt_label' in sample and sample.gt_label.numel() == 1 for sample in samples):
-        return torch.cat([sample.gt_label.flatten() for sample in samples])
-    raise ValueError(f'loss {loss!r} needs labels; the samples have no gt_sem_seg and no single gt_label')

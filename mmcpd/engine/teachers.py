@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -65,7 +65,7 @@ class FrozenTeacher:
         Raises:
             ValueError: If a tap's module is not called, or gives no tensor.
         """
-        own_precision = nullcontext()
+        own_precision: AbstractContextManager = nullcontext()
         if self.dtype is not None:
             inputs = inputs.to(self.dtype)
             own_precision = torch.autocast(inputs.device.type, enabled=False)

@@ -36,9 +36,7 @@ def kl_of_rows(s, t):
     total = 0.0
     for a, b in zip(s.tolist(), t.tolist(), strict=True):
         za, zb = (sum(math.exp(x) for x in row) for row in (a, b))
-        total += sum(
-            math.exp(y) / zb * ((y - math.log(zb)) - (x - math.log(za))) for x, y in zip(a, b, strict=True)
-        )
+        total += sum(math.exp(y) / zb * ((y - math.log(zb)) - (x - math.log(za))) for x, y in zip(a, b, strict=True))
     return total / len(s)
 
 
@@ -91,9 +89,7 @@ def test_memory_terms_are_the_formula():
                     if y[n, i, j] == IGNORED:
                         continue
                     x = s[n, :, i, j]
-                    hidden = F.relu(
-                        norm.weight * (conv1.weight[:, :, 0, 0] @ x + conv1.bias) / (1 + norm.eps) ** 0.5
-                    )
+                    hidden = F.relu(norm.weight * (conv1.weight[:, :, 0, 0] @ x + conv1.bias) / (1 + norm.eps) ** 0.5)
                     x = conv2.weight[:, :, 0, 0] @ hidden + conv2.bias
                     rows_s.append(keys @ (x / x.norm()) / 0.3 / 2)
                     rows_t.append(keys @ (t[n, :, i, j] / t[n, :, i, j].norm()) / 0.3 / 2)
@@ -153,9 +149,7 @@ def test_regions_are_the_normalised_mean_of_a_class_in_an_image():
 def test_queue_is_a_ring():
     queue, written = torch.zeros(2, 4, 1), torch.zeros(2, dtype=torch.long)
     for start in (1, 4, 7):  # three rows at a time: 1..9
-        queues.write(
-            queue, written, torch.zeros(3, dtype=torch.long), torch.arange(start, start + 3.0).view(3, 1)
-        )
+        queues.write(queue, written, torch.zeros(3, dtype=torch.long), torch.arange(start, start + 3.0).view(3, 1))
     assert queue[0].flatten().tolist() == [9, 6, 7, 8]
     assert queue[1].abs().max() == 0 and written.tolist() == [9, 0]
     queues.write(queue, written, torch.ones(6, dtype=torch.long), torch.arange(1, 7.0).view(6, 1))
@@ -195,9 +189,7 @@ def test_queues_that_do_not_fit_are_refused_before_they_are_made(monkeypatch):
     made = []
     monkeypatch.setattr(queues, 'available_memory', lambda: {'the CPU': 10**6})
     monkeypatch.setattr(CIRKDLoss, 'register_buffer', lambda *a, **k: made.append(a))
-    with pytest.raises(
-        MemoryError, match=r'6,758,400,000 bytes.*the CPU has 1,000,000.*pixel_queue'
-    ) as error:
+    with pytest.raises(MemoryError, match=r'6,758,400,000 bytes.*the CPU has 1,000,000.*pixel_queue') as error:
         CIRKDLoss(num_classes=150, student_channels=512, pixel_queue=20000, region_queue=2000)
     assert 'beta=gamma=0' in str(error.value) and not made
 

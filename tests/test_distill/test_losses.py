@@ -104,9 +104,7 @@ def test_dist_knows_no_correlation_with_what_is_constant():
 
 def test_feature_is_the_mean_squared_difference():
     s, t = pair()
-    naive = (
-        sum((a - b) ** 2 for a, b in zip(s.flatten().tolist(), t.flatten().tolist(), strict=True)) / s.numel()
-    )
+    naive = sum((a - b) ** 2 for a, b in zip(s.flatten().tolist(), t.flatten().tolist(), strict=True)) / s.numel()
     assert FeatureLoss(C)(s, t).item() == pytest.approx(naive, rel=1e-12)
 
 

@@ -2,11 +2,17 @@
 
 import copy
 import logging
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
 
 import mmpretrain.models  # noqa: F401 - registers
 import mmseg.models  # noqa: F401 - registers
 import pytest
 import torch
+import torch.distributed as dist
 from mmengine.config import Config, ConfigDict
 from mmengine.model import ExponentialMovingAverage
 from mmengine.registry import DATASETS, MODELS
@@ -18,10 +24,12 @@ from mmseg.structures import SegDataSample
 from torch import nn
 from torch.utils.data import Dataset
 
+import mmcpd
 from mmcpd.engine.distillers import Distiller
 
 torch.set_num_threads(1)
 CLASSES = 4
+ROOT = Path(mmcpd.__file__).parents[1]
 
 
 def classifier(depth=18, **kwargs):
@@ -52,11 +60,12 @@ def segmentor():
         'backbone': {
             'type': 'mmseg.MobileNetV2',
             'widen_factor': 0.25,
-            'out_indices': (1, 2),
+            'strides': (1, 2, 2, 1, 1, 1, 1),
+            'out_indices': (5, 6),
         },
         'decode_head': {
             'type': 'mmseg.FCNHead',
-            'in_channels': 8,
+            'in_channels': 80,
             'channels': 8,
             'in_index': 1,
             'num_convs': 1,
@@ -199,6 +208,19 @@ def test_bfloat16_teacher_says_nearly_the_same():
     assert values[0] != values[1]
 
 
+def test_compiled_teacher_says_the_same(monkeypatch):
+    # The capture is what can go wrong; generating code for it would take a minute.
+    monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend='eager', fullgraph=True))
+    teacher = MODELS.build(classifier())
+    losses = [KD, {'type': 'FeatureLoss', 'tap': 'backbone.layer1', 'student_channels': 8}]
+    plain, compiled = (
+        distiller(losses=losses, teacher=copy.deepcopy(teacher), teacher_compile=c).train() for c in (False, True)
+    )
+    for seed in range(3):  # also not what an earlier batch left behind
+        data = pictures(seed=seed)
+        torch.testing.assert_close(losses_of(compiled, data), losses_of(plain, data))
+
+
 @pytest.mark.parametrize('dtype', [None, 'bfloat16'])
 def test_under_autocast(dtype):
     model = distiller(teacher=MODELS.build(classifier()), teacher_dtype=dtype).train()
@@ -254,6 +276,39 @@ def test_segmentation_with_labels():
     found = losses_of(model, data)
     assert all(found[f'loss_distill_{n}'] > 0 for n in ('cwd', 'kd', 'cirkd'))
     assert model.distill['cirkd'].region_written.sum() == CLASSES  # of the second picture alone
+
+
+@pytest.mark.parametrize(
+    ('base', 'student', 'names'),
+    [
+        ('kd', classifier, ['kd']),
+        ('kd', segmentor, ['kd']),
+        ('cwd', segmentor, ['cwd']),
+        ('cirkd', segmentor, ['kd', 'cirkd']),
+    ],
+)
+def test_configs_fit_any_model(tmp_path, base, student, names):
+    (tmp_path / 'model.py').write_text(f'model = {student()!r}')
+    (tmp_path / 'mine.py').write_text(
+        f"_base_ = ['model.py', {str(ROOT / 'configs/_base_' / base) + '.py'!r}]\n"
+        "model = dict(_delete_=True, type='mmcpd.Distiller', student={{_base_.model}}, losses={{_base_.losses}})"
+    )
+    cfg = Config.fromfile(tmp_path / 'mine.py')
+    model = MODELS.build(cfg.model).train()
+    assert isinstance(model, Distiller)
+    model.begin_distillation()
+    found = losses_of(model, scenes() if student is segmentor else pictures())
+    assert [k for k in found if 'distill' in k] == [f'loss_distill_{n}' for n in names]
+
+
+def test_losses_know_the_students_sizes():
+    taps = {'decode_head.conv_seg:in': 8, 'decode_head.conv_seg': CLASSES, 'decode_head.convs.0.bn': 8}
+    losses = [{'type': 'FeatureLoss', 'tap': tap, 'name': f'at{i}'} for i, tap in enumerate(taps)]
+    model = distiller(segmentor(), [*losses, {'type': 'CIRKDLoss', 'tap': 'decode_head.conv_seg:in', 'pixel_queue': 9}])
+    assert [loss.student_channels for loss in list(model.distill.values())[:3]] == list(taps.values())
+    assert model.distill['cirkd'].pixel_queue.shape == (CLASSES, 9, 8)
+    with pytest.raises(ValueError, match=r'FeatureLoss: .*student_channels'):
+        distiller(segmentor(), [{'type': 'FeatureLoss', 'tap': 'backbone'}])
 
 
 # What it leaves alone ---------------------------------------------------------------------------------------
@@ -578,3 +633,56 @@ def test_runner_trains_with_layer_wise_learning_rates(tmp_path):
     runner = run(tmp_path, config, [{'type': 'KDLoss'}], pictures, optim_wrapper=optim)
     runner.train()
     assert len({group['lr'] for group in runner.optim_wrapper.param_groups}) > 2
+
+
+def _train_on(rank, folder):
+    """Train on one of two processes, as two scripts started by the test below do."""
+    os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE='2')
+    dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=2)
+    hint = {
+        'type': 'FeatureLoss',
+        'tap': 'decode_head.conv_seg:in',
+        'teacher_tap': 'decode_head.conv_seg',
+        'student_channels': 8,
+        'teacher_channels': CLASSES,
+    }
+    runner = run(
+        Path(folder), segmentor(), [CIRKD, hint], scenes,
+        launcher='pytorch',
+        model_wrapper_cfg={'type': 'MMDistributedDataParallel', 'device_ids': None, 'broadcast_buffers': True},
+        train_cfg={'type': 'IterBasedTrainLoop', 'max_iters': 2},
+    )  # fmt: skip
+    call_hook = runner.call_hook
+
+    def begin_at_the_second(name, **kwargs):
+        if name == 'after_train_iter' and runner.iter == 0:
+            runner.model.module.begin_distillation()
+        return call_hook(name, **kwargs)
+
+    runner.call_hook = begin_at_the_second
+    runner.train()
+    model = runner.model.module
+    torch.save({'student': model.state_dict(), 'teacher': model.teacher.state_dict()}, f'{folder}/{rank}.pth')
+    dist.destroy_process_group()
+
+
+def test_two_processes_agree(tmp_path):
+    scripts = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(rank), str(tmp_path)],
+            env=os.environ | {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'},
+            stdout=subprocess.DEVNULL,
+        )
+        for rank in range(2)
+    ]
+    assert [script.wait(timeout=300) for script in scripts] == [0, 0]
+    first, second = (torch.load(tmp_path / f'{rank}.pth') for rank in range(2))
+    assert all(torch.equal(v, second['teacher'][k]) for k, v in first['teacher'].items())
+    learnt = {k: v for k, v in first['student'].items() if 'running' not in k}  # each has its own statistics
+    assert all(torch.equal(v, second['student'][k]) for k, v in learnt.items())
+    assert first['student']['distill.cirkd.region_written'].sum() == 2 * 4 * CLASSES  # both processes' pictures
+    assert {k for k in first['student'] if not k.startswith('distill.')} == first['teacher'].keys()
+
+
+if __name__ == '__main__':
+    _train_on(int(sys.argv[1]), sys.argv[2])

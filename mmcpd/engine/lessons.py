@@ -1,0 +1,116 @@
+"""What a distiller's config says about its losses: what each compares, by which name, with which labels."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from mmcpd.distill import CIRKDLoss, CWDLoss, DISTLoss, FeatureLoss, KDLoss, Tap
+from mmcpd.distill.taps import near_names
+
+LOSSES: dict[str, type[nn.Module]] = {
+    loss.__name__: loss for loss in (KDLoss, CWDLoss, CIRKDLoss, DISTLoss, FeatureLoss)
+}
+
+
+# Attributes of torch's layers: the width of what they give, and of what they take.
+WIDTHS = {False: ('out_channels', 'out_features', 'num_features'), True: ('in_channels', 'in_features', 'num_features')}
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One loss: a tap on the student compared with one on the teacher."""
+
+    name: str  # in the log: loss_distill_<name>
+    kind: str | type[nn.Module]
+    args: dict[str, Any]
+    tap: str
+    teacher_tap: str
+
+    def build(self, student: nn.Module) -> nn.Module:
+        """Build the loss: one of ours, with or without 'mmcpd.' before its name, or any that MMEngine knows.
+
+        Ours take `student_channels` and `num_classes` from the student, where they need them and are not told.
+
+        Raises:
+            ValueError: If the student has no such tap, there is no such loss, or it does not take the arguments.
+        """
+        tap = Tap.parse(self.tap, student)
+        short = _short(self.kind)
+        try:
+            if isinstance(self.kind, str):
+                if self.kind.removeprefix('mmcpd.').removeprefix('distill.') in LOSSES:
+                    return LOSSES[short](**{**_sizes(LOSSES[short], student, tap), **self.args})
+                with MODELS.switch_scope_and_registry(None) as registry:
+                    if registry.get(self.kind) is None:
+                        near = near_names(short, LOSSES)
+                        raise ValueError(f'losses: no loss is called {self.kind!r}; near: {near}')
+            return MODELS.build({'type': self.kind, **self.args})
+        except TypeError as error:
+            raise ValueError(f'losses: {short}: {error}') from error
+
+
+def read_lesson(config: Mapping[str, Any], taken: Collection[str] = ()) -> Lesson:
+    """Read one loss's dict; what is not about the taps or the name are the loss's own arguments.
+
+    Args:
+        config: `type`, and what it needs of `tap` ('logits'), `teacher_tap` (as `tap`), `name` (of the type).
+        taken: Names that other losses have.
+
+    Raises:
+        ValueError: If there is no type, or the name is taken or no identifier.
+
+    Example:
+        >>> read_lesson({'type': 'CWDLoss', 'tap': 'decode_head.conv_seg', 'tau': 4.0}).name
+        'cwd'
+    """
+    args = dict(config)
+    kind = args.pop('type', None)
+    if kind is None:
+        raise ValueError(f'losses: {config} has no type; known: {", ".join(LOSSES)}')
+    tap = args.pop('tap', 'logits')
+    teacher_tap = args.pop('teacher_tap', tap)
+    name = args.pop('name', None)
+    if name is None:
+        label = _short(kind)
+        name = label.removesuffix('Loss').lower() or label.lower()
+        if name in taken:
+            name = f'{name}_{len(taken)}'
+    if name in taken or not name.isidentifier() or hasattr(nn.ModuleDict, name):
+        raise ValueError(f'losses: {name!r} cannot be the name of {_short(kind)}, or is taken; set another name')
+    return Lesson(name, kind, args, tap, teacher_tap)
+
+
+def _sizes(loss: type[nn.Module], student: nn.Module, tap: Tap) -> dict[str, int]:
+    """Return those of a loss's sizes that the student tells: of its head, and of the module under the tap."""
+    module = student.get_submodule(tap.module)
+    told = {
+        'num_classes': getattr(getattr(student, 'decode_head', None), 'num_classes', None),
+        'student_channels': next((getattr(module, n) for n in WIDTHS[tap.part == 'in'] if hasattr(module, n)), None),
+    }
+    wanted = inspect.signature(loss).parameters
+    return {name: size for name, size in told.items() if name in wanted and isinstance(size, int)}
+
+
+def _short(kind: str | type) -> str:
+    return kind.rpartition('.')[2] if isinstance(kind, str) else kind.__name__
+
+
+def labels_of(data_samples: list | None, loss: str) -> Tensor:
+    """Return the labels of a batch: `(N, 1, H, W)` of mmseg's samples, `(N,)` of mmpretrain's.
+
+    Raises:
+        ValueError: If the samples have neither.
+    """
+    samples = data_samples or []
+    if samples and all('gt_sem_seg' in sample for sample in samples):
+        return torch.stack([sample.gt_sem_seg.data for sample in samples])
+    if samples and all('gt_label' in sample and sample.gt_label.numel() == 1 for sample in samples):
+        return torch.cat([sample.gt_label.flatten() for sample in samples])
+    raise ValueError(f'loss {loss!r} needs labels; the samples have no gt_sem_seg and no single gt_label')
