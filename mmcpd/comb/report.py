@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from .groups import Comb, Group
 
-_MOST_REASONS = 25
-
 
 def table(comb: Comb) -> str:
     """Return the groups, what is frozen and why, and the operations without a rule."""
@@ -31,11 +29,16 @@ def table(comb: Comb) -> str:
             )
         )
     lines += [*_align(rows), '']
-    reasons = comb.reasons().most_common()
-    if reasons:
-        lines += _align([('frozen because', 'rows'), *((r, str(n)) for r, n in reasons[:_MOST_REASONS])])
-    if len(reasons) > _MOST_REASONS:
-        lines.append(f'... and {len(reasons) - _MOST_REASONS} more reasons (comb.frozen)')
+    reasons: dict[str, list[tuple[str, int]]] = {}
+    for reason, count in comb.reasons().items():  # the same reason in many modules is one line
+        text, _, where = reason.rpartition(' in ')
+        reasons.setdefault(text or where, []).append((where, count))
+    why: list[tuple[str, ...]] = [('frozen because', 'rows')]
+    for text, places in sorted(reasons.items(), key=lambda r: -sum(n for _, n in r[1])):
+        where = f' in {places[0][0]}' if places[0][0] != text else ''
+        more = f' and {len(places) - 1} more' if len(places) > 1 else ''
+        why.append((text + where + more, str(sum(n for _, n in places))))
+    lines += _align(why) if len(why) > 1 else []
     for (op, where), count in comb.unsupported.items():
         lines.append(f'no rule for {op} in {where} (x{count}): what goes through it is frozen')
     return '\n'.join(lines)
