@@ -32,7 +32,8 @@ class FrozenTeacher:
     Args:
         module: The teacher; frozen and put into eval mode, in place.
         taps: Names of module outputs, as in `mmcpd.distill.Tap`.
-        dtype: Run in this precision instead of the student's: half the memory, and on GPUs about half the time.
+        dtype: Run in this precision instead of the student's: half the memory. For hardware that computes in it: a
+            CPU without bfloat16 instructions is several times slower.
         compiled: Run through `torch.compile`; the first batch of each size then takes longer. An ordinary
             teacher runs no further than its last tap, a compiled one to its end.
 
