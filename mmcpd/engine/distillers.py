@@ -40,7 +40,7 @@ class Distiller(BaseModel):
         data_preprocessor: For a student whose config has none; the Runner gives the config's own here.
         teacher_dtype: None: as the student (mixed precision included); or 'bfloat16', 'float16'.
         teacher_compile: Run the teacher through `torch.compile`.
-        init_cfg: As for any MMEngine module; of the student, where its config has none.
+        init_cfg: As for any MMEngine module, over the student and the losses.
 
     Raises:
         ValueError: If a tap, a loss, its arguments or the teacher are not known or do not fit.

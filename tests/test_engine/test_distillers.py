@@ -311,6 +311,24 @@ def test_losses_know_the_students_sizes():
         distiller(segmentor(), [{'type': 'FeatureLoss', 'tap': 'backbone'}])
 
 
+def test_losses_that_a_user_registered():
+    @MODELS.register_module(force=True)
+    class ShoutLoss(nn.Module):
+        def __init__(self, volume):
+            super().__init__()
+            self.volume = volume
+
+        def forward(self, student, teacher):
+            return self.volume * (student - teacher).abs().mean()
+
+    model = distiller(
+        losses=[{'type': 'ShoutLoss', 'tap': 'head.fc', 'volume': 3.0}], teacher=MODELS.build(classifier())
+    )
+    assert losses_of(model.train(), pictures())['loss_distill_shout'] > 0
+    with pytest.raises(ValueError, match=r'ShoutLoss: .*volume'):
+        distiller(losses=[{'type': 'ShoutLoss'}])
+
+
 # What it leaves alone ---------------------------------------------------------------------------------------
 
 
