@@ -10,6 +10,7 @@ attributes (`solve`); a literal that names an axis cannot follow, so the axis is
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -42,12 +43,18 @@ def leaves(expr: Expression, kind: str) -> list[tuple[Any, ...]]:
     return leaves(expr[1], kind) + leaves(expr[2], kind)
 
 
+def _fresh(value: Any, trace: Trace | None) -> Any:
+    """Return a size, or the plain integer where another run left it in somebody's cache."""
+    return int(value) if isinstance(value, Size) and value.trace is not trace else value
+
+
 def _binary(symbol: str, swap: bool = False) -> Callable[[Size, Any], Any]:
     function = OPERATORS[symbol]
 
     def method(self: Size, other: Any) -> Any:
         if not isinstance(other, int) or isinstance(other, bool):
             return NotImplemented
+        other = _fresh(other, self.trace)
         left, right = (other, self) if swap else (self, other)
         value = function(int(left), int(right))
         return Size.of(value, (symbol, expression(left), expression(right)), self.trace)
@@ -78,7 +85,7 @@ class Size(int):
         """Compare as integers; that an axis was found equal to something is an equation too."""
         equal = int.__eq__(self, other)
         if equal is True and self.trace is not None and isinstance(other, int):
-            pair = (expression(self), expression(other))
+            pair = (expression(self), expression(_fresh(other, self.trace)))
             if any(leaves(e, 'live') for e in pair):
                 self.trace.equal.append(pair)
         return equal
@@ -143,6 +150,7 @@ def _handles(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]
 
 def _equation(trace: Trace, value: Any, atoms: np.ndarray | None, place: Spot | None = None) -> None:
     """State that a size argument is the number of live units, or without atoms that it stays."""
+    value = _fresh(value, trace)
     if isinstance(value, Size):
         trace.sizes.append(Equation(value.expression, int(value) if atoms is None else atoms, trace.path[-1], place))
     elif atoms is not None:  # a literal cannot follow, but may be replaced where it stands
@@ -278,6 +286,22 @@ def _attention(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
 
 
 @contextmanager
+def _without_caches() -> Iterator[None]:
+    """Let einops work its shapes out anew: its cache takes a `Size` for any integer that equals it."""
+    einops = sys.modules.get('einops.einops')
+    cached = getattr(einops, '_reconstruct_from_shape', None)
+    plain = getattr(einops, '_reconstruct_from_shape_uncached', None)
+    if einops is None or cached is None or plain is None:
+        yield
+        return
+    einops._reconstruct_from_shape = plain
+    try:
+        yield
+    finally:
+        einops._reconstruct_from_shape = cached
+
+
+@contextmanager
 def observing_sizes(model: nn.Module, trace: Trace) -> Iterator[None]:
     """Let every plain `int` attribute of every module remember its name while the model runs; restore them all."""
     kept: list[tuple[dict[str, Any], str, Any]] = []
@@ -291,7 +315,7 @@ def observing_sizes(model: nn.Module, trace: Trace) -> Iterator[None]:
                     kept.append((vars(module), name, value))
                     sizes = (Size.of(v, ('attr', path, f'{name}[{i}]'), trace) for i, v in enumerate(value))
                     vars(module)[name] = type(value)(sizes)
-        with _Observe(trace):
+        with _Observe(trace), _without_caches():
             yield
     finally:
         for attributes, name, value in kept:

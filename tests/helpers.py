@@ -1,0 +1,175 @@
+"""What the tests of combing, masking and slimming share: toy nets, and the checks that everything leans on."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmcpd.comb import Comb, Keep
+from mmcpd.comb.trace import evaluating, tensors_in
+from mmcpd.prune import mask_, restructure_, slim, structure
+from mmcpd.prune.trial import random_keep
+
+EXACT = 1e-9  # float64, relative
+CONTROL = 1e-5  # what a wrong index must exceed
+SDPA = '_scaled_dot_product_flash_attention_for_cpu'
+PRODUCTS = {'convolution', 'addmm', 'mm', 'bmm', 'baddbmm', 'linear', 'mv', 'dot', SDPA}
+
+
+class Net(nn.Module):
+    """A net in one line: `Net(lambda m, x: m.fc(m.conv(x).mean((2, 3))), conv=..., fc=...)`."""
+
+    def __init__(self, run: Callable[..., Any], **parts: Any) -> None:
+        super().__init__()
+        self.run = run
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.run(self, *inputs)
+
+
+@torch.no_grad()
+def randomise_(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Make the model float64 and every value matter: no zero bias, no unit variance, no equal scales."""
+    generator = torch.Generator().manual_seed(seed)
+    model.double()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if not tensor.is_floating_point():
+            continue
+        noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
+        if 'var' in name:
+            tensor.copy_(noise + 0.5)
+        elif tensor.dim() > 1:
+            tensor.copy_((noise - 0.5) * (12 / tensor[0].numel()) ** 0.5)
+        else:
+            tensor.copy_(noise + 0.3)
+    return model.eval()
+
+
+def call(comb: Comb, model: nn.Module) -> Any:
+    """Run a model as it was combed: eval mode, no gradients."""
+    assert comb.forward is not None
+    with evaluating(model):
+        return comb.forward(model, *comb.inputs)
+
+
+def masked(model: nn.Module, comb: Comb, keep: Keep) -> nn.Module:
+    twin = copy.deepcopy(model)
+    mask_(twin, comb, keep)
+    return twin
+
+
+def gap(left: Any, right: Any) -> float:
+    """Return the largest relative difference, NaN counted as infinite."""
+    worst = 0.0
+    ours, theirs = tensors_in(left), tensors_in(right)
+    assert [t.shape for t in ours] == [t.shape for t in theirs]
+    assert ours
+    for a, b in zip(ours, theirs, strict=True):
+        if a.is_floating_point():
+            assert bool(torch.isfinite(a).all()), 'the reference is not finite, so nothing is compared'
+            worst = max(worst, float((a - b).abs().max() / a.abs().max()))
+            worst = float('inf') if not bool(torch.isfinite(b).all()) else worst
+    return worst
+
+
+def rotated(comb: Comb, name: str, keep: Keep) -> Keep:
+    """Rotate the keep of one group by one unit."""
+    return {**keep, name: keep[name].roll(1)}
+
+
+def check_equal(model: nn.Module, comb: Comb, seeds: tuple[int, ...] = (0, 1), ratio: float = 0.6) -> nn.Module:
+    """Check masked == slimmed for random keeps, with the controls that must fail; return the last slim model."""
+    dense = call(comb, model)
+    assert gap(dense, call(comb, slim(model, comb, comb.keep()))) <= 1e-12
+    for seed in seeds:
+        keep = random_keep(comb, ratio, seed)
+        small = slim(model, comb, keep)
+        out = call(comb, masked(model, comb, keep))
+        assert gap(out, call(comb, small)) <= EXACT
+        assert gap(dense, out) > CONTROL, 'masking changed nothing'
+        assert gap(dense, call(comb, model)) == 0, 'masking a copy or slimming touched the model'
+        for group in comb.groups:
+            other = rotated(comb, group.name, keep)
+            if bool((other[group.name] != keep[group.name]).any()):
+                wrong = call(comb, masked(model, comb, other))
+                assert gap(wrong, call(comb, small)) > CONTROL, f'a rotated index of {group.name} goes unnoticed'
+    return small
+
+
+class Count(TorchDispatchMode):
+    """Count what a model really runs: MACs that torch's counter misses (attention on CPU, vectors), and outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.uncounted = self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name.split('::')[-1]
+        if name in PRODUCTS:
+            self.elements += (out[0] if isinstance(out, tuple) else out).numel()
+        if name in ('mv', 'dot'):
+            self.uncounted += args[0].numel()
+        if name == SDPA:
+            query, key, value = args[:3]
+            self.uncounted += query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+        return out
+
+
+def count(comb: Comb, model: nn.Module) -> tuple[int, int, int]:
+    """Return (MACs, parameters, bytes in float32) of one forward pass as it happens."""
+    with FlopCounterMode(display=False) as flops, Count() as own:
+        call(comb, model)
+    macs, odd = divmod(flops.get_total_flops(), 2)
+    assert not odd
+    params = sum(p.numel() for p in model.parameters())
+    return macs + own.uncounted, params, 4 * own.elements
+
+
+def check_cost(model: nn.Module, comb: Comb, seeds: tuple[int, ...] = (0,), ratio: float = 0.6) -> None:
+    """Check the closed formula against a count on the really slimmed model, exactly."""
+    for keep in (comb.keep(), *(random_keep(comb, ratio, seed) for seed in seeds)):
+        cost = comb.cost(keep)
+        assert (cost.macs, cost.params, cost.memory) == count(comb, slim(model, comb, keep))
+    dense = comb.cost(comb.keep())
+    assert cost.params < dense.params
+
+
+def check_structure(model: nn.Module, comb: Comb, small: nn.Module, build: Callable[[], nn.Module]) -> nn.Module:
+    """Check that a fresh model, the structure as JSON text and the weights give the slim model back."""
+    plan = json.loads(json.dumps(structure(model, small)))
+    twin = restructure_(build().double(), plan)
+    twin.load_state_dict(small.state_dict(), strict=True)
+    assert gap(call(comb, small), call(comb, twin)) == 0
+    assert [type(m).__name__ for m in twin.modules()] == [type(m).__name__ for m in small.modules()]
+    assert str(twin) == str(small)
+    return twin
+
+
+def members(comb: Comb, name: str) -> dict[str, list[list[int]]]:
+    """Return `{'tensor:dim': rows per unit}` of one group."""
+    return {f'{m.tensor}:{m.dim}': m.index.tolist() for m in comb.group(name).members}
+
+
+def rows(units: int, k: int = 1, start: int = 0) -> list[list[int]]:
+    """Return consecutive rows: unit i has `start + i * k ...`."""
+    return (start + torch.arange(units * k).reshape(units, k)).tolist()
+
+
+def strided(units: int, k: int, start: int = 0) -> list[list[int]]:
+    """Return interleaved rows: unit i has `start + i, start + i + units, ...`."""
+    return (start + torch.arange(units * k).reshape(k, units).T).tolist()
+
+
+def sample(shape: tuple[int, ...]) -> Tensor:
+    """Return a reproducible float64 input."""
+    return torch.rand(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) - 0.3
