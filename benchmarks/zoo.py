@@ -31,6 +31,7 @@ import json
 import os
 import platform
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -56,6 +57,7 @@ TABLE = ROOT / 'docs' / 'zoo.md'
 KEEP = 0.7
 TOLERANCE = {'float64': 1e-9, 'float32': 1e-4}
 ONNX_TOLERANCE = 1e-3
+PEER_SECONDS = 90
 MARK = '@@zoo '
 PACKAGES = ('torch', 'onedl-mmpretrain', 'onedl-mmsegmentation', 'onnx', 'onnxruntime', 'torch_pruning')
 Row = dict[str, Any]
@@ -203,8 +205,14 @@ def parity(model: nn.Module, x: Tensor) -> Row:
 
 
 def sweep_peer(model: Deployed, x: Tensor) -> Row:
-    """Prune 30 % with Torch-Pruning by magnitude, as its high-level pruner is documented."""
+    """Prune 30 % with Torch-Pruning by magnitude, as its high-level pruner is documented, within `PEER_SECONDS`."""
     import torch_pruning
+
+    def late(*_: Any) -> None:
+        raise TimeoutError(f'no end within {PEER_SECONDS} s')
+
+    signal.signal(signal.SIGALRM, late)
+    signal.alarm(PEER_SECONDS)
 
     before = [t.shape for t in model(x)]
     row: Row = {'params': sum(p.numel() for p in model.parameters()), 'graph': False, 'runs': False}
@@ -225,6 +233,7 @@ def sweep_peer(model: Deployed, x: Tensor) -> Row:
         with stage(row, 'forward'), torch.no_grad():
             after = [t.shape for t in model(x)]
             row |= {'runs': True, 'shape': after == before}
+    signal.alarm(0)
     row['removed'] = 1 - sum(p.numel() for p in model.parameters()) / row['params']
     return row
 

@@ -1,8 +1,8 @@
 """Name one config of every architecture family in mmpretrain and mmseg, and build it with random weights.
 
-A family is a folder of `<package>/.mim/configs`. `FAMILIES` has the config that is swept (the smallest sensible
-variant), `OUT` the folders that are not, each with the reason; `unlisted()` finds folders in neither, which is how a
-newer version of the packages shows up.
+A family is a folder of `<package>/.mim/configs`, and our own SeaFormer. `FAMILIES` has the config that is swept (the
+smallest sensible variant), `OUT` the folders that are not, each with the reason; `unlisted()` finds folders in
+neither, which is how a newer version of the packages shows up.
 """
 
 from __future__ import annotations
@@ -122,6 +122,7 @@ FAMILIES: tuple[Family, ...] = (
     classifier('vision_transformer', 'vit-base-p32_64xb64_in1k'),
     classifier('wrn', 'wide-resnet50_8xb32_in1k'),
     classifier('xcit', 'xcit-nano-12-p16_8xb128_in1k'),
+    Family('mmcpd', 'seaformer', '_base_/models/seaformer_t.py', (128, 128)),
     segmentor('ann', 'ann_r50-d8_4xb2-40k_cityscapes-512x1024'),
     segmentor('apcnet', 'apcnet_r50-d8_4xb2-40k_cityscapes-512x1024'),
     segmentor('beit', 'beit-base_upernet_8xb2-160k_ade20k-640x640', model__backbone__img_size=128),
@@ -220,7 +221,9 @@ OUT: dict[str, str] = {
 
 
 def config_root(package: str) -> Path:
-    """Find the folder of a package's configs."""
+    """Find the folder of a package's configs; mmcpd's own is the checkout's."""
+    if package == 'mmcpd':
+        return Path(__file__).resolve().parents[1] / 'configs'
     return Path(importlib.import_module(package).__file__).parent / '.mim' / 'configs'
 
 
@@ -263,17 +266,16 @@ def build(family: Family, seed: int = 0) -> tuple[Deployed, Tensor]:
     only, are left away, and SyncBN becomes BN.
     """
     from mmengine.config import Config
-    from mmengine.registry import DefaultScope
+    from mmengine.registry import MODELS, DefaultScope
 
     importlib.import_module(f'{family.package}.models')
-    registry = importlib.import_module(f'{family.package}.registry').MODELS
     config = Config.fromfile(str(config_root(family.package) / family.config)) if family.config else Config()
     config.merge_from_dict(family.changes)
     model = _local(config.model.to_dict())
     model.pop('auxiliary_head', None)
     torch.manual_seed(seed)
     with DefaultScope.overwrite_default_scope(family.package):
-        net = registry.build(model)
+        net = MODELS.build(model)
     deployed = randomise_(Deployed(net), seed).eval()
     x = torch.randn(1, family.channels, *family.size, generator=torch.Generator().manual_seed(seed))
     return calibrate_(deployed, x), x

@@ -1,0 +1,160 @@
+"""Hold the invariants of the zoo sweep on one small model of each of the paper's families, and a few others."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+pytest.importorskip('mmpretrain')
+pytest.importorskip('mmseg')
+
+from benchmarks.zoo import count_macs, parity, random_keep, relative
+from benchmarks.zoo_models import Deployed, calibrate_, randomise_
+from mmcpd.comb import comb
+from mmcpd.prune import mask_, slim
+
+
+def classifier(width, neck=True, head='LinearClsHead', **backbone):
+    neck = dict(type='mmpretrain.GlobalAveragePooling') if neck else None
+    head = dict(type=f'mmpretrain.{head}', num_classes=7, in_channels=width)
+    return dict(type='mmpretrain.ImageClassifier', backbone=backbone, neck=neck, head=head)
+
+
+def segmentor(head, channels, neck=None, **backbone):
+    head = dict(in_channels=channels, in_index=list(range(len(channels))), num_classes=7, align_corners=False, **head)
+    return dict(type='mmseg.EncoderDecoder', backbone=backbone, neck=neck, decode_head=head)
+
+
+BN = dict(type='BN')
+SMALL = {
+    # the paper's five families
+    'resnet': classifier(256, type='mmpretrain.ResNet', depth=50, stem_channels=8, base_channels=8, expansion=4),
+    'mobilenet_v2': classifier(1280, type='mmpretrain.MobileNetV2', widen_factor=0.25),
+    'resnext': classifier(
+        512, type='mmpretrain.ResNeXt', depth=50, groups=8, width_per_group=2, stem_channels=16, base_channels=16
+    ),
+    'deit': classifier(
+        48,
+        neck=False,
+        head='VisionTransformerClsHead',
+        type='mmpretrain.VisionTransformer',
+        arch=dict(embed_dims=48, num_layers=2, num_heads=4, feedforward_channels=96),
+        img_size=64,
+        patch_size=16,
+    ),
+    'vit_upernet': segmentor(
+        dict(type='mmseg.UPerHead', channels=16, norm_cfg=BN),
+        [48, 48],
+        type='mmseg.VisionTransformer',
+        img_size=64,
+        embed_dims=48,
+        num_layers=2,
+        num_heads=4,
+        mlp_ratio=2,
+        out_indices=(0, 1),
+        final_norm=True,
+        patch_bias=True,
+    ),
+    'seaformer': segmentor(
+        dict(type='mmcpd.models.LightHead', channels=16, embed_dims=[16, 16], norm_cfg=BN),
+        [32, 128, 160],
+        type='mmcpd.models.SeaFormer',
+        arch='tiny',
+        norm_cfg=BN,
+    ),
+    # others: windows, efficient attention, shuffles, layer scale, squeeze and excitation, concatenation, fusion
+    'swin': classifier(
+        48,
+        type='mmpretrain.SwinTransformer',
+        arch=dict(embed_dims=24, depths=[2, 2], num_heads=[2, 4]),
+        img_size=56,
+        out_indices=(1,),
+    ),
+    'segformer': segmentor(
+        dict(type='mmseg.SegformerHead', channels=16, norm_cfg=BN),
+        [8, 16, 24, 32],
+        type='mmseg.MixVisionTransformer',
+        embed_dims=8,
+        num_layers=[1, 1, 1, 1],
+        num_heads=[1, 2, 3, 4],
+    ),
+    'shufflenet_v2': classifier(1024, type='mmpretrain.ShuffleNetV2', widen_factor=0.5),
+    'convnext': classifier(
+        64,
+        neck=False,
+        type='mmpretrain.ConvNeXt',
+        arch=dict(depths=[1, 1, 2, 1], channels=[8, 16, 32, 64]),
+        out_indices=(3,),
+    ),
+    'mobilenet_v3': classifier(576, type='mmpretrain.MobileNetV3', arch='small'),
+    'densenet': classifier(
+        42, type='mmpretrain.DenseNet'', arch=dict(growth_rate=8, depths=[2, 3, 2, 3], init_channels=16)
+    ),
+    'hrnet': segmentor(
+        dict(type='mmseg.FCNHead', channels=24, norm_cfg=BN, input_transform='resize_concat', num_convs=1),
+        [8, 16],
+        type='mmseg.HRNet',
+        norm_cfg=BN,
+        extra=dict(
+            stage1=dict(num_modules=1, num_branches=1, block='BOTTLENECK', num_blocks=(1,), num_channels=(8,)),
+            stage2=dict(num_modules=1, num_branches=2, block='BASIC', num_blocks=(1, 1), num_channels=(8, 16)),
+            stage3=dict(num_modules=1, num_branches=3, block='BASIC', num_blocks=(1, 1, 1), num_channels=(8, 16, 24)),
+            stage4=dict(
+                num_modules=1, num_branches=4, block='BASIC', num_blocks=(1,) * 4, num_channels=(8, 16, 24, 32)
+            ),
+        ),
+    ),
+}
+SIZES = {'swin': 56}
+
+
+@pytest.fixture(scope='module', params=SMALL)
+def case(request):
+    """A small model with random weights, its input, its comb and a random keep."""
+    import mmpretrain.models  # noqa: F401
+    import mmseg.models  # noqa: F401
+    from mmengine.registry import MODELS, DefaultScope
+
+    import mmcpd.models  # noqa: F401
+
+    config = copy.deepcopy(SMALL[request.param])
+    size = SIZES.get(request.param, 64)
+    torch.manual_seed(0)
+    with DefaultScope.overwrite_default_scope(config['type'].split('.')[0]):
+        net = MODELS.build(config)
+    x = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(1))
+    model = calibrate_(randomise_(Deployed(net), 0).eval(), x)
+    found = comb(model, x)
+    return model, x, found, random_keep(found, 2)
+
+
+def test_almost_every_parameter_can_be_pruned(case):
+    prunable, total = case[2].prunable()
+    assert prunable / total > 0.95, case[2].reasons().most_common(3)
+
+
+@torch.no_grad()
+def test_masked_equals_slimmed(case):
+    model, x, found, keep = case
+    double, x = copy.deepcopy(model).double(), x.double()
+    masked = copy.deepcopy(double)
+    mask_(masked, found, keep)
+    assert relative(slim(double, found, keep)(x), masked(x)) < 1e-9
+    rotated = {name: mine.roll(1) for name, mine in keep.items()}
+    assert relative(slim(double, found, rotated)(x), masked(x)) > 1e-4
+
+
+@torch.no_grad()
+def test_the_cost_is_what_the_slimmed_model_costs(case):
+    model, x, found, keep = case
+    small, cost = slim(model, found, keep), found.cost(keep)
+    assert cost.params == sum(p.numel() for p in small.parameters())
+    assert cost.macs == count_macs(small, x)
+
+
+@torch.no_grad()
+def test_the_slimmed_model_exports(case):
+    model, x, found, keep = case
+    assert parity(slim(model, found, keep), x)['error_parity'] < 1e-3
