@@ -156,6 +156,9 @@ def pointwise(trace: Trace, call: Call) -> None:
             continue
         weight = all(axis.weight for axis in met) and len(met) == len(tensors)
         zero = _zero_after(call, met, len(tensors))
+        if call.op == 'add' and len(met) == 2 and met[0].weight != met[1].weight:  # a bias that is added by itself
+            activation, bias = sorted(met, key=lambda axis: axis.weight)
+            trace.biases.append((activation.atoms, bias.atoms))
         full = first.full if first.full is not None and first.full.dim() == out.dim() else None
         result.append(Axis(first.atoms, zero, weight, full))
     for tensor in [call.out] if isinstance(call.out, Tensor) else call.out:

@@ -1,6 +1,6 @@
 """The safety net: what is masked can be slimmed, on models that nobody has seen.
 
-Combing ends with a trial: remove half of the units at random, mask one copy, slim another, run both on the example
+Combing ends with a trial: remove about half of the units at random, mask one copy, slim another, run both on the example
 input and compare. Where they differ, or slimming or running fails, the groups at fault are found by bisection.
 """
 
@@ -31,14 +31,26 @@ _FAILURES = (
 )
 
 
-def random_keep(comb: Comb, ratio: float, seed: int, among: set[str] | None = None) -> Keep:
-    """Return a keep in which about `ratio` of each group's units stay, chosen at random, always one at least."""
+def random_keep(comb: Comb, ratio: float, seed: int, among: set[str] | None = None, awkward: bool = False) -> Keep:
+    """Return a keep in which units stay at random, always one at least.
+
+    Args:
+        comb: what combing found.
+        ratio: the share of each group that stays.
+        seed: of the choice.
+        among: the groups that lose units; all by default.
+        awkward: make the number that stays odd, and each group's share differ by up to 0.2, so that no two widths
+            agree and nothing divides by chance.
+    """
     generator = torch.Generator().manual_seed(seed)
     keep = comb.keep()
     for group in comb.groups:
         order = torch.randperm(group.units, generator=generator)
+        share = ratio + (0.4 * float(torch.rand((), generator=generator)) - 0.2 if awkward else 0.0)
+        count = round(share * group.units)
+        count = max(1, count - 1 + count % 2 if awkward else count)
         if among is None or group.name in among:
-            keep[group.name][order[max(1, round(ratio * group.units)) :]] = False
+            keep[group.name][order[count:]] = False
     return keep
 
 
@@ -89,7 +101,7 @@ def compare(model: nn.Module, comb: Comb, keep: Keep, small: nn.Module | None = 
 def _fault(model: nn.Module, comb: Comb, among: list[str]) -> str | None:
     """Return why pruning these groups fails, or None where it does not."""
     try:
-        gap = compare(model, comb, random_keep(comb, 0.5, 0, set(among)))
+        gap = compare(model, comb, random_keep(comb, 0.5, 0, set(among), awkward=True))
     except _FAILURES as error:
         text = str(error).strip().splitlines()
         return f'a trial failed: {type(error).__name__}: {text[0][:160] if text else ""}'
