@@ -44,9 +44,7 @@ setup(
     name='mmcpd',
     version=runpy.run_path(str(ROOT / 'mmcpd' / 'version.py'))['__version__'],
     description='Comb, prune, distil and slim any vision model of OpenMMLab',
-    long_description=(ROOT / 'README.md').read_text(encoding='utf-8')
-    if (ROOT / 'README.md').exists()
-    else '',
+    long_description=(ROOT / 'README.md').read_text(encoding='utf-8') if (ROOT / 'README.md').exists() else '',
     long_description_content_type='text/markdown',
     author='mmcpd maintainers',
     license='Apache-2.0',

@@ -6,14 +6,10 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-from mmengine.config import Config
-
-from mmcpd.comb import comb
 from mmcpd.engine import cli
-from mmcpd.engine.build import build_dense, example_inputs, type_name
+from mmcpd.engine.build import build_dense
+from mmcpd.engine.checkpoints import comb_by_config, load_dense
 from mmcpd.engine.picture import plot
-from mmcpd.engine.slimmed import fill, read_checkpoint
 
 
 def parse_args() -> argparse.Namespace:
@@ -27,27 +23,14 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def options(cfg: Config, args: argparse.Namespace) -> dict[str, object]:
-    """Return what training would comb with: the options of the config's CombHook, then those given here."""
-    hooks = [hook for hook in cfg.get('custom_hooks') or () if type_name(hook) == 'CombHook']
-    chosen = {key: hook[key] for hook in hooks for key in ('heads', 'ignore', 'strict') if key in hook}
-    if args.heads:
-        chosen['heads'] = args.heads
-    if args.strict:
-        chosen['strict'] = True
-    return chosen
-
-
 def main(args: argparse.Namespace) -> None:
     cfg = cli.read_config(args)
     for path in filter(None, (args.json, args.plot)):
         cli.check_work_dir(Path(path).absolute().parent)
     cli.check_checkpoint(args.checkpoint, '--checkpoint')
-    model = build_dense(cfg)
-    if args.checkpoint:
-        fill(model, read_checkpoint(args.checkpoint)['state_dict'], args.checkpoint)
-    inputs = torch.randn(1, *args.shape) if args.shape else example_inputs(cfg)
-    found = comb(model, inputs, **options(cfg, args))
+    model = load_dense(cfg, args.checkpoint) if args.checkpoint else build_dense(cfg)
+    given = {'heads': args.heads, 'strict': args.strict or None, 'input_shape': args.shape}
+    found = comb_by_config(model, cfg, **{name: value for name, value in given.items() if value is not None})
     print(found)
     for path, write in ((args.json, found.to_json), (args.plot, lambda path: plot(found, path))):
         if path:

@@ -10,7 +10,8 @@ from pathlib import Path
 import mmengine
 from mmengine.evaluator import DumpResults
 
-from mmcpd.engine import cli, slimmed
+from mmcpd.engine import cli
+from mmcpd.engine.checkpoints import use_checkpoint
 from mmcpd.engine.compat import start_processes
 
 
@@ -32,7 +33,7 @@ def main(args: argparse.Namespace) -> None:
     if args.out:
         cli.check_work_dir(Path(args.out).absolute().parent)
     with tempfile.TemporaryDirectory() as folder:
-        slimmed.use_checkpoint(cfg, args.checkpoint, Path(folder))
+        use_checkpoint(cfg, args.checkpoint, Path(folder))
         start_processes(cfg)
         runner = cli.build_runner(cfg)
         item = args.out_item or ('metrics' if args.out and args.out.endswith('.json') else 'pred')

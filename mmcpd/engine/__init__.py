@@ -18,7 +18,8 @@ with warnings.catch_warnings():
     from mmcpd.engine import slimmed
     from mmcpd.engine.compat import mend_scopes
     from mmcpd.engine.distillers import Distiller
+    from mmcpd.engine.hooks import CombHook, PruneHook
 
 mend_scopes()
 
-__all__ = ['Distiller', 'datasets', 'models', 'slimmed']
+__all__ = ['CombHook', 'Distiller', 'PruneHook', 'datasets', 'models', 'slimmed']

@@ -14,12 +14,13 @@ from typing import Any
 
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.device import get_device
-from mmengine.registry import HOOKS, RUNNERS, DefaultScope
+from mmengine.registry import RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from mmcpd.comb.errors import CombError, SlimError
 from mmcpd.engine.build import datasets, type_name
 from mmcpd.engine.compat import mend_scopes
+from mmcpd.engine.options import comb_options, prune_options
 
 EMBEDDED = 'configs/cpd/resnet50_prune.py'  # runs anywhere: its data ship inside a wheel
 # How the folders of the data sets look that people lack most; others are named by the path that is missing.
@@ -78,6 +79,9 @@ def guard(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) 
     except KeyboardInterrupt as error:
         print(f'\ninterrupted\n{error}'.rstrip(), file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except MISTAKES as error:
         if args.debug:
             raise
@@ -87,11 +91,14 @@ def guard(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) 
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error's message in one line, and its kind where that is not one of ours."""
+    """Return an error's message in one line, and its kind where it was not raised by our own code."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     text = ' '.join(text.split()) or type(error).__name__
-    known = isinstance(error, UserError | CombError | SlimError | ImportError)
-    return text if known else f'{text} ({type(error).__name__}; --debug shows where)'
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    ours = isinstance(error, UserError | CombError | SlimError | ImportError)
+    if ours or (frames and str(frames[-1].f_globals.get('__name__')).startswith('mmcpd.')):
+        return text
+    return f'{text} ({type(error).__name__}; --debug shows where)'
 
 
 def read_config(args: argparse.Namespace) -> Config:
@@ -195,15 +202,16 @@ def check_checkpoint(path: str | None, option: str) -> None:
 
 
 def check_hooks(cfg: Config) -> None:
-    """Build the config's own hooks once, so that their arguments are checked before a work dir is made.
+    """Check what a config combs and prunes with, as far as that is possible before there is a model.
 
     Raises:
-        ValueError: An argument of a hook is wrong.
+        ValueError: An option is unknown or makes no sense.
     """
-    ours = [hook for hook in cfg.get('custom_hooks') or () if type_name(hook) in ('CombHook', 'PruneHook')]
-    with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmengine')):
-        for hook in ours:
-            HOOKS.build(hook)
+    names = {type_name(hook) for hook in cfg.get('custom_hooks') or ()}
+    if 'CombHook' in names:
+        comb_options(cfg)
+    if 'PruneHook' in names:
+        prune_options(cfg)
 
 
 def build_runner(cfg: Config) -> Runner:

@@ -32,9 +32,7 @@ def test_a_scope_with_its_distribution_stays(scopes, monkeypatch):
     assert scopes['mmseg'] == 'mmsegmentation'
 
 
-@pytest.mark.parametrize(
-    'base', ['mmseg::_base_/models/fcn_r50-d8.py', 'mmpretrain::_base_/models/resnet18.py']
-)
+@pytest.mark.parametrize('base', ['mmseg::_base_/models/fcn_r50-d8.py', 'mmpretrain::_base_/models/resnet18.py'])
 def test_configs_of_both_packages_can_be_inherited(tmp_path, base):
     compat.mend_scopes()
     file = tmp_path / 'config.py'

@@ -28,6 +28,19 @@ test_cfg = dict()
 default_hooks = dict(checkpoint=dict(type='CheckpointHook', interval=1))
 randomness = dict(seed=0)
 """
+PRUNE = """
+_base_ = './tiny.py'
+model = dict(
+    _delete_=True,
+    type='mmcpd.Distiller',
+    student={{_base_.model}},
+    teacher='self',
+    losses=[dict(type='mmcpd.KDLoss', tap='head.fc')],
+)
+train_cfg = dict(max_epochs=4, val_interval=4)
+prune = dict(begin=0.25, end=0.75, interval=2, target=0.5, metric='macs')
+custom_hooks = [dict(type='mmcpd.CombHook'), dict(type='mmcpd.PruneHook')]
+"""
 
 
 @pytest.fixture
@@ -35,6 +48,14 @@ def tiny(tmp_path) -> Path:
     """The path of a config that trains in a second."""
     file = tmp_path / 'tiny.py'
     file.write_text(TINY.format(root=str(ROOT)))
+    return file
+
+
+@pytest.fixture
+def pruning(tiny) -> Path:
+    """The path of a config that prunes it to half of its MACs, with distillation."""
+    file = tiny.with_name('prune.py')
+    file.write_text(PRUNE)
     return file
 
 
