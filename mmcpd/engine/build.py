@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from mmengine.config import Config, ConfigDict
@@ -23,7 +23,7 @@ SIZES = {
     'Resize': 'scale',
 }
 
-ConfigLike = Config | str | os.PathLike
+ConfigLike: TypeAlias = Config | str | os.PathLike
 
 
 def as_config(config: ConfigLike) -> Config:

@@ -27,7 +27,6 @@ def plot(comb: Comb, path: str | os.PathLike, title: str = '') -> None:
         >>> plot(c, 'resnet50.png')
     """
     require('demo')
-    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     modules = list(dict.fromkeys(name.rpartition('.')[0] or name for name in comb.shapes))
@@ -35,14 +34,13 @@ def plot(comb: Comb, path: str | os.PathLike, title: str = '') -> None:
     size = (3 + 0.11 * len(modules), 1.5 + 0.2 * len(comb.groups))
     figure = Figure(figsize=(min(size[0], 60), min(size[1], 60)), layout='constrained')
     axes = figure.add_subplot()
-    colors = colormaps['tab10'].colors
     for row, group in enumerate(comb.groups):
         roles: dict[str, set[int]] = {role: set() for role in ROLES}
         for member in group.members:
             module = member.tensor.rpartition('.')[0] or member.tensor
             roles[ALIAS.get(member.role, member.role)].add(place[module])
         ends = set().union(*roles.values())
-        color = colors[row % len(colors)]
+        color = f'C{row % 10}'  # matplotlib's cycle
         axes.hlines(row, min(ends), max(ends), color=color, linewidth=1, alpha=0.5)
         for role, (marker, area, _) in ROLES.items():
             axes.scatter(sorted(roles[role]), [row] * len(roles[role]), area, color=color, marker=marker)

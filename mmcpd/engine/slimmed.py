@@ -169,7 +169,7 @@ def slimmed(
     if Path(structure).suffix == '.json':
         return cut_to(dense, _read_json(structure), structure)
     content = read_slim(structure)
-    small = cut_to(dense, content['structure'], structure)
+    small: Any = cut_to(dense, content['structure'], structure)
     fill(small, content['state_dict'], structure)
     # MMEngine initialises a model when training starts; a pretrained init_cfg comes last.
     small.init_cfg = {'type': 'Pretrained', 'checkpoint': os.fspath(structure)}
