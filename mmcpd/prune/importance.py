@@ -71,12 +71,14 @@ class Importance:
 
     Attributes:
         needs_closure: `accumulate` wants a closure that runs this step's forward and backward once more.
+        needs_batches: it tells batches apart, and sees scaled losses in mixed precision.
         every_iteration: scores are a sum over iterations; otherwise only the newest `accumulate` counts.
         iterations: how many entered the scores since `reset`.
         skipped: how many were left out since training began, because a gradient was not finite.
     """
 
     needs_closure: ClassVar[bool] = False
+    needs_batches: ClassVar[bool] = False
     every_iteration: ClassVar[bool] = True
 
     def __init__(self, comb: Comb, seed: int = 0) -> None:
@@ -227,6 +229,8 @@ class GroupFisher(Importance):
         >>> model(images).sum().backward()
         >>> score.accumulate(model)
     """
+
+    needs_batches = True
 
     def __init__(self, comb: Comb, seed: int = 0) -> None:
         super().__init__(comb, seed)

@@ -1,0 +1,11 @@
+# A short run on the digits: 22 iterations an epoch, one learning rate from the dense phase to the fine-tuning.
+optim_wrapper = dict(
+    optimizer=dict(type='SGD', lr=0.05, momentum=0.9, weight_decay=1e-4, nesterov=True),
+)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.1, begin=0, end=2, convert_to_iter_based=True),
+    dict(type='CosineAnnealingLR', eta_min=1e-4, begin=2, convert_to_iter_based=True),
+]
+train_cfg = dict(by_epoch=True, max_epochs=20, val_interval=1)
+val_cfg = dict()
+test_cfg = dict()
