@@ -44,6 +44,19 @@ class Axis:
         """Return the same atoms as an axis of an activation."""
         return self if zero == self.zero and not self.weight else Axis(self.atoms, zero, full=self.full)
 
+    def alone(self) -> Axis:
+        """Return the same atoms without those along other dimensions: for an output that has not the same ones."""
+        return self if self.full is None else Axis(self.atoms, self.zero, self.weight)
+
+    def fitting(self, shape: torch.Size) -> Axis:
+        """Return the axis, alone where what it says about other dimensions does not fit a tensor's shape."""
+        full = self.full
+        if full is None or (
+            full.dim() == len(shape) and all(a in (1, b) for a, b in zip(full.shape, shape, strict=True))
+        ):
+            return self
+        return self.alone()
+
     def everything(self) -> np.ndarray:
         """Return all atoms that the axis stands for."""
         return self.atoms if self.full is None else np.unique(self.full.numpy()).astype(np.int64)

@@ -247,19 +247,16 @@ def _sizes(model: nn.Module, trace: Trace, book: _AxisBook) -> list[SizeRule]:
     for equation in trace.sizes:
         expr, target = book.expression(equation.expression), equation.target
         by_attributes = bool(leaves(expr, 'attr')) and not leaves(expr, 'live')
-        if isinstance(target, int):
-            if by_attributes:
-                found.setdefault(repr((expr, target)), SizeRule(expr, target, True, None))
-            continue
-        axis = book.number(target)
-        widths = [axis, *(leaf[1] for leaf in leaves(expr, 'live'))]
+        constant = isinstance(target, int)
+        number = target if isinstance(target, int) else book.number(target)
+        widths = [leaf[1] for leaf in leaves(expr, 'live')] + ([] if constant else [number])
         if not by_attributes and not any((book.axes[w] >= 0).any() for w in widths):
             continue
-        key = repr((expr, axis, equation.module, equation.place and equation.place.instruction))
+        key = repr((expr, number, constant, equation.module, equation.place and equation.place.instruction))
         if key not in found:
             place = None if by_attributes else equation.place
             where = None if place is None else site(modules[equation.module], equation.module, place)
-            found[key] = SizeRule(expr, axis, False, where)
+            found[key] = SizeRule(expr, number, constant, where)
     return list(found.values())
 
 

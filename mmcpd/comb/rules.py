@@ -530,7 +530,8 @@ def _product(trace: Trace, call: Call, left: Tensor, right: Tensor, bias: Tensor
     for x, y in zip(a[:-2], b[:-2], strict=True):
         if (x is None) != (y is None) or x is not None:
             trace.equate(x, y, call.op)
-        lead.append(x or y)
+        met = x or y
+        lead.append(met and met.alone())  # the contracted dimension, along which heads may vary, is gone
     rows, columns = a[-2], b[-1]
     for axis in (rows, columns):
         if axis is not None and axis.weight:
@@ -583,7 +584,7 @@ def linear(trace: Trace, call: Call) -> None:
         trace.role(out, 'out')
         out = out.activation(True)
     _beside_bias(trace, out, bias, call.op)
-    trace.output(call.out, (*axes[:-1], out))
+    trace.output(call.out, (*(axis and axis.alone() for axis in axes[:-1]), out))
     known = [*axes[:-1], into, out]
     sizes = [*x.shape, weight.shape[0]]
     trace.cost(int(np.prod([s for s, axis in zip(sizes, known, strict=True) if axis is None])), *known)
@@ -616,7 +617,8 @@ def attention(trace: Trace, call: Call) -> None:
         if x is not None or y is not None or z is not None:
             trace.equate(x, y, 'attention')
             trace.equate(x, z, 'attention')
-        lead.append(x or y or z)
+        met = x or y or z
+        lead.append(met and met.alone())
     if call.named.get('scale') is None and q[-1] is not None:
         trace.scales.append(ScaleSite(q[-1].everything(), q[-1].atoms, trace.path[-1]))
     mask = call.named.get('attn_mask', call.named.get('attn_bias'))

@@ -107,7 +107,7 @@ class Trace:
 
     def set(self, tensor: Tensor, axes: Axes) -> None:
         assert len(axes) == tensor.dim(), (len(axes), tensor.shape)
-        setattr(tensor, _AXES, axes)
+        setattr(tensor, _AXES, tuple(axis and axis.fitting(tensor.shape) for axis in axes))
 
     # -- equations ---------------------------------------------------------------------------------------------------
     def equate(self, left: Axis | None, right: Axis | None, what: str) -> None:
