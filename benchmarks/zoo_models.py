@@ -49,7 +49,7 @@ def segmentor(name: str, config: str, size: int = 128, **changes: Any) -> Family
 
 
 FAMILIES: tuple[Family, ...] = (
-    classifier('arcface', 'resnet50-arcface_8xb32_inshop'),
+    classifier('arcface', 'resnet50-arcface_8xb32_inshop', model__head=None),
     classifier('beit', 'benchmarks/beit-base-p16_8xb128-coslr-100e_in1k'),
     classifier('clip', 'vit-base-p32_pt-64xb64_in1k-384px', model__backbone__img_size=224),
     classifier('conformer', 'conformer-tiny-p16_8xb128_in1k'),

@@ -90,7 +90,7 @@ SMALL = {
     ),
     'mobilenet_v3': classifier(576, type='mmpretrain.MobileNetV3', arch='small'),
     'densenet': classifier(
-        42, type='mmpretrain.DenseNet'', arch=dict(growth_rate=8, depths=[2, 3, 2, 3], init_channels=16)
+        42, type='mmpretrain.DenseNet', arch=dict(growth_rate=8, depths=[2, 3, 2, 3], init_channels=16)
     ),
     'hrnet': segmentor(
         dict(type='mmseg.FCNHead', channels=24, norm_cfg=BN, input_transform='resize_concat', num_convs=1),
