@@ -26,6 +26,7 @@ from .trace import Call, NormSite, ScaleSite, Trace
 
 Rule = Callable[[Trace, Call], None]
 RULES: dict[str, Rule] = {}
+COUNTED: set[str] = set()  # operations that cost something, with axes or without
 
 # f(0) == 0, so a channel that is zero before is zero after.
 ZERO_STAYS = set(
@@ -60,14 +61,15 @@ POOLS = {  # spatial operations: name -> number of trailing spatial dimensions
 }  # fmt: skip
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a rule under each of its operations' names."""
+def rule(*names: str, counted: bool = False) -> Callable[[Rule], Rule]:
+    """Register a rule under each of its operations' names; `counted` ones run even where no axis goes in."""
 
     def register(function: Rule) -> Rule:
         for name in names:
             if name in RULES:
                 raise ValueError(f'two rules for {name!r}')
             RULES[name] = function
+        COUNTED.update(names if counted else ())
         return function
 
     return register
@@ -75,7 +77,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 def apply(trace: Trace, call: Call) -> None:
     """Apply the rule of one operation; passed by at once where no axis goes in."""
-    if call.op in FRESH or not any(any(trace.axes(t)) for t in call.tensors()):
+    if call.op in FRESH or not (call.op in COUNTED or any(any(trace.axes(t)) for t in call.tensors())):
         return
     if call.op in RULES:
         RULES[call.op](trace, call)
@@ -435,7 +437,7 @@ def _beside_bias(trace: Trace, out: Axis | None, bias: Tensor | None, what: str)
         trace.biases.append((out.atoms, axis.atoms))
 
 
-@rule('convolution', '_convolution', 'cudnn_convolution', 'mkldnn_convolution')
+@rule('convolution', '_convolution', 'cudnn_convolution', 'mkldnn_convolution', counted=True)
 # convolution(input, weight, bias, stride, padding, dilation, transposed, output_padding, groups)
 def convolution(trace: Trace, call: Call) -> None:
     x: Tensor = call.named['input' if 'input' in call.named else 'self']
@@ -563,19 +565,19 @@ def _bias(trace: Trace, call: Call, out: list[Axis | None], bias: Tensor) -> Non
             trace.equate(out[-back], axes[-back], call.op)
 
 
-@rule('mm', 'bmm', 'mv', 'dot', 'matmul')
+@rule('mm', 'bmm', 'mv', 'dot', 'matmul', counted=True)
 def product(trace: Trace, call: Call) -> None:
     left, right = call.tensors()[:2]
     _product(trace, call, left, right)
 
 
-@rule('addmm', 'baddbmm', 'addmv')  # addmm(self, mat1, mat2, *, beta, alpha)
+@rule('addmm', 'baddbmm', 'addmv', counted=True)  # addmm(self, mat1, mat2, *, beta, alpha)
 def add_product(trace: Trace, call: Call) -> None:
     bias, left, right = call.tensors()[:3]
     _product(trace, call, left, right, bias)
 
 
-@rule('linear')  # linear(input, weight, bias)
+@rule('linear', counted=True)  # linear(input, weight, bias)
 def linear(trace: Trace, call: Call) -> None:
     x, weight, bias = call.named['input'], call.named['weight'], call.named.get('bias')
     axes, (out, into) = trace.axes(x), trace.axes(weight)
@@ -604,6 +606,7 @@ def embedding(trace: Trace, call: Call) -> None:
     '_scaled_dot_product_efficient_attention',
     '_scaled_dot_product_cudnn_attention',
     '_scaled_dot_product_fused_attention_overrideable',
+    counted=True,
 )  # (query (..., L, E), key (..., S, E), value (..., S, Ev), ...), out (..., L, Ev)
 def attention(trace: Trace, call: Call) -> None:
     query, key, value = (call.named[name] for name in ('query', 'key', 'value'))

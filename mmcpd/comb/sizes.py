@@ -288,7 +288,7 @@ def _attention(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
 @contextmanager
 def _without_caches() -> Iterator[None]:
     """Let einops work its shapes out anew: its cache takes a `Size` for any integer that equals it."""
-    einops = sys.modules.get('einops.einops')
+    einops: Any = sys.modules.get('einops.einops')
     cached = getattr(einops, '_reconstruct_from_shape', None)
     plain = getattr(einops, '_reconstruct_from_shape_uncached', None)
     if einops is None or cached is None or plain is None:
