@@ -33,6 +33,8 @@ ZERO_STAYS = set(
     'relu relu6 gelu silu hardswish mish tanh elu celu selu leaky_relu prelu _prelu_kernel neg abs sqrt sin sinh '
     'asinh atan erf sign floor ceil round trunc square expm1 log1p native_dropout dropout nan_to_num softsign'.split()
 )
+# Point-wise too, though the dispatcher does not tag them.
+POINTWISE = set('hardswish hardsigmoid hardtanh prelu _prelu_kernel rrelu native_dropout softplus logit'.split())
 # Axes pass through untouched.
 SAME = set('clone contiguous detach alias _to_copy lift_fresh lift view_of positive fill_diagonal'.split())
 MOVEMENT = set(
@@ -83,7 +85,7 @@ def apply(trace: Trace, call: Call) -> None:
         RULES[call.op](trace, call)
     elif call.op in SAME:
         same(trace, call)
-    elif torch.Tag.pointwise in call.func.tags:
+    elif call.op in POINTWISE or torch.Tag.pointwise in call.func.tags:
         pointwise(trace, call)
     elif call.op in MOVEMENT:
         movement(trace, call)

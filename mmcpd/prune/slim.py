@@ -202,9 +202,6 @@ def restructure_(model: nn.Module, plan: Mapping[str, Any]) -> nn.Module:
     Raises:
         SlimError: if the plan names what the model has not, so that it is another model's.
     """
-    for path, entry in plan['replaced'].items():
-        module = _find(model, path)
-        set_module(model, path, REPLACEMENTS[entry['kind']].build(module, **entry['arguments']))
     shared: dict[int, Tensor] = {}
     for name, shape in plan['tensors'].items():
         path, _, local = name.rpartition('.')
@@ -220,6 +217,9 @@ def restructure_(model: nn.Module, plan: Mapping[str, Any]) -> nn.Module:
                 nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
             )
         own[local] = shared[id(tensor)]  # type: ignore[assignment]
+    for path, entry in plan['replaced'].items():
+        module = _find(model, path)
+        set_module(model, path, REPLACEMENTS[entry['kind']].build(module, **entry['arguments']))
     for path, values in plan['attributes'].items():
         module = _find(model, path)
         for name, value in values.items():
