@@ -170,10 +170,10 @@ def pointwise(trace: Trace, call: Call) -> None:
             trace.set(tensor, tuple(result))
 
 
-@rule('zeros_like', 'ones_like', 'full_like', 'empty_like', 'rand_like', 'randn_like', 'bernoulli')
+@rule('zeros_like', 'ones_like', 'full_like', 'empty_like', 'rand_like', 'randn_like', 'bernoulli', 'fill', 'zero')
 def like(trace: Trace, call: Call) -> None:
     axes = trace.axes(call.tensors()[0])
-    trace.set(call.out, tuple(a and a.activation(call.op == 'zeros_like') for a in axes))
+    trace.set(call.out, tuple(a and a.activation(call.op in ('zeros_like', 'zero')) for a in axes))
 
 
 @rule('as_strided')  # as_strided(self, size, stride, storage_offset): only a relabelling of strides is understood
@@ -186,7 +186,7 @@ def as_strided(trace: Trace, call: Call) -> None:
         same(trace, call)
 
 
-@rule('copy')  # copy_(self, src, non_blocking)
+@rule('copy', 'log_sigmoid_forward')  # copy_(self, src, non_blocking); neither is tagged as point-wise
 def copy(trace: Trace, call: Call) -> None:
     pointwise(trace, call)
 

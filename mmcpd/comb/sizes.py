@@ -276,6 +276,13 @@ def _conv_transpose(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
     _conv(trace, args[:6], {'groups': groups}, out)
 
 
+@_handles('layer_norm')  # layer_norm(input, normalized_shape, ...)
+def _layer_norm(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
+    sizes = list(args[1] if len(args) > 1 else kwargs['normalized_shape'])
+    for size, axis in zip(sizes, trace.axes(args[0])[-len(sizes) :], strict=True):
+        _equation(trace, size, None if axis is None else axis.atoms)
+
+
 @_handles('scaled_dot_product_attention')  # (query, key, value, attn_mask, dropout_p, is_causal, *, scale=None)
 def _attention(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
     axis = trace.axes(args[0])[-1]
