@@ -23,7 +23,7 @@ $(STAMP): setup.py mmcpd/compat.py
 	$(BIN)/python -m pip install --quiet --editable '.[all]'
 	$(BIN)/python -c 'import cv2' 2>/dev/null || { \
 		$(BIN)/python -m pip uninstall --quiet --yes opencv-python && \
-		$(BIN)/python -m pip install --quiet opencv-python-headless; }
+		$(BIN)/python -m pip install --quiet --force-reinstall --no-deps opencv-python-headless; }
 	$(BIN)/python -c 'import mmcpd.engine'
 	touch $@
 
