@@ -22,7 +22,7 @@ from mmcpd.engine.build import example_inputs
 from mmcpd.engine.distillers import Distiller
 from mmcpd.engine.finish import comparison, costs, finish
 from mmcpd.engine.options import comb_options, prune_options
-from mmcpd.engine.replay import Replay
+from mmcpd.engine.replay import Replay, random_state, set_random_state
 from mmcpd.prune.pruner import Pruner
 
 STATE = 'mmcpd'  # where the pruning state sits in a checkpoint
@@ -46,11 +46,11 @@ class CombHook(Hook):
 
     Args:
         **options: `heads`, `ignore`, `strict` of `mmcpd.comb.comb`; `input_shape`, (C, H, W) of the example that runs
-            through the model, by default the size in the config; `save`, a file name in the work dir, or None. They
-            win over the config's `comb = dict(...)`.
+            through the model, by default the size in the config, or the first training picture's; `save`, a file
+            name in the work dir, or None. They win over the config's `comb = dict(...)`.
 
     Raises:
-        ValueError: an unknown option, or no size is known.
+        ValueError: an unknown option.
 
     Example:
         >>> custom_hooks = [dict(type='mmcpd.CombHook', heads='head'), dict(type='mmcpd.PruneHook')]
@@ -229,12 +229,17 @@ class PruneHook(Hook):
 
 
 def _example(runner: Runner, shape: Sequence[int] | None) -> Tensor:
-    """Return the input that is combed with: (1, C, H, W), always the same."""
-    if shape is not None:
-        return torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
-    if 'model' not in runner.cfg:
-        raise ValueError("without a config the input's size is not known: CombHook(input_shape=(C, H, W))")
-    return example_inputs(runner.cfg)
+    """Return the input that is combed with, (1, C, H, W): of this shape, the config's, or the first picture's."""
+    if shape is None and 'model' in runner.cfg:
+        try:
+            return example_inputs(runner.cfg)
+        except ValueError as error:
+            runner.logger.info(f'combing at the size of the first training picture: {error}')
+    if shape is None:
+        before = random_state()
+        shape = runner.train_dataloader.dataset[0]['inputs'].shape
+        set_random_state(before)
+    return torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
 
 
 def _comb_of(runner: Runner) -> Comb:

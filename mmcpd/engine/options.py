@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mmcpd.engine.build import type_name
 from mmcpd.prune.names import near
 from mmcpd.prune.pruner import check_options
 
@@ -60,7 +61,7 @@ def prune_options(cfg: Mapping[str, Any], given: Mapping[str, Any] | None = None
 
 def _merged(cfg: Mapping[str, Any], section: str, hook: str, given: Mapping[str, Any] | None) -> dict[str, Any]:
     if given is None:
-        hooks = [h for h in cfg.get('custom_hooks') or () if str(h['type']).rpartition('.')[2] == hook]
+        hooks = [h for h in cfg.get('custom_hooks') or () if type_name(h) == hook]
         given = {name: value for h in hooks for name, value in h.items()}
     merged = {**(cfg.get(section) or {}), **given}
     return {name: value for name, value in merged.items() if name not in NOT_OPTIONS}

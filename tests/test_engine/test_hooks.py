@@ -1,0 +1,300 @@
+"""The hooks in real, tiny runs: when things happen, what is saved, what a resumed run does, what is refused."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.registry import DefaultScope
+from mmengine.runner import Runner
+
+from mmcpd.engine.distillers import Distiller
+from mmcpd.engine.hooks import CombHook, PruneHook, bare_model
+from mmcpd.engine.options import comb_options, prune_options
+from mmcpd.engine.slimmed import load_slim, read_slim
+from mmcpd.prune.importance import IMPORTANCES
+from mmcpd.prune.schedule import PruneError
+
+torch.set_num_threads(1)
+EPOCH = 4  # iterations
+
+STUDENT = {
+    'type': 'ImageClassifier',
+    'backbone': {'type': 'ResNet', 'depth': 18, 'base_channels': 8, 'stem_channels': 8},
+    'neck': {'type': 'GlobalAveragePooling'},
+    'head': {
+        'type': 'LinearClsHead',
+        'num_classes': 10,
+        'in_channels': 64,
+        'loss': {'type': 'CrossEntropyLoss'},
+        'topk': (1,),
+    },
+}
+
+
+def loader(count):
+    dataset = {'type': 'mmcpd.DigitsDataset', 'split': 'train', 'indices': count, 'pipeline': [{'type': 'PackInputs'}]}
+    sampler = {'type': 'DefaultSampler', 'shuffle': count == 64}
+    return {'batch_size': 16, 'num_workers': 0, 'sampler': sampler, 'dataset': dataset}
+
+
+def config(work_dir, *, distil=True, epochs=4, **changes):
+    """A run of 16 iterations: dense for 4, pruning until 12 by an event every 2, then 4 more."""
+    model = copy.deepcopy(STUDENT)
+    if distil:
+        model = {'type': 'mmcpd.Distiller', 'student': model, 'losses': [{'type': 'mmcpd.KDLoss'}]}
+    cfg = Config(
+        {
+            'default_scope': 'mmpretrain',
+            'model': model,
+            'data_preprocessor': {'num_classes': 10, 'mean': [79.5] * 3, 'std': [90.7] * 3},
+            'train_dataloader': loader(64),
+            'val_dataloader': loader(32),
+            'val_evaluator': {'type': 'Accuracy', 'topk': (1,)},
+            'optim_wrapper': {'optimizer': {'type': 'SGD', 'lr': 0.02, 'momentum': 0.9}},
+            'train_cfg': {'by_epoch': True, 'max_epochs': epochs, 'val_interval': 1},
+            'val_cfg': {},
+            'custom_hooks': [{'type': 'mmcpd.CombHook', 'save': 'comb.json'}, {'type': 'mmcpd.PruneHook'}],
+            'prune': {'begin': 4, 'end': 12, 'interval': 2, 'target': 0.5},
+            'default_hooks': {
+                'checkpoint': {'type': 'CheckpointHook', 'interval': 1},
+                'logger': {'type': 'LoggerHook', 'interval': 2},
+            },
+            'randomness': {'seed': 0},
+            'work_dir': str(work_dir),
+            'experiment_name': work_dir.name,
+            'log_level': 'INFO',
+        }
+    )
+    cfg.merge_from_dict(changes)
+    return cfg
+
+
+@pytest.fixture
+def runner_of(tmp_path):
+    """Return `build(name, **changes) -> Runner`, each in a folder of its own unless the name repeats."""
+    made = []
+
+    def build(name='run', **changes):
+        cfg = config(tmp_path / name, **changes)
+        cfg.experiment_name += f'_{len(made)}'
+        made.append(Runner.from_cfg(cfg))
+        return made[-1]
+
+    yield build
+    DefaultScope._instance_dict.clear()
+
+
+def hook_of(runner, kind=PruneHook):
+    return next(hook for hook in runner.hooks if isinstance(hook, kind))
+
+
+class Watch(Hook):
+    """Note what is left, and whether somebody teaches, after each iteration."""
+
+    priority = 'LOWEST'
+
+    def __init__(self):
+        self.left, self.taught, self.losses = [], [], []
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        self.left.append(hook_of(runner).pruner.left()['macs'])
+        model = runner.model
+        self.taught.append(isinstance(model, Distiller) and model.teacher is not None)
+        self.losses.append(float(outputs['loss'].detach()))
+
+
+def train(runner):
+    watch = Watch()
+    runner.register_hook(watch)
+    runner.train()
+    return watch
+
+
+def test_a_run_from_dense_to_slim(runner_of, tmp_path):
+    runner = runner_of()
+    watch = train(runner)
+    work, hook = tmp_path / 'run', hook_of(runner)
+
+    assert watch.left[:5] == [1.0] * 5 and len(set(watch.left)) == 5, 'an event every 2 iterations from 4 to 12'
+    assert watch.left[11:] == [watch.left[-1]] * 5 and 0.4 < watch.left[-1] <= 0.5
+    assert watch.taught == [False] * 4 + [True] * 12
+    history = runner.message_hub.get_scalar('train/prune_macs')
+    assert history.current() == watch.left[-1]
+    assert {f'train/prune_{m}' for m in ('macs', 'params', 'memory', 'units')} <= runner.message_hub.log_scalars.keys()
+
+    dense = torch.load(work / 'dense.pth', weights_only=True)['state_dict']
+    teacher = runner.model.teacher.state_dict()
+    assert dense.keys() == teacher.keys()
+    assert all(torch.equal(dense[name], teacher[name]) for name in dense), 'the teacher is the dense snapshot'
+    assert not runner.model.teacher.training
+
+    content = read_slim(work / 'slim.pth')
+    assert content['meta']['slim']['macs'] / content['meta']['dense']['macs'] == watch.left[-1]
+    assert content['meta']['slim']['units'] == sum(int(k.sum()) for k in hook.pruner.keep.values())
+    assert content['meta']['dense']['metrics'].keys() == content['meta']['slim']['metrics'].keys() == {'accuracy/top1'}
+    assert (
+        content['meta']['slim']['metrics']['accuracy/top1']
+        == runner.message_hub.get_scalar('val/accuracy/top1').current()
+    )
+
+    x = torch.randn(3, 3, 32, 32)
+    small = load_slim(runner.cfg, work / 'slim.pth')
+    masked = bare_model(runner.model).eval()
+    torch.testing.assert_close(small(x), masked(x), rtol=1e-4, atol=1e-5)
+    assert sum(p.numel() for p in small.parameters()) == content['meta']['slim']['params']
+    assert (work / 'comb.json').is_file()
+    log = next(work.glob('*/*.log')).read_text()
+    for text in ('12 groups', 'pruning to 0.5 of the macs from iteration 4 to 12 of 16, 4 times', 'slim / dense'):
+        assert text in log
+
+
+@pytest.mark.parametrize(('importance', 'stop'), [('hessian', 1), ('hessian', 2), ('random', 2), ('curvature', 2)])
+def test_a_resumed_run_ends_with_the_same_weights(runner_of, tmp_path, importance, stop):
+    change = {'prune.importance': importance}
+    whole = runner_of('whole', **change)
+    train(whole)
+
+    class Stop(Hook):
+        priority = 'LOWEST'
+
+        def after_train_epoch(self, runner):
+            if runner.epoch + 1 == stop:
+                raise KeyboardInterrupt
+
+    first = runner_of('parts', **change)
+    first.register_hook(Stop())
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    assert not (tmp_path / 'parts' / 'slim.pth').exists()
+    second = runner_of('parts', **change, resume=True, load_from=str(tmp_path / 'parts' / f'epoch_{stop}.pth'))
+    watch = train(second)
+    assert watch.taught == [True] * len(watch.taught)
+
+    a, b = hook_of(whole), hook_of(second)
+    assert all(torch.equal(a.pruner.keep[n], b.pruner.keep[n]) for n in a.pruner.keep)
+    assert a.dense_metrics == b.dense_metrics
+    for (name, one), two in zip(whole.model.state_dict().items(), second.model.state_dict().values(), strict=True):
+        assert torch.equal(one, two), name
+    ours, theirs = (r.model.teacher.state_dict() for r in (whole, second))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_resuming_without_the_teacher_or_the_state_is_refused(runner_of, tmp_path):
+    train(runner_of(epochs=3))
+    checkpoint = tmp_path / 'run' / 'epoch_2.pth'
+    (tmp_path / 'run' / 'dense.pth').unlink()
+    with pytest.raises(ValueError, match=r'dense\.pth is missing'):
+        runner_of(resume=True, load_from=str(checkpoint)).train()
+    content = torch.load(checkpoint, weights_only=False)
+    assert content.pop('mmcpd')['begun']
+    torch.save(content, checkpoint)
+    with pytest.raises(ValueError, match='of iteration 8 and has no pruning state'):
+        runner_of(resume=True, load_from=str(checkpoint)).train()
+
+
+def test_load_from_and_begin_0_prune_at_once(runner_of, tmp_path):
+    train(runner_of('dense', distil=False, epochs=1, **{'prune.begin': 3, 'prune.end': 4}))
+    checkpoint = tmp_path / 'dense' / 'dense.pth'
+    runner = runner_of('pruned', epochs=2, load_from=str(checkpoint), **{'prune.begin': 0, 'prune.end': 6})
+    watch = train(runner)
+    assert watch.taught == [True] * 8
+    assert watch.left[0] == 1.0 and watch.left[1] < 1.0 and watch.left[-1] <= 0.5
+    teacher, loaded = runner.model.teacher.state_dict(), torch.load(checkpoint, weights_only=True)['state_dict']
+    assert all(torch.equal(teacher[name], loaded[name]) for name in loaded)
+    assert hook_of(runner).dense_metrics.keys() == {'accuracy/top1'}, 'validated before the first iteration'
+
+
+@pytest.mark.parametrize('importance', sorted(IMPORTANCES))
+def test_every_importance_runs_with_accumulated_gradients_and_without_a_distiller(runner_of, importance):
+    changes = {'prune.importance': importance, 'optim_wrapper.accumulative_counts': 2}
+    watch = train(runner_of(distil=False, **changes))
+    assert watch.left[-1] <= 0.5
+    assert watch.taught == [False] * 16
+
+
+@pytest.mark.parametrize('importance', ['curvature', 'group_fisher'])
+@pytest.mark.parametrize('counts', [1, 2])
+def test_looking_does_not_change_what_is_trained(runner_of, importance, counts):
+    """Two runs that remove nothing before their end differ in nothing until then."""
+    losses = []
+    for name in ('hessian', importance):
+        changes = {'prune.importance': name, 'prune.interval': 100, 'optim_wrapper.accumulative_counts': counts}
+        runner = runner_of(name, epochs=3, **changes, **{'model.student.backbone.drop_path_rate': 0.3})
+        losses.append(train(runner).losses)
+    assert losses[0] == losses[1]
+
+
+def test_curvature_replays_the_step_it_probes(runner_of):
+    """With the gates left at one the replayed gradient is the step's own, accumulated or not."""
+    seen = []
+
+    class Compare(Hook):
+        def before_train(self, runner):
+            hook = hook_of(runner)
+            model = bare_model(runner.model)
+
+            def check(*_):
+                before = {n: p.grad.clone() for n, p in model.named_parameters()}
+                for parameter in model.parameters():
+                    parameter.grad = None
+                hook.replay()
+                for name, parameter in model.named_parameters():
+                    torch.testing.assert_close(parameter.grad, before[name], rtol=1e-5, atol=1e-7, msg=name)
+                seen.append(runner.iter)
+
+            runner.optim_wrapper.optimizer.register_step_pre_hook(check)
+
+    changes = {'prune.importance': 'curvature', 'optim_wrapper.accumulative_counts': 2}
+    runner = runner_of(epochs=3, **changes, **{'model.student.backbone.drop_path_rate': 0.3})
+    runner.register_hook(Compare())
+    runner.train()
+    assert seen == [1, 3, 5, 7, 9, 11]
+
+
+@pytest.mark.parametrize(
+    ('changes', 'error', 'message'),
+    [
+        ({'prune.target': 0.0001}, PruneError, r'target=0\.0001 of macs cannot be reached, only 0\.0'),
+        ({'prune.ignore': ['backbone*']}, PruneError, 'nothing can be pruned: 12 groups'),
+        ({'prune.ignore': ['neck']}, ValueError, "ignore pattern 'neck' fits no group"),
+        ({'prune.end': 99}, ValueError, 'does not fit into a run of 16'),
+        ({'prune.importance': 'hesian'}, ValueError, 'did you mean hessian'),
+        ({'comb': {'heads': 'tail'}}, ValueError, 'heads must be one of'),
+        ({'custom_hooks': [{'type': 'mmcpd.PruneHook'}]}, ValueError, r"add dict\(type='mmcpd.CombHook'\)"),
+        ({'default_hooks.ema': {'type': 'EMAHook'}}, ValueError, 'EMAHook averages over weights'),
+    ],
+)
+def test_refusals_come_before_training(runner_of, tmp_path, changes, error, message):
+    runner = runner_of(**changes)
+    with pytest.raises(error, match=message):
+        runner.train()
+    assert runner.iter == 0 and not list(tmp_path.glob('run/*.pth'))
+
+
+def test_arguments_of_a_hook_win_over_the_config():
+    cfg = Config(
+        {
+            'comb': {'heads': 'head', 'strict': True},
+            'prune': {'begin': 0, 'end': 10, 'interval': 2, 'target': 0.5},
+            'custom_hooks': [
+                {'type': 'mmcpd.CombHook', 'heads': 'dim', 'priority': 'HIGH'},
+                {'type': PruneHook, 'target': 0.3},
+            ],
+        }
+    )
+    assert comb_options(cfg) == {'heads': 'dim', 'strict': True}
+    assert prune_options(cfg) == {'begin': 0, 'end': 10, 'interval': 2, 'target': 0.3}
+    assert prune_options(cfg, {'interval': 5})['interval'] == 5
+    with pytest.raises(ValueError, match="comb has no option 'head': did you mean heads"):
+        CombHook(head='dim')
+    with pytest.raises(ValueError, match=r'pruning needs begin, end.*configs/_base_/cpd\.py'):
+        prune_options(Config({}))
+
+
+def test_an_untrained_model_is_pruned_with_a_warning(runner_of, tmp_path):
+    train(runner_of(epochs=1, **{'prune.begin': 0, 'prune.end': 4}))
+    assert 'an untrained model is pruned' in next((tmp_path / 'run').glob('*/*.log')).read_text()
