@@ -39,8 +39,8 @@ class Member:
     role: str
 
     def rows(self, chosen: Tensor) -> Tensor:
-        """Return the rows of the chosen units (a BoolTensor of units), sorted."""
-        return self.index[chosen].flatten().sort().values
+        """Return the rows of the chosen units (a BoolTensor of units)."""
+        return self.index[chosen].flatten()
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ MOVEMENT = set(
     'view _unsafe_view reshape _reshape_alias permute transpose t expand unsqueeze squeeze select slice narrow split '
     'split_with_sizes unsafe_split unsafe_split_with_sizes chunk unsafe_chunk unbind roll flip repeat '
     'repeat_interleave constant_pad_nd reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d unfold '
-    'diagonal movedim rot90 tril triu pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle unflatten '
+    'diagonal movedim rot90 tril triu pixel_shuffle pixel_unshuffle unflatten '
     'flatten numpy_T swapaxes view_as expand_as squeeze_copy index index_select gather'.split()
 )
 VIEWS = {
@@ -204,8 +204,9 @@ def movement(trace: Trace, call: Call) -> None:
             trace.freeze(axis, f'picked by a fixed index ({call.op}) in {trace.where}')
             continue
         moved = _moved(call, source, along(axis, dim, source.shape))
-        for labels, found in zip(moved, axes, strict=True):
-            place(trace, call, axis, labels, found)
+        alone = moved if axis.full is None else _moved(call, source, along(axis.alone(), dim, source.shape))
+        for labels, units, found in zip(moved, alone, axes, strict=True):
+            place(trace, call, axis, labels, units, found)
     for out, found in zip(outs, axes, strict=True):
         trace.set(out, tuple(found))
 
@@ -231,12 +232,8 @@ def _moved(call: Call, source: Tensor, labels: Tensor) -> list[Tensor]:
     return [moved] if isinstance(moved, Tensor) else list(moved)
 
 
-def place(trace: Trace, call: Call, axis: Axis, labels: Tensor, found: list[Axis | None]) -> None:
-    """Write the axis that `labels` (the atoms at each position of an output) shows into `found`.
-
-    Where it varies along several dimensions (heads x width, groups x channels) the last keeps the atoms, and those
-    across the others are tied: a rectangle.
-    """
+def _varying(labels: Tensor) -> tuple[Tensor, list[int]]:
+    """Return the labels without the dimensions along which they are all the same, and those along which not."""
     for dim in range(labels.dim()):  # what does not vary needs no memory
         if labels.stride(dim) == 0 and labels.shape[dim] > 1:
             labels = labels.narrow(dim, 0, 1)
@@ -248,12 +245,27 @@ def place(trace: Trace, call: Call, axis: Axis, labels: Tensor, found: list[Axis
                 varying.append(dim)
             else:
                 labels = first
+    return labels, varying
+
+
+def place(trace: Trace, call: Call, axis: Axis, labels: Tensor, units: Tensor, found: list[Axis | None]) -> None:
+    """Write the axis that `labels` (the atoms at each position of an output) shows into `found`.
+
+    Where it varies along several dimensions (heads x width, groups x channels) one keeps the atoms, and those across
+    the others are tied: a rectangle. It is the one along which the `units` vary (the same labels, where atoms that are
+    tied already have one name), and of several the last.
+    """
+    labels, varying = _varying(labels)
     if not varying:
         trace.freeze(axis, f'picked by a fixed index ({call.op}) in {trace.where}')
         return
     # Padding around the other dimensions is no atom, and does not make them vary.
     real = [d for d in varying if not _only_padding(labels, d)]
-    keep = _kept(trace, call, real or varying)
+    real = real or varying
+    if axis.full is not None:
+        known = _varying(units)[1]
+        real = [d for d in real if d in known] or real
+    keep = _kept(trace, call, real)
     columns = labels.movedim(keep, 0).reshape(labels.shape[keep], -1).numpy().astype(np.int64)
     if columns.shape[1] > 1:
         trace.tie(columns)
@@ -275,6 +287,14 @@ def _kept(trace: Trace, call: Call, varying: list[int]) -> int:
     if trace.heads == 'head' and len(varying) > 1:
         return varying[-2]
     return varying[-1]
+
+
+@rule('channel_shuffle', 'native_channel_shuffle')  # channel_shuffle(self, groups): equal groups stay equal
+def channel_shuffle(trace: Trace, call: Call) -> None:
+    axis = trace.axes(call.named['self'])[1]
+    if axis is not None:
+        trace.tie(axis.atoms.reshape(call.named['groups'], -1).T)
+    movement(trace, call)
 
 
 @rule('cat', 'concat', 'stack')  # cat(tensors, dim=0)

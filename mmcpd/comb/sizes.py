@@ -79,6 +79,10 @@ class Size(int):
     __mul__, __rmul__ = _binary('*'), _binary('*', True)
     __floordiv__, __rfloordiv__ = _binary('//'), _binary('//', True)
     __mod__, __rmod__ = _binary('%'), _binary('%', True)
+
+    def __neg__(self) -> Size:
+        return 0 - self
+
     __hash__ = int.__hash__
 
     def __eq__(self, other: object) -> bool:
@@ -162,7 +166,16 @@ def _sizes(args: Any, kwargs: Any, names: Sequence[str]) -> list[Any]:
     return list(rest[0]) if len(rest) == 1 and isinstance(rest[0], (tuple, list)) else rest
 
 
-@_handles('view', 'reshape', 'expand', 'broadcast_to')
+@_handles('expand', 'broadcast_to')
+def _expand(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
+    sizes, source = _sizes(args, kwargs, ('shape', 'size')), args[0].shape
+    for back, size in enumerate(reversed(sizes), 1):
+        axis = trace.axes(out)[-back]
+        if int(size) != -1 and back <= len(source) and source[-back] != 1:  # else it may be of any size
+            _equation(trace, size, None if axis is None else axis.atoms)
+
+
+@_handles('view', 'reshape')
 def _reshape(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
     sizes = _sizes(args, kwargs, ('shape', 'size'))
     if len(sizes) != out.dim():  # view(dtype)
@@ -223,7 +236,10 @@ def _split(trace: Trace, args: Any, kwargs: Any, out: Sequence[Tensor]) -> None:
 @_handles('narrow')  # narrow(dim, start, length)
 def _narrow(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
     dim, start, length = (args[i] if len(args) > i else kwargs[n] for i, n in ((1, 'dim'), (2, 'start'), (3, 'length')))
-    _cut(trace, args[0], dim % args[0].dim(), start, start + length)
+    axis, begin = trace.axes(args[0])[dim], int(start) % args[0].shape[dim]
+    if axis is not None:
+        _cut(trace, args[0], dim % args[0].dim(), start, None)
+        _equation(trace, length, axis.atoms[begin : begin + int(length)])
 
 
 @_handles('__getitem__')

@@ -97,39 +97,39 @@ class Masker:
         self.model, self.comb = model, comb
         self.tensors = named_tensors(model)
         self._flat: Tensor | None = None
-        self._rows: list[tuple[Tensor, int, Tensor]] = []
+        self._factors: list[tuple[Tensor, Tensor]] = []
 
-    def removed(self, keep: Keep) -> list[tuple[Tensor, int, Tensor]]:
-        """Return `(tensor, dim, rows)` for everything that must be zero; kept until the keep changes."""
+    def factors(self, keep: Keep) -> list[tuple[Tensor, Tensor]]:
+        """Return `(tensor, factor)` for all that is masked, factors of 0 and 1; kept until the keep changes.
+
+        A product is an order of magnitude faster than filling rows, above all along any but the first dimension.
+        """
         flat = torch.cat([keep[g.name] for g in self.comb.groups]) if self.comb.groups else torch.empty(0)
         if self._flat is None or not torch.equal(flat, self._flat):
-            self._rows = []
-            by_dim: dict[tuple[str, int], list[Tensor]] = {}
-            for group in self.comb.groups:
-                gone = ~keep[group.name]
-                if bool(gone.any()):
-                    for member in group.members:
-                        by_dim.setdefault((member.tensor, member.dim), []).append(member.rows(gone))
-            for (name, dim), rows in by_dim.items():
+            self._factors = []
+            for name, dims in live_rows(self.comb, keep).items():
                 tensor = self.tensors[name]
-                self._rows.append((tensor, dim, torch.cat(rows).sort().values.to(tensor.device)))
+                for dim, live in dims.items():
+                    shape = [1] * tensor.dim()
+                    shape[dim] = -1
+                    self._factors.append((tensor, live.to(tensor.device, tensor.dtype).reshape(shape)))
             self._flat = flat.clone()
             self._mask_norms(keep)
-        return self._rows
+        return self._factors
 
     @torch.no_grad()
     def apply_(self, keep: Keep) -> None:
         """Write zeros into the removed rows of parameters and statistics, in place."""
-        for tensor, dim, rows in self.removed(keep):
-            tensor.index_fill_(dim, rows, 0)
+        for tensor, factor in self.factors(keep):
+            tensor.mul_(factor)
 
     @torch.no_grad()
     def apply_state_(self, keep: Keep, optimizer: torch.optim.Optimizer) -> None:
         """Write zeros into the optimizer's state of the removed rows (momentum, second moments)."""
-        for tensor, dim, rows in self.removed(keep):
+        for tensor, factor in self.factors(keep):
             for value in optimizer.state.get(tensor, {}).values():
                 if isinstance(value, Tensor) and value.shape == tensor.shape:
-                    value.index_fill_(dim, rows.to(value.device), 0)
+                    value.mul_(factor.to(value.device, value.dtype))
 
     def _mask_norms(self, keep: Keep) -> None:
         flat = torch.from_numpy(self.comb.flat(keep))
@@ -142,6 +142,21 @@ class Masker:
                     del module.forward
             else:
                 module.forward = MaskedForward(module, live.nonzero().flatten(), len(live))
+
+
+def live_rows(comb: Comb, keep: Mapping[str, Tensor]) -> dict[str, dict[int, Tensor]]:
+    """Return which rows stay, a BoolTensor by tensor and dimension; only where some go."""
+    live: dict[str, dict[int, Tensor]] = {}
+    for group in comb.groups:
+        gone = ~keep[group.name]
+        if not bool(gone.any()):
+            continue
+        for member in group.members:
+            dims = live.setdefault(member.tensor, {})
+            if member.dim not in dims:
+                dims[member.dim] = torch.ones(comb.shapes[member.tensor][member.dim], dtype=torch.bool)
+            dims[member.dim][member.rows(gone)] = False
+    return live
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from ..comb.errors import SlimError
 from ..comb.groups import Comb, Keep
 from ..comb.sizes import evaluate, leaves, read_attribute, show, solve, write_attribute
 from .attributes import Shapes, described, local_shapes
-from .masks import named_tensors, unmask_norms_
+from .masks import live_rows, named_tensors, unmask_norms_
 from .replace import REPLACEMENTS, replacement
 from .rewrite import Rewrite, rewrite_, rewrites_of
 
@@ -47,31 +47,17 @@ def slim(model: nn.Module, comb: Comb, keep: Mapping[str, Tensor]) -> nn.Module:
     return small
 
 
-def _rows(comb: Comb, keep: Keep) -> dict[str, dict[int, Tensor]]:
-    """Return the rows that stay, by tensor and dimension; only where some go."""
-    stay: dict[str, dict[int, Tensor]] = {}
-    for group in comb.groups:
-        gone = ~keep[group.name]
-        if not bool(gone.any()):
-            continue
-        for member in group.members:
-            dims = stay.setdefault(member.tensor, {})
-            alive = dims.setdefault(member.dim, torch.ones(comb.shapes[member.tensor][member.dim], dtype=torch.bool))
-            alive[member.rows(gone)] = False
-    return {t: {d: alive.nonzero().flatten() for d, alive in dims.items()} for t, dims in stay.items()}
-
-
 @torch.no_grad()
 def _cut(model: nn.Module, comb: Comb, keep: Keep) -> nn.Module:
     """Copy a model with the rows that stay; what goes is never copied, and shared tensors stay shared."""
-    stay = _rows(comb, keep)
+    live = live_rows(comb, keep)
     memo: dict[int, Any] = {}
     for name, tensor in named_tensors(model).items():
-        if name not in stay:
+        if name not in live:
             continue
         value = tensor.detach()
-        for dim, rows in stay[name].items():
-            value = value.index_select(dim, rows.to(value.device))
+        for dim, rows in live[name].items():
+            value = value.index_select(dim, rows.nonzero().flatten().to(value.device))
         memo[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
     small = copy.deepcopy(model, memo)
     unmask_norms_(small)
@@ -98,16 +84,16 @@ def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
 @torch.no_grad()
 def _fold_scales_(model: nn.Module, comb: Comb, keep: Keep, replaced: Mapping[str, str]) -> None:
     """Keep softmax(q k^T / sqrt(d)) what it was where the forward takes the square root of the new width."""
-    live = comb.live(keep)
-    stay = _rows(comb, keep)
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    if not comb.scales:
+        return
+    live, stay, tensors = comb.live(keep), live_rows(comb, keep), named_tensors(model)
     for pieces, axis, path in comb.scales:
         if path in replaced or live[axis] == len(comb.axes[axis]):
             continue
         factor = math.sqrt(live[axis] / len(comb.axes[axis]))
         for name, dim, rows in pieces:
-            alive = stay.get(name, {}).get(dim, torch.arange(comb.shapes[name][dim]))
-            place = torch.isin(alive, torch.tensor(rows)).nonzero().flatten()
+            alive = stay.get(name, {}).get(dim, torch.ones(comb.shapes[name][dim], dtype=torch.bool))
+            place = torch.isin(alive.nonzero().flatten(), torch.tensor(rows)).nonzero().flatten()
             tensor = tensors[name]
             tensor.index_copy_(dim, place, tensor.index_select(dim, place) * factor)
 

@@ -1,17 +1,19 @@
 """The safety net: what is masked can be slimmed, on models that nobody has seen.
 
-Combing ends with a trial: remove about half of the units at random, mask one copy, slim another, run both on the example
-input and compare. Where they differ, or slimming or running fails, the groups at fault are found by bisection.
+Combing ends with a trial: remove about half of the units at random, mask one copy, slim another, run both on the
+example input and compare. Where they differ, or slimming or running fails, the groups at fault are found by bisection.
 """
 
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..comb.build import default_forward
 from ..comb.errors import CombError, SlimError
 from ..comb.groups import Comb, Keep
 from ..comb.trace import evaluating, tensors_in
@@ -111,6 +113,18 @@ def _fault(model: nn.Module, comb: Comb, among: list[str]) -> str | None:
     return None
 
 
+def _in_double(model: nn.Module, comb: Comb) -> tuple[nn.Module, Comb]:
+    """Return both in float64, or as they are where the forward does not run in it."""
+    double = copy.deepcopy(model).double()
+    inputs = tuple(i.double() if isinstance(i, torch.Tensor) and i.is_floating_point() else i for i in comb.inputs)
+    try:
+        with evaluating(double):
+            (comb.forward or default_forward)(double, *inputs)
+    except _FAILURES:
+        return model, comb
+    return double, replace(comb, inputs=inputs)
+
+
 def faults_of(model: nn.Module, comb: Comb) -> dict[str, str]:
     """Return the groups that cannot be slimmed, with the reason; found by bisection.
 
@@ -121,8 +135,12 @@ def faults_of(model: nn.Module, comb: Comb) -> dict[str, str]:
     why = _fault(model, comb, names) if names else None
     if why is None:
         return {}
+    model, comb = _in_double(model, comb)  # where a choice (a nearest neighbour) hangs on the last bit of float32
+    why = _fault(model, comb, names)
+    if why is None:
+        return {}
     with evaluating(model):
-        out = tensors_in(comb.forward(model, *comb.inputs)) if comb.forward else []
+        out = tensors_in((comb.forward or default_forward)(model, *comb.inputs))
     if any(not bool(torch.isfinite(t).all()) for t in out if t.is_floating_point()):
         raise CombError('the output on the example input is not finite; give an input, or weights, for which it is')
     good: list[str] = []
