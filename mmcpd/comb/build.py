@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .atoms import Row
-from .groups import Comb, Frozen, Group, Member, SizeRule, near
+from .groups import Comb, Frozen, Group, Member, SizeRule
+from .names import match
 from .sizes import leaves
 from .source import site
 from .trace import Term, Trace
@@ -65,14 +65,7 @@ def build(model: nn.Module, trace: Trace, ignore: Sequence[str], faults: Mapping
 
 
 def _ignored(groups: list[Group], ignore: Sequence[str]) -> dict[str, str]:
-    names = [g.name for g in groups]
-    found: dict[str, str] = {}
-    for pattern in ignore:
-        hits = fnmatch.filter(names, pattern)
-        if not hits:
-            raise ValueError(f'ignore: no group matches {pattern!r}; {near(pattern, names)}')
-        found.update(dict.fromkeys(hits, IGNORED))
-    return found
+    return dict.fromkeys(match(ignore, [g.name for g in groups]), IGNORED)
 
 
 def _require_producer(trace: Trace, rows: _Rows, component: np.ndarray, why: np.ndarray) -> None:

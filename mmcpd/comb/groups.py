@@ -16,6 +16,7 @@ from scipy.sparse import csr_array
 from torch import Tensor
 
 from .cost import METRICS, Cost, Formula
+from .names import near
 from .source import Site
 
 Keep = dict[str, Tensor]
@@ -134,7 +135,7 @@ class Comb:
         for group in self.groups:
             if group.name == name:
                 return group
-        raise ValueError(f'no group {name!r}; {near(name, [g.name for g in self.groups])}')
+        raise ValueError(f'no group {name!r}: did you mean {near(name, [g.name for g in self.groups])}?')
 
     def keep(self) -> Keep:
         """Return a keep in which every unit stays: `{group name: BoolTensor(units)}`."""
@@ -265,11 +266,3 @@ class Comb:
             if frozen.reason != KERNEL:
                 counts[frozen.reason] += frozen.rows
         return counts
-
-
-def near(name: str, names: list[str]) -> str:
-    """Say which names are like a wrong one."""
-    import difflib
-
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:3]
-    return f'did you mean {", ".join(map(repr, close))}?' if close else 'there is none at all'

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmcpd.engine.build import type_name
-from mmcpd.prune.names import near
+from mmcpd.comb.names import near
 from mmcpd.prune.pruner import check_options
 
 COMB_OPTIONS = ('heads', 'ignore', 'strict', 'input_shape', 'save')

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..comb.names import look_up
 from .gates import Gates, untouched
-from .names import look_up
 from .samples import SampleTaps
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..comb.names import look_up, near
 from .importance import IMPORTANCES, Closure, build_importance
 from .masks import Masker
-from .names import look_up, near
 from .normalize import NORMALIZERS, normalize
 from .schedule import METRICS, Keep, Schedule, check_reachable, select, share
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .names import look_up, match
+from ..comb.names import look_up, match
 
 if TYPE_CHECKING:
     from ..comb.groups import Comb
