@@ -1,7 +1,6 @@
 # A ResNet-50 on the embedded digits in one run: 8 epochs dense, 6 to half of its MACs under its own eyes, 6 to recover.
 _base_ = [
     'mmpretrain::_base_/models/resnet50.py',
-    'mmpretrain::_base_/default_runtime.py',
     '../_base_/datasets/digits.py',
     '../_base_/schedules/digits.py',
     '../_base_/cpd.py',
@@ -13,6 +12,3 @@ model = dict(_delete_=True, type='mmcpd.Distiller', student=_base_.model, losses
 
 custom_hooks = [dict(type='mmcpd.CombHook'), dict(type='mmcpd.PruneHook')]
 prune = dict(begin=0.4, end=0.7, target=0.5, interval=6, round_to=8)
-
-default_hooks = dict(logger=dict(interval=22), checkpoint=dict(interval=4, max_keep_ckpts=2))
-randomness = dict(seed=0)

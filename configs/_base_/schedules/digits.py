@@ -1,4 +1,5 @@
 # A short run on the digits: 22 iterations an epoch, one learning rate from the dense phase to the fine-tuning.
+_base_ = 'mmpretrain::_base_/default_runtime.py'
 optim_wrapper = dict(
     optimizer=dict(type='SGD', lr=0.05, momentum=0.9, weight_decay=1e-4, nesterov=True),
 )
@@ -9,3 +10,5 @@ param_scheduler = [
 train_cfg = dict(by_epoch=True, max_epochs=20, val_interval=1)
 val_cfg = dict()
 test_cfg = dict()
+default_hooks = dict(logger=dict(interval=22), checkpoint=dict(interval=4, max_keep_ckpts=2))
+randomness = dict(seed=0)
