@@ -10,6 +10,7 @@ from mmengine.device import get_device
 from mmengine.runner import find_latest_checkpoint
 
 from mmcpd.engine import cli
+from mmcpd.engine.checkpoints import check_start
 from mmcpd.engine.compat import start_processes
 
 
@@ -68,6 +69,8 @@ def main(args: argparse.Namespace) -> None:
     cli.check_data(cfg, ('train_dataloader', 'val_dataloader'))
     cli.check_checkpoint(cfg.get('load_from'), '--resume' if args.resume else 'load_from')
     cli.check_hooks(cfg)
+    if cfg.get('load_from') and '://' not in cfg.load_from:
+        check_start(cfg, cfg.load_from)
     start_processes(cfg)
     try:
         cli.run(cli.build_runner(cfg), lambda runner: runner.train())

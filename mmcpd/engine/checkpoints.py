@@ -45,6 +45,35 @@ def load_dense(cfg: Config, path: PathLike) -> nn.Module:
     return model.eval()
 
 
+def check_start(cfg: Config, path: PathLike) -> None:
+    """See that training may start from a checkpoint: MMEngine passes over what does not fit, up to everything.
+
+    A new head on known features is a good start, so half of the model's weights must fit.
+
+    Raises:
+        SlimError: The checkpoint is unreadable, slim for a dense model, or of another model.
+
+    Example:
+        >>> check_start(cfg, 'resnet50_8xb32_in1k_20210831-ea4938fc.pth')
+    """
+    weights = student_weights(read_checkpoint(path))
+    if type_name(cfg.model) == 'slimmed':
+        return  # built from a slim.pth, or fitted strictly by whoever wrote the structure
+    if is_slim(path):
+        raise SlimError(
+            f"{path} is a slim checkpoint and the config's model is dense; to train it further write "
+            f"model = dict(type='slimmed', model=..., structure='{path}')"
+        )
+    own = build_dense(cfg).state_dict()
+    misfits = [name for name, value in own.items() if name not in weights or weights[name].shape != value.shape]
+    if len(misfits) > len(own) / 2:
+        there = tuple(weights[misfits[0]].shape) if misfits[0] in weights else 'missing'
+        raise SlimError(
+            f'{path} is of another model: {len(misfits)} of {len(own)} tensors do not fit, the first is {misfits[0]}, '
+            f'{there} there and {tuple(own[misfits[0]].shape)} here'
+        )
+
+
 def removed_units(checkpoint: Mapping[str, Any]) -> int:
     """Return how many units the keep inside a training checkpoint removes; 0 where it has none."""
     keep = checkpoint.get(STATE, {}).get('keep', {})

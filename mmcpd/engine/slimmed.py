@@ -198,6 +198,9 @@ def fill(model: nn.Module, state_dict: Mapping[str, torch.Tensor], where: PathLi
     """
     own = model.state_dict()
     kind = type(model).__name__
+    # Weights from before torch 0.4.1 have no counters; only a norm without momentum reads them.
+    counters = {name: value for name, value in own.items() if name.endswith('num_batches_tracked')}
+    state_dict = {**counters, **state_dict}
     for name, tensor in own.items():
         if name not in state_dict:
             raise SlimError(f'{where} is of another model: it lacks {name}, which {kind} has')

@@ -246,6 +246,15 @@ def test_the_student_of_a_distiller_is_found_with_its_preprocessor():
     assert slimmed.student_config(own).data_preprocessor.mean == [0]
 
 
+def test_weights_without_batch_norm_s_counters_fit():
+    model = slimmed.build_dense(config())
+    weights = {name: torch.rand(value.shape) for name, value in model.state_dict().items() if 'tracked' not in name}
+    slimmed.fill(model, weights, 'old.pth')
+    assert torch.equal(model.head.fc.weight, weights['head.fc.weight'])
+    with pytest.raises(SlimError, match=r'old\.pth is of another model: it lacks head\.fc\.bias'):
+        slimmed.fill(model, {name: value for name, value in weights.items() if name != 'head.fc.bias'}, 'old.pth')
+
+
 def loader(*transforms) -> dict:
     return dict(dataset=dict(type='RepeatDataset', times=2, dataset=dict(type='X', pipeline=list(transforms))))
 

@@ -13,6 +13,10 @@ import pytest
 import torch
 from mmengine.config import Config
 
+from mmcpd.engine.build import build_dense
+from mmcpd.engine.checkpoints import check_start
+from mmcpd.engine.slimmed import save_slim
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -77,6 +81,30 @@ def test_a_mistake_is_one_line_and_writes_nothing(tool, tiny, tmp_path, argument
     assert code == 1
     assert message in only_line(err)
     assert os.listdir(tmp_path) == ['tiny.py']
+
+
+def test_a_start_from_another_model_or_half_a_file_is_refused(tool, tiny, tmp_path):
+    dense = build_dense(tiny).state_dict()
+    new_head = {name: value[:5] if name.startswith('head') else value for name, value in dense.items()}
+    other = {name: torch.cat([value, value]) if value.dim() else value for name, value in dense.items()}
+    check_start(Config.fromfile(tiny), save(new_head, tmp_path / 'new_head.pth'))
+    save(other, tmp_path / 'other.pth')
+    save({}, tmp_path / 'half.pth').write_bytes((tmp_path / 'other.pth').read_bytes()[:20000])
+    save_slim(tmp_path / 'slim.pth', torch.nn.Linear(1, 1), {}, {})
+    for name, message in (
+        ('other.pth', 'the first is backbone.conv1.weight, (16, 3, 7, 7) there and (8, 3, 7, 7) here'),
+        ('half.pth', 'half.pth is truncated or not a checkpoint'),
+        ('slim.pth', "is a slim checkpoint and the config's model is dense"),
+    ):
+        code, _, err = tool('train', tiny, '--cfg-options', f'load_from={name}')
+        assert code == 1
+        assert message in only_line(err)
+    assert not (tmp_path / 'work_dirs').exists()
+
+
+def save(weights: dict, path: Path) -> Path:
+    torch.save({'state_dict': weights}, path)
+    return path
 
 
 def test_mixed_precision_without_an_accelerator(tool, tiny, tmp_path, monkeypatch):
