@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -129,9 +130,7 @@ def share(comb: Comb, keep: Keep, metric: str) -> float:
         1.0
     """
     look_up(METRICS, metric, 'metric')
-    if metric == 'units':
-        return sum(int(k.sum()) for k in keep.values()) / max(1, sum(len(k) for k in keep.values()))
-    return getattr(comb.cost(keep), metric) / getattr(comb.cost(comb.keep()), metric)
+    return _metric(comb, comb.flat(keep), metric) / _metric(comb, comb.flat(comb.keep()), metric)
 
 
 def select(
@@ -173,23 +172,30 @@ def select(
     steps = _steps(comb, keep, min_units, round_to, ignore)
     if share(comb, keep, metric) <= ratio:
         return {name: k.clone() for name, k in keep.items()}
-    chunks = _chunks(scores, keep, steps)
+    order, ends = _order(scores, comb, keep, steps)
     if limit is not None:
-        sizes = torch.tensor([len(units) for _, _, units in chunks])
-        chunks = chunks[: max(1, int((sizes.cumsum(0) <= limit).sum()))]
-    if share(comb, _without(keep, chunks), metric) > ratio:
-        if limit is None:
-            low = reachable(comb, metric, min_units, round_to, ignore)[0]
-            raise PruneError(f'{metric} cannot go down to {ratio:.4f} of the dense model, only to {low:.4f}')
-        return _without(keep, chunks)
-    low, high = 0, len(chunks)  # the metric is above `ratio` with `low` chunks gone, not above with `high`
+        ends = ends[: max(1, int((ends <= limit).sum()))]
+    live = comb.flat(keep)
+    goal = ratio * _metric(comb, comb.flat(comb.keep()), metric)
+
+    def left(chunks: int) -> int:
+        """Return the metric with the first chunks gone."""
+        trial = live.copy()
+        trial[order[: ends[chunks - 1]]] = False
+        return _metric(comb, trial, metric)
+
+    low, high = 0, len(ends)  # the metric is above the goal with `low` chunks gone, not above with `high`
+    if high == 0 or left(high) > goal:
+        if limit is None or high == 0:
+            lowest = reachable(comb, metric, min_units, round_to, ignore)[0]
+            raise PruneError(f'{metric} cannot go down to {ratio:.4f} of the dense model, only to {lowest:.4f}')
+        low = high - 1
     while high - low > 1:
         middle = (low + high) // 2
-        if share(comb, _without(keep, chunks[:middle]), metric) <= ratio:
-            high = middle
-        else:
-            low = middle
-    return _without(keep, chunks[:high])
+        low, high = (low, middle) if left(middle) <= goal else (middle, high)
+    live[order[: ends[high - 1]]] = False
+    parts = np.split(live, list(comb.start.values())[1:])
+    return {group.name: torch.from_numpy(part.copy()) for group, part in zip(comb.groups, parts, strict=True)}
 
 
 def reachable(
@@ -255,24 +261,28 @@ def _steps(comb: Comb, keep: Keep, min_units: int, round_to: int, ignore: Sequen
     return steps
 
 
-def _chunks(scores: dict[str, Tensor], keep: Keep, steps: dict[str, list[int]]) -> list[tuple[float, str, Tensor]]:
-    """Return (mean score, group, units) of everything that may go, lowest first; stable, so deterministic."""
-    chunks = []
+def _order(
+    scores: dict[str, Tensor], comb: Comb, keep: Keep, steps: dict[str, list[int]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the units that may go (numbered through all groups), lowest chunk first, and where each chunk ends."""
+    units, keys, sizes = [np.empty(0, np.int64)], [np.empty(0)], [np.empty(0, np.int64)]
     for name, numbers in steps.items():
-        live = keep[name].nonzero().flatten().cpu()
-        score = scores[name].double().cpu()[live]
-        order = torch.argsort(score, stable=True)
-        begin = 0
-        for number in numbers:
-            part = order[begin : len(live) - number]
-            chunks.append((float(score[part].mean()), name, live[part]))
-            begin = len(live) - number
-    return sorted(chunks, key=lambda chunk: chunk[0])
+        if not numbers:
+            continue
+        live = np.flatnonzero(keep[name].numpy())
+        score = scores[name].double().cpu().numpy()[live]
+        rank = np.argsort(score, kind='stable')[: len(live) - numbers[-1]]
+        begins = len(live) - np.array([len(live), *numbers])  # of each chunk in `rank`, and the end of the last
+        units.append(comb.start[name] + live[rank])
+        keys.append(np.add.reduceat(score[rank], begins[:-1]) / np.diff(begins))
+        sizes.append(np.diff(begins))
+    size, key, unit = np.concatenate(sizes), np.concatenate(keys), np.concatenate(units)
+    order = np.argsort(key, kind='stable')
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    return unit[np.argsort(np.repeat(place, size), kind='stable')], np.cumsum(size[order])
 
 
-def _without(keep: Keep, chunks: Sequence[tuple[float, str, Tensor]]) -> Keep:
-    """Return a copy of `keep` with the chunks' units gone."""
-    result = {name: k.clone() for name, k in keep.items()}
-    for _, name, units in chunks:
-        result[name][units] = False
-    return result
+def _metric(comb: Comb, flat: np.ndarray, metric: str) -> int:
+    """Return a metric for a boolean vector over all units."""
+    return int(flat.sum()) if metric == 'units' else comb.cost_flat(flat)[metric]
