@@ -23,7 +23,7 @@ from mmcpd.engine.compat import mend_scopes
 from mmcpd.engine.options import comb_options, prune_options
 
 EMBEDDED = 'configs/cpd/resnet50_prune.py'  # runs anywhere: its data ship inside a wheel
-# How the folders of the data sets look that people lack most; others are named by the path that is missing.
+# How the folders of the data sets look that people lack most; others' are the paths that they name.
 LAYOUTS = {
     'ImageNet': '{root}/train/<class>/*.JPEG and {root}/val/<class>/*.JPEG',
     'CustomDataset': '{root}/train/<class>/*.png and {root}/test/<class>/*.png',
@@ -175,7 +175,7 @@ def check_data(cfg: Config, loaders: tuple[str, ...]) -> None:
             for path in _paths(dataset):
                 if '://' not in path and not Path(path).exists():
                     root = str(dataset.get('data_root') or path).rstrip('/')
-                    layout = LAYOUTS.get(kind, '{root}/...').format(root=root)
+                    layout = LAYOUTS.get(kind, ' and '.join(_paths(dataset)[1:]) or '{root}/...').format(root=root)
                     raise UserError(
                         f'no data: {path} does not exist, which {name} ({kind}) reads. Put the data into '
                         f'{root}, laid out as {layout}, or link it there; {EMBEDDED} needs no data'

@@ -133,6 +133,10 @@ def with_data(tiny: Path, dataset: str) -> Path:
             ['data/ade does not exist', 'annotations/{training,validation}/*.png'],
         ),
         ("type='Other', data_root='data/other'", ['data/other does not exist', 'data/other/...']),
+        (
+            "type='Other', data_root='data/o', data_prefix=dict(img_path='im', seg_map_path='seg')",
+            ['laid out as data/o/im and data/o/seg'],
+        ),
     ],
 )
 def test_missing_data_names_folder_layout_and_the_embedded_config(tool, tiny, tmp_path, dataset, words):
