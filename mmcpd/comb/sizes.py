@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -341,16 +342,27 @@ def observing_sizes(model: nn.Module, trace: Trace) -> Iterator[None]:
         with _Observe(trace), _without_caches():
             yield
     finally:
+        for module in model.modules():  # what the forward stored, and what stood there before
+            for name, value in vars(module).items():
+                vars(module)[name] = _plain(value)
         for attributes, name, value in kept:
             if attributes.get(name) == value:  # else the forward set another, which stays
                 attributes[name] = value
-        for module in model.modules():  # what the forward itself stored
-            for name, value in vars(module).items():
-                if isinstance(value, Size):
-                    vars(module)[name] = int(value)
-                elif isinstance(value, (tuple, list)) and any(isinstance(v, Size) for v in value):
-                    plain = (int(v) if isinstance(v, Size) else v for v in value)
-                    vars(module)[name] = list(plain) if isinstance(value, list) else tuple(plain)
+
+
+def _plain(value: Any) -> Any:
+    """Return a value without sizes; whatever holds none is returned as it is."""
+    if isinstance(value, Size):
+        return int(value)
+    if isinstance(value, Shape):
+        return torch.Size(int(v) for v in value)
+    if type(value) in (list, tuple):
+        plain = [_plain(v) for v in value]
+        return value if all(a is b for a, b in zip(plain, value, strict=True)) else type(value)(plain)
+    if type(value) is dict:
+        plain = {k: _plain(v) for k, v in value.items()}
+        return value if all(plain[k] is v for k, v in value.items()) else plain
+    return value
 
 
 # -- attributes by name --------------------------------------------------------------------------------------------
