@@ -183,9 +183,7 @@ def _reshape(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
         return
     for i, (size, axis) in enumerate(zip(sizes, trace.axes(out), strict=True)):
         if int(size) != -1 and (axis is not None or isinstance(size, Size)):
-            _equation(
-                trace, size, None if axis is None else axis.atoms, spot(i, len(sizes)) if axis is not None else None
-            )
+            _equation(trace, size, None if axis is None else axis.atoms, spot(i, len(sizes)))
 
 
 @_handles('unflatten')  # unflatten(dim, sizes)
