@@ -1,5 +1,6 @@
 # DeiT-S with UPerNet on ADE20K, from OpenMMLab's checkpoint (42.96 mIoU) to 60 % of its parameters: 80,000 iterations
-# of pruning and fine-tuning at one schedule, with the rate and the intervals of the paper's released configs. For 4 GPUs x 2:
+# of pruning and fine-tuning in one schedule, with the rate and the intervals of the paper's released configs. For
+# 4 GPUs x 2:
 #     tools/dist_train.sh configs/cpd/vit_prune_ade20k.py 4
 # ADE20K is looked for in data/ade/ADEChallengeData2016/{images,annotations}/{training,validation}.
 _base_ = ['mmseg::vit/vit_deit-s16_upernet_8xb2-80k_ade20k-512x512.py', '../_base_/cpd.py', '../_base_/cwd.py']

@@ -4,7 +4,7 @@
 dataset_type = 'mmcpd.DigitScenesDataset'
 crop_size = (96, 96)
 
-pipeline = [dict(type='PackSegInputs')]
+pipeline = [dict(type='mmseg.PackSegInputs')]
 
 # No workers: a scene takes 2 ms, and two cores are better spent on the model.
 train_dataloader = dict(
@@ -23,5 +23,5 @@ val_dataloader = dict(
 )
 test_dataloader = val_dataloader
 
-val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'], prefix='synthetic')
+val_evaluator = dict(type='mmseg.IoUMetric', iou_metrics=['mIoU'], prefix='synthetic')
 test_evaluator = val_evaluator

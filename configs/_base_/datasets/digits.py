@@ -3,10 +3,10 @@ dataset_type = 'mmcpd.DigitsDataset'
 data_preprocessor = dict(num_classes=10, mean=[79.5] * 3, std=[90.7] * 3, to_rgb=False)
 
 train_pipeline = [
-    dict(type='RandomCrop', crop_size=32, padding=4),
-    dict(type='PackInputs'),
+    dict(type='mmpretrain.RandomCrop', crop_size=32, padding=4),
+    dict(type='mmpretrain.PackInputs'),
 ]
-test_pipeline = [dict(type='PackInputs')]
+test_pipeline = [dict(type='mmpretrain.PackInputs')]
 
 # No workers: the images are in memory already, and two cores are better spent on the model.
 train_dataloader = dict(
@@ -23,7 +23,7 @@ val_dataloader = dict(
     sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(type=dataset_type, split='test', pipeline=test_pipeline, test_mode=True),
 )
-val_evaluator = dict(type='Accuracy', topk=(1,))
+val_evaluator = dict(type='mmpretrain.Accuracy', topk=(1,))
 
 test_dataloader = val_dataloader
 test_evaluator = val_evaluator
