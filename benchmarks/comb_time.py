@@ -1,0 +1,79 @@
+"""Time combing against a forward pass of the same model, in turn, in one run.
+
+    python benchmarks/comb_time.py --size 224 --pairs 9 --out benchmarks/results/comb_time.json
+
+ResNet-50 with random weights, batch 1, eval mode. Prints the medians of a forward pass, of combing without its trial
+and of combing as it is by default, and the medians of their ratios, pair by pair.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmcpd.comb import comb
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    """Return how long one call takes."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def measure(model: nn.Module, x: torch.Tensor, pairs: int) -> dict[str, Any]:
+    """Time the three in turn; return medians in seconds, and the medians of the ratios to a forward pass."""
+    model.eval()
+    rows: dict[str, list[float]] = {'forward': [], 'comb without trial': [], 'comb': []}
+    for turn in range(pairs + 1):
+        with torch.no_grad():
+            times = [seconds(lambda: model(x))]
+        times += [seconds(lambda: comb(model, x, trial=False)), seconds(lambda: comb(model, x))]
+        for name, value in zip(rows, times, strict=True):
+            if turn:  # the first turn warms up
+                rows[name].append(value)
+    ratios = {n: [t / f for t, f in zip(times, rows['forward'], strict=True)] for n, times in rows.items()}
+    return {
+        'median_s': {name: statistics.median(times) for name, times in rows.items()},
+        'median_ratio': {name: statistics.median(values) for name, values in ratios.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--size', type=int, default=224)
+    parser.add_argument('--pairs', type=int, default=9)
+    parser.add_argument('--threads', type=int, default=2)
+    parser.add_argument('--out', type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    import torchvision
+
+    result = measure(torchvision.models.resnet50(), torch.rand(1, 3, args.size, args.size), args.pairs)
+    about = {
+        'model': 'resnet50',
+        'size': args.size,
+        'pairs': args.pairs,
+        'threads': args.threads,
+        'torch': torch.__version__,
+        'date': datetime.date.today().isoformat(),
+    }
+    for name, ratio in result['median_ratio'].items():
+        print(f'{name:20s} {result["median_s"][name] * 1e3:8.1f} ms  {ratio:5.2f} forward passes')
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps({**about, **result}, indent=2) + '\n')
+
+
+if __name__ == '__main__':
+    main()
