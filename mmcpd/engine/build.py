@@ -93,6 +93,34 @@ def example_inputs(config: ConfigLike) -> Tensor:
     return torch.randn(1, *shape, generator=generator)
 
 
+def whole_forward(model: nn.Module, inputs: Tensor) -> list[Any]:
+    """Run a model as it is tested, and its auxiliary heads on the same features, as training does.
+
+    Without them a backbone channel that only an auxiliary head reads as well would be cut under it.
+
+    Args:
+        model: an mmpretrain or mmseg model.
+        inputs: (N, C, H, W).
+
+    Returns:
+        The model's output, then that of each auxiliary head.
+
+    Example:
+        >>> c = comb(model, images, forward=whole_forward)
+    """
+    heads = getattr(model, 'auxiliary_head', None)
+    if not heads:
+        return [model(inputs)]
+    features: list[Any] = []
+    last: Any = model.neck if getattr(model, 'with_neck', False) else model.backbone
+    handle = last.register_forward_hook(lambda _m, _i, out: features.append(out))
+    try:
+        out = model(inputs)
+    finally:
+        handle.remove()
+    return [out, *(head(features[-1]) for head in (heads if isinstance(heads, nn.ModuleList) else [heads]))]
+
+
 def datasets(config: Mapping[str, Any] | None) -> Iterator[ConfigDict]:
     """Yield the config of every data set under a data loader's, inside wrappers and concatenations too."""
     if config is None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmcpd.comb import Comb, comb
 from mmcpd.comb.errors import SlimError
-from mmcpd.engine.build import build_dense, example_inputs, student_config, type_name
+from mmcpd.engine.build import build_dense, example_inputs, student_config, type_name, whole_forward
 from mmcpd.engine.finish import costs, finish
 from mmcpd.engine.hooks import STATE
 from mmcpd.engine.options import comb_options
@@ -89,7 +89,8 @@ def comb_by_config(model: nn.Module, cfg: Config, **given: Any) -> Comb:
     options = {**comb_options(cfg), **given}
     options.pop('save', None)
     shape = options.pop('input_shape', None)
-    return comb(model, torch.randn(1, *shape) if shape else example_inputs(cfg), **options)
+    example = torch.randn(1, *shape) if shape else example_inputs(cfg)
+    return comb(model, example, forward=whole_forward, **options)
 
 
 def slim_checkpoint(cfg: Config, path: PathLike, out: PathLike) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from mmcpd.comb import Comb, comb
-from mmcpd.engine.build import example_inputs
+from mmcpd.engine.build import example_inputs, whole_forward
 from mmcpd.engine.distillers import Distiller
 from mmcpd.engine.finish import comparison, costs, finish
 from mmcpd.engine.options import comb_options, prune_options
@@ -66,7 +66,8 @@ class CombHook(Hook):
         options = comb_options(runner.cfg, self.options)
         shape, file = options.pop('input_shape', None), options.pop('save', None)
         model = bare_model(runner.model)
-        self.comb = comb(model, _example(runner, shape).to(next(model.parameters()).device), **options)
+        example = _example(runner, shape).to(next(model.parameters()).device)
+        self.comb = comb(model, example, forward=whole_forward, **options)
         runner.logger.info(f'combed:\n{self.comb}')
         if file is not None and is_main_process():
             self.comb.to_json(Path(runner.work_dir) / file)
