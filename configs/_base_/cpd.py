@@ -18,7 +18,7 @@ comb = dict(
 )
 
 prune = dict(
-    # When: iterations (int) or shares of the run (float). Before `begin` the dense model trains, after `end` the slim one.
+    # When: iterations (int) or shares of the run (float); dense before `begin`, fine-tuning after `end`.
     begin=0,
     end=0.6,
     interval=10,  # iterations of scoring between two removals
