@@ -74,6 +74,7 @@ def gap(left: Any, right: Any) -> float:
     assert [t.shape for t in ours] == [t.shape for t in theirs]
     assert ours
     for a, b in zip(ours, theirs, strict=True):
+        a, b = a.detach(), b.detach()
         if a.is_floating_point():
             assert bool(torch.isfinite(a).all()), 'the reference is not finite, so nothing is compared'
             worst = max(worst, float((a - b).abs().max() / a.abs().max()))

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from mmcpd.comb import Comb, comb
-
-from .helpers import call, check_cost, check_equal, check_structure, gap, members, randomise_, sample
 from mmcpd.prune import slim
 from mmcpd.prune.trial import random_keep
+
+from .helpers import call, check_cost, check_equal, check_structure, gap, members, randomise_, sample
 
 
 @dataclass

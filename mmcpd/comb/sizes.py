@@ -95,6 +95,10 @@ class Size(int):
                 self.trace.equal.append(pair)
         return equal
 
+    def __ne__(self, other: object) -> bool:
+        equal = self.__eq__(other)
+        return equal if equal is NotImplemented else not equal
+
     def __reduce__(self) -> tuple[Any, ...]:
         return int, (int(self),)
 
@@ -358,8 +362,8 @@ def _plain(value: Any) -> Any:
         plain = [_plain(v) for v in value]
         return value if all(a is b for a, b in zip(plain, value, strict=True)) else type(value)(plain)
     if type(value) is dict:
-        plain = {k: _plain(v) for k, v in value.items()}
-        return value if all(plain[k] is v for k, v in value.items()) else plain
+        entries = {k: _plain(v) for k, v in value.items()}
+        return value if all(entries[k] is v for k, v in value.items()) else entries
     return value
 
 

@@ -5,7 +5,9 @@ With both, the masked model computes what the slimmed one computes.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from types import FrameType
 from typing import Any
 
 import torch
@@ -13,26 +15,39 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..comb.errors import SlimError
 from ..comb.groups import Comb, Keep
 
 
 class _OverLive(TorchFunctionMode):
-    """Run layer and group norms on the live channels only: gather, the same norm, scatter."""
+    """Run the layer and group norms of one module on their live channels only: gather, the same norm, scatter."""
 
-    def __init__(self, live: Tensor, channels: int) -> None:
+    def __init__(self, module: nn.Module, live: Mapping[int, Tensor]) -> None:
         super().__init__()
-        self.live, self.channels = live, channels
+        self.module, self.live = module, live
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.layer_norm:
+        if func is F.layer_norm and self._mine():
             return self.layer_norm(*args, **kwargs)
-        if func is F.group_norm:
+        if func is F.group_norm and self._mine():
             return self.group_norm(*args, **kwargs)
         return func(*args, **kwargs)
 
+    def _mine(self) -> bool:
+        """Say whether the module itself asks, and not one inside it, which may have channels of its own."""
+        if not self.module._modules:
+            return True
+        frame: FrameType | None = sys._getframe(2)
+        while frame is not None:
+            asking = frame.f_locals.get('self')
+            if isinstance(asking, nn.Module):
+                return asking is self.module
+            frame = frame.f_back
+        return True
+
     def _run(self, x: Tensor, dim: int, norm: Any, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        live = self.live if self.live.device == x.device else self.live.to(x.device)
+        live = self.live[x.shape[dim]].to(x.device)
         parameters = [p if p is None else p.index_select(0, live) for p in (weight, bias)]
         y = norm(x.index_select(dim, live), *parameters)
         return y.new_zeros(x.shape).index_copy(dim, live, y)
@@ -45,9 +60,9 @@ class _OverLive(TorchFunctionMode):
         bias: Tensor | None = None,
         eps: float = 1e-5,
     ) -> Tensor:
-        if tuple(shape) != (self.channels,):
+        if len(shape) != 1 or shape[0] not in self.live:
             return F.layer_norm(input, shape, weight, bias, eps)
-        return self._run(input, -1, lambda x, w, b: F.layer_norm(x, (len(self.live),), w, b, eps), weight, bias)
+        return self._run(input, -1, lambda x, w, b: F.layer_norm(x, x.shape[-1:], w, b, eps), weight, bias)
 
     def group_norm(
         self,
@@ -57,19 +72,24 @@ class _OverLive(TorchFunctionMode):
         bias: Tensor | None = None,
         eps: float = 1e-5,
     ) -> Tensor:
-        if input.shape[1] != self.channels:
+        if input.shape[1] not in self.live:
             return F.group_norm(input, groups, weight, bias, eps)
         return self._run(input, 1, lambda x, w, b: F.group_norm(x, groups, w, b, eps), weight, bias)
 
 
 class MaskedForward:
-    """The forward of one module with its norms over the live channels; sits on the instance, not on the class."""
+    """The forward of one module with its norms over the live channels; sits on the instance, not on the class.
 
-    def __init__(self, module: nn.Module, live: Tensor, channels: int) -> None:
-        self.module, self.live, self.channels = module, live, channels
+    Args:
+        module: the module that normalises.
+        live: the channels that stay, by how many there are in all.
+    """
+
+    def __init__(self, module: nn.Module, live: Mapping[int, Tensor]) -> None:
+        self.module, self.live = module, live
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with _OverLive(self.live, self.channels):
+        with _OverLive(self.module, self.live):
             return type(self.module).forward(self.module, *args, **kwargs)
 
 
@@ -102,7 +122,8 @@ class Masker:
     def factors(self, keep: Keep) -> list[tuple[Tensor, Tensor]]:
         """Return `(tensor, factor)` for all that is masked, factors of 0 and 1; kept until the keep changes.
 
-        A product is an order of magnitude faster than filling rows, above all along any but the first dimension.
+        A product is an order of magnitude faster than filling rows, above all along any but the first dimension; the
+        rows are filled once, when the keep changes.
         """
         flat = torch.cat([keep[g.name] for g in self.comb.groups]) if self.comb.groups else torch.empty(0)
         if self._flat is None or not torch.equal(flat, self._flat):
@@ -112,7 +133,11 @@ class Masker:
                 for dim, live in dims.items():
                     shape = [1] * tensor.dim()
                     shape[dim] = -1
-                    self._factors.append((tensor, live.to(tensor.device, tensor.dtype).reshape(shape)))
+                    tensor.index_fill_(dim, (~live).nonzero().flatten().to(tensor.device), 0)  # 0 * nan is not 0
+                    factor = live.to(tensor.device, tensor.dtype).reshape(shape)
+                    if dim > 0:  # twice as fast where the last dimensions are those of a kernel
+                        factor = factor.expand(*shape[:dim], *tensor.shape[dim:]).contiguous()
+                    self._factors.append((tensor, factor))
             self._flat = flat.clone()
             self._mask_norms(keep)
         return self._factors
@@ -133,15 +158,20 @@ class Masker:
 
     def _mask_norms(self, keep: Keep) -> None:
         flat = torch.from_numpy(self.comb.flat(keep))
+        found: dict[str, dict[int, Tensor]] = {}
         for path, axis in self.comb.norms:
             units = torch.from_numpy(self.comb.axes[axis])
             live = (units < 0) | flat[units.clamp(min=0)]
+            if not torch.equal(found.setdefault(path, {}).setdefault(len(live), live), live):
+                where = path or 'the model itself'
+                raise SlimError(f'{where} normalises two different sets of {len(live)} channels: ignore their groups')
+        for path, by_width in found.items():
             module = self.model.get_submodule(path)
-            if bool(live.all()):
-                if isinstance(vars(module).get('forward'), MaskedForward):
-                    del module.forward
-            else:
-                module.forward = MaskedForward(module, live.nonzero().flatten(), len(live))
+            partly = {n: live.nonzero().flatten() for n, live in by_width.items() if not bool(live.all())}
+            if partly:
+                module.forward = MaskedForward(module, partly)
+            elif isinstance(vars(module).get('forward'), MaskedForward):
+                del module.forward
 
 
 def live_rows(comb: Comb, keep: Mapping[str, Tensor]) -> dict[str, dict[int, Tensor]]:

@@ -121,11 +121,17 @@ def _follow_(
     }
     attributes = {(path, name): read_attribute(modules[path], name) for path, name in sorted(names)}
     equations = [(r.expression, r.target if r.constant else live[r.target]) for r in rules]
-    changes, failed = solve(equations, attributes, live)
+    compared = [  # an attribute that the forward holds against a width follows that width
+        (a, evaluate(b, {}, live))
+        for pair in pairs
+        for a, b in (pair, pair[::-1])
+        if leaves(a, 'attr') and not leaves(a, 'live') and not leaves(b, 'attr')
+    ]
+    changes, failed = solve([*equations, *compared], attributes, live)
     for (path, name), value in changes.items():
         write_attribute(modules[path], name, value)
     rewrites: dict[str, list[Rewrite]] = {}
-    for number in failed:
+    for number in (n for n in failed if n < len(rules)):
         place, (expr, value) = rules[number].site, equations[number]
         if place is None:
             raise SlimError(f'no attribute makes {show(expr)} equal {value}')

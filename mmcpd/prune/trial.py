@@ -7,6 +7,7 @@ example input and compare. Where they differ, or slimming or running fails, the 
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -41,16 +42,22 @@ def random_keep(comb: Comb, ratio: float, seed: int, among: set[str] | None = No
         ratio: the share of each group that stays.
         seed: of the choice.
         among: the groups that lose units; all by default.
-        awkward: make the number that stays odd, and each group's share differ by up to 0.2, so that no two widths
-            agree and nothing divides by chance.
+        awkward: make the number that stays odd, each group's share differ by up to 0.2, and groups of the same size
+            keep different numbers as long as there are any, so that no two widths agree and nothing divides by chance.
     """
+    taken: Counter[tuple[int, int]] = Counter()
     generator = torch.Generator().manual_seed(seed)
     keep = comb.keep()
     for group in comb.groups:
         order = torch.randperm(group.units, generator=generator)
         share = ratio + (0.4 * float(torch.rand((), generator=generator)) - 0.2 if awkward else 0.0)
         count = round(share * group.units)
-        count = max(1, count - 1 + count % 2 if awkward else count)
+        if awkward:
+            wanted = share * group.units
+            odd = range(1, max(group.units, 2), 2)
+            count = min(odd, key=lambda n: (taken[group.units, n], abs(n - wanted)))
+            taken[group.units, count] += 1
+        count = max(1, count)
         if among is None or group.name in among:
             keep[group.name][order[count:]] = False
     return keep

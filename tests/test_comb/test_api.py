@@ -236,7 +236,7 @@ def test_ignore_that_matches_nothing_names_what_is_near():
 
 
 def test_wrong_heads():
-    with pytest.raises(ValueError, match="heads must be one of .*'dim', 'head'.*'heads'"):
+    with pytest.raises(ValueError, match=r"heads must be one of .*'dim', 'head'.*'heads'"):
         comb(nn.Linear(2, 2), torch.rand(1, 2), heads='heads')
 
 

@@ -96,7 +96,9 @@ class Separate(nn.Module):
         self.proj, self.fc = nn.Linear(6, 5, bias=False), nn.Linear(5, 2)
 
     def forward(self, x, y):
-        q, k, v = (f(t).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f, t in ((self.q, x), (self.k, y), (self.v, y)))
+        q, k, v = (
+            f(t).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f, t in ((self.q, x), (self.k, y), (self.v, y))
+        )
         if self.fused:
             out = F.scaled_dot_product_attention(q, k, v)
         else:
@@ -163,9 +165,7 @@ class Multi(nn.Module):
     def forward(self, x, y):
         x = self.stem(x)
         y = self.other(y) if self.cross else x
-        out, weights = self.attention(
-            x, y, y, need_weights=self.need_weights, average_attn_weights=self.average
-        )
+        out, weights = self.attention(x, y, y, need_weights=self.need_weights, average_attn_weights=self.average)
         out = self.fc((x + out).tanh())
         return (out, weights) if self.need_weights else out
 
@@ -220,7 +220,11 @@ def test_multihead_attention_with_masks():
         def __init__(self, masks):
             super().__init__()
             self.masks = masks
-            self.stem, self.fc, self.attention = nn.Linear(3, 8), nn.Linear(8, 2), nn.MultiheadAttention(8, 2, batch_first=True)
+            self.stem, self.fc, self.attention = (
+                nn.Linear(3, 8),
+                nn.Linear(8, 2),
+                nn.MultiheadAttention(8, 2, batch_first=True),
+            )
 
         def forward(self, x):
             x = self.stem(x)

@@ -14,7 +14,18 @@ from torch import nn
 from mmcpd.comb import comb
 from mmcpd.prune import slim
 from mmcpd.prune.trial import random_keep
-from tests.helpers import CONTROL, EXACT, call, check_cost, check_equal, check_structure, gap, masked, randomise_, sample
+from tests.helpers import (
+    CONTROL,
+    EXACT,
+    call,
+    check_cost,
+    check_equal,
+    check_structure,
+    gap,
+    masked,
+    randomise_,
+    sample,
+)
 
 GROUPS = {
     'resnet18': 12,
@@ -94,7 +105,9 @@ def small_vit() -> nn.Module:
 
 def small_swin() -> nn.Module:
     arch = dict(embed_dims=12, depths=[2, 2], num_heads=[2, 4])
-    return transformer('SwinTransformer', arch=arch, img_size=32, patch_size=2, window_size=4, out_indices=(1,), width=24)
+    return transformer(
+        'SwinTransformer', arch=arch, img_size=32, patch_size=2, window_size=4, out_indices=(1,), width=24
+    )
 
 
 def test_deit_small():

@@ -32,7 +32,12 @@ class Pieces(nn.Module):
 
 
 def coupled_pieces() -> dict[str, list[list[int]]]:
-    return {'stem.weight:0': strided(4, 2), 'stem.bias:0': strided(4, 2), 'left.weight:1': rows(4), 'right.weight:1': rows(4)}
+    return {
+        'stem.weight:0': strided(4, 2),
+        'stem.bias:0': strided(4, 2),
+        'left.weight:1': rows(4),
+        'right.weight:1': rows(4),
+    }
 
 
 def pieces(cut, left: int = 4, right: int = 4, coupled: bool = True, **attributes) -> Toy:
@@ -85,7 +90,11 @@ def test_pieces_of_the_channels(name):
 def test_a_literal_cannot_follow_and_freezes(name):
     toy = pieces(LITERALS[name], 3, 5, False)
     toy.groups = {'left': 5, 'stem': 5} if 'slices' in name else {'left': 5}  # 3: goes to the end, wherever that is
-    toy.members, toy.trial, toy.frozen = {}, True, {'left.weight:1': 'a trial failed: SlimError: no attribute makes 3 equal'}
+    toy.members, toy.trial, toy.frozen = (
+        {},
+        True,
+        {'left.weight:1': 'a trial failed: SlimError: no attribute makes 3 equal'},
+    )
     check_toy(toy)
 
 
