@@ -77,7 +77,7 @@ def methods(kind: type) -> Iterator[tuple[str, Any]]:
     for name in dir(kind):
         raw = inspect.getattr_static(kind, name)
         function = raw.__func__ if isinstance(raw, staticmethod) else raw
-        if inspect.isfunction(function) and not function.__module__.startswith('torch.'):
+        if inspect.isfunction(function) and not (function.__module__ or '').startswith('torch.'):
             yield name, function
 
 

@@ -62,6 +62,17 @@ class SlimMultiheadAttention(nn.Module):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend as `nn.MultiheadAttention` does, with its arguments and results."""
+        if query.dim() == 2:  # one sequence, (L, E)
+            batch = 0 if self.batch_first else 1
+            out, probabilities = self.forward(
+                *(t.unsqueeze(batch) for t in (query, key, value)),
+                key_padding_mask if key_padding_mask is None else key_padding_mask[None],
+                need_weights,
+                attn_mask,
+                average_attn_weights,
+                is_causal,
+            )
+            return out.squeeze(batch), probabilities if probabilities is None else probabilities[0]
         v_rows = self.out_proj.weight.shape[1]
         qk_rows = (self.in_proj_weight.shape[0] - v_rows) // 2
         rows = [qk_rows, qk_rows, v_rows]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.helpers import Net, rows
+from tests.helpers import Net, rows, strided
 from tests.toys import Toy, check_toy, pooled
 
 IMAGE = ((2, 3, 6, 6),)
@@ -196,7 +196,7 @@ TOYS = {
         ),
         IMAGE,
         {'a': 5},
-        {'a': {'a.weight:0': rows(5), 'a.bias:0': rows(5), 'fc.weight:1': [[i + 5 * j for j in range(4)] for i in range(5)]}},
+        {'a': {'a.weight:0': rows(5), 'a.bias:0': rows(5), 'fc.weight:1': strided(5, 4)}},
     ),
     'flatten by a literal': Toy(
         lambda: Net(
@@ -210,7 +210,10 @@ TOYS = {
         trial=True,
     ),
     'weights shared by two layers': Toy(
-        lambda: shared(), IMAGE, {'a': 6, 'b': 6}, {'b': {'b.weight:0': rows(6), 'b.bias:0': rows(6), 'fc.weight:1': rows(6)}}
+        lambda: shared(),
+        IMAGE,
+        {'a': 6, 'b': 6},
+        {'b': {'b.weight:0': rows(6), 'b.bias:0': rows(6), 'fc.weight:1': rows(6)}},
     ),
 }  # fmt: skip
 

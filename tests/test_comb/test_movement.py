@@ -277,13 +277,19 @@ MOVED = {
         lambda x: x.unfold(2, 2, 2).unfold(3, 2, 2).mean((-1, -2)), 8, 8, rows(8), rows(8)
     ),
     'rolled windows': moved(lambda x: x.roll((1, -1), (2, 3)), 8, 8, rows(8), rows(8)),
-    'transposed back and forth': moved(lambda x: x.flatten(2).mT.contiguous().mT.unflatten(2, (4, 4)), 8, 8, rows(8), rows(8)),
+    'transposed back and forth': moved(
+        lambda x: x.flatten(2).mT.contiguous().mT.unflatten(2, (4, 4)), 8, 8, rows(8), rows(8)
+    ),
     'space, picked by an index': moved(lambda x: x[:, :, [0, 2, 3]], 8, 8, rows(8), rows(8)),
     'tokens in an order': moved(
         lambda x: x.flatten(2).index_select(2, torch.arange(15, -1, -1)).unflatten(2, (4, 4)), 8, 8, rows(8), rows(8)
     ),
     'gathered places': moved(
-        lambda x: x.flatten(2).gather(2, torch.tensor([3, 1, 2]).expand(len(x), x.shape[1], 3))[..., None], 8, 8, rows(8), rows(8)
+        lambda x: x.flatten(2).gather(2, torch.tensor([3, 1, 2]).expand(len(x), x.shape[1], 3))[..., None],
+        8,
+        8,
+        rows(8),
+        rows(8),
     ),
 }  # fmt: skip
 

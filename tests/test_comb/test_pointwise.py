@@ -13,6 +13,7 @@ from tests.helpers import Net, rows
 from tests.toys import Toy, check_toy, pooled
 
 IMAGE = ((2, 3, 4, 4),)
+PATTERN = torch.linspace(0, 1, 6, dtype=torch.float64)
 
 
 def conv(function, **parts) -> Toy:
@@ -39,7 +40,7 @@ ACTIVATIONS = (
     'sigmoid logsigmoid hardsigmoid softplus'
 ).split()
 FREE = {
-    **{name: conv(lambda m, x, f=getattr(F, name): f(x)) for name in ACTIVATIONS},
+    **{name: conv(lambda m, x, name=name: getattr(F, name)(x)) for name in ACTIVATIONS},
     'exp': conv(lambda m, x: x.exp()),
     'cosine': conv(lambda m, x: x.cos()),
     'one minus': conv(lambda m, x: 1 - x),
@@ -92,8 +93,8 @@ FROZEN = {  # function of the channels that notices when one is gone -> the reas
     'sum of sigmoids': (lambda x: x * x.sigmoid().sum(1, keepdim=True), 'sum over channels'),
     'sum after a shift': (lambda x: x * (x + 1).sum(1, keepdim=True), 'sum over channels'),
     'sum of clamped': (lambda x: x * x.clamp(min=0.1).sum(1, keepdim=True), 'sum over channels'),
-    'sum of a fixed pattern': (lambda x: x * torch.linspace(0, 1, 6, dtype=x.dtype)[:, None, None], 'mul with an activation'),
-    'added to a fixed pattern': (lambda x: x + torch.linspace(0, 1, 96, dtype=x.dtype).reshape(6, 4, 4), 'add with an activation'),
+    'sum of a fixed pattern': (lambda x: x * PATTERN[:, None, None], 'mul with an activation'),
+    'added to a fixed pattern': (lambda x: x + PATTERN[:, None, None].repeat(1, 4, 4), 'add with an activation'),
     'reversed into itself': (lambda x: x[:, [5, 4, 3, 2, 1, 0]], 'picked by a fixed index'),
     'one channel for all': (lambda x: x * x[:, 2:3], ''),
     'one channel by number': (lambda x: x * x[:, 2, None], 'picked by a fixed index'),

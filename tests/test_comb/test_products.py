@@ -99,7 +99,7 @@ TOYS = {
     ),
     'baddbmm': Toy(
         lambda: attending(
-            lambda q, k, v: torch.bmm(torch.baddbmm(q.new_ones(1, 5, 5), q, k.transpose(1, 2), alpha=0.5).softmax(-1), v)
+            lambda q, k, v: torch.bmm(torch.baddbmm(q.new_ones(1, 5, 5), q, k.mT, alpha=0.5).softmax(-1), v)
         ),
         TOKENS,
         QKV,
@@ -165,7 +165,10 @@ TOYS = {
         {'b': {'b:1': rows(4), 'fc.weight:1': rows(4)}},
     ),
     'einops': Toy(
-        lambda: Heads(), TOKENS, {'q': 3, 'v': 3}, {'v': {'v.weight:0': strided(3, 2), 'v.bias:0': strided(3, 2), 'fc.weight:1': strided(3, 2)}}
+        lambda: Heads(),
+        TOKENS,
+        {'q': 3, 'v': 3},
+        {'v': {'v.weight:0': strided(3, 2), 'v.bias:0': strided(3, 2), 'fc.weight:1': strided(3, 2)}},
     ),
     'embedding': Toy(
         lambda: Net(lambda m, i: m.fc(m.table(i).relu().mean(1)), table=nn.Embedding(7, 6), fc=nn.Linear(6, 2)),

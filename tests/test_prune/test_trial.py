@@ -1,0 +1,146 @@
+"""The safety net: what cannot follow is found, isolated and frozen with a reason one can read."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from mmcpd.comb import Comb, comb
+from mmcpd.comb.errors import SlimError
+from mmcpd.prune.trial import compare, difference, faults_of, random_keep
+from tests.helpers import Net, check_equal, gap, masked, randomise_, sample
+
+X = sample((2, 5, 3))
+
+
+class Hidden(nn.Module):
+    """Two plain layers, and one between them whose width comes out of float arithmetic, where no one can follow."""
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.odd, self.after, self.fc = nn.Linear(3, 7), nn.Linear(7, 8), nn.Linear(8, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        x = self.odd(self.before(x).tanh())
+        shape = (*x.shape[:2], int(math.sqrt(64.0)))
+        x = x.reshape(*shape)
+        return self.fc(self.after(x).tanh().mean(1))
+
+
+def test_a_size_through_floats_is_frozen_and_the_rest_is_not():
+    model = randomise_(Hidden())
+    found = comb(model, X)
+    assert {g.name: g.units for g in found.groups} == {'before': 7, 'after': 6}
+    (reason,) = {f.reason for f in found.frozen if f.tensor == 'odd.weight' and f.dim == 0}
+    assert reason.startswith('a trial failed: SlimError: no attribute makes 8 equal')
+    check_equal(model, found)
+
+
+class Wrong(nn.Module):
+    """A layer that slims without a complaint, into something that computes something else."""
+
+    def __init__(self):
+        super().__init__()
+        self.plain, self.odd, self.fc = nn.Linear(3, 6), nn.Linear(6, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        x = self.odd(self.plain(x).tanh())
+        return self.fc(x / math.sqrt(float(x.shape[-1])))
+
+
+def test_a_result_that_differs_is_frozen():
+    model = randomise_(Wrong())
+    found = comb(model, X)
+    assert {g.name: g.units for g in found.groups} == {'plain': 6}
+    (reason,) = {f.reason for f in found.frozen if f.tensor == 'odd.weight' and f.dim == 0}
+    assert reason.startswith('a trial failed: the slimmed model differs from the masked one by ')
+    check_equal(model, found)
+
+
+def many(bad: tuple[int, ...]) -> nn.Module:
+    def run(m, x):
+        for i, layer in enumerate(m.layers):
+            x = layer(x).tanh()
+            if i in bad:
+                x = x / math.sqrt(float(x.shape[-1]))
+        return m.fc(x)
+
+    layers = nn.ModuleList(nn.Linear(3 if i == 0 else 6, 6) for i in range(9))
+    return randomise_(Net(run, layers=layers, fc=nn.Linear(6, 2)))
+
+
+@pytest.mark.parametrize('bad', [(0,), (4,), (8,), (2, 3), (0, 8), (1, 4, 6)])
+def test_bisection_finds_exactly_the_groups_at_fault(bad):
+    found = comb(many(bad), sample((4, 3)))
+    assert {g.name for g in found.groups} == {f'layers.{i}' for i in range(9) if i not in bad}
+    at_fault = {f.tensor for f in found.frozen if 'a trial failed' in f.reason}
+    assert {t for t in at_fault if t.endswith('bias')} == {f'layers.{i}.bias' for i in bad}
+
+
+def test_faults_of_a_sound_model_are_none():
+    model = many(())
+    found = comb(model, sample((4, 3)), trial=False)
+    assert faults_of(model, found) == {}
+    assert len(found.groups) == 9
+
+
+def test_without_the_trial_the_fault_stays_in():
+    model = randomise_(Wrong())
+    found = comb(model, X, trial=False)
+    assert 'odd' in {g.name for g in found.groups}
+    assert compare(model, found, random_keep(found, 0.5, 0)) > 1e-3
+    assert set(faults_of(model, found)) == {'odd'}
+
+
+def test_the_trial_leaves_the_model_alone():
+    model = many((4,)).train()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    comb(model, sample((4, 3)))
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert all(m.training for m in model.modules())
+    assert not any('forward' in vars(m) for m in model.modules())
+
+
+def test_a_comb_from_json_has_nothing_to_compare_on():
+    model = many(())
+    found = Comb.from_json(comb(model, sample((4, 3))).to_json())
+    with pytest.raises(ValueError, match=r'no example inputs.*comb the model again'):
+        compare(model, found, found.keep())
+
+
+def test_difference():
+    one = torch.tensor([1.0, -4.0])
+    assert difference(one, one) == 0
+    assert difference(one, one + torch.tensor([0.0, 2.0])) == 0.5
+    assert difference({'a': [one]}, {'a': [one * 2]}) == 1
+    assert difference(one * 0, one * 0) == 0
+    assert difference(one, torch.tensor([float('nan'), 1.0])) == float('inf')
+    assert difference(torch.tensor([1, 2]), torch.tensor([3, 4])) == 0  # indices are no measure
+    with pytest.raises(SlimError, match=r'output shapes \[\(3,\)\], expected \[\(2,\)\]'):
+        difference(one, torch.zeros(3))
+
+
+def test_random_keep():
+    found = comb(many(()), sample((4, 3)))
+    keep = random_keep(found, 0.5, 0)
+    assert {int(k.sum()) for k in keep.values()} == {3}
+    assert all(torch.equal(k, random_keep(found, 0.5, 0)[n]) for n, k in keep.items())
+    assert any(not torch.equal(k, random_keep(found, 0.5, 1)[n]) for n, k in keep.items())
+    assert {int(k.sum()) for k in random_keep(found, 0.0, 0).values()} == {1}
+    some = random_keep(found, 0.5, 0, {'layers.3'})
+    assert [n for n, k in some.items() if not bool(k.all())] == ['layers.3']
+    awkward = [int(k.sum()) for k in random_keep(found, 0.5, 0, awkward=True).values()]
+    assert all(n % 2 for n in awkward)
+    assert len(set(awkward)) == 3  # 1, 3 and 5 of 6
+    assert max(awkward.count(n) for n in awkward) == 3
+
+
+def test_an_example_of_one_element_is_enough():
+    model = many((4,))
+    found = comb(model, sample((1, 3)))
+    assert len(found.groups) == 8
+    keep = random_keep(found, 0.5, 0)
+    assert gap(model(sample((4, 3))), masked(model, found, keep)(sample((4, 3)))) > 1e-5
