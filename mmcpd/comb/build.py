@@ -18,6 +18,7 @@ from .trace import Term, Trace
 
 ROLES = ('free', 'stat', 'affine', 'in', 'out')
 IGNORED = 'ignored by the user'
+ALONE = 'coupled to all other channels of its tensors: one unit, which cannot go'
 
 
 class _Rows:
@@ -52,7 +53,8 @@ def build(model: nn.Module, trace: Trace, ignore: Sequence[str], faults: Mapping
     component, why = trace.table.solve()
     _require_producer(trace, rows, component, why)
     groups, unit_of = _groups(trace, rows, component, why)
-    freeze = _ignored(groups, ignore) | dict(faults)
+    alone = {group.name: ALONE for group in groups if group.units == 1}
+    freeze = alone | _ignored(groups, ignore) | dict(faults)
     for group in groups:
         if group.name in freeze:
             trace.table.reasons.append(freeze[group.name])
