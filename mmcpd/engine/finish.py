@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mmcpd.comb import METRICS, Comb, Keep, SlimError
 from mmcpd.engine.slimmed import save_slim
 from mmcpd.prune import slim, structure
+from mmcpd.prune.trial import compare
 
 TOLERANCE = 1e-3  # of the largest output, in float32
 # Metric -> name, unit and its sign in the table.
@@ -39,7 +39,7 @@ def finish(model: nn.Module, comb: Comb, keep: Keep, path: Path, meta: Mapping[s
         >>> finish(model, c, keep, Path('slim.pth'), {'dense': {}, 'slim': {}})
     """
     small = slim(model, comb, keep)
-    off = difference(model, small, comb)
+    off = compare(model, comb, keep, small)
     if off > TOLERANCE:
         raise SlimError(
             f'the slim model is off the masked one by {off:.1e} of the largest output, so {path} is not written: find '
@@ -47,25 +47,6 @@ def finish(model: nn.Module, comb: Comb, keep: Keep, path: Path, meta: Mapping[s
         )
     save_slim(path, small, structure(model, small), meta)
     return small
-
-
-@torch.no_grad()
-def difference(model: nn.Module, other: nn.Module, comb: Comb) -> float:
-    """Return the largest difference of two models' outputs on the combed example, as a share of the largest output."""
-    forward = comb.forward or type(model).__call__
-    outputs = []
-    for each in (model, other):
-        training = each.training
-        outputs.append(_flat(forward(each.eval(), *comb.inputs)))
-        each.train(training)
-    return float((outputs[0] - outputs[1]).abs().max() / outputs[0].abs().max().clamp(min=1e-12))
-
-
-def _flat(output: Any) -> Tensor:
-    if isinstance(output, Tensor):
-        return output.flatten().float()
-    parts = output.values() if isinstance(output, Mapping) else output
-    return torch.cat([_flat(part) for part in parts])
 
 
 def costs(comb: Comb, keep: Keep) -> dict[str, int]:
