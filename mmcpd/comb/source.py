@@ -62,21 +62,19 @@ def site(module: nn.Module, path: str, place: Spot) -> Site | None:
             continue
         tree = parsed(function)
         for call in ast.walk(tree) if tree is not None else ():
-            if isinstance(call, ast.Call) and (call.lineno, call.end_lineno, call.col_offset, call.end_col_offset) == (
-                positions[0],
-                positions[1],
-                *_columns(function, positions),
-            ):
+            if not isinstance(call, ast.Call):
+                continue
+            if (call.lineno, call.end_lineno, call.col_offset, call.end_col_offset) == tuple(positions):
                 found = Site(path, name, ast.unparse(call), place.index, place.count)
                 return found if sizes_of(call, place.count) is not None else None
     return None
 
 
 def methods(kind: type) -> Iterator[tuple[str, Any]]:
-    """Yield the plain methods and static methods of a class, as its instances find them."""
+    """Yield the plain methods and static methods of a class, as its instances find them, without their decorators."""
     for name in dir(kind):
         raw = inspect.getattr_static(kind, name)
-        function = raw.__func__ if isinstance(raw, staticmethod) else raw
+        function = inspect.unwrap(raw.__func__ if isinstance(raw, staticmethod) else raw)
         if inspect.isfunction(function) and not (function.__module__ or '').startswith('torch.'):
             yield name, function
 
@@ -88,21 +86,19 @@ def _codes(code: CodeType) -> set[CodeType]:
 
 @lru_cache(maxsize=256)
 def parsed(function: Any) -> ast.Module | None:
-    """Parse the source of a function; line numbers are those of its file. None where there is no source."""
+    """Parse the source of a function; lines and columns are those of its file. None where there is no source."""
     try:
         lines, start = inspect.getsourcelines(function)
         tree = ast.parse(textwrap.dedent(''.join(lines)))
     except (OSError, SyntaxError):
         return None
     ast.increment_lineno(tree, start - 1)
+    indent = len(lines[0]) - len(lines[0].lstrip())
+    for node in ast.walk(tree):
+        if hasattr(node, 'col_offset'):
+            node.col_offset += indent
+            node.end_col_offset += indent
     return tree
-
-
-def _columns(function: Any, positions: Any) -> tuple[int, int]:
-    """Return the columns of a call without the indentation that `parsed` removed."""
-    first = inspect.getsourcelines(function)[0][0]
-    indent = len(first) - len(first.lstrip())
-    return positions[2] - indent, positions[3] - indent
 
 
 def sizes_of(call: ast.Call, count: int) -> list[ast.expr] | None:

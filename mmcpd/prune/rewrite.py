@@ -38,7 +38,7 @@ class _Replace(ast.NodeTransformer):
 
 
 def rewrite_(module: nn.Module, rewrites: Iterable[Rewrite]) -> None:
-    """Replace sizes in the methods of one module.
+    """Replace sizes in the methods of one module, beside those that were replaced before.
 
     Raises:
         SlimError: if a call is not found (another release of the module's class), or asked to have two values.
@@ -49,6 +49,9 @@ def rewrite_(module: nn.Module, rewrites: Iterable[Rewrite]) -> None:
     for *place, value in wanted:
         if values.setdefault(tuple(place), value) != value:
             raise SlimError(f'{kind.__name__}.{place[0]} runs {place[1]} with different sizes')
+    if 'rewrites' in vars(kind):  # made by an earlier call
+        values = {tuple(place): value for *place, value in kind.rewrites} | values  # type: ignore[attr-defined]
+        wanted, kind = [(*place, value) for place, value in values.items()], kind.__bases__[0]
     functions = dict(methods(kind))
     changed: dict[str, Any] = {}
     for name in dict.fromkeys(r[0] for r in wanted):
@@ -62,18 +65,18 @@ def rewrite_(module: nn.Module, rewrites: Iterable[Rewrite]) -> None:
         missing = [r[1] for r in mine if r not in replace.done]
         if missing:
             raise SlimError(f'{kind.__name__}.{name} has no call {missing[0]}: another release of this class?')
-        changed[name] = _compile(tree, function, isinstance(inspect.getattr_static(kind, name), staticmethod))
+        changed[name] = _compile(tree, function)
     module.__class__ = type(kind.__name__, (kind,), {'__module__': kind.__module__, 'rewrites': wanted, **changed})
 
 
-def _compile(tree: ast.Module, function: Any, static: bool) -> Any:
-    definition = tree.body[0]
-    assert isinstance(definition, ast.FunctionDef)
-    definition.decorator_list = []
+def _compile(tree: ast.Module, function: Any) -> Any:
+    """Compile a method, its decorators included."""
     space: dict[str, Any] = {}
-    exec(compile(tree, inspect.getfile(function), 'exec'), function.__globals__, space)
-    made = space[definition.name]
-    return staticmethod(made) if static else made
+    try:
+        exec(compile(tree, inspect.getfile(function), 'exec'), function.__globals__, space)
+    except NameError as error:
+        raise SlimError(f'a decorator of {function.__qualname__} is not found in its module: {error}') from error
+    return space[function.__name__]
 
 
 def rewrites_of(module: nn.Module) -> list[Rewrite]:
