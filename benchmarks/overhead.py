@@ -4,8 +4,8 @@
     python benchmarks/overhead.py --size 224 --batch 8 --pairs 15
 
 A pair is one plain iteration (forward, loss, backward, SGD with momentum) and one of the same model on the same batch
-with the pruner at work, in alternating order: `hessian` at the step's pre-hook, masks on weights, statistics and
-momentum at its post-hook, a quarter of the MACs already gone. The event that chooses units is timed by itself and
+with the pruner at work, in alternating order: `hessian` and the masks at the step's hooks, a quarter of the MACs already
+gone. The event that chooses units is timed by itself and
 spread over the interval. Reported: medians, and the median of the pairs' ratios. Results go to
 `benchmarks/results/overhead.json`.
 """

@@ -1,4 +1,4 @@
-"""Prune one model inside any training loop: score at each optimizer step, mask after it, remove when it is time."""
+"""Prune one model inside any training loop: score and mask at each optimizer step, remove when it is time."""
 
 from __future__ import annotations
 
@@ -186,12 +186,28 @@ class Pruner:
             raise ValueError('a fused optimizer sees scaled gradients in mixed precision: set fused=False to prune')
         if self.importance.every_iteration and not self.done:
             self.importance.accumulate(self.model, self.closure, self.loss_scale)
+        # Weights and state of removed rows are zero. Without a gradient they stay so, whatever the optimizer makes of
+        # each element, and one product does for the weight, its momentum and its second moment.
+        for tensor, factor in self._factors():
+            if tensor.grad is not None:
+                tensor.grad.mul_(factor)
 
+    @torch.no_grad()
     def _after_step(self, *_: Any) -> None:
-        self._mask()
+        for tensor, factor in self._factors():
+            if not isinstance(tensor, nn.Parameter):  # statistics
+                tensor.mul_(factor)
+
+    def _factors(self) -> list[tuple[Tensor, Tensor]]:
+        """Return what is masked, and its factors of 0 and 1."""
+        if all(bool(k.all()) for k in self.keep.values()):
+            return []
+        with torch.no_grad():
+            return self.masker.factors(self.keep)
 
     def _mask(self) -> None:
-        if not all(bool(k.all()) for k in self.keep.values()):
+        """Write zeros into removed rows, of the optimizer's state too: momentum would bring them back."""
+        if self._factors():
             self.masker.apply_(self.keep)
             self.masker.apply_state_(self.keep, self.optimizer)
 

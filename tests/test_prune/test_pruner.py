@@ -83,6 +83,33 @@ def test_the_target_is_met_and_masks_hold_through_momentum(kind):
     torch.testing.assert_close(slim(model, pruner.comb, pruner.keep)(x), model(x), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize('kind', ['sgd', 'adam', 'rmsprop'])
+def test_no_step_revives_a_removed_row(kind):
+    """Where an activation of zero is not zero, the columns that read it have gradients."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Sigmoid(), nn.Conv2d(8, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model.double()
+    kinds = {'sgd': torch.optim.SGD, 'adam': torch.optim.AdamW, 'rmsprop': torch.optim.RMSprop}
+    optimizer = kinds[kind](
+        model.parameters(), lr=0.01, weight_decay=0.1, **({} if kind == 'adam' else {'momentum': 0.9})
+    )
+    pruner = Pruner(model, comb(model, batch(0)[0][:1]), optimizer, 16, **{**OPTIONS, 'begin': 0})
+    pruner.start()
+    leaked = 0
+    for iteration in range(16):
+        optimizer.zero_grad()
+        backward(model, iteration)
+        gone = ~pruner.keep['0']
+        leaked += bool(model[2].weight.grad[:, gone].any())
+        optimizer.step()
+        rows = [(model[0].weight, 0), (model[0].bias, 0), (model[2].weight, 1)]
+        for tensor, dim in rows:
+            for value in (tensor, *(v for v in optimizer.state[tensor].values() if v.shape == tensor.shape)):
+                assert not value.transpose(0, dim)[gone].any()
+        pruner.after(iteration + 1)
+    assert pruner.left()['macs'] <= 0.5 and leaked > 5
+
+
 def test_without_the_hook_momentum_revives_weights():
     model, optimizer, pruner = built()
     train(model, optimizer, pruner, 0, 3)
