@@ -4,9 +4,9 @@
     python benchmarks/overhead.py --size 224 --batch 8 --pairs 15
 
 A pair is one plain iteration (forward, loss, backward, SGD with momentum) and one of the same model on the same batch
-with the pruner at work, in alternating order: `hessian` and the masks at the step's hooks, a quarter of the MACs already
-gone. The event that chooses units is timed by itself and
-spread over the interval. Reported: medians, and the median of the pairs' ratios. Results go to
+with the pruner at work, in alternating order: `hessian` and the masks at the step's hooks, a quarter of the MACs
+already gone. The event that chooses units is timed by itself and spread over the interval. Reported: medians, and the
+median of the pairs' ratios, of wall time and of CPU time, which other programs disturb less. Results go to
 `benchmarks/results/overhead.json`.
 """
 
@@ -49,13 +49,24 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def seconds_of(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> float:
-    """Return the time of one training iteration."""
-    start = time.perf_counter()
+def clock() -> tuple[float, float]:
+    """Return wall time and CPU time, in seconds."""
+    return time.perf_counter(), time.process_time()
+
+
+def since(start: tuple[float, float]) -> tuple[float, float]:
+    """Return wall time and CPU time since then."""
+    wall, cpu = clock()
+    return wall - start[0], cpu - start[1]
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> tuple[float, float]:
+    """Do one training iteration and return its wall and CPU time."""
+    start = clock()
     optimizer.zero_grad()
     F.cross_entropy(model(x), y).backward()
     optimizer.step()
-    return time.perf_counter() - start
+    return since(start)
 
 
 def measure(size: int, batch: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -68,35 +79,34 @@ def measure(size: int, batch: int, args: argparse.Namespace) -> dict[str, Any]:
     options = {'begin': 0, 'end': 2 * INTERVAL, 'interval': INTERVAL, 'target': 0.5, 'curve': 'linear'}
     pruner = Pruner(model, found, optimizer, 2 * INTERVAL, **options, importance=args.importance)
     pruner.start()
-    seconds_of(model, optimizer, x, y)
-    start = time.perf_counter()
+    step(model, optimizer, x, y)
+    start = clock()
     pruner.after(INTERVAL)  # halfway: three quarters of the MACs are left from here on
-    event = time.perf_counter() - start
+    event = since(start)
 
-    def iteration(pruning: bool) -> float:
+    def iteration(pruning: bool) -> tuple[float, float]:
         pruner.start() if pruning else pruner.stop()
-        return seconds_of(model, optimizer, x, y)
+        return step(model, optimizer, x, y)
 
     pairs = []
     for number in range(args.warm_up + args.pairs):
         order = (False, True) if number % 2 else (True, False)
         times = {pruning: iteration(pruning) for pruning in order}
         pairs.append((times[False], times[True]))
-        print(f'{size}x{size} pair {number}: {times[False]:.3f} s plain, {times[True]:.3f} s pruning', flush=True)
+        print(f'{size}x{size} pair {number}: {times[False][0]:.3f} s plain, {times[True][0]:.3f} s pruning', flush=True)
     pairs = pairs[args.warm_up :]
-    plain, pruning = (statistics.median(column) for column in zip(*pairs, strict=True))
-    ratio = statistics.median(b / a for a, b in pairs)
-    return {
-        'size': size,
-        'batch': batch,
-        'pairs': len(pairs),
-        'plain_s': plain,
-        'pruning_s': pruning,
-        'event_s': event,
-        'ratio': ratio,
-        'ratio_with_event': ratio + event / INTERVAL / plain,
-        'macs_left': pruner.left()['macs'],
-    }
+    result = {'size': size, 'batch': batch, 'pairs': len(pairs), 'macs_left': pruner.left()['macs']}
+    for i, name in enumerate(('wall', 'cpu')):
+        plain, pruning = (statistics.median(column) for column in zip(*((a[i], b[i]) for a, b in pairs), strict=True))
+        ratio = statistics.median(b[i] / a[i] for a, b in pairs)
+        result[name] = {
+            'plain_s': plain,
+            'pruning_s': pruning,
+            'event_s': event[i],
+            'ratio': ratio,
+            'ratio_with_event': ratio + event[i] / INTERVAL / plain,
+        }
+    return result
 
 
 def main(args: argparse.Namespace) -> None:
@@ -116,11 +126,13 @@ def main(args: argparse.Namespace) -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(report, indent=2) + '\n')
     for result in results:
-        print(
-            f'{result["size"]}x{result["size"]}, batch {result["batch"]}: {result["plain_s"]:.3f} s plain, '
-            f'{result["pruning_s"]:.3f} s pruning, {result["ratio"] - 1:+.1%} in pairs, '
-            f'{result["ratio_with_event"] - 1:+.1%} with an event ({result["event_s"]:.3f} s) every {INTERVAL}'
-        )
+        for name in ('wall', 'cpu'):
+            r = result[name]
+            print(
+                f'{result["size"]}x{result["size"]}, batch {result["batch"]}, {name} time: {r["plain_s"]:.3f} s plain, '
+                f'{r["pruning_s"]:.3f} s pruning, {r["ratio"] - 1:+.1%} in pairs, {r["ratio_with_event"] - 1:+.1%} with '
+                f'an event ({r["event_s"]:.3f} s) every {INTERVAL}'
+            )
     print(f'wrote {args.out}')
 
 
