@@ -9,4 +9,4 @@ _base_ = [
 _base_.model.head.update(num_classes=10, topk=(1,))
 model = dict(_delete_=True, type='mmcpd.Distiller', student=_base_.model, losses=[dict(type='mmcpd.KDLoss')])
 custom_hooks = [dict(type='mmcpd.CombHook'), dict(type='mmcpd.PruneHook')]
-prune = dict(begin=0.4, end=0.7, target=0.5, interval=6)
+prune = dict(begin=0.45, end=0.7, target=0.5, interval=6)

@@ -1,5 +1,5 @@
-# A short run on the digits, 22 iterations an epoch: 12 epochs dense with a rate that falls to nothing, then a second
-# fall from half the rate over 18 epochs in which units go and the rest recovers (prune = dict(begin=0.4, end=0.7)).
+# A short run on the digits, 22 iterations an epoch: 9 epochs dense with a rate that falls to nothing, then a second
+# fall from half the rate over 11 epochs in which units go and the rest recovers (prune = dict(begin=0.45, end=0.7)).
 _base_ = 'mmpretrain::_base_/default_runtime.py'
 optim_wrapper = dict(
     optimizer=dict(type='SGD', lr=0.05, momentum=0.9, weight_decay=1e-4, nesterov=True),
@@ -9,13 +9,13 @@ param_scheduler = [
     dict(
         type='CosineRestartLR',
         begin=2,
-        periods=[10, 18],
+        periods=[7, 11],
         restart_weights=[1, 0.5],
         eta_min=1e-4,
         convert_to_iter_based=True,
     ),
 ]
-train_cfg = dict(by_epoch=True, max_epochs=30, val_interval=1)
+train_cfg = dict(by_epoch=True, max_epochs=20, val_interval=1)
 val_cfg = dict()
 test_cfg = dict()
 default_hooks = dict(logger=dict(interval=22), checkpoint=dict(interval=4, max_keep_ckpts=2))
