@@ -130,8 +130,8 @@ def main(args: argparse.Namespace) -> None:
             r = result[name]
             print(
                 f'{result["size"]}x{result["size"]}, batch {result["batch"]}, {name} time: {r["plain_s"]:.3f} s plain, '
-                f'{r["pruning_s"]:.3f} s pruning, {r["ratio"] - 1:+.1%} in pairs, {r["ratio_with_event"] - 1:+.1%} with '
-                f'an event ({r["event_s"]:.3f} s) every {INTERVAL}'
+                f'{r["pruning_s"]:.3f} s pruning, {r["ratio"] - 1:+.1%} in pairs, {r["ratio_with_event"] - 1:+.1%} '
+                f'with an event ({r["event_s"]:.3f} s) every {INTERVAL}'
             )
     print(f'wrote {args.out}')
 
