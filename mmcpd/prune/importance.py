@@ -1,7 +1,7 @@
 """How much a unit matters: scores by name.
 
 A score is fed at the optimizer's step, where gradients are accumulated, averaged and un-scaled. It is
-asked for when units have to go. To add one: a subclass, `@register("name")`, and a row in the tests.
+asked for when units have to go. To add one: a subclass, `@register_importance("name")`, and a row in the tests.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ Closure = Callable[[], None]
 IMPORTANCES: dict[str, type[Importance]] = {}
 
 
-def register(name: str) -> Callable[[type[Importance]], type[Importance]]:
+def register_importance(name: str) -> Callable[[type[Importance]], type[Importance]]:
     """Enter an importance under `name`.
 
     Raises:
         ValueError: the name is taken.
 
     Example:
-        >>> @register("constant")
+        >>> @register_importance("constant")
         ... class Constant(Importance):
         ...     def scores(self): return {g.name: torch.ones(g.units) for g in self.comb.groups}
     """
@@ -153,7 +153,7 @@ class Importance:
         self._counts = self._counts + torch.stack([finite, ~finite])
 
 
-@register('hessian')
+@register_importance('hessian')
 class Hessian(Importance):
     """Squared gradient of the unit's gate, summed over iterations.
 
@@ -170,7 +170,7 @@ class Hessian(Importance):
         self._add(self.gates.gradient(model).square())
 
 
-@register('curvature')
+@register_importance('curvature')
 class Curvature(Importance):
     """Squared Hessian-vector product on the gates, by a finite difference along random directions.
 
@@ -214,7 +214,7 @@ class Curvature(Importance):
         return self.gates.gradient(model) / gates
 
 
-@register('group_fisher')
+@register_importance('group_fisher')
 class GroupFisher(Importance):
     """Squared gradient of the unit's gate sample by sample, summed over samples and iterations.
 
@@ -262,7 +262,7 @@ class GroupFisher(Importance):
             self._pending = None
 
 
-@register('magnitude')
+@register_importance('magnitude')
 class Magnitude(Importance):
     """Norm of the unit's weights over all members with one of `roles`, the higher the more important.
 
@@ -305,7 +305,7 @@ class Magnitude(Importance):
         self._add(torch.cat(found))
 
 
-@register('random')
+@register_importance('random')
 class Random(Importance):
     """Uniform noise, drawn anew after each `reset`: the control that every score has to beat."""
 

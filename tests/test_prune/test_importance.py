@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from mmcpd.comb import comb
 from mmcpd.prune.gates import Gates, row_dot, untouched
-from mmcpd.prune.importance import IMPORTANCES, Hessian, Importance, build_importance, register
+from mmcpd.prune.importance import IMPORTANCES, Hessian, Importance, build_importance, register_importance
 from mmcpd.prune.normalize import NORMALIZERS, normalize
 
 Gate = dict[str, Tensor]
@@ -123,9 +123,7 @@ class Attention(nn.Module):
         self.heads, self.scale = 2, 4**-0.5
 
     def forward(self, x, gates):
-        q, k, v = (
-            layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v)
-        )
+        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
         q, v = gated(q, gates, 'q', -1), gated(v, gates, 'v', -1)
         x = ((q * self.scale) @ k.transpose(-2, -1)).softmax(-1) @ v
         return self.proj(x.transpose(1, 2).flatten(2)).mean(1)
@@ -369,7 +367,7 @@ def test_a_score_goes_on_from_its_state(name):
 def test_registry_rejects_duplicates_and_lists_near_names():
     _, c, _, _ = built(Concat)
     with pytest.raises(ValueError, match='already registered, by Hessian'):
-        register('hessian')(Importance)
+        register_importance('hessian')(Importance)
     with pytest.raises(ValueError, match="unknown importance 'hesian': did you mean hessian"):
         build_importance('hesian', c)
     with pytest.raises(ValueError, match='probe'):
