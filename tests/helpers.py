@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmcpd.comb import Comb, Keep
+from mmcpd.comb import Comb, Group, Keep
 from mmcpd.comb.trace import evaluating, tensors_in
 from mmcpd.prune import mask_, restructure_, slim, structure
 from mmcpd.prune.trial import random_keep
@@ -87,6 +88,16 @@ def rotated(comb: Comb, name: str, keep: Keep) -> Keep:
     return {**keep, name: keep[name].roll(1)}
 
 
+def misplaced(comb: Comb, group: Group) -> Comb | None:
+    """Rotate the rows of one consumer against those of the producer, as a wrong offset would; None without one."""
+    reader = next((m for m in group.members if m.role == 'in'), None)
+    if reader is None:
+        return None
+    wrong = replace(reader, index=reader.index.roll(1, 0))
+    changed = replace(group, members=tuple(wrong if m is reader else m for m in group.members))
+    return replace(comb, groups=[changed if g is group else g for g in comb.groups])
+
+
 def check_equal(model: nn.Module, comb: Comb, seeds: tuple[int, ...] = (0, 1), ratio: float = 0.6) -> nn.Module:
     """Check masked == slimmed for random keeps, with the controls that must fail; return the last slim model."""
     dense = call(comb, model)
@@ -102,7 +113,11 @@ def check_equal(model: nn.Module, comb: Comb, seeds: tuple[int, ...] = (0, 1), r
             other = rotated(comb, group.name, keep)
             if bool((other[group.name] != keep[group.name]).any()):
                 wrong = call(comb, masked(model, comb, other))
-                assert gap(wrong, call(comb, small)) > CONTROL, f'a rotated index of {group.name} goes unnoticed'
+                assert gap(wrong, call(comb, small)) > CONTROL, f'a rotated keep of {group.name} goes unnoticed'
+                other_comb = misplaced(comb, group)
+                if other_comb is not None:
+                    wrong = call(comb, masked(model, other_comb, keep))
+                    assert gap(wrong, call(comb, small)) > CONTROL, f'a rotated index of {group.name} goes unnoticed'
     return small
 
 

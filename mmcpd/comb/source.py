@@ -94,10 +94,10 @@ def parsed(function: Any) -> ast.Module | None:
         return None
     ast.increment_lineno(tree, start - 1)
     indent = len(lines[0]) - len(lines[0].lstrip())
-    for node in ast.walk(tree):
-        if hasattr(node, 'col_offset'):
-            node.col_offset += indent
-            node.end_col_offset += indent
+    placed: Iterator[Any] = (node for node in ast.walk(tree) if hasattr(node, 'col_offset'))
+    for node in placed:
+        node.col_offset += indent
+        node.end_col_offset += indent
     return tree
 
 

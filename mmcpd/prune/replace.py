@@ -65,7 +65,9 @@ class SlimMultiheadAttention(nn.Module):
         if query.dim() == 2:  # one sequence, (L, E)
             batch = 0 if self.batch_first else 1
             out, probabilities = self.forward(
-                *(t.unsqueeze(batch) for t in (query, key, value)),
+                query.unsqueeze(batch),
+                key.unsqueeze(batch),
+                value.unsqueeze(batch),
                 key_padding_mask if key_padding_mask is None else key_padding_mask[None],
                 need_weights,
                 attn_mask,

@@ -63,7 +63,7 @@ TOYS = {
     ),
     'conv1d': Toy(
         lambda: Net(
-            lambda m, x: m.fc(pooled(m.b(m.a(x).relu()).relu())),
+            lambda m, x: m.fc(pooled(m.b(m.a(x).tanh()).tanh())),
             a=nn.Conv1d(3, 6, 3),
             b=nn.Conv1d(6, 4, 3, dilation=2),
             fc=nn.Linear(4, 2),

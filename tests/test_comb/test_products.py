@@ -107,7 +107,7 @@ TOYS = {
     ),
     'baddbmm whose bias has channels': Toy(
         lambda: Net(
-            lambda m, x: m.fc(torch.baddbmm(m.bias, x, m.a.expand(2, -1, -1)).relu().mean(1)),
+            lambda m, x: m.fc(torch.baddbmm(m.bias, x, m.a.expand(2, -1, -1)).tanh().mean(1)),
             a=weight(3, 6),
             bias=weight(1, 1, 6),
             fc=nn.Linear(6, 2),
