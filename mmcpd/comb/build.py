@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .atoms import Row
+from .expressions import leaves
 from .groups import Comb, Frozen, Group, Member, SizeRule
 from .names import match
-from .sizes import leaves
 from .source import site
 from .trace import Term, Trace
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..comb.errors import SlimError
+from ..comb.expressions import evaluate, leaves, read_attribute, show, solve, write_attribute
 from ..comb.groups import Comb, Keep
-from ..comb.sizes import evaluate, leaves, read_attribute, show, solve, write_attribute
 from .attributes import Shapes, described, local_shapes
 from .masks import live_rows, named_tensors, unmask_norms_
 from .replace import REPLACEMENTS, replacement
