@@ -1,0 +1,95 @@
+"""Latency of slim against dense at full size, in ONNX Runtime, in pairs in one run.
+
+    python benchmarks/latency.py                       # DeiT-S + UPerHead and SeaFormer-L + Light head, 512x512
+    python benchmarks/latency.py --only seaformer --time-limit 60
+
+The models are those of `configs/cpd/vit_prune_ade20k.py` and `seaformer_prune_ade20k.py` with random weights: latency
+hangs on the structure alone. Which units go is drawn at random, so evenly over all groups, in eights (`round_to=8`),
+until 40 % (DeiT-S) and 20 % (SeaFormer-L) of the parameters are gone; the paper reports -47 % and -26 % of the latency.
+Results go to `benchmarks/results/latency.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmcpd.comb import comb
+from mmcpd.deploy import deploy
+from mmcpd.deploy.latency import progress_line
+from mmcpd.engine.build import as_config, build_dense
+from mmcpd.engine.compat import mend_scopes
+from mmcpd.prune import slim
+from mmcpd.prune.schedule import select
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / 'benchmarks' / 'results' / 'latency.json'
+MODELS = {  # name -> config, share of the parameters that stays
+    'deit-s': ('configs/cpd/vit_prune_ade20k.py', 0.6),
+    'seaformer-l': ('configs/cpd/seaformer_prune_ade20k.py', 0.8),
+}
+
+
+def measure(config: str, share: float, size: int, runs: int, limit: float, threads: int) -> dict[str, Any]:
+    """Slim one model to a share of its parameters, export both, and time them side by side."""
+    torch.manual_seed(0)
+    mend_scopes()
+    cfg = as_config(str(ROOT / config))
+    dense = build_dense(cfg).eval()
+    x = torch.randn(1, 3, size, size)
+    found = comb(dense, x)
+    generator = torch.Generator().manual_seed(0)
+    scores = {group.name: torch.rand(group.units, generator=generator) for group in found.groups}
+    keep = select(scores, found, found.keep(), share, 'params', round_to=8)
+    small = slim(dense, found, keep).eval()
+    before, after = found.cost(found.keep()), found.cost(keep)
+    with tempfile.TemporaryDirectory() as folder:
+        report = deploy(
+            {'dense': dense, 'slim': small},
+            [(x,)],
+            folder,
+            dynamic_batch=False,
+            runs=runs,
+            time_limit=limit,
+            threads=threads,
+            progress=progress_line(),
+        )
+    print(report, flush=True)
+    return {
+        'config': config,
+        'input': list(x.shape),
+        'params': [before.params, after.params],
+        'macs': [before.macs, after.macs],
+        **asdict(report),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--only', action='append', choices=MODELS)
+    parser.add_argument('--size', type=int, default=512)
+    parser.add_argument('--runs', type=int, default=1000)
+    parser.add_argument('--time-limit', type=float, default=180, help='seconds a model')
+    parser.add_argument('--threads', type=int, default=2)
+    parser.add_argument('--out', type=Path, default=RESULTS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    results = json.loads(args.out.read_text()) if args.out.exists() else {}
+    for name in args.only or MODELS:
+        config, share = MODELS[name]
+        results[name] = measure(config, share, args.size, args.runs, args.time_limit, args.threads)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(results, indent=2) + '\n')
+    for name, row in results.items():
+        slimmed = next(entry for entry in row['latency'] if entry['name'] == 'slim')
+        print(f'{name:12s} {row["params"][1] / row["params"][0]:.1%} of the parameters, ratio {slimmed["ratio"]:.3f}')
+
+
+if __name__ == '__main__':
+    main()
