@@ -1,10 +1,11 @@
-# Everything runs in .venv, which `make env` makes; PYTHON picks the interpreter that makes it.
+# Everything runs in .venv, which `make env` makes; PYTHON picks the interpreter that makes it, JOBS the tests at a time.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.env-stamp
 CONFIG := configs/cpd/resnet50_prune.py
 WORK   := work_dirs/resnet50_prune
+JOBS   ?= 2
 
 .PHONY: help env demo test lint zoo clean
 .DEFAULT_GOAL := help
@@ -33,14 +34,15 @@ demo: env ## train, comb, prune with distillation, fine-tune, slim, test, export
 	$(BIN)/python tools/deploy.py $(CONFIG) $(WORK)/slim.pth
 
 test: env ## run the tests, the slow ones left out
-	$(BIN)/python -m pytest -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m 'not slow'
 
 lint: env ## run ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-zoo: env ## comb and slim one model of every architecture family (hours)
+zoo: env ## comb and slim one model of every architecture family, Torch-Pruning beside it (hours)
+	$(BIN)/python -m pip install --quiet torch-pruning==1.6.1
 	$(BIN)/python benchmarks/zoo.py
 
 clean: ## remove what was built and trained, not .venv and not data
