@@ -254,13 +254,14 @@ def plan(studies: Sequence[Study], seeds: Sequence[int]) -> list[Case]:
     return list(dict.fromkeys(each for case in wanted for each in (*case.needs(), case)))
 
 
-def run_all(cases: Sequence[Case], scale: Scale, out: Path) -> list[Row]:
-    """Run what has no result yet, say how long the rest will take, and return all results."""
+def run_all(cases: Sequence[Case], scale: Scale, out: Path, results: Path) -> list[Row]:
+    """Run what has no result yet, say how long the rest will take, save each result, and return all."""
     rows, spent = [], []
     for number, case in enumerate(cases, 1):
         there = (out / case.name / 'result.json').is_file()
         row = run_case(case, scale, out)
         rows.append(row)
+        save(rows, results)
         if there:
             continue
         spent.append(row['seconds'])
@@ -306,7 +307,7 @@ def main(description: str, studies: Sequence[Study], arguments: Sequence[str] | 
         warnings.filterwarnings('ignore')  # torch and OpenMMLab about each other
         torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', '1')))
         scale = Scale(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Scale)})
-        save(run_all(plan(studies, args.seeds), scale, args.out), args.results)
+        run_all(plan(studies, args.seeds), scale, args.out, args.results)
     rows = json.loads(args.results.read_text())
     for study in studies:
         study_report.write_table(args.docs, study.name, study.table(rows))

@@ -44,7 +44,7 @@ def ran(tmp_path_factory):
     out = tmp_path_factory.mktemp('studies')
     cases = [Case(0, 'CIRKD'), Case(0, 'CWD', teacher='large')]
     study = studies.Study('few', lambda seed: cases, lambda rows: '', lambda rows, path: None)
-    return out, studies.run_all(studies.plan([study], [0]), SCALE, out)
+    return out, studies.run_all(studies.plan([study], [0]), SCALE, out, out / 'results.json')
 
 
 def test_each_case_is_planned_once_after_what_it_needs():
@@ -57,11 +57,12 @@ def test_each_case_is_planned_once_after_what_it_needs():
 
 
 def test_pruned_models_are_small_and_scored_by_class(ran):
-    _, (dense, cirkd, large, cwd) = ran
+    out, (dense, cirkd, large, cwd) = ran
     assert large['params'] > 2 * dense['params']
     for row in (cirkd, cwd):
         assert row['left']['macs'] <= studies.TARGET
         assert row['params'] < dense['params']
+    assert json.loads((out / 'results.json').read_text())[0]['scale'] == dense['scale']
     for row in (dense, large, cirkd, cwd):
         assert len(row['iou']) == 11
         assert row['miou'] == pytest.approx(np.mean([each for each in row['iou'] if each is not None]))
