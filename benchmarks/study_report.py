@@ -106,6 +106,6 @@ def seeds_plot(title: str, named: dict[str, dict[int, Row]], path: Path) -> None
     axes.set_xticks(range(len(kept)), kept)
     every = np.concatenate([scores(rows) for rows in kept.values()])
     axes.set_ylim(max(0, every.min() - 3), every.max() + 2)
-    axes.set_ylabel('mIoU, %')
+    axes.set_ylabel('mIoU, % (axis cut)')
     axes.legend(fontsize=8, frameon=False, ncols=3)
     save_figure(fig, path)
