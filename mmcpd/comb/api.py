@@ -34,8 +34,8 @@ def comb(
         heads: what an attention gives up: `dim`, the same width index in each head, or `head`, whole heads.
         ignore: patterns (`fnmatch`) of group names that must not be pruned.
         strict: raise on operations without a rule, instead of freezing what goes through them.
-        trial: end with the safety net (see `mmcpd.prune.trial`); without it combing takes about half of the time, and
-            a model whose sizes cannot follow is found out by `slim`.
+        trial: end with the safety net (see `mmcpd.prune.trial`) where anything hangs on a width; without it, a model
+            whose sizes cannot follow is found out by `slim`.
 
     Raises:
         CombError: if the output holds no tensor; with `strict`, if an operation has no rule.
@@ -59,8 +59,8 @@ def comb(
         found.inputs, found.forward = inputs, forward or default_forward
         return found
 
-    from ..prune.trial import faults_of  # the safety net cuts for real: the one arrow that points back
+    from ..prune.trial import could_fail, faults_of  # the safety net cuts for real: the one arrow that points back
 
     found = combed({})
-    faults = faults_of(model, found) if trial else {}
+    faults = faults_of(model, found) if trial and (trace.adapts or could_fail(model, found)) else {}
     return combed(faults) if faults else found

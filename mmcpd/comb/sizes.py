@@ -100,7 +100,10 @@ class Shape(tuple):
 
 def _size(trace: Trace, tensor: Tensor, dim: int, value: int) -> int:
     axis = trace.axes(tensor)[dim]
-    return value if axis is None else Size.of(value, ('live', axis.atoms), trace)
+    if axis is None:
+        return value
+    trace.adapts = True
+    return Size.of(value, ('live', axis.atoms), trace)
 
 
 class _Observe(TorchFunctionMode):

@@ -92,6 +92,7 @@ class Trace:
     roles: list[tuple[np.ndarray, str]] = field(default_factory=list)
     gates: list[np.ndarray] = field(default_factory=list)  # producers' rows at products of two activations
     biases: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)  # weight rows beside their bias
+    adapts: bool = False  # whether the forward asked a tensor for a width that could shrink
     unsupported: Counter[tuple[str, str]] = field(default_factory=Counter)
     path: list[str] = field(default_factory=lambda: [''])
 

@@ -19,6 +19,7 @@ from ..comb.errors import CombError, SlimError
 from ..comb.groups import Comb, Keep
 from ..comb.trace import evaluating, tensors_in
 from .masks import mask_, named_tensors
+from .replace import replacement
 from .slim import slim
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
@@ -118,6 +119,21 @@ def _fault(model: nn.Module, comb: Comb, among: list[str]) -> str | None:
     if gap > TOLERANCE.get(dtype, 1e-3):
         return f'a trial failed: the slimmed model differs from the masked one by {gap:.1e}'
     return None
+
+
+def could_fail(model: nn.Module, comb: Comb) -> bool:
+    """Say whether slimming takes more than slicing: then a trial can tell something.
+
+    In a network of convolutions, linear layers and batch norms it does not: nothing there asks how wide a tensor is.
+    """
+    return bool(
+        comb.sizes
+        or comb.equal
+        or comb.scales
+        or comb.norms
+        or comb.unsupported
+        or any(replacement(module) for module in model.modules())
+    )
 
 
 def _in_double(model: nn.Module, comb: Comb) -> tuple[nn.Module, Comb]:

@@ -277,7 +277,7 @@ def test_forward_chooses_what_is_run_and_what_is_an_output():
 
 
 def test_an_output_that_is_not_finite():
-    model = Net(lambda m, x: m.fc(m.a(x).relu()) / 0, a=nn.Linear(3, 6), fc=nn.Linear(6, 4))
+    model = Net(lambda m, x: m.fc(m.norm(m.a(x))) / 0, a=nn.Linear(3, 6), norm=nn.LayerNorm(6), fc=nn.Linear(6, 4))
     with pytest.raises(CombError, match='not finite'):
         comb(model, torch.rand(2, 3))
 

@@ -144,3 +144,18 @@ def test_an_example_of_one_element_is_enough():
     assert len(found.groups) == 8
     keep = random_keep(found, 0.5, 0)
     assert gap(model(sample((4, 3))), masked(model, found, keep)(sample((4, 3)))) > 1e-5
+
+
+def test_a_trial_is_held_only_where_it_can_tell_something(monkeypatch):
+    tried = []
+    monkeypatch.setattr('mmcpd.prune.trial.faults_of', lambda model, found: tried.append(found) or {})
+    plain = [nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 1)]
+    image = sample((1, 3, 4, 4))
+    comb(randomise_(nn.Sequential(*plain)), image)
+    assert not tried
+    comb(randomise_(nn.Sequential(*plain[:1], nn.GroupNorm(2, 6), *plain[2:])), image)
+    assert len(tried) == 1
+    comb(randomise_(Net(lambda m, x: m.b(m.a(x) * (m.a(x).shape[1] > 2)), a=plain[0], b=plain[3])), image)
+    assert len(tried) == 2
+    comb(randomise_(Hidden()), X, trial=False)
+    assert len(tried) == 2
