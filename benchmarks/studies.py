@@ -2,7 +2,7 @@
 
 What the four `study_*.py` share. A study is a list of cases for each seed; a case is one model, and a case that two
 studies need is run once. For each seed one dense model is trained, and every pruned model of that seed starts from it,
-so comparisons are in pairs. Losses, hooks and schedules are those of `configs/cpd/seaformer_prune*.py`; the model is a
+so comparisons are in pairs. Losses and hooks are those of `configs/cpd/seaformer_prune*.py`; the model is a
 plain convolutional one, for within a minute's training a SeaFormer tells ink from paper, and no digit from another.
 """
 
@@ -142,10 +142,13 @@ def config_of(case: Case, scale: Scale, out: Path) -> Config:
     cfg.experiment_name = f'{case.name}_{time.time_ns()}'  # MMEngine keeps what is said under a name
     iters = scale.dense_iters if case.kind in DENSE else scale.iters
     cfg.train_cfg = dict(type='IterBasedTrainLoop', max_iters=iters, val_interval=iters + 1)
-    warm_up, decay = cfg.param_scheduler
-    warm_up.end = decay.begin = max(1, iters // 20)
+    warm_up = max(1, iters // 20)
+    cfg.param_scheduler = [
+        dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=warm_up),
+        dict(type='PolyLR', power=1.0, eta_min=1e-5, by_epoch=False, begin=warm_up),
+    ]
+    cfg.optim_wrapper.optimizer.lr = 3e-3 if case.kind in DENSE else 1e-3
     if case.kind in DENSE:
-        cfg.optim_wrapper.optimizer.lr = 3e-3
         cfg.model, cfg.custom_hooks = cfg.model.student, []  # Config.update would merge them
         return cfg
     cfg.load_from = str(out / Case(case.seed, 'dense').name / 'model.pth')

@@ -166,8 +166,9 @@ ITERATIONS = [
     'train_cfg.val_interval=20',
     'default_hooks.checkpoint.interval=20',
     'default_hooks.logger.interval=1',
-    'param_scheduler.0.end=4',
-    'param_scheduler.1.begin=4',
+    'param_scheduler.0.end=2',
+    'param_scheduler.1.begin=2',
+    'param_scheduler.1.periods=[8,10]',
     'train_dataloader.batch_size=4',
     'prune.interval=2',
 ]

@@ -3,6 +3,8 @@
 # As in mmseg, the model's config holds the data_preprocessor: size=crop_size, mean [128] * 3, std [77] * 3.
 dataset_type = 'mmcpd.DigitScenesDataset'
 crop_size = (96, 96)
+# Few and large digits, so that small models learn them in minutes.
+digits = dict(count=(1, 3), scale=(0.6, 0.9))
 
 pipeline = [dict(type='mmseg.PackSegInputs')]
 
@@ -12,14 +14,16 @@ train_dataloader = dict(
     num_workers=0,
     persistent_workers=False,
     sampler=dict(type='InfiniteSampler', shuffle=True),
-    dataset=dict(type=dataset_type, split='train', length=2000, size=crop_size, pipeline=pipeline),
+    dataset=dict(type=dataset_type, split='train', length=2000, size=crop_size, **digits, pipeline=pipeline),
 )
 val_dataloader = dict(
     batch_size=16,
     num_workers=0,
     persistent_workers=False,
     sampler=dict(type='DefaultSampler', shuffle=False),
-    dataset=dict(type=dataset_type, split='val', length=200, size=crop_size, pipeline=pipeline, test_mode=True),
+    dataset=dict(
+        type=dataset_type, split='val', length=200, size=crop_size, **digits, pipeline=pipeline, test_mode=True
+    ),
 )
 test_dataloader = val_dataloader
 
