@@ -83,11 +83,22 @@ def guard(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) 
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except MISTAKES as error:
+        if was_interrupted(error):
+            print('\ninterrupted', file=sys.stderr)
+            return 130
         if args.debug:
             raise
         print(f'error: {one_line(error)}', file=sys.stderr)
         return 1
     return 0
+
+
+def was_interrupted(error: BaseException) -> bool:
+    """Say whether Ctrl-C is behind an error: MMEngine catches everything while it formats a config."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, KeyboardInterrupt):
+        cause = cause.__cause__ or cause.__context__
+    return cause is not None
 
 
 def one_line(error: BaseException) -> str:
@@ -223,7 +234,9 @@ def run(runner: Runner, step: Callable[[Runner], Any]) -> Any:
     """Call `step(runner)`; if it fails by what may be a mistake, its traceback goes beside the log."""
     try:
         return step(runner)
-    except MISTAKES:
+    except MISTAKES as error:
+        if was_interrupted(error):
+            raise KeyboardInterrupt from error
         file = Path(runner.log_dir) / 'traceback.txt'
         file.write_text(traceback.format_exc(), encoding='utf-8')
         raise

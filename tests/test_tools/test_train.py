@@ -8,11 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from mmengine.config import Config
 
+from mmcpd.engine import cli
 from mmcpd.engine.build import build_dense
 from mmcpd.engine.checkpoints import check_start
 from mmcpd.engine.slimmed import save_slim
@@ -177,7 +179,16 @@ def test_ctrl_c_says_how_to_go_on(tiny):
     config = tiny.with_name('long.py')
     config.write_text(f"_base_ = './{tiny.name}'\ntrain_cfg = dict(max_epochs=10000)\n")
     command = [sys.executable, str(ROOT / 'tools/train.py'), str(config), '--work-dir', 'w']
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=tiny.parent)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        cwd=tiny.parent,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # a background shell hands on that it is ignored
+    )
     deadline = time.monotonic() + 120
     while not (tiny.parent / 'w' / 'last_checkpoint').exists() and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -188,3 +199,16 @@ def test_ctrl_c_says_how_to_go_on(tiny):
     assert err.strip().splitlines()[-1] == (
         f'go on from the last checkpoint: python {command[1]} {config} --work-dir w --resume'
     )
+
+
+def test_an_interruption_that_somebody_caught_is_one(tmp_path):
+    def format_config(_runner):
+        try:
+            raise KeyboardInterrupt
+        except BaseException as error:
+            raise SyntaxError('Failed to format the config file') from error
+
+    runner = SimpleNamespace(log_dir=str(tmp_path))
+    with pytest.raises(KeyboardInterrupt):
+        cli.run(runner, format_config)
+    assert not list(tmp_path.iterdir())
