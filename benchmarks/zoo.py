@@ -100,7 +100,7 @@ def stage(row: Row, name: str) -> Iterator[None]:
         yield
     except Exception as error:  # noqa: BLE001 - a sweep reports whatever a model raises, and goes on
         row['error'] = f'{name}: {type(error).__name__}: {str(error)[:600]}'
-        row['traceback'] = traceback.format_exc().splitlines()[-14:]
+        row['traceback'] = traceback.format_exc().replace(f'{ROOT}{os.sep}', '').splitlines()[-14:]
     row['seconds'] = round(row.get('seconds', 0) + time.perf_counter() - start, 2)
 
 
@@ -449,6 +449,7 @@ def report(results: Path, table: Path) -> None:
         'Written by `benchmarks/zoo.py`, which says what each column is; do not edit. One model of every family in the',
         'installed mmpretrain and mmseg, random weights, a random 70 % of each group kept. Torch-Pruning is asked for',
         '30 % by magnitude on the same model in the same run; "runs" does not say that the result is right.',
+        f'Swept: {len(rows)} of {len(FAMILIES)} families; `--resume` sweeps the rest. Seconds were taken on a shared machine.',
         '',
         f'{about["date"]}, Python {about["python"]}, {about["machine"]}; '
         + ', '.join(f'{k} {v}' for k, v in about['versions'].items()),
