@@ -35,6 +35,12 @@ ZERO_STAYS = set(
 )
 # Point-wise too, though the dispatcher does not tag them.
 POINTWISE = set('hardswish hardsigmoid hardtanh prelu _prelu_kernel rrelu native_dropout softplus logit'.split())
+# Where nothing else runs, slimming is slicing and needs no trial.
+PLAIN = set(
+    'convolution addmm mm t view _unsafe_view native_batch_norm _native_batch_norm_legit_no_training cudnn_batch_norm '
+    'relu hardtanh sigmoid silu hardswish hardsigmoid gelu add mul cat mean max_pool2d_with_indices avg_pool2d '
+    '_adaptive_avg_pool2d upsample_nearest2d upsample_bilinear2d clone detach alias contiguous as_strided'.split()
+)
 # Axes pass through untouched.
 SAME = set('clone contiguous detach alias _to_copy lift_fresh lift view_of positive fill_diagonal'.split())
 MOVEMENT = set(
@@ -81,6 +87,7 @@ def apply(trace: Trace, call: Call) -> None:
     """Apply the rule of one operation; passed by at once where no axis goes in."""
     if call.op in FRESH or not (call.op in COUNTED or any(any(trace.axes(t)) for t in call.tensors())):
         return
+    trace.adapts |= call.op not in PLAIN
     if call.op in RULES:
         RULES[call.op](trace, call)
     elif call.op in SAME:

@@ -92,7 +92,7 @@ class Trace:
     roles: list[tuple[np.ndarray, str]] = field(default_factory=list)
     gates: list[np.ndarray] = field(default_factory=list)  # producers' rows at products of two activations
     biases: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)  # weight rows beside their bias
-    adapts: bool = False  # whether the forward asked a tensor for a width that could shrink
+    adapts: bool = False  # whether it asked a tensor for a width, or ran more than plain operations: worth a trial
     unsupported: Counter[tuple[str, str]] = field(default_factory=Counter)
     path: list[str] = field(default_factory=lambda: [''])
 
