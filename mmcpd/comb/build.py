@@ -217,7 +217,7 @@ def _assemble(
         axes = tuple(by_dim[name, d] for d, s in enumerate(shapes[name]) if s > 1)
         params.append(Term(1, axes))
     equal = {repr(e): e for e in ((book.expression(left), book.expression(right)) for left, right in trace.equal)}
-    norms = {(site.module, book.number(site.axis)): None for site in trace.norms}
+    norms = {(site.module, book.number(site.axis), site.dim): None for site in trace.norms}
     return Comb(
         groups=groups,
         frozen=_frozen(trace, rows, component, why),

@@ -106,7 +106,7 @@ class Comb:
     macs: list[tuple[int, tuple[int, ...]]]
     memory: list[tuple[int, tuple[int, ...]]]
     params: list[tuple[int, tuple[int, ...]]]
-    norms: list[tuple[str, int]]  # module path, axis
+    norms: list[tuple[str, int, int]]  # module path, axis, dimension counted from the end
     scales: list[tuple[list[tuple[str, int, list[int]]], int, str]]  # query's rows, axis of width, module
     sizes: list[SizeRule]
     equal: list[tuple[Any, Any]]

@@ -382,7 +382,7 @@ def _over_dims(trace: Trace, call: Call, safe: bool, zero: bool) -> None:
     for d, axis in enumerate(trace.axes(source)):
         if d in dims:
             if axis is not None and not (safe and axis.zero):
-                trace.freeze(axis, f'{call.op} over channels in {trace.where}')
+                trace.over_live(axis, d - source.dim(), call.op)
         else:
             kept.append(axis and axis.activation(axis.zero and zero))
     for out in [call.out] if isinstance(call.out, Tensor) else call.out:
@@ -429,7 +429,8 @@ def reduce_nonzero(trace: Trace, call: Call) -> None:
 def softmax(trace: Trace, call: Call) -> None:
     axes = list(trace.axes(call.named['self']))
     dim = call.named['dim'] % len(axes)
-    trace.freeze(axes[dim], f'softmax over channels in {trace.where}')
+    if (axis := axes[dim]) is not None:
+        trace.over_live(axis, dim - len(axes), 'softmax')
     trace.set(call.out, tuple(a and a.activation(False) for a in axes))
 
 
@@ -493,10 +494,12 @@ def convolution(trace: Trace, call: Call) -> None:
     _beside_bias(trace, out, call.named.get('bias'), what)
     trace.output(call.out, (*lead[:-1], out, *[None] * (weight.dim() - 2)))
     spatial = x if transposed else call.out
-    constant = int(np.prod(spatial.shape[len(lead) :])) * (spatial.shape[0] if len(lead) > 1 else 1)
+    constant = int(np.prod(spatial.shape[len(lead) :]))
+    batch = lead[0] if len(lead) > 1 else None  # where channels were folded into it, it shrinks with them
+    constant *= spatial.shape[0] if len(lead) > 1 and batch is None else 1
     for dim, (size, axis) in enumerate(zip(weight.shape, w_axes, strict=True)):
         constant *= size if axis is None or dim > 1 else 1
-    trace.cost(constant, *w_axes[:2])
+    trace.cost(constant, *w_axes[:2], batch)
 
 
 def _grouped(
@@ -722,7 +725,7 @@ def layer_norm(trace: Trace, call: Call) -> None:
         return
     channel = _affine(trace, axes[-1], [(weight, 'affine'), (bias, 'affine')], 'layer norm')
     if channel is not None:
-        trace.norms.append(NormSite(trace.path[-1], channel.atoms))
+        trace.norms.append(NormSite(trace.path[-1], channel.atoms, -1))
     trace.set(call.out[0], (*(a and a.activation(False) for a in axes[:-1]), channel and channel.activation(True)))
 
 
@@ -735,7 +738,7 @@ def group_norm(trace: Trace, call: Call) -> None:
     if channel is not None:
         if groups > 1:  # the same channel of each group stays or goes, so that the groups stay equally wide
             trace.tie(channel.atoms.reshape(groups, -1).T)
-        trace.norms.append(NormSite(trace.path[-1], channel.atoms))
+        trace.norms.append(NormSite(trace.path[-1], channel.atoms, 1 - x.dim()))
     for axis in axes[2:]:
         trace.freeze(axis, f'a spatial dimension in {trace.where}')
     trace.set(call.out[0], (axes[0], channel and channel.activation(True), *axes[2:]))

@@ -74,7 +74,7 @@ def load(data: dict[str, Any]) -> Comb:
         macs=_terms(data['macs']),
         memory=_terms(data['memory']),
         params=_terms(data['params']),
-        norms=[(path, axis) for path, axis in data['norms']],
+        norms=[(path, axis, dim) for path, axis, dim in data['norms']],
         scales=[([(t, d, i) for t, d, i in rows], axis, path) for rows, axis, path in data['scales']],
         sizes=[
             SizeRule(e, target, constant, Site(*site) if site else None) for e, target, constant, site in data['sizes']

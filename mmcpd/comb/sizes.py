@@ -116,6 +116,7 @@ class _Observe(TorchFunctionMode):
         name = getattr(func, '__name__', '')
         if func == _SHAPE or name == 'size':
             return self.shape(func, args, kwargs)
+        self.trace.function = name
         out = func(*args, **kwargs)
         handler = HANDLERS.get(name)
         if handler is not None and args and isinstance(args[0], Tensor):

@@ -28,12 +28,19 @@ class Term:
     axes: tuple[np.ndarray, ...]  # atoms
 
 
+# Functions that may run over the live channels alone: their result is then what it is in the slimmed model. The second
+# kind keeps the channels. All of them take `(input, dim, ...)`, dim an integer, several, or none for all of them.
+REDUCTIONS = set('mean sum var std var_mean std_mean amax amin max min prod logsumexp'.split())
+SOFTMAXES = set('softmax log_softmax'.split())
+
+
 @dataclass
 class NormSite:
-    """A normalisation over channels, which must compute its statistics over the units that stay."""
+    """A statistic over channels (a norm's, a mean, a softmax), which must be that of the units that stay."""
 
     module: str
     axis: np.ndarray  # atoms, (C,)
+    dim: int  # where the channels are, counted from the end: -1 is the last dimension
 
 
 @dataclass
@@ -92,6 +99,7 @@ class Trace:
     roles: list[tuple[np.ndarray, str]] = field(default_factory=list)
     gates: list[np.ndarray] = field(default_factory=list)  # producers' rows at products of two activations
     biases: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)  # weight rows beside their bias
+    function: str = ''  # the Python function that runs, as its caller sees it
     adapts: bool = False  # whether it asked a tensor for a width, or ran more than plain operations: worth a trial
     unsupported: Counter[tuple[str, str]] = field(default_factory=Counter)
     path: list[str] = field(default_factory=lambda: [''])
@@ -132,6 +140,16 @@ class Trace:
         for column in atoms.T:
             both = (column >= 0) & (first >= 0)
             self.table.equate(column[both], first[both], '')
+
+    def over_live(self, axis: Axis, dim: int, what: str) -> None:
+        """Note a statistic over channels that masking can take over the live ones; freeze one that it cannot.
+
+        It can where a module calls the function itself, and does not go through another one that calls it.
+        """
+        if self.function in REDUCTIONS | SOFTMAXES:
+            self.norms.append(NormSite(self.path[-1], axis.atoms, dim))
+        else:
+            self.freeze(axis, f'{what} over channels in {self.where}')
 
     def role(self, axis: Axis | None, role: str) -> None:
         if axis is not None:

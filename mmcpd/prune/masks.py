@@ -17,17 +17,23 @@ from torch.overrides import TorchFunctionMode
 
 from ..comb.errors import SlimError
 from ..comb.groups import Comb, Keep
+from ..comb.trace import REDUCTIONS, SOFTMAXES
+
+Live = Mapping[tuple[int, int], Tensor]  # the channels that stay, by dimension (from the end) and how many there are
 
 
 class _OverLive(TorchFunctionMode):
-    """Run the layer and group norms of one module on their live channels only: gather, the same norm, scatter."""
+    """Run the statistics of one module on its live channels only: gather, the same function, scatter."""
 
-    def __init__(self, module: nn.Module, live: Mapping[int, Tensor]) -> None:
+    def __init__(self, module: nn.Module, live: Live) -> None:
         super().__init__()
         self.module, self.live = module, live
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        name = getattr(func, '__name__', '')
+        if name in REDUCTIONS | SOFTMAXES and self._mine():
+            return self.reduce(func, name in SOFTMAXES, *args, **kwargs)
         if func is F.layer_norm and self._mine():
             return self.layer_norm(*args, **kwargs)
         if func is F.group_norm and self._mine():
@@ -46,8 +52,15 @@ class _OverLive(TorchFunctionMode):
             frame = frame.f_back
         return True
 
-    def _run(self, x: Tensor, dim: int, norm: Any, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        live = self.live[x.shape[dim]].to(x.device)
+    def _live(self, x: Tensor, dim: int) -> Tensor | None:
+        """Return the live channels of one dimension, which counts from the end, or None where all of it stays."""
+        live = self.live.get((dim, x.shape[dim]))
+        return None if live is None else live.to(x.device)
+
+    def _norm(self, x: Tensor, dim: int, norm: Any, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        live = self._live(x, dim)
+        if live is None:
+            return norm(x, weight, bias)
         parameters = [p if p is None else p.index_select(0, live) for p in (weight, bias)]
         y = norm(x.index_select(dim, live), *parameters)
         return y.new_zeros(x.shape).index_copy(dim, live, y)
@@ -60,9 +73,9 @@ class _OverLive(TorchFunctionMode):
         bias: Tensor | None = None,
         eps: float = 1e-5,
     ) -> Tensor:
-        if len(shape) != 1 or shape[0] not in self.live:
+        if len(shape) != 1:
             return F.layer_norm(input, shape, weight, bias, eps)
-        return self._run(input, -1, lambda x, w, b: F.layer_norm(x, x.shape[-1:], w, b, eps), weight, bias)
+        return self._norm(input, -1, lambda x, w, b: F.layer_norm(x, x.shape[-1:], w, b, eps), weight, bias)
 
     def group_norm(
         self,
@@ -72,20 +85,32 @@ class _OverLive(TorchFunctionMode):
         bias: Tensor | None = None,
         eps: float = 1e-5,
     ) -> Tensor:
-        if input.shape[1] not in self.live:
-            return F.group_norm(input, groups, weight, bias, eps)
-        return self._run(input, 1, lambda x, w, b: F.group_norm(x, groups, w, b, eps), weight, bias)
+        return self._norm(input, 1 - input.dim(), lambda x, w, b: F.group_norm(x, groups, w, b, eps), weight, bias)
+
+    def reduce(self, func: Any, softmax: bool, input: Tensor, dim: Any = None, *args: Any, **kwargs: Any) -> Any:
+        dim = kwargs.pop('axis', dim)
+        given = args if dim is None else (dim, *args)
+        if isinstance(dim, Tensor):  # torch.max(a, b)
+            return func(input, *given, **kwargs)
+        dims = [dim] if isinstance(dim, int) else dim or range(input.dim())
+        x, scatter = input, None
+        for d in (d % x.dim() - x.dim() for d in dims):
+            live = self._live(input, d)
+            if live is not None:
+                x, scatter = x.index_select(d, live), (d, live)
+        y = func(x, *given, **kwargs)
+        return y.new_zeros(input.shape).index_copy(*scatter, y) if softmax and scatter else y
 
 
 class MaskedForward:
-    """The forward of one module with its norms over the live channels; sits on the instance, not on the class.
+    """The forward of one module with its statistics over the live channels; sits on the instance, not on the class.
 
     Args:
         module: the module that normalises.
-        live: the channels that stay, by how many there are in all.
+        live: the channels that stay, by dimension (from the end) and how many there are in all.
     """
 
-    def __init__(self, module: nn.Module, live: Mapping[int, Tensor]) -> None:
+    def __init__(self, module: nn.Module, live: Live) -> None:
         self.module, self.live = module, live
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -158,16 +183,16 @@ class Masker:
 
     def _mask_norms(self, keep: Keep) -> None:
         flat = torch.from_numpy(self.comb.flat(keep))
-        found: dict[str, dict[int, Tensor]] = {}
-        for path, axis in self.comb.norms:
+        found: dict[str, dict[tuple[int, int], Tensor]] = {}
+        for path, axis, dim in self.comb.norms:
             units = torch.from_numpy(self.comb.axes[axis])
             live = (units < 0) | flat[units.clamp(min=0)]
-            if not torch.equal(found.setdefault(path, {}).setdefault(len(live), live), live):
+            if not torch.equal(found.setdefault(path, {}).setdefault((dim, len(live)), live), live):
                 where = path or 'the model itself'
                 raise SlimError(f'{where} normalises two different sets of {len(live)} channels: ignore their groups')
         for path, by_width in found.items():
             module = self.model.get_submodule(path)
-            partly = {n: live.nonzero().flatten() for n, live in by_width.items() if not bool(live.all())}
+            partly = {key: live.nonzero().flatten() for key, live in by_width.items() if not bool(live.all())}
             if partly:
                 module.forward = MaskedForward(module, partly)
             elif isinstance(vars(module).get('forward'), MaskedForward):

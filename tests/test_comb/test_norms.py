@@ -49,7 +49,7 @@ class ChannelFirst(nn.LayerNorm):
 
 
 class Root(nn.Module):
-    """A root mean square norm by hand: the mean over channels would change."""
+    """A root mean square norm by hand: its mean is one over the channels that stay."""
 
     def __init__(self):
         super().__init__()
@@ -57,6 +57,19 @@ class Root(nn.Module):
 
     def forward(self, x):
         return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * self.weight
+
+
+class Response(nn.Module):
+    """Global response normalisation: each channel's length over the mean length of all."""
+
+    def __init__(self):
+        super().__init__()
+        self.gamma, self.beta = nn.Parameter(torch.empty(6)), nn.Parameter(torch.empty(6))
+
+    def forward(self, x):
+        length = torch.norm(x, p=2, dim=(2, 3), keepdim=True)
+        scaled = x * (length / (length.mean(dim=1, keepdim=True) + 1e-6))
+        return self.gamma.view(1, -1, 1, 1) * scaled + self.beta.view(1, -1, 1, 1) + x
 
 
 BATCH = {f'norm.{n}' for n in ('weight', 'bias', 'running_mean', 'running_var')}
@@ -150,7 +163,10 @@ TOYS = {
         {'a': around(6, *BATCH)},
     ),
     'root mean square norm by hand': Toy(
-        lambda: tokens(Root()), ((2, 5, 3),), {'b': 4}, frozen={'a.weight:0': 'mean over channels in norm'}
+        lambda: tokens(Root()), ((2, 5, 3),), {'a': 6, 'b': 4}, {'a': around(6, 'norm.weight')}
+    ),
+    'global response norm by hand': Toy(
+        lambda: image(Response()), IMAGE, {'a': 6, 'b': 4}, {'a': around(6, 'norm.gamma', 'norm.beta')}
     ),
     'unit length over channels': Toy(
         lambda: Net(

@@ -77,22 +77,30 @@ def write(x, place, value):
     return x
 
 
+LIVE = {  # function of the channels that notices when one is gone, and that masking takes over those that stay
+    'mean of the channels': lambda x: x * x.mean(1, keepdim=True),
+    'maximum of the channels': lambda x: x * x.amax(1, keepdim=True),
+    'max and its index': lambda x: x * x.max(1, keepdim=True).values,
+    'minimum of the channels': lambda x: x - x.amin(1, keepdim=True),
+    'variance of the channels': lambda x: x * x.var(1, keepdim=True),
+    'logsumexp of the channels': lambda x: x * x.logsumexp(1, keepdim=True),
+    'softmax of the channels': lambda x: x * x.softmax(1),
+    'log_softmax of the channels': lambda x: x * x.log_softmax(1),
+    'sum of exponentials': lambda x: x / x.exp().sum(1, keepdim=True),
+    'sum of sigmoids': lambda x: x * x.sigmoid().sum(1, keepdim=True),
+    'sum after a shift': lambda x: x * (x + 1).sum(1, keepdim=True),
+    'sum of clamped': lambda x: x * x.clamp(min=0.1).sum(1, keepdim=True),
+    'mean and variance at once': lambda x: x - torch.var_mean(x, dim=(1, 2), keepdim=True)[1],
+    'as many rows as channels': lambda x: x * F.interpolate(x, (6, 6)).mean(2, True).mean(-1, True) * x.mean(1, True),
+    'product of the channels': lambda x: x * x.prod(1, keepdim=True),
+    'mean over everything': lambda x: x - x.mean(),
+    'mean over an axis by its other name': lambda x: x - x.mean(axis=-3, keepdim=True),
+    'softmax by a function': lambda x: x * F.softmax(x, dim=1),
+}
 FROZEN = {  # function of the channels that notices when one is gone -> the reason
-    'mean of the channels': (lambda x: x * x.mean(1, keepdim=True), 'mean over channels'),
-    'maximum of the channels': (lambda x: x * x.amax(1, keepdim=True), 'amax over channels'),
-    'max and its index': (lambda x: x * x.max(1, keepdim=True).values, 'max over channels'),
-    'minimum of the channels': (lambda x: x - x.amin(1, keepdim=True), 'amin over channels'),
-    'variance of the channels': (lambda x: x * x.var(1, keepdim=True), 'var over channels'),
-    'logsumexp of the channels': (lambda x: x * x.logsumexp(1, keepdim=True), 'logsumexp over channels'),
-    'softmax of the channels': (lambda x: x * x.softmax(1), 'softmax over channels'),
-    'log_softmax of the channels': (lambda x: x * x.log_softmax(1), 'softmax over channels'),
     'cumulated channels': (lambda x: x.cumsum(1), 'cumsum over channels'),
     'sorted channels': (lambda x: x.sort(1).values, 'sort over channels'),
     'best channels': (lambda x: x * x.topk(3, 1).values.sum(1, keepdim=True), 'topk over channels'),
-    'sum of exponentials': (lambda x: x / x.exp().sum(1, keepdim=True), 'sum over channels'),
-    'sum of sigmoids': (lambda x: x * x.sigmoid().sum(1, keepdim=True), 'sum over channels'),
-    'sum after a shift': (lambda x: x * (x + 1).sum(1, keepdim=True), 'sum over channels'),
-    'sum of clamped': (lambda x: x * x.clamp(min=0.1).sum(1, keepdim=True), 'sum over channels'),
     'sum of a fixed pattern': (lambda x: x * PATTERN[:, None, None], 'mul with an activation'),
     'added to a fixed pattern': (lambda x: x + PATTERN[:, None, None].repeat(1, 4, 4), 'add with an activation'),
     'reversed into itself': (lambda x: x[:, [5, 4, 3, 2, 1, 0]], 'picked by a fixed index'),
@@ -179,6 +187,11 @@ def test_a_function_that_notices_a_missing_channel_freezes(name):
     check_toy(toy)
 
 
+@pytest.mark.parametrize('name', LIVE)
+def test_a_statistic_over_channels_is_one_over_those_that_stay(name):
+    check_toy(conv(lambda m, x: LIVE[name](x)))
+
+
 @pytest.mark.parametrize('name', COUPLED)
 def test_what_meets_is_coupled(name):
     check_toy(coupled(COUPLED[name]))
@@ -245,9 +258,10 @@ def test_a_parameter_beside_one_channel_of_an_activation():
     check_toy(toy)
 
 
-def test_a_mean_over_everything_freezes():
-    toy = conv(lambda m, x: x - x.mean())
-    toy.groups, toy.frozen = {'b': 4}, {'a.weight:0': 'mean over channels'}
+def test_a_statistic_inside_another_function_freezes():
+    """Only the outermost function can be taken over the channels that stay, and this one hides its softmax."""
+    toy = conv(lambda m, x: F.softmin(x, dim=1))
+    toy.groups, toy.frozen = {'b': 4}, {'a.weight:0': 'softmax over channels'}
     check_toy(toy)
 
 
