@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .build import build, default_forward
+from .build import build, coupled_by_groups, default_forward
 from .groups import Comb
 from .rules import check_strict
 from .trace import run
@@ -51,6 +51,8 @@ def comb(
         raise ValueError(f'heads must be one of {HEADS}, not {heads!r}')
     inputs = inputs if isinstance(inputs, tuple) else (inputs,)
     trace = run(model, inputs, forward or default_forward, heads)
+    if coupled := coupled_by_groups(trace):
+        trace = run(model, inputs, forward or default_forward, heads, coupled)
     if strict:
         check_strict(trace)
 

@@ -66,6 +66,22 @@ def build(model: nn.Module, trace: Trace, ignore: Sequence[str], faults: Mapping
     return _assemble(model, trace, rows, component, why, groups, unit_of)
 
 
+def coupled_by_groups(trace: Trace) -> frozenset[str]:
+    """Return the modules whose convolution groups all hang together, as behind a channel shuffle.
+
+    None of their groups can go whole; the same channel of each group can.
+    """
+    if not trace.grouped:
+        return frozenset()
+    component, why = trace.table.solve()
+    found = set()
+    for path, rows in trace.grouped:
+        mine = component[rows]
+        if (mine == mine[0]).all() and why[mine[0]] < 0:
+            found.add(path)
+    return frozenset(found)
+
+
 def _ignored(groups: list[Group], ignore: Sequence[str]) -> dict[str, str]:
     return dict.fromkeys(match(ignore, [g.name for g in groups]), IGNORED)
 

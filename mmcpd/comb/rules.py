@@ -211,9 +211,8 @@ def movement(trace: Trace, call: Call) -> None:
             trace.freeze(axis, f'picked by a fixed index ({call.op}) in {trace.where}')
             continue
         moved = _moved(call, source, along(axis, dim, source.shape))
-        alone = moved if axis.full is None else _moved(call, source, along(axis.alone(), dim, source.shape))
-        for labels, units, found in zip(moved, alone, axes, strict=True):
-            place(trace, call, axis, labels, units, found)
+        for labels, found in zip(moved, axes, strict=True):
+            place(trace, call, axis, labels, found)
     for out, found in zip(outs, axes, strict=True):
         trace.set(out, tuple(found))
 
@@ -255,12 +254,12 @@ def _varying(labels: Tensor) -> tuple[Tensor, list[int]]:
     return labels, varying
 
 
-def place(trace: Trace, call: Call, axis: Axis, labels: Tensor, units: Tensor, found: list[Axis | None]) -> None:
+def place(trace: Trace, call: Call, axis: Axis, labels: Tensor, found: list[Axis | None]) -> None:
     """Write the axis that `labels` (the atoms at each position of an output) shows into `found`.
 
     Where it varies along several dimensions (heads x width, groups x channels) one keeps the atoms, and those across
-    the others are tied: a rectangle. It is the one along which the `units` vary (the same labels, where atoms that are
-    tied already have one name), and of several the last.
+    the others are tied: a rectangle. It is the one along which they vary where those that are tied already (heads, a
+    convolution's groups) have one name, and of several the last.
     """
     labels, varying = _varying(labels)
     if not varying:
@@ -269,8 +268,8 @@ def place(trace: Trace, call: Call, axis: Axis, labels: Tensor, units: Tensor, f
     # Padding around the other dimensions is no atom, and does not make them vary.
     real = [d for d in varying if not _only_padding(labels, d)]
     real = real or varying
-    if axis.full is not None:
-        known = _varying(units)[1]
+    if len(real) > 1:
+        known = _varying(trace.named(labels))[1]
         real = [d for d in real if d in known] or real
     keep = _kept(trace, call, real)
     columns = labels.movedim(keep, 0).reshape(labels.shape[keep], -1).numpy().astype(np.int64)
@@ -515,6 +514,8 @@ def _grouped(
 
     `into` and `out` are the weight's axes: (O, I / groups) or, transposed, (I, O / groups); `widths` are I and O.
     """
+    if trace.path[-1] in trace.inside:
+        return _inside(trace, channel, into, out, groups, transposed)
     reason = f'channels inside a convolution group in {trace.where}'
     if transposed:
         trace.freeze(out, reason)  # O / groups
@@ -527,6 +528,8 @@ def _grouped(
     trace.role(rows, 'out')
     per_row = rows.atoms.reshape(groups, -1)
     trace.tie(per_row)
+    if widths[0] > groups:
+        trace.grouped.append((trace.path[-1], rows.atoms))
     if channel is None:
         trace.freeze(rows, f'a grouped convolution of an activation without channels in {trace.where}')
     else:
@@ -536,6 +539,25 @@ def _grouped(
         if (grouped == FIXED).any():
             trace.freeze(Axis(grouped.max(axis=1)), f'a fixed position in a convolution group in {trace.where}')
     return Axis(np.repeat(per_row[:, 0], widths[1] // groups)) if transposed else rows
+
+
+def _inside(
+    trace: Trace, channel: Axis | None, into: Axis | None, out: Axis | None, groups: int, transposed: bool
+) -> Axis | None:
+    """Tie the same channel of each convolution group, so that the groups stay equally wide; axes as in `_grouped`."""
+    rows, columns = (into, out) if transposed else (out, into)
+    if rows is not None:
+        trace.tie(rows.atoms.reshape(groups, -1).T)
+    read, made = (rows, columns) if transposed else (columns, rows)
+    if channel is not None:
+        trace.tie(channel.atoms.reshape(groups, -1).T)
+        each = Axis(channel.atoms[: len(channel) // groups], channel.zero)
+        _contract(trace, each, read and Axis(read.atoms[: len(each)], weight=True), 'a convolution')
+        trace.role(read, 'in')
+    else:
+        trace.freeze(read, f'a grouped convolution of an activation without channels in {trace.where}')
+    trace.role(made, 'out')
+    return made and (Axis(np.tile(made.atoms, groups)) if transposed else made)
 
 
 def _contract(trace: Trace, left: Axis | None, right: Axis | None, what: str) -> None:

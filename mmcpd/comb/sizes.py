@@ -275,7 +275,8 @@ def _conv(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
     groups = args[6] if len(args) > 6 else kwargs.get('groups', 1)
     axis = trace.axes(args[0])[1] if args[0].dim() == args[1].dim() else None
     if axis is not None and groups != 1:
-        _equation(trace, groups, axis.atoms[:: len(axis) // int(groups)])
+        stays = trace.path[-1] in trace.inside
+        _equation(trace, groups, None if stays else axis.atoms[:: len(axis) // int(groups)])
 
 
 @_handles('conv_transpose1d', 'conv_transpose2d', 'conv_transpose3d')  # (..., padding, output_padding, groups)

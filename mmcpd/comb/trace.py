@@ -98,10 +98,13 @@ class Trace:
     equal: list[tuple[Any, Any]] = field(default_factory=list)  # expressions that the forward compared
     roles: list[tuple[np.ndarray, str]] = field(default_factory=list)
     gates: list[np.ndarray] = field(default_factory=list)  # producers' rows at products of two activations
+    inside: frozenset[str] = frozenset()  # grouped convolutions that lose channels inside each group, not whole groups
+    grouped: list[tuple[str, np.ndarray]] = field(default_factory=list)  # those that lose whole groups: module, rows
     biases: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)  # weight rows beside their bias
     function: str = ''  # the Python function that runs, as its caller sees it
     adapts: bool = False  # whether it asked a tensor for a width, or ran more than plain operations: worth a trial
     unsupported: Counter[tuple[str, str]] = field(default_factory=Counter)
+    names: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # one of the atoms tied to each
     path: list[str] = field(default_factory=lambda: [''])
 
     @property
@@ -137,9 +140,19 @@ class Trace:
     def tie(self, atoms: np.ndarray) -> None:
         """Make all columns of `(n, k)` atoms equal, row by row; fixed positions are passed over."""
         first = atoms.max(axis=1)  # an atom wherever the row has one
+        if len(self.names) < self.table.size:
+            self.names = np.arange(self.table.size)
         for column in atoms.T:
             both = (column >= 0) & (first >= 0)
             self.table.equate(column[both], first[both], '')
+            self.names[column[both]] = self.names[first[both]]
+
+    def named(self, atoms: Tensor) -> Tensor:
+        """Return one name for atoms that were tied, as int32; `FIXED` stays."""
+        if not len(self.names):
+            return atoms
+        names = torch.from_numpy(self.names.astype(np.int32))
+        return torch.where(atoms >= 0, names[atoms.clamp(min=0)], atoms)
 
     def over_live(self, axis: Axis, dim: int, what: str) -> None:
         """Note a statistic over channels that masking can take over the live ones; freeze one that it cannot.
@@ -233,8 +246,21 @@ def tensors_in(value: Any) -> list[Tensor]:
     return []
 
 
-def run(model: nn.Module, inputs: tuple[Any, ...], forward: Callable[..., Any], heads: str = 'dim') -> Trace:
+def run(
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    forward: Callable[..., Any],
+    heads: str = 'dim',
+    inside: frozenset[str] = frozenset(),
+) -> Trace:
     """Trace one forward pass.
+
+    Args:
+        model: runs in eval mode without gradients.
+        inputs: its arguments.
+        forward: `callable(model, *inputs)`.
+        heads: which dimension of a rectangle keeps the atoms, see `Trace`.
+        inside: paths of the grouped convolutions that lose channels inside each group, see `Trace`.
 
     Raises:
         CombError: if the output holds no tensor, so that nothing could be compared.
@@ -242,7 +268,7 @@ def run(model: nn.Module, inputs: tuple[Any, ...], forward: Callable[..., Any], 
     from .rules import apply
     from .sizes import observing_sizes
 
-    trace = Trace(heads=heads)
+    trace = Trace(heads=heads, inside=inside)
     marked: list[Tensor] = []
     try:
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:

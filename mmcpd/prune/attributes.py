@@ -18,11 +18,9 @@ Shapes = dict[str, tuple[int, ...]]  # of the module's own tensors, by their loc
 
 def _conv(module: Any, old: Shapes, new: Shapes) -> dict[str, Any]:
     transposed = isinstance(module, _ConvTransposeNd)
-    rows, columns = old['weight'][0], new['weight'][1]  # (O, I / groups), transposed (I, O / groups)
-    groups = module.groups * new['weight'][0] // rows if module.groups > 1 else 1
-    wide, narrow = new['weight'][0], columns * groups
+    wide, narrow = new['weight'][0], new['weight'][1] * module.groups  # (O, I / groups), transposed (I, O / groups)
     inside, outside = (wide, narrow) if transposed else (narrow, wide)
-    return {'in_channels': inside, 'out_channels': outside, 'groups': groups}
+    return {'in_channels': inside, 'out_channels': outside}
 
 
 def _linear(module: Any, old: Shapes, new: Shapes) -> dict[str, Any]:

@@ -104,11 +104,15 @@ def _follow_(
     """Set the attributes: those that describe from the tensors, those that a forward reads by solving."""
     modules = dict(model.named_modules())
     outside = {path: not any(path == r or path.startswith(r + '.') for r in replaced) for path in before}
-    for path, shapes in before.items():
-        if outside[path] and path in modules and local_shapes(modules[path]) != shapes:
-            for name, value in described(modules[path], shapes, local_shapes(modules[path])).items():
-                setattr(modules[path], name, value)
     live = comb.live(keep).tolist()
+
+    def describe() -> None:
+        for path, shapes in before.items():
+            if outside[path] and path in modules and local_shapes(modules[path]) != shapes:
+                for name, value in described(modules[path], shapes, local_shapes(modules[path])).items():
+                    setattr(modules[path], name, value)
+
+    describe()
 
     def inside(*expressions: Any) -> bool:
         """Say whether all attributes are of modules that were not replaced."""
@@ -130,6 +134,7 @@ def _follow_(
     changes, failed = solve([*equations, *compared], attributes, live)
     for (path, name), value in changes.items():
         write_attribute(modules[path], name, value)
+    describe()  # again: a convolution's channels follow from its groups
     rewrites: dict[str, list[Rewrite]] = {}
     for number in (n for n in failed if n < len(rules)):
         place, (expr, value) = rules[number].site, equations[number]

@@ -150,6 +150,53 @@ TOYS = {
             }
         },
     ),
+    'grouped, shuffled, grouped': Toy(
+        lambda: Net(
+            lambda m, x: m.fc(pooled(m.c(m.b(torch.channel_shuffle(m.a(m.first(x)).relu(), 2)).tanh()).tanh())),
+            first=nn.Conv2d(3, 8, 1),
+            a=nn.Conv2d(8, 16, 1, groups=2),
+            b=nn.Conv2d(16, 12, 3, groups=2),
+            c=nn.Conv2d(12, 4, 1),
+            fc=nn.Linear(4, 2),
+        ),
+        IMAGE,
+        {'first': 4, 'a': 4, 'b': 6, 'c': 4},
+        {
+            'first': {
+                'first.weight:0': [[0, 4], [1, 5], [2, 6], [3, 7]],
+                'first.bias:0': [[0, 4], [1, 5], [2, 6], [3, 7]],
+                'a.weight:1': rows(4),
+            },
+            'a': {
+                'a.weight:0': [[0, 4, 8, 12], [1, 5, 9, 13], [2, 6, 10, 14], [3, 7, 11, 15]],
+                'a.bias:0': [[0, 4, 8, 12], [1, 5, 9, 13], [2, 6, 10, 14], [3, 7, 11, 15]],
+                'b.weight:1': rows(4, 2),
+            },
+            'b': {
+                'b.weight:0': [[n, n + 6] for n in range(6)],
+                'b.bias:0': [[n, n + 6] for n in range(6)],
+                'c.weight:1': [[n, n + 6] for n in range(6)],
+            },
+        },
+    ),
+    'grouped, shuffled, grouped and transposed': Toy(
+        lambda: Net(
+            lambda m, x: m.fc(pooled(m.b(torch.channel_shuffle(m.a(m.first(x)).relu(), 2)).tanh())),
+            first=nn.Conv2d(3, 8, 1),
+            a=nn.Conv2d(8, 16, 1, groups=2),
+            b=nn.ConvTranspose2d(16, 12, 2, stride=2, groups=2),
+            fc=nn.Linear(12, 2),
+        ),
+        IMAGE,
+        {'first': 4, 'a': 4, 'b': 6},
+        {
+            'b': {
+                'b.weight:1': rows(6),
+                'b.bias:0': [[n, n + 6] for n in range(6)],
+                'fc.weight:1': [[n, n + 6] for n in range(6)],
+            },
+        },
+    ),
     'grouped on the input': Toy(
         lambda: Net(lambda m, x: m.fc(pooled(m.a(x))), a=nn.Conv2d(3, 6, 1, groups=3), fc=nn.Linear(6, 2)),
         IMAGE,
