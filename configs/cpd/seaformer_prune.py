@@ -7,6 +7,7 @@ _base_ = [
     '../_base_/cpd.py',
     '../_base_/cwd.py',
 ]
+_base_.model.decode_head.loss_decode.class_weight = _base_.class_weight
 model = dict(_delete_=True, type='mmcpd.Distiller', student=_base_.model, losses=_base_.losses)
 
 custom_hooks = [dict(type='mmcpd.CombHook'), dict(type='mmcpd.PruneHook')]

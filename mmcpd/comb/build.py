@@ -252,7 +252,7 @@ def _assemble(
 
 
 def _sizes(model: nn.Module, trace: Trace, book: _AxisBook) -> list[SizeRule]:
-    """Translate the equations, each once; those that attributes cannot satisfy alone know their place in the source."""
+    """Translate the equations, each once, with their place in the source: for where attributes cannot satisfy all."""
     modules = dict(model.named_modules())
     found: dict[str, SizeRule] = {}
     for equation in trace.sizes:
@@ -265,7 +265,7 @@ def _sizes(model: nn.Module, trace: Trace, book: _AxisBook) -> list[SizeRule]:
             continue
         key = repr((expr, number, constant, equation.module, equation.place and equation.place.instruction))
         if key not in found:
-            place = None if by_attributes else equation.place
+            place = equation.place
             where = None if place is None else site(modules[equation.module], equation.module, place)
             found[key] = SizeRule(expr, number, constant, where)
     return list(found.values())

@@ -8,6 +8,7 @@ place: by the text of the call, so that it is found again in another release as 
 from __future__ import annotations
 
 import ast
+import copy
 import inspect
 import sys
 import textwrap
@@ -66,7 +67,8 @@ def site(module: nn.Module, path: str, place: Spot) -> Site | None:
                 continue
             if (call.lineno, call.end_lineno, call.col_offset, call.end_col_offset) == tuple(positions):
                 found = Site(path, name, ast.unparse(call), place.index, place.count)
-                return found if sizes_of(call, place.count) is not None else None
+                spelled = spread(copy.deepcopy(call), place.count)
+                return found if size_at(spelled, place.index, place.count) is not None else None
     return None
 
 
@@ -101,12 +103,30 @@ def parsed(function: Any) -> ast.Module | None:
     return tree
 
 
-def sizes_of(call: ast.Call, count: int) -> list[ast.expr] | None:
-    """Return the size arguments of `x.view(a, b)`, `x.view((a, b))` or `torch.reshape(x, (a, b))`."""
+def size_at(call: ast.Call, index: int, count: int) -> tuple[list[ast.expr], int] | None:
+    """Find one of `count` sizes in a call: the list of expressions that holds it, and its place there.
+
+    Understands `x.view(a, b)`, `x.view((a, b))`, `torch.reshape(x, (a, b))` and `x.view(a, *rest)` where the size is
+    not one of the starred.
+    """
     for candidate in ([a for a in call.args if isinstance(a, (ast.Tuple, ast.List))], [call]):
         if len(candidate) == 1:
             node = candidate[0]
             sizes = node.args if isinstance(node, ast.Call) else node.elts
-            if len(sizes) == count and not any(isinstance(s, ast.Starred) for s in sizes):
-                return sizes
+            stars = [i for i, s in enumerate(sizes) if isinstance(s, ast.Starred)]
+            if not stars and len(sizes) == count:
+                return sizes, index
+            if len(stars) == 1 and index < stars[0]:
+                return sizes, index
+            if len(stars) == 1 and index - count > stars[0] - len(sizes):
+                return sizes, index - count
     return None
+
+
+def spread(call: ast.Call, count: int) -> ast.Call:
+    """Write a shape in one variable as its sizes, in place: `x.view(shape)` as `x.view((shape[0], shape[1]))`."""
+    if len(call.args) == 1 and isinstance(call.args[0], (ast.Name, ast.Attribute)) and count > 1:
+        shape = call.args[0]
+        sizes: list[ast.expr] = [ast.Subscript(copy.deepcopy(shape), ast.Constant(i), ast.Load()) for i in range(count)]
+        call.args = [ast.copy_location(ast.Tuple(sizes, ast.Load()), shape)]
+    return call

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from ..comb.errors import SlimError
-from ..comb.source import methods, parsed, sizes_of
+from ..comb.source import methods, parsed, size_at, spread
 
 Rewrite = tuple[str, str, int, int, int]  # method, text of the call, index of the size, sizes in the call, value
 
@@ -30,9 +30,10 @@ class _Replace(ast.NodeTransformer):
         for rewrite in self.rewrites if text in self.texts else ():
             _, call, index, count, value = rewrite
             if call == text:
-                sizes = sizes_of(node, count)
-                if sizes is not None:
-                    sizes[index] = ast.copy_location(ast.Constant(value), sizes[index])
+                found = size_at(spread(node, count), index, count)
+                if found is not None:
+                    sizes, place = found
+                    sizes[place] = ast.copy_location(ast.Constant(value), sizes[place])
                     self.done.add(rewrite)
         return node
 

@@ -137,10 +137,13 @@ def _follow_(
     describe()  # again: a convolution's channels follow from its groups
     rewrites: dict[str, list[Rewrite]] = {}
     for number in (n for n in failed if n < len(rules)):
-        place, (expr, value) = rules[number].site, equations[number]
-        if place is None:
+        expr, value = equations[number]
+        if rules[number].site is None:
             raise SlimError(f'no attribute makes {show(expr)} equal {value}')
-        rewrites.setdefault(place.module, []).append((place.method, place.call, place.index, place.count, value))
+    places = {rules[n].site for n in failed if n < len(rules)}
+    for rule, (_, value) in zip(rules, equations, strict=True):  # a line that runs twice needs the same number twice
+        if (place := rule.site) is not None and place in places:
+            rewrites.setdefault(place.module, []).append((place.method, place.call, place.index, place.count, value))
     for path, wanted in rewrites.items():
         rewrite_(modules[path], wanted)
     attributes.update(changes)

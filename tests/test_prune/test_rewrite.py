@@ -239,6 +239,49 @@ def test_other_ways_to_write_it(kind):
     assert rewrites_of(slim(model, found, uneven(found)).attn)
 
 
+class Apart(nn.Module):
+    """Two widths under one attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.width = nn.Linear(3, 6), nn.Linear(3, 6), 6
+        self.fc, self.other = nn.Linear(6, 2), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.fc(self.a(x).view(-1, 5, self.width)) + self.other(self.b(x).view(-1, 5, self.width).tanh())
+
+
+class Starred(Apart):
+    """The rest of the shape is somebody else's."""
+
+    def forward(self, x):
+        left = self.a(x).mT.reshape(-1, self.width, *x.shape[1:2])
+        right = self.b(x).reshape(*x.shape[:-1], self.width)
+        return self.fc(left.mT) + self.other(right)
+
+
+class Whole(Apart):
+    """A shape that was read elsewhere, of a tensor with other channels."""
+
+    def forward(self, x):
+        left = self.a(x)
+        shape = left.shape
+        return self.fc(left) + self.other(self.b(x).flatten(1).reshape(shape))
+
+
+@pytest.mark.parametrize('kind', [Apart, Starred, Whole])
+def test_what_one_attribute_cannot_hold_is_rewritten(kind):
+    model = randomise_(kind())
+    found = comb(model, X)
+    assert {g.name: g.units for g in found.groups} == {'a': 6, 'b': 6}
+    keep = found.keep()
+    keep['a'][1:4], keep['b'][2] = False, False
+    small = slim(model, found, keep)
+    assert len(rewrites_of(small)) == 1
+    assert gap(masked(model, found, keep)(X), small(X)) < 1e-12
+    check_structure(model, found, check_equal(model, found), kind)
+
+
 def test_decorators_stay():
     model = randomise_(Block(Decorated))
     found = comb(model, X)

@@ -1,11 +1,11 @@
-# UPerNet on a small vision transformer for scenes of 96x96: 4 blocks of 64, patches of 8. 11 classes, 24x24 logits.
+# UPerNet on a small vision transformer for scenes of 64x64: 4 blocks of 64, patches of 8. 11 classes, 16x16 logits.
 _base_ = 'mmseg::_base_/models/upernet_vit-b16_ln_mln.py'
 widths = [64] * 4
 model = dict(
-    data_preprocessor=dict(mean=[128] * 3, std=[77] * 3, size=(96, 96)),
+    data_preprocessor=dict(mean=[128] * 3, std=[77] * 3, size=(64, 64)),
     pretrained=None,
     backbone=dict(
-        img_size=(96, 96),
+        img_size=(64, 64),
         patch_size=8,
         embed_dims=64,
         num_layers=4,
