@@ -266,7 +266,8 @@ def _sizes(model: nn.Module, trace: Trace, book: _AxisBook) -> list[SizeRule]:
         key = repr((expr, number, constant, equation.module, equation.place and equation.place.instruction))
         if key not in found:
             place = equation.place
-            where = None if place is None else site(modules[equation.module], equation.module, place)
+            path = equation.module if place is None else trace.paths.get(id(place.module), equation.module)
+            where = None if place is None else site(modules[path], path, place)
             found[key] = SizeRule(expr, number, constant, where)
     return list(found.values())
 

@@ -747,7 +747,7 @@ def layer_norm(trace: Trace, call: Call) -> None:
         return
     channel = _affine(trace, axes[-1], [(weight, 'affine'), (bias, 'affine')], 'layer norm')
     if channel is not None:
-        trace.norms.append(NormSite(trace.path[-1], channel.atoms, -1))
+        trace.norms.append(NormSite(trace.asking, channel.atoms, -1))
     trace.set(call.out[0], (*(a and a.activation(False) for a in axes[:-1]), channel and channel.activation(True)))
 
 
@@ -760,7 +760,7 @@ def group_norm(trace: Trace, call: Call) -> None:
     if channel is not None:
         if groups > 1:  # the same channel of each group stays or goes, so that the groups stay equally wide
             trace.tie(channel.atoms.reshape(groups, -1).T)
-        trace.norms.append(NormSite(trace.path[-1], channel.atoms, 1 - x.dim()))
+        trace.norms.append(NormSite(trace.asking, channel.atoms, 1 - x.dim()))
     for axis in axes[2:]:
         trace.freeze(axis, f'a spatial dimension in {trace.where}')
     trace.set(call.out[0], (axes[0], channel and channel.activation(True), *axes[2:]))

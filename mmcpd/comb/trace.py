@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .atoms import AtomTable, Axes, Axis
 from .errors import CombError
-from .source import Spot
+from .source import Spot, asking
 
 _AXES = '_mmcpd_axes'  # the attribute of a running tensor that holds its axes
 
@@ -105,7 +105,13 @@ class Trace:
     adapts: bool = False  # whether it asked a tensor for a width, or ran more than plain operations: worth a trial
     unsupported: Counter[tuple[str, str]] = field(default_factory=Counter)
     names: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # one of the atoms tied to each
+    paths: dict[int, str] = field(default_factory=dict)  # of each module, by its id
     path: list[str] = field(default_factory=lambda: [''])
+
+    @property
+    def asking(self) -> str:
+        """The path of the module whose method runs, also where it was called without its hooks."""
+        return self.paths.get(id(asking()), self.path[-1])
 
     @property
     def where(self) -> str:
@@ -160,7 +166,7 @@ class Trace:
         It can where a module calls the function itself, and does not go through another one that calls it.
         """
         if self.function in REDUCTIONS | SOFTMAXES:
-            self.norms.append(NormSite(self.path[-1], axis.atoms, dim))
+            self.norms.append(NormSite(self.asking, axis.atoms, dim))
         else:
             self.freeze(axis, f'{what} over channels in {self.where}')
 
@@ -268,7 +274,7 @@ def run(
     from .rules import apply
     from .sizes import observing_sizes
 
-    trace = Trace(heads=heads, inside=inside)
+    trace = Trace(heads=heads, inside=inside, paths={id(module): name for name, module in model.named_modules()})
     marked: list[Tensor] = []
     try:
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:

@@ -5,9 +5,7 @@ With both, the masked model computes what the slimmed one computes.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
-from types import FrameType
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..comb.errors import SlimError
 from ..comb.groups import Comb, Keep
+from ..comb.source import asking
 from ..comb.trace import REDUCTIONS, SOFTMAXES
 
 Live = Mapping[tuple[int, int], Tensor]  # the channels that stay, by dimension (from the end) and how many there are
@@ -42,15 +41,7 @@ class _OverLive(TorchFunctionMode):
 
     def _mine(self) -> bool:
         """Say whether the module itself asks, and not one inside it, which may have channels of its own."""
-        if not self.module._modules:
-            return True
-        frame: FrameType | None = sys._getframe(2)
-        while frame is not None:
-            asking = frame.f_locals.get('self')
-            if isinstance(asking, nn.Module):
-                return asking is self.module
-            frame = frame.f_back
-        return True
+        return not self.module._modules or asking() is self.module
 
     def _live(self, x: Tensor, dim: int) -> Tensor | None:
         """Return the live channels of one dimension, which counts from the end, or None where all of it stays."""

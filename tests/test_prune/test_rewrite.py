@@ -356,3 +356,35 @@ def test_a_slim_model_can_be_slimmed_again(block):
     twin = restructure_(Block().double().eval(), plan)
     twin.load_state_dict(small.state_dict())
     assert gap(small(X), twin(X)) == 0
+
+
+class Unhooked(nn.Module):
+    """A head that is called by its forward, as mmseg's are, so that no hook tells that it runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Linear(3, 6), Head()
+
+    def forward(self, x):
+        return self.head.forward(self.stem(x))
+
+
+class Head(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.fc = nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        batch, tokens, channels = x.shape
+        x = self.inner(x - x.mean(-1, keepdim=True)).view(batch, tokens, channels)
+        return self.fc(x.sigmoid())
+
+
+def test_a_module_that_is_called_without_its_hooks():
+    model = randomise_(Unhooked())
+    found = comb(model, X)
+    assert {g.name: g.units for g in found.groups} == {'stem': 6, 'head.inner': 6}
+    keep = found.keep()
+    keep['stem'][1:4], keep['head.inner'][2] = False, False
+    assert [len(rewrites_of(m)) for m in slim(model, found, keep).modules()] == [0, 0, 1, 0, 0]
+    check_structure(model, found, check_equal(model, found), Unhooked)
