@@ -402,6 +402,7 @@ def summary(rows: dict[str, Row]) -> dict[str, Any]:
         'silently wrong': sum(r['verdict'].startswith('WRONG') for r in rows.values()),
         'median comb seconds': statistics.median(o['comb_s'] for o in combed) if combed else None,
         'median comb / forward': statistics.median(o['comb_s'] / o['forward_s'] for o in combed) if combed else None,
+        'at least 95 % of the parameters prunable': sum(o['prunable'] >= 0.95 for o in combed),
         'median prunable': statistics.median(o['prunable'] for o in combed) if combed else None,
         'Torch-Pruning runs': sum(bool(p.get('runs')) for p in peers),
         'Torch-Pruning runs, same shape': sum(bool(p.get('shape')) for p in peers),
@@ -449,7 +450,9 @@ def report(results: Path, table: Path) -> None:
         'Written by `benchmarks/zoo.py`, which says what each column is; do not edit. One model of every family in the',
         'installed mmpretrain and mmseg, random weights, a random 70 % of each group kept. Torch-Pruning is asked for',
         '30 % by magnitude on the same model in the same run; "runs" does not say that the result is right.',
-        f'Swept: {len(rows)} of {len(FAMILIES)} families; `--resume` sweeps the rest. Seconds are of a shared machine.',
+        'Seconds are of a shared machine.'
+        if len(rows) == len(FAMILIES)
+        else f'Swept: {len(rows)} of {len(FAMILIES)} families; `--resume` sweeps the rest. Seconds are of a shared machine.',
         '',
         f'{about["date"]}, Python {about["python"]}, {about["machine"]}; '
         + ', '.join(f'{k} {v}' for k, v in about['versions'].items()),

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import mmengine
+import numpy as np
 from mmengine.evaluator import DumpResults
 
 from mmcpd.engine import cli
@@ -41,7 +42,7 @@ def main(args: argparse.Namespace) -> None:
             runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
         metrics = cli.run(runner, lambda runner: runner.test())
     for name, value in metrics.items():
-        print(f'{name}: {value:.4f}' if isinstance(value, float) else f'{name}: {value}')
+        print(f'{name}: {value:.4f}' if isinstance(value, (float, np.floating)) else f'{name}: {value}')
     if args.out and item == 'metrics':
         mmengine.dump(metrics, args.out)
 
