@@ -450,9 +450,8 @@ def report(results: Path, table: Path) -> None:
         'Written by `benchmarks/zoo.py`, which says what each column is; do not edit. One model of every family in the',
         'installed mmpretrain and mmseg, random weights, a random 70 % of each group kept. Torch-Pruning is asked for',
         '30 % by magnitude on the same model in the same run; "runs" does not say that the result is right.',
-        'Seconds are of a shared machine.'
-        if len(rows) == len(FAMILIES)
-        else f'Swept: {len(rows)} of {len(FAMILIES)} families; `--resume` sweeps the rest. Seconds are of a shared machine.',
+        'Seconds are of a shared machine.',
+        *([f'Swept: {len(rows)} of {len(FAMILIES)}; `--resume` sweeps the rest.'] if len(rows) < len(FAMILIES) else []),
         '',
         f'{about["date"]}, Python {about["python"]}, {about["machine"]}; '
         + ', '.join(f'{k} {v}' for k, v in about['versions'].items()),
