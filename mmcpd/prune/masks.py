@@ -31,7 +31,7 @@ class _OverLive(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, '__name__', '')
-        if name in REDUCTIONS | SOFTMAXES and self._mine():
+        if (name in REDUCTIONS or name in SOFTMAXES) and self._mine():
             return self.reduce(func, name in SOFTMAXES, *args, **kwargs)
         if func is F.layer_norm and self._mine():
             return self.layer_norm(*args, **kwargs)
@@ -81,7 +81,7 @@ class _OverLive(TorchFunctionMode):
     def reduce(self, func: Any, softmax: bool, input: Tensor, dim: Any = None, *args: Any, **kwargs: Any) -> Any:
         dim = kwargs.pop('axis', dim)
         given = args if dim is None else (dim, *args)
-        if isinstance(dim, Tensor):  # torch.max(a, b)
+        if isinstance(dim, Tensor) or 'other' in kwargs:  # torch.max(a, b)
             return func(input, *given, **kwargs)
         dims = [dim] if isinstance(dim, int) else dim or range(input.dim())
         x, scatter = input, None

@@ -95,6 +95,7 @@ LIVE = {  # function of the channels that notices when one is gone, and that mas
     'product of the channels': lambda x: x * x.prod(1, keepdim=True),
     'mean over everything': lambda x: x - x.mean(),
     'mean over an axis by its other name': lambda x: x - x.mean(axis=-3, keepdim=True),
+    'a larger of two beside a largest': lambda x: torch.max(x, other=x.max(1, True)[0] - 1) + torch.max(x, x.tanh()),
     'softmax by a function': lambda x: x * F.softmax(x, dim=1),
 }
 FROZEN = {  # function of the channels that notices when one is gone -> the reason
