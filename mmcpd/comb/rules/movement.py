@@ -1,0 +1,183 @@
+"""Data movement: the very same operation runs on the atoms; and the few that need to be told."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..atoms import FIXED, Axis, along
+from ..trace import Call, Trace
+from .table import VIEWS, rule
+
+
+def movement(trace: Trace, call: Call) -> None:
+    """Run the very same operation on the atoms, one axis at a time, and see where the result varies."""
+    source = call.tensors()[0]
+    outs = [call.out] if isinstance(call.out, Tensor) else list(call.out)
+    axes: list[list[Axis | None]] = [[None] * out.dim() for out in outs]
+    for dim, axis in enumerate(trace.axes(source)):
+        if axis is None:
+            continue
+        if _picks(call, dim):
+            trace.freeze(axis, f'picked by a fixed index ({call.op}) in {trace.where}')
+            continue
+        moved = _moved(call, source, along(axis, dim, source.shape))
+        for labels, found in zip(moved, axes, strict=True):
+            place(trace, call, axis, labels, found)
+    for out, found in zip(outs, axes, strict=True):
+        trace.set(out, tuple(found))
+
+
+def _picks(call: Call, dim: int) -> bool:
+    """Say whether an operation picks positions of `dim` by an index that is not made of sizes."""
+    if call.op in ('select', 'index_select', 'gather'):
+        return dim == call.named['dim'] % call.tensors()[0].dim()
+    return call.op == 'index' and dim < len(call.named['indices']) and call.named['indices'][dim] is not None
+
+
+def _moved(call: Call, source: Tensor, labels: Tensor) -> list[Tensor]:
+    swap = {id(source): labels}
+    args = [swap.get(id(a), a) for a in call.args]
+    kwargs = {k: swap.get(id(v), v) for k, v in call.kwargs.items()}
+    if call.op == 'constant_pad_nd':
+        args = [*args[:2], FIXED]
+    if call.op in VIEWS:
+        return [labels.reshape(call.out.shape)]
+    if 'pad' in call.op and call.op != 'constant_pad_nd':  # reflection and replication know no integers
+        return [call.func(args[0].double(), *args[1:], **kwargs).to(torch.int32)]
+    moved = call.func(*args, **kwargs)
+    return [moved] if isinstance(moved, Tensor) else list(moved)
+
+
+def _varying(labels: Tensor) -> tuple[Tensor, list[int]]:
+    """Return the labels without the dimensions along which they are all the same, and those along which not."""
+    for dim in range(labels.dim()):  # what does not vary needs no memory
+        if labels.stride(dim) == 0 and labels.shape[dim] > 1:
+            labels = labels.narrow(dim, 0, 1)
+    varying = []
+    for dim in range(labels.dim()):
+        if labels.shape[dim] > 1:
+            first = labels.narrow(dim, 0, 1)
+            if bool((labels != first).any()):
+                varying.append(dim)
+            else:
+                labels = first
+    return labels, varying
+
+
+def place(trace: Trace, call: Call, axis: Axis, labels: Tensor, found: list[Axis | None]) -> None:
+    """Write the axis that `labels` (the atoms at each position of an output) shows into `found`.
+
+    Where it varies along several dimensions (heads x width, groups x channels) one keeps the atoms, and those across
+    the others are tied: a rectangle. It is the one along which they vary where those that are tied already (heads, a
+    convolution's groups) have one name, and of several the last.
+    """
+    labels, varying = _varying(labels)
+    if not varying:
+        trace.freeze(axis, f'picked by a fixed index ({call.op}) in {trace.where}')
+        return
+    # Padding around the other dimensions is no atom, and does not make them vary.
+    real = [d for d in varying if not _only_padding(labels, d)]
+    real = real or varying
+    if len(real) > 1:
+        known = _varying(trace.named(labels))[1]
+        real = [d for d in real if d in known] or real
+    keep = _kept(trace, call, real)
+    columns = labels.movedim(keep, 0).reshape(labels.shape[keep], -1).numpy().astype(np.int64)
+    if columns.shape[1] > 1:
+        trace.tie(columns)
+    atoms = columns.max(axis=1)
+    trace.freeze(found[keep], f'two axes in one dimension ({call.op}) in {trace.where}')
+    zero = axis.zero and (call.op != 'constant_pad_nd' or not call.named.get('value'))
+    found[keep] = Axis(atoms, zero, axis.weight, labels if columns.shape[1] > 1 else None)
+
+
+def _only_padding(labels: Tensor, dim: int) -> bool:
+    top = labels.amax(dim, keepdim=True)
+    return bool(((labels == top) | (labels == FIXED)).all())
+
+
+def _kept(trace: Trace, call: Call, varying: list[int]) -> int:
+    """Choose the dimension that keeps the atoms of a rectangle."""
+    if 'pixel_shuffle' in call.op:
+        return varying[0]
+    if trace.heads == 'head' and len(varying) > 1:
+        return varying[-2]
+    return varying[-1]
+
+
+@rule('channel_shuffle', 'native_channel_shuffle')  # channel_shuffle(self, groups): equal groups stay equal
+def channel_shuffle(trace: Trace, call: Call) -> None:
+    axis = trace.axes(call.named['self'])[1]
+    if axis is not None:
+        trace.tie(axis.atoms.reshape(call.named['groups'], -1).T)
+    movement(trace, call)
+
+
+@rule('cat', 'concat', 'stack')  # cat(tensors, dim=0)
+def cat(trace: Trace, call: Call) -> None:
+    tensors: list[Tensor] = [t for t in call.named['tensors'] if t.numel()]
+    stack = call.op == 'stack'
+    dim = call.named.get('dim', 0) % call.out.dim()
+    rows = []
+    for tensor in tensors:
+        axes = list(trace.axes(tensor))
+        if stack:
+            axes.insert(dim, None)
+        rows.append((tensor, axes))
+    result: list[Axis | None] = []
+    for d in range(call.out.dim()):
+        column = [axes[d] for _, axes in rows]
+        known = [a for a in column if a is not None]
+        if not known or call.out.shape[d] == 1:
+            result.append(None)
+        elif d == dim:
+            parts = [
+                axis.atoms if axis is not None else np.full(tensor.shape[d], FIXED)
+                for (tensor, _), axis in zip(rows, column, strict=True)
+            ]
+            zero = all(a is not None and a.zero for a in column)
+            result.append(Axis(np.concatenate(parts), zero, all(a.weight for a in known)))
+        else:
+            for axis in column:
+                if axis is not known[0]:
+                    trace.equate(known[0], axis, call.op)
+            result.append(Axis(known[0].atoms, all(a.zero for a in known), all(a.weight for a in known)))
+    trace.set(call.out, tuple(result))
+
+
+@rule('im2col')  # im2col(self, kernel_size, dilation, padding, stride): (N, C, H, W) -> (N, C * k, L)
+def im2col(trace: Trace, call: Call) -> None:
+    source = call.named['self']
+    batch, channel, *space = trace.axes(source)
+    for axis in space:
+        trace.freeze(axis, f'a spatial dimension in {trace.where}')
+    taps = call.out.shape[-2] // source.shape[1]
+    out = channel and Axis(np.repeat(channel.atoms, taps), channel.zero)
+    trace.set(call.out, (batch, out, None))
+
+
+@rule('col2im')  # col2im(self, output_size, kernel_size, ...): (N, C * k, L) -> (N, C, H, W)
+def col2im(trace: Trace, call: Call) -> None:
+    batch, channel, length = trace.axes(call.named['self'])
+    trace.freeze(length, f'a spatial dimension in {trace.where}')
+    out = None
+    if channel is not None:
+        columns = channel.atoms.reshape(call.out.shape[1], -1)
+        trace.tie(columns)
+        out = Axis(columns[:, 0], channel.zero)
+    trace.set(call.out, (batch, out, None, None))
+
+
+@rule('glu')  # glu(self, dim): the halves are a * sigmoid(b)
+def glu(trace: Trace, call: Call) -> None:
+    source = call.named['self']
+    axes = list(trace.axes(source))
+    dim = call.named.get('dim', -1) % source.dim()
+    axis = axes[dim]
+    if axis is not None:
+        halves = axis.atoms.reshape(2, -1)
+        trace.equate(Axis(halves[0]), Axis(halves[1]), 'glu')
+        axes[dim] = Axis(halves[0], axis.zero)
+    trace.set(call.out, tuple(axes))
