@@ -14,7 +14,7 @@ from .expressions import leaves
 from .groups import Comb, Frozen, Group, Member, SizeRule
 from .names import match
 from .source import site
-from .trace import Term, Trace
+from .trace import Equation, Term, Trace
 
 ROLES = ('free', 'stat', 'affine', 'in', 'out')
 IGNORED = 'ignored by the user'
@@ -244,18 +244,19 @@ def _assemble(
         params=book.terms(params),
         norms=[n for n in norms if (book.axes[n[1]] >= 0).any()],
         scales=_scales(trace, rows, book),
-        sizes=_sizes(model, trace, book),
+        sizes=_sizes(model, trace, trace.sizes, book),
+        numbers=[rule for rule in _sizes(model, trace, trace.numbers, book) if rule.site is not None],
         equal=list(equal.values()),
         shapes=shapes,
         parameters=tuple(parameters),
     )
 
 
-def _sizes(model: nn.Module, trace: Trace, book: _AxisBook) -> list[SizeRule]:
+def _sizes(model: nn.Module, trace: Trace, equations: list[Equation], book: _AxisBook) -> list[SizeRule]:
     """Translate the equations, each once, with their place in the source: for where attributes cannot satisfy all."""
     modules = dict(model.named_modules())
     found: dict[str, SizeRule] = {}
-    for equation in trace.sizes:
+    for equation in equations:
         expr, target = book.expression(equation.expression), equation.target
         by_attributes = bool(leaves(expr, 'attr')) and not leaves(expr, 'live')
         constant = isinstance(target, int)
@@ -263,7 +264,15 @@ def _sizes(model: nn.Module, trace: Trace, book: _AxisBook) -> list[SizeRule]:
         widths = [leaf[1] for leaf in leaves(expr, 'live')] + ([] if constant else [number])
         if not by_attributes and not any((book.axes[w] >= 0).any() for w in widths):
             continue
-        key = repr((expr, number, constant, equation.module, equation.place and equation.place.instruction))
+        key = repr(
+            (
+                expr,
+                number,
+                constant,
+                equation.module,
+                equation.place and (equation.place.instruction, equation.place.index),
+            )
+        )
         if key not in found:
             place = equation.place
             path = equation.module if place is None else trace.paths.get(id(place.module), equation.module)

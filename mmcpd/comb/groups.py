@@ -109,6 +109,7 @@ class Comb:
     norms: list[tuple[str, int, int]]  # module path, axis, dimension counted from the end
     scales: list[tuple[list[tuple[str, int, list[int]]], int, str]]  # query's rows, axis of width, module
     sizes: list[SizeRule]
+    numbers: list[SizeRule]  # widths that the forward computes with: they are written into the source where they change
     equal: list[tuple[Any, Any]]
     shapes: dict[str, tuple[int, ...]]
     parameters: tuple[str, ...]

@@ -22,6 +22,14 @@ def _read_member(row: list[Any]) -> Member:
     return Member(row[0], row[1], torch.tensor(row[2], dtype=torch.int64), row[3])
 
 
+def _size(rule: SizeRule) -> list[Any]:
+    return [rule.expression, rule.target, rule.constant, rule.site and list(astuple(rule.site))]
+
+
+def _read_size(row: list[Any]) -> SizeRule:
+    return SizeRule(row[0], row[1], row[2], Site(*row[3]) if row[3] else None)
+
+
 def dump(comb: Comb) -> dict[str, Any]:
     """Return everything but the example inputs."""
     return {
@@ -43,7 +51,8 @@ def dump(comb: Comb) -> dict[str, Any]:
         'params': comb.params,
         'norms': comb.norms,
         'scales': comb.scales,
-        'sizes': [[s.expression, s.target, s.constant, s.site and list(astuple(s.site))] for s in comb.sizes],
+        'sizes': list(map(_size, comb.sizes)),
+        'numbers': list(map(_size, comb.numbers)),
         'equal': comb.equal,
         'shapes': comb.shapes,
         'parameters': comb.parameters,
@@ -76,9 +85,8 @@ def load(data: dict[str, Any]) -> Comb:
         params=_terms(data['params']),
         norms=[(path, axis, dim) for path, axis, dim in data['norms']],
         scales=[([(t, d, i) for t, d, i in rows], axis, path) for rows, axis, path in data['scales']],
-        sizes=[
-            SizeRule(e, target, constant, Site(*site) if site else None) for e, target, constant, site in data['sizes']
-        ],
+        sizes=list(map(_read_size, data['sizes'])),
+        numbers=list(map(_read_size, data['numbers'])),
         equal=[(left, right) for left, right in data['equal']],
         shapes={name: tuple(shape) for name, shape in data['shapes'].items()},
         parameters=tuple(data['parameters']),

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .expressions import OPERATORS, Expression, leaves
-from .source import Spot, spot
+from .source import LEFT, RIGHT, Spot, spot
 from .trace import Equation, ScaleSite, Trace
 
 
@@ -35,9 +35,12 @@ def _fresh(value: Any, trace: Trace | None) -> Any:
 
 
 def _binary(symbol: str, swap: bool = False) -> Callable[[Size, Any], Any]:
-    function = OPERATORS[symbol]
+    function: Callable[[Any, Any], Any] = OPERATORS[symbol]
 
     def method(self: Size, other: Any) -> Any:
+        if isinstance(other, (float, Tensor)):
+            number = self.number(RIGHT if swap else LEFT)
+            return function(other, number) if swap else function(number, other)
         if not isinstance(other, int) or isinstance(other, bool):
             return NotImplemented
         other = _fresh(other, self.trace)
@@ -70,6 +73,27 @@ class Size(int):
         return 0 - self
 
     __hash__ = int.__hash__
+
+    def number(self, side: int) -> int:
+        """Note that a forward computes with this width as with any number: as in `x / math.sqrt(d)`."""
+        if self.trace is not None:
+            _number(self.trace, self, side)
+        return int(self)
+
+    def __float__(self) -> float:
+        return float(self.number(LEFT))
+
+    def __pow__(self, other: Any, modulo: Any = None) -> Any:
+        return pow(self.number(LEFT), other, modulo)
+
+    def __rpow__(self, other: Any, modulo: Any = None) -> Any:
+        return pow(other, self.number(RIGHT), modulo)
+
+    def __truediv__(self, other: Any) -> Any:
+        return self.number(LEFT) / (other.number(RIGHT) if isinstance(other, Size) else other)
+
+    def __rtruediv__(self, other: Any) -> Any:
+        return other / self.number(RIGHT)
 
     def __eq__(self, other: object) -> bool:
         """Compare as integers; that an axis was found equal to something is an equation too."""
@@ -117,6 +141,10 @@ class _Observe(TorchFunctionMode):
         if func == _SHAPE or name == 'size':
             return self.shape(func, args, kwargs)
         self.trace.function = name
+        if name in ARITHMETIC:  # a width on the right; on the left it is asked itself
+            for side, value in zip((LEFT, RIGHT), args, strict=False):
+                if isinstance(value, Size):
+                    value.number(side)
         out = func(*args, **kwargs)
         handler = HANDLERS.get(name)
         if handler is not None and args and isinstance(args[0], Tensor):
@@ -135,6 +163,7 @@ class _Observe(TorchFunctionMode):
 
 
 _SHAPE = Tensor.shape.__get__  # type: ignore[attr-defined]
+ARITHMETIC = set('tensor as_tensor new_tensor add add_ sub sub_ mul mul_ div div_ true_divide pow pow_'.split())
 HANDLERS: dict[str, Callable[[Trace, Any, Any, Any], None]] = {}
 
 
@@ -153,6 +182,12 @@ def _equation(trace: Trace, value: Any, atoms: np.ndarray | None, place: Spot | 
         trace.sizes.append(Equation(value.expression, int(value) if atoms is None else atoms, trace.path[-1], place))
     elif atoms is not None:  # a literal cannot follow, but may be replaced where it stands
         trace.sizes.append(Equation(int(value), atoms, trace.path[-1], place))
+
+
+def _number(trace: Trace, size: Size, side: int) -> None:
+    place = spot(side, 0)
+    if place is not None:
+        trace.numbers.append(Equation(size.expression, int(size), trace.path[-1], place))
 
 
 def _sizes(args: Any, kwargs: Any, names: Sequence[str]) -> list[Any]:

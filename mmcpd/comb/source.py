@@ -21,28 +21,30 @@ from typing import Any
 from torch import nn
 
 _LIBRARIES = ('torch.', 'mmcpd.comb.')
+LEFT, RIGHT = -1, -2  # which operand
+NODES = (ast.Call, ast.BinOp, ast.AugAssign)
 
 
 @dataclass(frozen=True)
 class Spot:
-    """Where a running forward is: the module, the code, its instruction, and which size of the call is meant."""
+    """Where a running forward is: the module, the code, its instruction, and what is meant there, as in `Site`."""
 
     module: nn.Module | None
     code: CodeType
     instruction: int
     index: int
-    count: int  # sizes in the call
+    count: int
 
 
 @dataclass(frozen=True)
 class Site:
-    """One size in one call of one method of one module's class."""
+    """One size in one call, or one operand of one expression, of one method of one module's class."""
 
     module: str
     method: str
-    call: str
-    index: int
-    count: int
+    call: str  # its text
+    index: int  # which size; LEFT or RIGHT
+    count: int  # sizes in the call; 0 for an operand
 
 
 def spot(index: int, count: int) -> Spot | None:
@@ -69,18 +71,19 @@ def asking(frame: FrameType | None = None) -> nn.Module | None:
 
 def site(module: nn.Module, path: str, place: Spot) -> Site | None:
     """Name a place by method and call text, or None where the code is not a method of the module's class."""
+    if not hasattr(place.code, 'co_positions'):  # Python 3.10
+        return None
     positions = list(place.code.co_positions())[place.instruction // 2]
     for name, function in methods(type(module)):
         if place.code not in _codes(function.__code__):
             continue
         tree = parsed(function)
-        for call in ast.walk(tree) if tree is not None else ():
-            if not isinstance(call, ast.Call):
+        for node in ast.walk(tree) if tree is not None else ():
+            if not isinstance(node, NODES):
                 continue
-            if (call.lineno, call.end_lineno, call.col_offset, call.end_col_offset) == tuple(positions):
-                found = Site(path, name, ast.unparse(call), place.index, place.count)
-                spelled = spread(copy.deepcopy(call), place.count)
-                return found if size_at(spelled, place.index, place.count) is not None else None
+            if (node.lineno, node.end_lineno, node.col_offset, node.end_col_offset) == tuple(positions):
+                found = Site(path, name, ast.unparse(node), place.index, place.count)
+                return found if put(copy.deepcopy(node), place.index, place.count, 1) else None
     return None
 
 
@@ -115,30 +118,53 @@ def parsed(function: Any) -> ast.Module | None:
     return tree
 
 
-def size_at(call: ast.Call, index: int, count: int) -> tuple[list[ast.expr], int] | None:
-    """Find one of `count` sizes in a call: the list of expressions that holds it, and its place there.
+def put(node: ast.AST, index: int, count: int, number: int) -> bool:
+    """Write a number in place of one size, or of one operand, of a call or an arithmetic expression, in place.
 
-    Understands `x.view(a, b)`, `x.view((a, b))`, `torch.reshape(x, (a, b))` and `x.view(a, *rest)` where the size is
-    not one of the starred.
+    Args:
+        node: a call; for an operand a binary operation or an augmented assignment too.
+        index: which of the sizes; of an operand `LEFT` or `RIGHT`.
+        count: how many sizes the call has, 0 where it is an operand.
+        number: what is written.
+
+    Returns:
+        Whether the place was found.
+
+    Understands `x.view(a, b)`, `x.view((a, b))`, `torch.reshape(x, (a, b))`, `x.view(a, *rest)` where the size is not
+    one of the starred, and `x.view(shape)`; `d ** -0.5`, `x / d`, `x /= d`, `math.sqrt(d)`, `torch.tensor(d)`.
     """
-    for candidate in ([a for a in call.args if isinstance(a, (ast.Tuple, ast.List))], [call]):
-        if len(candidate) == 1:
-            node = candidate[0]
-            sizes = node.args if isinstance(node, ast.Call) else node.elts
-            stars = [i for i, s in enumerate(sizes) if isinstance(s, ast.Starred)]
-            if not stars and len(sizes) == count:
-                return sizes, index
-            if len(stars) == 1 and index < stars[0]:
-                return sizes, index
-            if len(stars) == 1 and index - count > stars[0] - len(sizes):
-                return sizes, index - count
-    return None
+    new = ast.Constant(number)
+    if count == 0:
+        return _put_operand(node, index, new)
+    if not isinstance(node, ast.Call):
+        return False
+    if len(node.args) == 1 and isinstance(node.args[0], (ast.Name, ast.Attribute)) and count > 1:  # a whole shape
+        shape = node.args[0]
+        parts: list[ast.expr] = [ast.Subscript(copy.deepcopy(shape), ast.Constant(i), ast.Load()) for i in range(count)]
+        node.args = [ast.Tuple(parts, ast.Load())]
+    for candidate in ([a for a in node.args if isinstance(a, (ast.Tuple, ast.List))], [node]):
+        if len(candidate) != 1:
+            continue
+        sizes = candidate[0].args if isinstance(candidate[0], ast.Call) else candidate[0].elts
+        stars = [i for i, s in enumerate(sizes) if isinstance(s, ast.Starred)]
+        if (not stars and len(sizes) == count) or (len(stars) == 1 and index < stars[0]):
+            sizes[index] = new
+            return True
+        if len(stars) == 1 and index - count > stars[0] - len(sizes):  # counted from the end
+            sizes[index - count] = new
+            return True
+    return False
 
 
-def spread(call: ast.Call, count: int) -> ast.Call:
-    """Write a shape in one variable as its sizes, in place: `x.view(shape)` as `x.view((shape[0], shape[1]))`."""
-    if len(call.args) == 1 and isinstance(call.args[0], (ast.Name, ast.Attribute)) and count > 1:
-        shape = call.args[0]
-        sizes: list[ast.expr] = [ast.Subscript(copy.deepcopy(shape), ast.Constant(i), ast.Load()) for i in range(count)]
-        call.args = [ast.copy_location(ast.Tuple(sizes, ast.Load()), shape)]
-    return call
+def _put_operand(node: ast.AST, side: int, new: ast.Constant) -> bool:
+    if isinstance(node, ast.BinOp) and side == LEFT:
+        node.left = new
+    elif isinstance(node, ast.BinOp):
+        node.right = new
+    elif isinstance(node, ast.AugAssign) and side == RIGHT:
+        node.value = new
+    elif isinstance(node, ast.Call) and len(node.args) == 1:
+        node.args = [new]
+    else:
+        return False
+    return True

@@ -95,6 +95,7 @@ class Trace:
     norms: list[NormSite] = field(default_factory=list)
     scales: list[ScaleSite] = field(default_factory=list)
     sizes: list[Equation] = field(default_factory=list)
+    numbers: list[Equation] = field(default_factory=list)  # widths that became a factor, and must stay what they were
     equal: list[tuple[Any, Any]] = field(default_factory=list)  # expressions that the forward compared
     roles: list[tuple[np.ndarray, str]] = field(default_factory=list)
     gates: list[np.ndarray] = field(default_factory=list)  # producers' rows at products of two activations

@@ -1,4 +1,4 @@
-"""Put numbers where a forward asks for sizes that no attribute holds (see `comb.source`).
+"""Put numbers where a forward asks for sizes that no attribute holds, or computes with a width (see `comb.source`).
 
 The module's class becomes a subclass with the same name, whose method is compiled from the same source with the one
 size replaced. Only numbers are ever written: a structure from a stranger can change no code.
@@ -15,26 +15,22 @@ from typing import Any
 from torch import nn
 
 from ..comb.errors import SlimError
-from ..comb.source import methods, parsed, size_at, spread
+from ..comb.source import NODES, methods, parsed, put
 
-Rewrite = tuple[str, str, int, int, int]  # method, text of the call, index of the size, sizes in the call, value
+Rewrite = tuple[str, str, int, int, int]  # method, text, index, count (see `comb.source.Site`), number
 
 
 class _Replace(ast.NodeTransformer):
     def __init__(self, rewrites: list[Rewrite]) -> None:
         self.rewrites, self.texts, self.done = rewrites, {r[1] for r in rewrites}, set[Rewrite]()
 
-    def visit_Call(self, node: ast.Call) -> ast.AST:
-        text = ast.unparse(node)
-        self.generic_visit(node)
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        text = ast.unparse(node) if isinstance(node, NODES) else ''
+        super().generic_visit(node)
         for rewrite in self.rewrites if text in self.texts else ():
             _, call, index, count, value = rewrite
-            if call == text:
-                found = size_at(spread(node, count), index, count)
-                if found is not None:
-                    sizes, place = found
-                    sizes[place] = ast.copy_location(ast.Constant(value), sizes[place])
-                    self.done.add(rewrite)
+            if call == text and put(node, index, count, value):
+                self.done.add(rewrite)
         return node
 
 

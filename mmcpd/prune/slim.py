@@ -140,12 +140,19 @@ def _follow_(
         expr, value = equations[number]
         if rules[number].site is None:
             raise SlimError(f'no attribute makes {show(expr)} equal {value}')
+    wanted = [(rule.site, value) for rule, (_, value) in zip(rules, equations, strict=True)]
     places = {rules[n].site for n in failed if n < len(rules)}
-    for rule, (_, value) in zip(rules, equations, strict=True):  # a line that runs twice needs the same number twice
-        if (place := rule.site) is not None and place in places:
+    numbers = [r for r in comb.numbers if inside(r.expression) and r.site and outside.get(r.site.module, False)]
+    for rule in numbers:
+        present = {leaf[1:]: read_attribute(modules[leaf[1]], leaf[2]) for leaf in leaves(rule.expression, 'attr')}
+        if evaluate(rule.expression, present, live) != rule.target:
+            places.add(rule.site)
+    wanted += [(rule.site, rule.target) for rule in numbers]
+    for place, value in wanted:  # of a line that runs twice both, so that they are seen to differ
+        if place is not None and place in places:
             rewrites.setdefault(place.module, []).append((place.method, place.call, place.index, place.count, value))
-    for path, wanted in rewrites.items():
-        rewrite_(modules[path], wanted)
+    for path, changed in rewrites.items():
+        rewrite_(modules[path], changed)
     attributes.update(changes)
     for left, right in pairs:
         if evaluate(left, attributes, live) != evaluate(right, attributes, live):
