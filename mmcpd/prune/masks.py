@@ -52,7 +52,7 @@ class _OverLive(TorchFunctionMode):
         live = self._live(x, dim)
         if live is None:
             return norm(x, weight, bias)
-        parameters = [p if p is None else p.index_select(0, live) for p in (weight, bias)]
+        parameters = [p if p is None else p.index_select(max(dim, -p.dim()), live) for p in (weight, bias)]
         y = norm(x.index_select(dim, live), *parameters)
         return y.new_zeros(x.shape).index_copy(dim, live, y)
 
@@ -64,9 +64,11 @@ class _OverLive(TorchFunctionMode):
         bias: Tensor | None = None,
         eps: float = 1e-5,
     ) -> Tensor:
-        if len(shape) != 1:
+        longer = [d for d in range(-len(shape), 0) if shape[d] > 1]
+        if len(longer) != 1:
             return F.layer_norm(input, shape, weight, bias, eps)
-        return self._norm(input, -1, lambda x, w, b: F.layer_norm(x, x.shape[-1:], w, b, eps), weight, bias)
+        span = len(shape)
+        return self._norm(input, longer[0], lambda x, w, b: F.layer_norm(x, x.shape[-span:], w, b, eps), weight, bias)
 
     def group_norm(
         self,

@@ -118,6 +118,18 @@ TOYS = {
     'layer norm over channels of an image': Toy(
         lambda: image(ChannelFirst(6)), IMAGE, {'a': 6, 'b': 4}, {'a': around(6, 'norm.weight', 'norm.bias')}
     ),
+    'layer norm over channels and single pixels': Toy(
+        lambda: Net(
+            lambda m, x: m.fc(m.b(m.norm(m.a(x.mean((2, 3), keepdim=True))).tanh()).flatten(1)),
+            a=nn.Conv2d(3, 6, 1),
+            norm=nn.LayerNorm([6, 1, 1]),
+            b=nn.Conv2d(6, 4, 1),
+            fc=nn.Linear(4, 2),
+        ),
+        IMAGE,
+        {'a': 6, 'b': 4},
+        {'a': around(6, 'norm.weight', 'norm.bias')},
+    ),
     'layer norm over several dimensions': Toy(
         lambda: image(nn.LayerNorm((6, 4, 4))),
         IMAGE,

@@ -75,21 +75,23 @@ def softmax(trace: Trace, call: Call) -> None:
 
 
 # -- normalisation -----------------------------------------------------------------------------------------------------
-def _affine(trace: Trace, axis: Axis | None, tensors: Sequence[tuple[Tensor | None, str]], what: str) -> Axis | None:
-    """Make the parameters of a norm equal to its channel; the weight's atoms stand for the output."""
+def _affine(
+    trace: Trace, axis: Axis | None, tensors: Sequence[tuple[Tensor | None, str]], what: str, dim: int = -1
+) -> Axis | None:
+    """Make dimension `dim` of a norm's parameters equal to its channel; the weight's atoms stand for the output."""
     result = axis
     for position, (tensor, role) in enumerate(tensors):
-        if tensor is None or tensor.shape[-1] == 1:
+        if tensor is None or tensor.shape[dim] == 1:
             continue
-        own = trace.axes(tensor)[-1]
+        own = trace.axes(tensor)[dim]
         if axis is not None or own is not None:
             trace.equate(axis, own, what)
         trace.role(own, role)
         if position == 0 and own is not None and axis is not None:
             result = own
     weight, bias = tensors[0][0], tensors[1][0]
-    if weight is not None and bias is not None and weight.shape[-1] > 1:
-        w, b = trace.axes(weight)[-1], trace.axes(bias)[-1]
+    if weight is not None and bias is not None and weight.shape[dim] > 1:
+        w, b = trace.axes(weight)[dim], trace.axes(bias)[dim]
         if w is not None and b is not None:
             trace.biases.append((w.atoms, b.atoms))
     return result
@@ -120,16 +122,20 @@ def layer_norm(trace: Trace, call: Call) -> None:
     axes = trace.axes(x)
     span = len(named['normalized_shape'])
     weight, bias = named.get('weight'), named.get('bias')
-    if span > 1:
+    longer = [d for d in range(-span, 0) if x.shape[d] > 1]  # (C, 1, 1) normalises over channels alone
+    if len(longer) > 1:
         for tensor in (t for t in (x, weight, bias) if t is not None):
             for axis in trace.axes(tensor)[-span:]:
                 trace.freeze(axis, f'a layer norm over several dimensions in {trace.where}')
         trace.set(call.out[0], axes)
         return
-    channel = _affine(trace, axes[-1], [(weight, 'affine'), (bias, 'affine')], 'layer norm')
+    dim = longer[0] if longer else -1
+    channel = _affine(trace, axes[dim], [(weight, 'affine'), (bias, 'affine')], 'layer norm', dim)
     if channel is not None:
-        trace.norms.append(NormSite(trace.asking, channel.atoms, -1))
-    trace.set(call.out[0], (*(a and a.activation(False) for a in axes[:-1]), channel and channel.activation(True)))
+        trace.norms.append(NormSite(trace.asking, channel.atoms, dim))
+    result = [a and a.activation(False) for a in axes]
+    result[dim] = channel and channel.activation(True)
+    trace.set(call.out[0], tuple(result))
 
 
 @rule('native_group_norm')  # native_group_norm(input, weight, bias, N, C, HxW, group, eps)
