@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import nn
 
-_LIBRARIES = ('torch.', 'mmcpd.comb.')
+_OURS, _TORCH = 'mmcpd.comb.', 'torch.'
 LEFT, RIGHT = -1, -2  # which operand
 NODES = (ast.Call, ast.BinOp, ast.AugAssign)
 
@@ -48,12 +48,17 @@ class Site:
 
 
 def spot(index: int, count: int) -> Spot | None:
-    """Return the place in the nearest caller that is neither torch nor this package."""
+    """Return the place in the nearest caller that is neither torch nor this package.
+
+    An operand stands where it is used: one that torch's own code computes with has no place.
+    """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name = frame.f_globals.get('__name__', '') + '.'
-        if not name.startswith(_LIBRARIES):
+        if not name.startswith((_OURS, _TORCH)):
             return Spot(asking(frame), frame.f_code, frame.f_lasti, index, count)
+        if count == 0 and name.startswith(_TORCH):
+            return None
         frame = frame.f_back
     return None
 

@@ -90,6 +90,19 @@ def test_a_width_that_became_a_factor_stays_what_it_was(kind):
     check_structure(model, found, check_equal(model, found), kind)
 
 
+def test_what_torch_computes_inside_is_not_written_into_its_caller():
+    space = {'__name__': 'torch.nn.modules.linear', 'math': math, 'nn': nn}
+    source = """class Inner(nn.Linear):
+    def forward(self, x):
+        return nn.Linear.forward(self, x) / math.sqrt(x.shape[-1])"""
+    exec(source, space)
+    model = randomise_(nn.Sequential(nn.Linear(3, 6), space['Inner'](6, 4), nn.Linear(4, 2)))
+    found = comb(model, X)
+    assert not found.numbers
+    assert {g.name for g in found.groups} == {'1'}
+    check_equal(model, found)
+
+
 def test_a_width_that_stays_is_not_rewritten():
     model = randomise_(Root())
     found = comb(model, X)
