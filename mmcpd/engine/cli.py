@@ -121,7 +121,13 @@ def read_config(args: argparse.Namespace) -> Config:
     if not Path(args.config).is_file():
         raise UserError(f'{args.config}: there is no such config')
     mend_scopes()
-    cfg = Config.fromfile(args.config)
+    try:
+        cfg = Config.fromfile(args.config)
+    except FileNotFoundError as error:
+        if '.mim' in Path(str(error.filename)).parts:
+            text = f'{args.config} inherits from package::..., but {error.filename} is missing: install that package'
+            raise UserError(f'{text} (mmcpd: pip install -e . in its checkout)') from error
+        raise
     if 'model' not in cfg:
         raise UserError(f'{args.config} has no model; a config inherits from one that has, by _base_')
     if args.cfg_options:
