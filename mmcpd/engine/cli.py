@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.device import get_device
@@ -109,6 +110,8 @@ def one_line(error: BaseException) -> str:
     ours = isinstance(error, UserError | CombError | SlimError | ImportError)
     if ours or (frames and str(frames[-1].f_globals.get('__name__')).startswith('mmcpd.')):
         return text
+    if isinstance(error, URLError):  # torch's hub names the address in the line before
+        return f'cannot download the checkpoint above ({text}): fetch it elsewhere and name the file in the config'
     return f'{text} ({type(error).__name__}; --debug shows where)'
 
 

@@ -168,6 +168,15 @@ def test_an_error_while_running_is_one_line_and_its_traceback_lies_beside_the_lo
     assert 'Invalid learning rate' in file.read_text()
 
 
+def test_weights_that_cannot_be_downloaded(tool, tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'cache'))
+    init = 'model.backbone.init_cfg.type=Pretrained', 'model.backbone.init_cfg.checkpoint=http://127.0.0.1:9/x.pth'
+    code, out, err = tool('train', tiny, '--cfg-options', *init)
+    assert code == 1
+    assert 'http://127.0.0.1:9/x.pth' in out + err
+    assert 'error: cannot download the checkpoint above' in err.strip().splitlines()[-1]
+
+
 def test_debug_shows_the_traceback(tiny):
     command = [sys.executable, str(ROOT / 'tools/train.py'), 'none.py', '--debug']
     result = subprocess.run(command, capture_output=True, text=True, cwd=tiny.parent)
