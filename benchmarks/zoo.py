@@ -35,6 +35,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import sysconfig
 import time
 import traceback
 import warnings
@@ -100,7 +101,8 @@ def stage(row: Row, name: str) -> Iterator[None]:
         yield
     except Exception as error:  # noqa: BLE001 - a sweep reports whatever a model raises, and goes on
         row['error'] = f'{name}: {type(error).__name__}: {str(error)[:600]}'
-        row['traceback'] = traceback.format_exc().replace(f'{ROOT}{os.sep}', '').splitlines()[-14:]
+        text = traceback.format_exc().replace(f'{sysconfig.get_path("purelib")}{os.sep}', '')
+        row['traceback'] = text.replace(f'{ROOT}{os.sep}', '').splitlines()[-14:]
     row['seconds'] = round(row.get('seconds', 0) + time.perf_counter() - start, 2)
 
 
