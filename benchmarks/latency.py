@@ -4,8 +4,9 @@
     python benchmarks/latency.py --only seaformer --time-limit 60
 
 The models are those of `configs/cpd/vit_prune_ade20k.py` and `seaformer_prune_ade20k.py` with random weights: latency
-hangs on the structure alone. Which units go is drawn at random, so evenly over all groups, in eights (`round_to=8`),
-until 40 % (DeiT-S) and 20 % (SeaFormer-L) of the parameters are gone; the paper reports -47 % and -26 % of the latency.
+hangs on the structure alone. Each unit gets a random score, divided by what `--normalize` says: `memory` as in the
+configs, or `none`, which thins all groups evenly. The lowest go, in eights (`round_to=8`), until 40 % (DeiT-S) and 20 %
+(SeaFormer-L) of the parameters are gone; the paper reports -47 % and -26 % of the latency, with trained scores.
 Results go to `benchmarks/results/latency.json`.
 """
 
@@ -26,6 +27,7 @@ from mmcpd.deploy.latency import progress_line
 from mmcpd.engine.build import as_config, build_dense
 from mmcpd.engine.compat import mend_scopes
 from mmcpd.prune import slim
+from mmcpd.prune.normalize import NORMALIZERS, normalize
 from mmcpd.prune.schedule import select
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,17 +38,18 @@ MODELS = {  # name -> config, share of the parameters that stays
 }
 
 
-def measure(config: str, share: float, size: int, runs: int, limit: float, threads: int) -> dict[str, Any]:
+def measure(config: str, share: float, args: argparse.Namespace) -> dict[str, Any]:
     """Slim one model to a share of its parameters, export both, and time them side by side."""
     torch.manual_seed(0)
     mend_scopes()
     cfg = as_config(str(ROOT / config))
     dense = build_dense(cfg).eval()
-    x = torch.randn(1, 3, size, size)
+    x = torch.randn(1, 3, args.size, args.size)
     found = comb(dense, x)
     generator = torch.Generator().manual_seed(0)
     scores = {group.name: torch.rand(group.units, generator=generator) for group in found.groups}
-    keep = select(scores, found, found.keep(), share, 'params', round_to=8)
+    keep = found.keep()
+    keep = select(normalize(scores, found, keep, args.normalize), found, keep, share, 'params', round_to=8)
     small = slim(dense, found, keep).eval()
     before, after = found.cost(found.keep()), found.cost(keep)
     with tempfile.TemporaryDirectory() as folder:
@@ -55,14 +58,15 @@ def measure(config: str, share: float, size: int, runs: int, limit: float, threa
             [(x,)],
             folder,
             dynamic_batch=False,
-            runs=runs,
-            time_limit=limit,
-            threads=threads,
+            runs=args.runs,
+            time_limit=args.time_limit,
+            threads=args.threads,
             progress=progress_line(),
         )
     print(report, flush=True)
     return {
         'config': config,
+        'normalize': args.normalize,
         'input': list(x.shape),
         'params': [before.params, after.params],
         'macs': [before.macs, after.macs],
@@ -76,6 +80,7 @@ def main() -> None:
     parser.add_argument('--size', type=int, default=512)
     parser.add_argument('--runs', type=int, default=1000)
     parser.add_argument('--time-limit', type=float, default=180, help='seconds a model')
+    parser.add_argument('--normalize', choices=sorted(NORMALIZERS), default='memory')
     parser.add_argument('--threads', type=int, default=2)
     parser.add_argument('--out', type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -83,12 +88,13 @@ def main() -> None:
     results = json.loads(args.out.read_text()) if args.out.exists() else {}
     for name in args.only or MODELS:
         config, share = MODELS[name]
-        results[name] = measure(config, share, args.size, args.runs, args.time_limit, args.threads)
+        results[f'{name}, {args.normalize}'] = measure(config, share, args)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(results, indent=2) + '\n')
     for name, row in results.items():
         slimmed = next(entry for entry in row['latency'] if entry['name'] == 'slim')
-        print(f'{name:12s} {row["params"][1] / row["params"][0]:.1%} of the parameters, ratio {slimmed["ratio"]:.3f}')
+        left = [row[kind][1] / row[kind][0] for kind in ('params', 'macs')]
+        print(f'{name:20s} {left[0]:.1%} of the parameters, {left[1]:.1%} of the MACs, ratio {slimmed["ratio"]:.3f}')
 
 
 if __name__ == '__main__':
