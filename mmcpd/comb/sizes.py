@@ -77,6 +77,7 @@ class Size(int):
     def number(self, side: int) -> int:
         """Note that a forward computes with this width as with any number: as in `x / math.sqrt(d)`."""
         if self.trace is not None:
+            self.trace.adapts = True
             _number(self.trace, self, side)
         return int(self)
 

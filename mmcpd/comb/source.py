@@ -48,17 +48,14 @@ class Site:
 
 
 def spot(index: int, count: int) -> Spot | None:
-    """Return the place in the nearest caller that is neither torch nor this package.
-
-    An operand stands where it is used: one that torch's own code computes with has no place.
-    """
+    """Return the place in the nearest caller outside this package; torch's own code, which cannot change, has none."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name = frame.f_globals.get('__name__', '') + '.'
-        if not name.startswith((_OURS, _TORCH)):
-            return Spot(asking(frame), frame.f_code, frame.f_lasti, index, count)
-        if count == 0 and name.startswith(_TORCH):
+        if name.startswith(_TORCH):
             return None
+        if not name.startswith(_OURS):
+            return Spot(asking(frame), frame.f_code, frame.f_lasti, index, count)
         frame = frame.f_back
     return None
 

@@ -103,7 +103,7 @@ class Trace:
     grouped: list[tuple[str, np.ndarray]] = field(default_factory=list)  # those that lose whole groups: module, rows
     biases: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)  # weight rows beside their bias
     function: str = ''  # the Python function that runs, as its caller sees it
-    adapts: bool = False  # whether it asked a tensor for a width, or ran more than plain operations: worth a trial
+    adapts: bool = False  # it asked for a width, computed with one, or ran more than plain operations: worth a trial
     unsupported: Counter[tuple[str, str]] = field(default_factory=Counter)
     names: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # one of the atoms tied to each
     paths: dict[int, str] = field(default_factory=dict)  # of each module, by its id

@@ -103,6 +103,21 @@ def test_what_torch_computes_inside_is_not_written_into_its_caller():
     check_equal(model, found)
 
 
+class Scaled(nn.Conv2d):
+    """Plain operations, and a width under a source that cannot be compiled again (`super()` is a closure)."""
+
+    def forward(self, x):
+        return super().forward(x) * self.out_channels**-0.5
+
+
+def test_a_number_whose_place_cannot_be_written_freezes_by_the_trial():
+    model = randomise_(nn.Sequential(Scaled(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 5, 1), nn.ReLU(), nn.Conv2d(5, 2, 1)))
+    found = comb(model, sample((2, 3, 4, 4)))
+    assert {g.name: g.units for g in found.groups} == {'2': 5}
+    assert any('trial failed' in f.reason for f in found.frozen if f.tensor == '0.weight')
+    check_equal(model, found)
+
+
 def test_a_width_that_stays_is_not_rewritten():
     model = randomise_(Root())
     found = comb(model, X)

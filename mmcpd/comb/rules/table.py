@@ -32,11 +32,7 @@ MOVEMENT = set(
     'diagonal movedim rot90 tril triu pixel_shuffle pixel_unshuffle unflatten '
     'flatten numpy_T swapaxes view_as expand_as squeeze_copy index index_select gather'.split()
 )
-VIEWS = {
-    'view': 'reshape',
-    '_unsafe_view': 'reshape',
-    '_reshape_alias': 'reshape',
-}  # a view of stride 0 needs reshape
+VIEWS = set('view _unsafe_view _reshape_alias'.split())  # of labels with stride 0, which need a reshape
 # No input axis matters: fresh tensors, sizes, and random numbers.
 FRESH = set(
     'new_zeros new_ones new_empty new_full new_empty_strided empty zeros ones full arange linspace rand randn randint '
