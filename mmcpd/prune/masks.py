@@ -1,4 +1,4 @@
-"""Masking: the removed units' rows are zero, and norms compute their statistics over the units that stay.
+"""Masking: the removed units' rows are zero, and statistics over channels are those of the units that stay.
 
 With both, the masked model computes what the slimmed one computes.
 """
