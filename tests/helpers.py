@@ -6,10 +6,14 @@ import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.multiprocessing import start_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -189,3 +193,21 @@ def strided(units: int, k: int, start: int = 0) -> list[list[int]]:
 def sample(shape: tuple[int, ...]) -> Tensor:
     """Return a reproducible float64 input."""
     return torch.rand(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) - 0.3
+
+
+def on_two_processes(work: Callable[..., None], folder: Path, *args: Any) -> None:
+    """Call `work(rank, folder, *args)` on two processes in one gloo group; `work` stands at its module's top.
+
+    They come from a fork server because its children end without Python's finalisation. A script of its own would
+    sometimes abort there, after its work is done: one of gloo's threads asks for the interpreter to free a tensor, and
+    a `DistributedDataParallel` keeps those threads alive even when the group is destroyed (seen with PyTorch 2.14).
+    """
+    start_processes(_join, (work, folder, args), nprocs=2, start_method='forkserver')
+
+
+def _join(rank: int, work: Callable[..., None], folder: Path, args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        'gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=2, timeout=timedelta(minutes=5)
+    )
+    work(rank, folder, *args)

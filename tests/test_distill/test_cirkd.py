@@ -1,17 +1,13 @@
 """CIRKD: its three terms against loops, its queues, and the memory they may take."""
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 from mmcpd.distill import CIRKDLoss, queues
+from tests.helpers import on_two_processes
 
 K, C, H, W = 3, 4, 3, 5
 IGNORED = 255
@@ -215,29 +211,16 @@ def test_mistakes_are_named(call, says):
 
 
 def _gather_on(rank, folder):
-    """Write one process's share, as two scripts started by the test below do."""
-    dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=2)
+    """Write one process's share, for the test below."""
     loss = make(student_channels=K + 1)
     y = torch.full((1, H, W), 1 + rank, dtype=torch.long)
     y[:, 1:] = 0 if rank else IGNORED  # the processes have other numbers of rows
     loss.enqueue(coloured(y.clamp(max=K - 1)), y, y != IGNORED)
     torch.save(loss.state_dict(), f'{folder}/{rank}.pth')
-    dist.destroy_process_group()
 
 
 def test_queues_are_gathered_over_processes(tmp_path):
-    root = Path(queues.__file__).parents[2]
-    scripts = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(tmp_path)], env=os.environ | {'PYTHONPATH': str(root)}
-        )
-        for rank in range(2)
-    ]
-    assert [script.wait(timeout=120) for script in scripts] == [0, 0]
+    on_two_processes(_gather_on, tmp_path)
     first, second = (torch.load(tmp_path / f'{rank}.pth') for rank in range(2))
     assert all(torch.equal(first[k], second[k]) for k in first if 'queue' in k or 'written' in k)
     assert first['pixel_written'].tolist() == [10, 5, 5] and first['region_written'].tolist() == [1, 1, 1]
-
-
-if __name__ == '__main__':
-    _gather_on(int(sys.argv[1]), sys.argv[2])

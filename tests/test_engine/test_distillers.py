@@ -3,8 +3,6 @@
 import copy
 import logging
 import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +10,6 @@ import mmpretrain.models  # noqa: F401 - registers
 import mmseg.models  # noqa: F401 - registers
 import pytest
 import torch
-import torch.distributed as dist
 from mmengine.config import Config, ConfigDict
 from mmengine.model import ExponentialMovingAverage
 from mmengine.registry import DATASETS, MODELS
@@ -26,6 +23,7 @@ from torch.utils.data import Dataset
 
 import mmcpd
 from mmcpd.engine.distillers import Distiller
+from tests.helpers import on_two_processes
 
 torch.set_num_threads(1)
 CLASSES = 4
@@ -654,9 +652,8 @@ def test_runner_trains_with_layer_wise_learning_rates(tmp_path):
 
 
 def _train_on(rank, folder):
-    """Train on one of two processes, as two scripts started by the test below do."""
+    """Train on one of two processes, for the test below."""
     os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE='2')
-    dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=2)
     hint = {
         'type': 'FeatureLoss',
         'tap': 'decode_head.conv_seg:in',
@@ -665,7 +662,7 @@ def _train_on(rank, folder):
         'teacher_channels': CLASSES,
     }
     runner = run(
-        Path(folder), segmentor(), [CIRKD, hint], scenes,
+        folder, segmentor(), [CIRKD, hint], scenes,
         launcher='pytorch',
         model_wrapper_cfg={'type': 'MMDistributedDataParallel', 'device_ids': None, 'broadcast_buffers': True},
         train_cfg={'type': 'IterBasedTrainLoop', 'max_iters': 2},
@@ -681,26 +678,13 @@ def _train_on(rank, folder):
     runner.train()
     model = runner.model.module
     torch.save({'student': model.state_dict(), 'teacher': model.teacher.state_dict()}, f'{folder}/{rank}.pth')
-    dist.destroy_process_group()
 
 
 def test_two_processes_agree(tmp_path):
-    scripts = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(tmp_path)],
-            env=os.environ | {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'},
-            stdout=subprocess.DEVNULL,
-        )
-        for rank in range(2)
-    ]
-    assert [script.wait(timeout=300) for script in scripts] == [0, 0]
+    on_two_processes(_train_on, tmp_path)
     first, second = (torch.load(tmp_path / f'{rank}.pth') for rank in range(2))
     assert all(torch.equal(v, second['teacher'][k]) for k, v in first['teacher'].items())
     learnt = {k: v for k, v in first['student'].items() if 'running' not in k}  # each has its own statistics
     assert all(torch.equal(v, second['student'][k]) for k, v in learnt.items())
     assert first['student']['distill.cirkd.region_written'].sum() == 2 * 4 * CLASSES  # both processes' pictures
     assert {k for k in first['student'] if not k.startswith('distill.')} == first['teacher'].keys()
-
-
-if __name__ == '__main__':
-    _train_on(int(sys.argv[1]), sys.argv[2])

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from mmcpd.comb import comb
 from mmcpd.prune import slim
 from mmcpd.prune.importance import IMPORTANCES
 from mmcpd.prune.pruner import Pruner, check_options
 from mmcpd.prune.schedule import PruneError
+from tests.helpers import on_two_processes
 
-ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = {'begin': 2, 'end': 12, 'interval': 2, 'target': 0.5}
 
 
@@ -225,50 +223,31 @@ def test_a_state_of_another_model_is_refused():
         pruner.load_state_dict({**state, 'keep': {'0': state['keep']['0']}})
 
 
-WORKER = """
-import json, sys, torch
-import torch.distributed as dist
-from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
-sys.path.insert(0, {here!r})
-from test_pruner import OPTIONS, batch, comb, net, optimizer_of
-from mmcpd.prune.pruner import Pruner
-
-torch.set_num_threads(1)
-rank, importance = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group('gloo', init_method='file://' + sys.argv[3], rank=rank, world_size=2)
-model = net()
-optimizer = optimizer_of(model)
-pruner = Pruner(model, comb(model, batch(0)[0][:1]), optimizer, 16, **OPTIONS, importance=importance)
-wrapped = DistributedDataParallel(model)
-own = []
-for iteration in range(16):
-    if iteration == 2:
-        pruner.start()
-    optimizer.zero_grad()
-    x, y = batch(100 * rank + iteration)
-    F.cross_entropy(wrapped(x), y).backward()
-    optimizer.step()
-    if iteration == 3:
-        own = pruner.importance.scores()['0'].tolist()
-    pruner.after(iteration + 1)
-print(json.dumps([own, {{name: keep.tolist() for name, keep in pruner.keep.items()}}]))
-"""
+def train_on(rank, folder, importance):
+    """Prune on one of two processes, each with batches of its own; write what was scored and what was kept."""
+    model = net()
+    optimizer = optimizer_of(model)
+    pruner = Pruner(model, comb(model, batch(0)[0][:1]), optimizer, 16, **OPTIONS, importance=importance)
+    wrapped = DistributedDataParallel(model)
+    own = []
+    for iteration in range(16):
+        if iteration == 2:
+            pruner.start()
+        optimizer.zero_grad()
+        x, y = batch(100 * rank + iteration)
+        F.cross_entropy(wrapped(x), y).backward()
+        optimizer.step()
+        if iteration == 3:
+            own = pruner.importance.scores()['0'].tolist()
+        pruner.after(iteration + 1)
+    keep = {name: keep.tolist() for name, keep in pruner.keep.items()}
+    (folder / f'{rank}.json').write_text(json.dumps([own, keep]))
 
 
 @pytest.mark.parametrize('importance', ['hessian', 'group_fisher'])
 def test_processes_with_different_batches_choose_the_same_units(importance, tmp_path):
-    script = WORKER.format(here=str(Path(__file__).parent))
-    command = [sys.executable, '-c', script]
-    workers = [
-        subprocess.Popen([*command, str(rank), importance, str(tmp_path / 'meet')], stdout=-1, stderr=-1, cwd=ROOT)
-        for rank in range(2)
-    ]
-    results = []
-    for worker in workers:
-        out, err = worker.communicate(timeout=300)
-        assert worker.returncode == 0, err.decode()[-2000:]
-        results.append(json.loads(out.decode().splitlines()[-1]))
+    on_two_processes(train_on, tmp_path, importance)
+    results = [json.loads((tmp_path / f'{rank}.json').read_text()) for rank in range(2)]
     (first, keep), (second, other) = results
     assert keep == other and not all(keep['0'])
     assert (first == second) == (importance != 'group_fisher'), 'samples differ, averaged gradients do not'
