@@ -34,5 +34,5 @@ prune = dict(
     # What stays.
     min_units=1,  # in each group
     round_to=1,  # groups with more units than this keep a multiple of it: 8 suits most hardware
-    ignore=[],  # groups that this run leaves alone, by name as above
+    ignore=[],  # groups that this run leaves alone, by name as above: those of frozen_stages, for one
 )

@@ -86,7 +86,7 @@ class PruneHook(Hook):
             config's `prune = dict(...)`, whose defaults and comments are in `configs/_base_/cpd.py`.
 
     Raises:
-        ValueError: an unknown option.
+        ValueError: an unknown option, or groups that the importance cannot score: frozen stages, for one.
         PruneError: nothing can be pruned, or not as far as the target; before training starts.
 
     Example:
@@ -121,6 +121,7 @@ class PruneHook(Hook):
             raise ValueError('EMAHook averages over weights that PruneHook removes: take one of them out of the hooks')
         if not isinstance(runner.optim_wrapper, OptimWrapper):
             raise ValueError('PruneHook reads the gradients of one optimizer: OptimWrapperDict is not supported')
+        runner.model.train()  # some backbones freeze their first stages only here
         self._pruner = Pruner(model, _comb_of(runner), runner.optim_wrapper.optimizer, runner.max_iters, **options)
         if self.pruner.importance.needs_closure:
             self.replay = self.pruner.closure = Replay(runner.model, model, runner.optim_wrapper)

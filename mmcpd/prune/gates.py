@@ -75,6 +75,7 @@ class Gates:
     def __init__(self, groups: Iterable[Group]) -> None:
         self.slices: dict[str, slice] = {}
         self.units = 0
+        self.groups: dict[tuple[str, int], list[str]] = {}  # whose units a tensor's dimension shows
         rows: dict[tuple[str, int], list[Tensor]] = {}
         owners: dict[tuple[str, int], list[Tensor]] = {}
         for group in groups:
@@ -85,11 +86,27 @@ class Gates:
             self.slices[group.name] = slice(self.units, self.units + group.units)
             for member in group.cut:
                 at = (member.tensor, member.dim)
+                self.groups.setdefault(at, []).append(group.name)
                 unit = torch.arange(self.units, self.units + group.units)
                 rows.setdefault(at, []).append(member.index.reshape(-1).cpu())
                 owners.setdefault(at, []).append(unit.repeat_interleave(member.index.shape[1]))
             self.units += group.units
         self.cuts = {at: (torch.cat(rows[at]), torch.cat(owners[at])) for at in rows}
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse a model in which a tensor of the cut gets no gradient: nothing is known about its units.
+
+        Raises:
+            ValueError: tensors of the cut have `requires_grad=False`; the message lists their groups.
+        """
+        frozen = {at: self.groups[at] for at, weight in self._weights(model) if not weight.requires_grad}
+        if frozen:
+            groups = list(dict.fromkeys(name for names in frozen.values() for name in names))
+            tensors = ', '.join(dict.fromkeys(name for name, _ in frozen))
+            raise ValueError(
+                f'groups {groups} cannot be scored, because requires_grad=False on {tensors} (frozen_stages does '
+                'that): train them, put the groups into `ignore`, or score by magnitude'
+            )
 
     def gradient(self, model: nn.Module) -> Tensor:
         """Return dL/dm of every gate at m = 1: (units,), from the weights and gradients as they are now.
@@ -97,15 +114,11 @@ class Gates:
         A tensor that took no part in the loss has no gradient and adds nothing.
 
         Raises:
-            ValueError: a tensor of the cut has `requires_grad=False`, so nothing is known about its units.
+            ValueError: as in `check`.
         """
+        self.check(model)
         total = torch.zeros(0)
         for (name, dim), weight in self._weights(model):
-            if not weight.requires_grad:
-                raise ValueError(
-                    f"'{name}' has requires_grad=False, so its units cannot be scored: train it, or put its "
-                    'group into `ignore`'
-                )
             if total.numel() == 0:
                 total = weight.new_zeros(self.units, dtype=torch.promote_types(weight.dtype, torch.float32))
             if weight.grad is not None:
@@ -133,10 +146,6 @@ class Gates:
     def split(self, flat: Tensor) -> dict[str, Tensor]:
         """Cut a flat vector (units,) into one tensor per group."""
         return {name: flat[part] for name, part in self.slices.items()}
-
-    def tensors(self) -> list[str]:
-        """Return the state-dict names of the tensors in the cut, each once."""
-        return list(dict.fromkeys(name for name, _ in self.cuts))
 
     def _weights(self, model: nn.Module) -> Iterator[tuple[tuple[str, int], nn.Parameter]]:
         parameters = dict(model.named_parameters(remove_duplicate=False))

@@ -17,7 +17,7 @@ from .gates import Gates, untouched
 from .samples import SampleTaps
 
 if TYPE_CHECKING:
-    from ..comb.groups import Comb
+    from ..comb.groups import Group
 
 Closure = Callable[[], None]
 
@@ -33,7 +33,7 @@ def register_importance(name: str) -> Callable[[type[Importance]], type[Importan
     Example:
         >>> @register_importance("constant")
         ... class Constant(Importance):
-        ...     def scores(self): return {g.name: torch.ones(g.units) for g in self.comb.groups}
+        ...     def scores(self): return {g.name: torch.ones(g.units) for g in self.groups}
     """
 
     def enter(cls: type[Importance]) -> type[Importance]:
@@ -45,28 +45,28 @@ def register_importance(name: str) -> Callable[[type[Importance]], type[Importan
     return enter
 
 
-def build_importance(spec: str | dict[str, Any], comb: Comb) -> Importance:
+def build_importance(spec: str | dict[str, Any], groups: Sequence[Group]) -> Importance:
     """Build an importance from its name, or from a dict of `type` and options.
 
     Raises:
         ValueError: unknown name or option.
 
     Example:
-        >>> build_importance(dict(type="curvature", probes=2), comb(model, images))
+        >>> build_importance(dict(type="curvature", probes=2), comb(model, images).groups)
     """
     options = {'type': spec} if isinstance(spec, str) else dict(spec)
     cls = look_up(IMPORTANCES, options.pop('type', None), 'importance')
     try:
-        return cls(comb, **options)
+        return cls(groups, **options)
     except TypeError as error:
         raise ValueError(f"importance '{spec}': {error}") from error
 
 
 class Importance:
-    """Scores of all units of a comb, added up over iterations since `reset`.
+    """Scores of the units of some groups, added up over iterations since `reset`.
 
     Args:
-        comb: what belongs together; names in it are those of the model that `accumulate` gets.
+        groups: those of a comb that may be pruned; names in them are those of the model that `accumulate` gets.
         seed: of whatever is random, the same on all processes.
 
     Attributes:
@@ -81,10 +81,10 @@ class Importance:
     needs_batches: ClassVar[bool] = False
     every_iteration: ClassVar[bool] = True
 
-    def __init__(self, comb: Comb, seed: int = 0) -> None:
-        self.comb = comb
+    def __init__(self, groups: Sequence[Group], seed: int = 0) -> None:
+        self.groups = groups
         self.generator = torch.Generator().manual_seed(seed)
-        self.gates = Gates(comb.groups)
+        self.gates = Gates(groups)
         self.total = torch.zeros(self.gates.units)
         self._counts = torch.zeros(2, dtype=torch.long)  # iterations, skipped; a tensor: nothing waits for the device
 
@@ -95,6 +95,14 @@ class Importance:
     @property
     def skipped(self) -> int:
         return int(self._counts[1])
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse a model that this score cannot be taken of, before any training.
+
+        Raises:
+            ValueError: with the groups that cannot be scored, and why.
+        """
+        self.gates.check(model)
 
     def attach(self, model: nn.Module) -> None:
         """Start to watch the model's forward passes, if this score has to."""
@@ -160,7 +168,7 @@ class Hessian(Importance):
     Source: CPD (arXiv 2408.03046), I_j = (sum over e of w_e * dL/dw_e)^2, here on one cut through the unit.
 
     Example:
-        >>> score = Hessian(comb(model, images))
+        >>> score = Hessian(comb(model, images).groups)
         >>> loss.backward()
         >>> score.accumulate(model)
         >>> score.scores()
@@ -175,7 +183,7 @@ class Curvature(Importance):
     """Squared Hessian-vector product on the gates, by a finite difference along random directions.
 
     Args:
-        comb: what belongs together.
+        groups: those that may be pruned.
         probes: directions z ~ N(0, I) per step, averaged; each costs one more forward and backward.
         step: h in (grad(1 + h z) - grad(1)) / h.
 
@@ -184,8 +192,8 @@ class Curvature(Importance):
 
     needs_closure = True
 
-    def __init__(self, comb: Comb, probes: int = 1, step: float = 1e-2, seed: int = 0) -> None:
-        super().__init__(comb, seed)
+    def __init__(self, groups: Sequence[Group], probes: int = 1, step: float = 1e-2, seed: int = 0) -> None:
+        super().__init__(groups, seed)
         if probes < 1 or step <= 0:
             raise ValueError(f'curvature needs probes >= 1 and step > 0, got {probes} and {step}')
         self.probes, self.step = probes, step
@@ -224,7 +232,7 @@ class GroupFisher(Importance):
     Source: Liu et al., Group Fisher Pruning, ICML 2021, equation 4.
 
     Example:
-        >>> score = GroupFisher(comb(model, images))
+        >>> score = GroupFisher(comb(model, images).groups)
         >>> score.attach(model)
         >>> model(images).sum().backward()
         >>> score.accumulate(model)
@@ -232,10 +240,14 @@ class GroupFisher(Importance):
 
     needs_batches = True
 
-    def __init__(self, comb: Comb, seed: int = 0) -> None:
-        super().__init__(comb, seed)
+    def __init__(self, groups: Sequence[Group], seed: int = 0) -> None:
+        super().__init__(groups, seed)
         self._taps: SampleTaps | None = None
         self._pending: Tensor | None = None
+
+    def check(self, model: nn.Module) -> None:
+        super().check(model)
+        SampleTaps(self.gates, model).remove()
 
     def attach(self, model: nn.Module) -> None:
         self.detach()
@@ -267,7 +279,7 @@ class Magnitude(Importance):
     """Norm of the unit's weights over all members with one of `roles`, the higher the more important.
 
     Args:
-        comb: what belongs together.
+        groups: those that may be pruned.
         p: 1 for the sum of absolute values, 2 for the sum of squares.
         roles: members that count; statistics of a norm never do.
 
@@ -277,12 +289,19 @@ class Magnitude(Importance):
     every_iteration = False
 
     def __init__(
-        self, comb: Comb, p: int = 1, roles: Sequence[str] = ('out', 'in', 'affine', 'free'), seed: int = 0
+        self,
+        groups: Sequence[Group],
+        p: int = 1,
+        roles: Sequence[str] = ('out', 'in', 'affine', 'free'),
+        seed: int = 0,
     ) -> None:
-        super().__init__(comb, seed)
+        super().__init__(groups, seed)
         if p not in (1, 2):
             raise ValueError(f'magnitude takes p=1 or p=2, got {p}')
         self.p, self.roles = p, tuple(roles)
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse nothing: weights are there, with or without a gradient."""
 
     @torch.no_grad()
     def accumulate(self, model: nn.Module, closure: Closure | None = None, loss_scale: float = 1.0) -> None:
@@ -290,7 +309,7 @@ class Magnitude(Importance):
         device = next(iter(parameters.values())).device
         norms: dict[tuple[str, int], Tensor] = {}
         found = []
-        for group in self.comb.groups:
+        for group in self.groups:
             size = torch.zeros(group.units, device=device)
             for member in group.members:
                 if member.role in self.roles and member.tensor in parameters:
@@ -311,9 +330,12 @@ class Random(Importance):
 
     every_iteration = False
 
-    def __init__(self, comb: Comb, seed: int = 0) -> None:
-        super().__init__(comb, seed)
+    def __init__(self, groups: Sequence[Group], seed: int = 0) -> None:
+        super().__init__(groups, seed)
         self._draw()
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse nothing."""
 
     def _draw(self) -> None:
         self.total = torch.rand(self.gates.units, generator=self.generator)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..comb.names import look_up, near
+from ..comb.names import look_up, match, near
 from .importance import IMPORTANCES, Closure, build_importance
 from .masks import Masker
 from .normalize import NORMALIZERS, normalize
@@ -41,7 +41,7 @@ class Pruner:
         loss_scale: what losses are multiplied by before backward (mixed precision).
 
     Raises:
-        ValueError: an option that makes no sense.
+        ValueError: an option that makes no sense, or groups that the importance cannot score.
         PruneError: nothing can be pruned, or not as far as the target.
 
     Example:
@@ -82,7 +82,10 @@ class Pruner:
         check_reachable(comb, self.schedule, min_units, round_to, ignore)
         self.model, self.comb, self.optimizer, self.normalizer = model, comb, optimizer, normalize
         self.min_units, self.round_to, self.ignore = min_units, round_to, tuple(ignore)
-        self.importance = build_importance(_with_seed(importance, seed), comb)
+        left_alone = match(ignore, [group.name for group in comb.groups])
+        pruned = [group for group in comb.groups if group.name not in left_alone]
+        self.importance = build_importance(_with_seed(importance, seed), pruned)
+        self.importance.check(model)
         self.masker = Masker(model, comb)
         self.keep: Keep = comb.keep()
         self.closure: Closure | None = None

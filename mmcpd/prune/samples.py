@@ -27,7 +27,6 @@ PLACES: dict[type[nn.Module], dict[int, tuple[str, int]]] = {
     nn.ConvTranspose2d: _CONV_TRANSPOSE,
     nn.ConvTranspose3d: _CONV_TRANSPOSE,
 }
-_HINT = "use importance='hessian', or put its group into `ignore`"
 
 
 class _Tap(torch.autograd.Function):
@@ -106,7 +105,7 @@ class SampleTaps:
         total = first.new_zeros(samples, self.gates.units)
         for (name, dim), found in self._batch.items():
             if len(found) % samples:
-                raise ValueError(f"'{name}' sees {len(found)} samples where others see {samples}: {_HINT}")
+                raise ValueError(f"'{name}' sees {len(found)} samples where others see {samples}: {self._hint(name, dim)}")
             rows, owners = self.gates.rows(name, dim, total.device)
             folded = found.reshape(samples, -1, found.shape[1]).sum(1)  # (N * windows, C) -> (N, C)
             total.index_add_(1, owners, folded[:, rows].to(total))
@@ -126,26 +125,30 @@ class SampleTaps:
             if not seen and grad is not None and bool(grad.any()):
                 raise ValueError(
                     f"group_fisher cannot score '{name}': its module is never called with a tensor that has "
-                    f'a gradient (as inside nn.MultiheadAttention); {_HINT}'
+                    f'a gradient (as inside nn.MultiheadAttention); {self._hint(name, dim)}'
                 )
         self._seen.clear()
+
+    def _hint(self, name: str, dim: int) -> str:
+        return f"use importance='hessian', or put {self.gates.groups[name, dim]} into `ignore`"
 
     def _with_weight(self, name: str, dim: int) -> bool:
         """Tell whether a bias of the cut is seen together with its weight, at the module's output."""
         path, _, leaf = name.rpartition('.')
         return leaf == 'bias' and (f'{path}.weight' if path else 'weight', dim) in self.gates.cuts
 
-    @staticmethod
-    def _place(model: nn.Module, name: str, dim: int) -> tuple[str, int]:
+    def _place(self, model: nn.Module, name: str, dim: int) -> tuple[str, int]:
         """Return the side of the module that shows this dimension, and the channel's dimension there."""
         path, _, leaf = name.rpartition('.')
         module = model.get_submodule(path)
         places = next((table for cls, table in PLACES.items() if isinstance(module, cls)), {})
         if leaf != 'weight' or dim not in places:
-            raise ValueError(f"group_fisher cannot score '{name}' of a {type(module).__name__}: {_HINT}")
+            raise ValueError(f"group_fisher cannot score '{name}' of a {type(module).__name__}: {self._hint(name, dim)}")
         side, channel = places[dim]
         if side == 'input' and getattr(module, 'groups', 1) != 1:
-            raise ValueError(f"group_fisher cannot score the grouped convolution '{path}' by its input: {_HINT}")
+            raise ValueError(
+                f"group_fisher cannot score the grouped convolution '{path}' by its input: {self._hint(name, dim)}"
+            )
         return side, channel
 
     def _tap(self, model: nn.Module, cut: tuple[str, int], side: str, channel: int) -> RemovableHandle:

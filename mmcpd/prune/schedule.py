@@ -150,7 +150,7 @@ def select(
     The search halves the list of chunks, with the closed-form cost at each trial: about 15 for a ResNet-50.
 
     Args:
-        scores: one tensor (units,) per group, already normalised.
+        scores: one tensor (units,) per group, already normalised; those left alone need none.
         comb: what belongs together.
         keep: the units that stay now; it is not changed.
         ratio: share of the dense model's metric that may be left.

@@ -175,7 +175,7 @@ def test_gate_gradient_is_that_of_autograd(cls):
 @pytest.mark.parametrize('cls', NETS)
 def test_hessian_sums_squares_over_iterations(cls):
     net, c, x, target = built(cls)
-    score = build_importance('hessian', c)
+    score = build_importance('hessian', c.groups)
     expected = dict.fromkeys(net.sites, 0)
     for batch in (x, x.flip(-1) + 1):
         gates = ones(net)
@@ -194,7 +194,7 @@ def test_hessian_sums_squares_over_iterations(cls):
 @pytest.mark.parametrize('cls', NETS)
 def test_curvature_is_the_hessian_vector_product(cls):
     net, c, x, target = built(cls)
-    score = build_importance({'type': 'curvature', 'probes': 2, 'step': 1e-6, 'seed': 3}, c)
+    score = build_importance({'type': 'curvature', 'probes': 2, 'step': 1e-6, 'seed': 3}, c.groups)
     step(net, x, target)
     score.accumulate(net, closure=lambda: loss_of(net, x, target).backward())
 
@@ -216,7 +216,7 @@ def test_group_fisher_squares_sample_by_sample(cls):
     net, c, x, target = built(cls)
     gates = ones(net, len(x))
     expected = torch.autograd.grad(loss_of(net, x, target, gates), list(gates.values()))
-    score = build_importance('group_fisher', c)
+    score = build_importance('group_fisher', c.groups)
     score.attach(net)
     step(net, x, target)
     score.accumulate(net)
@@ -225,7 +225,7 @@ def test_group_fisher_squares_sample_by_sample(cls):
 
 def test_group_fisher_counts_accumulated_batches_as_samples_and_undoes_the_loss_scale():
     net, c, x, target = built(Concat)
-    whole, parts = build_importance('group_fisher', c), build_importance('group_fisher', c)
+    whole, parts = build_importance('group_fisher', c.groups), build_importance('group_fisher', c.groups)
     whole.attach(net)
     step(net, x[:4], target[:4])
     whole.accumulate(net)
@@ -243,7 +243,7 @@ def test_group_fisher_counts_accumulated_batches_as_samples_and_undoes_the_loss_
 
 def test_group_fisher_says_what_it_cannot_see():
     net, c, x, target = built(Residual)
-    score = build_importance('group_fisher', c)
+    score = build_importance('group_fisher', c.groups)
     with pytest.raises(ValueError, match=r'attach\(model\)'):
         score.accumulate(net)
     score.attach(net)
@@ -264,14 +264,14 @@ def test_curvature_leaves_no_trace():
     def closure():
         F.cross_entropy(net.drop(net(x, {})), target).backward()
 
-    build_importance('curvature', c).accumulate(net, closure)
+    build_importance('curvature', c.groups).accumulate(net, closure)
     assert torch.equal(torch.get_rng_state(), state)
     for name, value in net.state_dict().items():
         assert torch.equal(value, before[name]), name
     for name, parameter in net.named_parameters():
         assert parameter.grad is grads[name][0] and torch.equal(parameter.grad, grads[name][1]), name
     with pytest.raises(ValueError, match='closure'):
-        build_importance('curvature', c).accumulate(net)
+        build_importance('curvature', c.groups).accumulate(net)
 
 
 def test_untouched_restores_after_an_exception():
@@ -288,7 +288,7 @@ def test_untouched_restores_after_an_exception():
 @pytest.mark.parametrize('name', ['hessian', 'group_fisher', 'curvature'])
 def test_a_gradient_that_is_not_finite_never_enters(name, bad):
     net, c, x, target = built(ConvBNReLU)
-    score = build_importance(name, c)
+    score = build_importance(name, c.groups)
     score.attach(net)
 
     def closure(scale=1.0):
@@ -306,12 +306,12 @@ def test_a_gradient_that_is_not_finite_never_enters(name, bad):
 
 def test_a_frozen_consumer_is_refused_and_an_unused_one_adds_nothing():
     net, c, x, target = built(ConvBNReLU)
-    score = Hessian(c)
+    score = Hessian(c.groups)
     score.accumulate(net)  # no backward yet: no gradient at all
     assert not any(s.any() for s in score.scores().values())
     net.conv2.weight.requires_grad_(False)
     step(net, x, target)
-    with pytest.raises(ValueError, match=r"'conv2\.weight' has requires_grad=False"):
+    with pytest.raises(ValueError, match=r"groups \['conv1'\].*requires_grad=False on conv2\.weight"):
         score.accumulate(net)
     with pytest.raises(ValueError, match=r"no parameter 'conv2\.weight'"):
         score.accumulate(nn.Sequential(net))
@@ -320,7 +320,7 @@ def test_a_frozen_consumer_is_refused_and_an_unused_one_adds_nothing():
 @pytest.mark.parametrize(('p', 'roles'), [(1, ('out',)), (2, ('out', 'in'))])
 def test_magnitude_adds_up_members(p, roles):
     net, c, _, _ = built(ConvBNReLU)
-    score = build_importance({'type': 'magnitude', 'p': p, 'roles': roles}, c)
+    score = build_importance({'type': 'magnitude', 'p': p, 'roles': roles}, c.groups)
     for _ in range(2):  # the newest counts, not the sum
         score.accumulate(net)
     expected = net.conv1.weight.abs().pow(p).sum((1, 2, 3))
@@ -331,7 +331,7 @@ def test_magnitude_adds_up_members(p, roles):
 
 def test_random_repeats_with_its_seed_and_draws_anew_after_reset():
     _, c, _, _ = built(ConvBNReLU)
-    a, b, other = (build_importance({'type': 'random', 'seed': s}, c) for s in (1, 1, 2))
+    a, b, other = (build_importance({'type': 'random', 'seed': s}, c.groups) for s in (1, 1, 2))
     state = torch.get_rng_state()
     first = a.scores()['conv1']
     assert torch.equal(first, b.scores()['conv1']) and not torch.equal(first, other.scores()['conv1'])
@@ -343,7 +343,7 @@ def test_random_repeats_with_its_seed_and_draws_anew_after_reset():
 @pytest.mark.parametrize('name', sorted(IMPORTANCES))
 def test_a_score_goes_on_from_its_state(name):
     net, c, x, target = built(Concat)
-    whole, resumed = build_importance(name, c), build_importance(name, c)
+    whole, resumed = build_importance(name, c.groups), build_importance(name, c.groups)
 
     def feed(score):
         score.attach(net)
@@ -369,9 +369,9 @@ def test_registry_rejects_duplicates_and_lists_near_names():
     with pytest.raises(ValueError, match='already registered, by Hessian'):
         register_importance('hessian')(Importance)
     with pytest.raises(ValueError, match="unknown importance 'hesian': did you mean hessian"):
-        build_importance('hesian', c)
+        build_importance('hesian', c.groups)
     with pytest.raises(ValueError, match='probe'):
-        build_importance({'type': 'curvature', 'probe': 1}, c)
+        build_importance({'type': 'curvature', 'probe': 1}, c.groups)
 
 
 @pytest.mark.parametrize('shape', [(7,), (5, 7), (300, 400), (9, 5, 3, 3), (2, 3, 4, 5, 6)])
@@ -394,7 +394,7 @@ def test_row_dot(shape, dtype):
 def test_normalizers_divide_by_what_removal_saves():
     net, c, x, target = built(ConvBNReLU)
     step(net, x, target)
-    score = Hessian(c)
+    score = Hessian(c.groups)
     score.accumulate(net)
     keep = c.keep()
     keep['conv1'][:2] = False

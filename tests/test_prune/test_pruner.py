@@ -211,6 +211,34 @@ def test_options_are_checked_before_there_is_a_model(change, message):
         check_options({**OPTIONS, **change})
 
 
+@pytest.mark.parametrize('importance', ['hessian', 'curvature', 'group_fisher'])
+def test_frozen_stages_are_refused_before_training_unless_they_are_left_alone(importance):
+    model = net()
+    model[3].weight.requires_grad_(False)  # where the gates of group 0 are read
+    c, options = comb(model, batch(0)[0][:1]), {**OPTIONS, 'importance': importance}
+    with pytest.raises(ValueError, match=r"groups \['0'\] cannot be scored.*requires_grad=False on 3\.weight"):
+        Pruner(model, c, optimizer_of(model), 16, **options)
+    pruner = Pruner(model, c, optimizer_of(model), 16, **options, ignore=['0'])
+    assert pruner.importance.gates.slices.keys() == {'3'}
+    assert Pruner(model, c, optimizer_of(model), 16, **{**options, 'importance': 'magnitude'}).keep.keys() == {'0', '3'}
+
+
+def test_what_is_left_alone_stays_whole():
+    model = net()
+    model[3].weight.requires_grad_(False)
+    c, optimizer = comb(model, batch(0)[0][:1]), optimizer_of(model)
+    pruner = Pruner(model, c, optimizer, 16, **OPTIONS, ignore=['0'])
+    pruner.start()
+    for iteration in range(16):
+        optimizer.zero_grad()
+        x, y = batch(iteration)
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        pruner.after(iteration + 1)
+    assert pruner.keep['0'].all() and pruner.left()['macs'] <= 0.5
+    assert torch.allclose(slim(model, c, pruner.keep)(x), model(x))
+
+
 def test_a_missing_option_is_named():
     with pytest.raises(ValueError, match='pruning needs interval, target'):
         check_options({'begin': 0, 'end': 10})
