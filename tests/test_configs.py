@@ -19,7 +19,8 @@ from torch import nn
 
 import mmcpd.engine
 from mmcpd.comb import comb
-from mmcpd.engine.build import build_dense, example_inputs
+from mmcpd.engine.build import build_dense
+from mmcpd.engine.inputs import example_inputs
 from mmcpd.engine.slimmed import read_slim
 from mmcpd.prune import slim
 from mmcpd.prune.pruner import Schedule
@@ -45,7 +46,7 @@ def code_lines(text: str) -> list[str]:
 def combed(name: str):
     """Return a config, its dense model with random weights, and the comb."""
     cfg = read(name)
-    cfg.example_shape = SHAPES.get(name)
+    cfg.comb.input_shape = SHAPES.get(name)
     torch.manual_seed(0)
     model = build_dense(cfg).eval()
     return cfg, model, comb(model, example_inputs(cfg))

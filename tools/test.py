@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from mmengine.evaluator import DumpResults
 
 from mmcpd.engine import cli
 from mmcpd.engine.checkpoints import use_checkpoint
-from mmcpd.engine.compat import start_processes
+from mmcpd.engine.compat import leave, start_processes
 
 
 def parse_args() -> argparse.Namespace:
@@ -49,4 +48,4 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == '__main__':
     arguments = parse_args()
-    sys.exit(cli.guard(main, arguments))
+    leave(cli.guard(main, arguments))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 from mmengine.config import Config
 from mmengine.device import get_device
@@ -11,7 +10,7 @@ from mmengine.runner import find_latest_checkpoint
 
 from mmcpd.engine import cli
 from mmcpd.engine.checkpoints import check_start
-from mmcpd.engine.compat import start_processes
+from mmcpd.engine.compat import leave, start_processes
 
 
 def parse_args() -> argparse.Namespace:
@@ -80,4 +79,4 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == '__main__':
     arguments = parse_args()
-    sys.exit(cli.guard(main, arguments))
+    leave(cli.guard(main, arguments))

@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine.config import Config
 from torch import Tensor, nn
 
 from mmcpd.comb import Comb, comb
 from mmcpd.comb.errors import SlimError
-from mmcpd.engine.build import build_dense, example_inputs, student_config, type_name, whole_forward
+from mmcpd.engine.build import build_dense, student_config, type_name, whole_forward
 from mmcpd.engine.finish import costs, finish
 from mmcpd.engine.hooks import STATE
+from mmcpd.engine.inputs import example_inputs, noise
 from mmcpd.engine.options import comb_options
 from mmcpd.engine.slimmed import fill, is_slim, load_slim, read_checkpoint
 from mmcpd.engine.teachers import DISTILL
@@ -89,7 +89,7 @@ def comb_by_config(model: nn.Module, cfg: Config, **given: Any) -> Comb:
     options = {**comb_options(cfg), **given}
     options.pop('save', None)
     shape = options.pop('input_shape', None)
-    example = torch.randn(1, *shape) if shape else example_inputs(cfg)
+    example = noise(1, shape) if shape else example_inputs(cfg)
     return comb(model, example, forward=whole_forward, **options)
 
 

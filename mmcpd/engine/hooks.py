@@ -18,9 +18,10 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from mmcpd.comb import Comb, comb
-from mmcpd.engine.build import example_inputs, whole_forward
+from mmcpd.engine.build import whole_forward
 from mmcpd.engine.distillers import Distiller
 from mmcpd.engine.finish import comparison, costs, finish
+from mmcpd.engine.inputs import example_inputs, noise
 from mmcpd.engine.options import comb_options, prune_options
 from mmcpd.engine.replay import Replay, random_state, set_random_state
 from mmcpd.prune.pruner import Pruner
@@ -241,7 +242,7 @@ def _example(runner: Runner, shape: Sequence[int] | None) -> Tensor:
         before = random_state()
         shape = runner.train_dataloader.dataset[0]['inputs'].shape
         set_random_state(before)
-    return torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
+    return noise(1, shape)
 
 
 def _comb_of(runner: Runner) -> Comb:

@@ -17,24 +17,12 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from torch import nn
 
 from mmcpd.comb.errors import SlimError
-from mmcpd.engine.build import ConfigLike, build_dense, example_inputs, student_config
+from mmcpd.engine.build import ConfigLike, build_dense
 from mmcpd.prune import restructure_
 from mmcpd.version import __version__
 
 # What unpickling may raise on bytes that are no checkpoint, or half of one.
 GARBAGE = (RuntimeError, EOFError, ValueError, OSError, LookupError, TypeError, AttributeError)
-
-__all__ = [
-    'build_dense',
-    'example_inputs',
-    'is_slim',
-    'load_slim',
-    'read_checkpoint',
-    'read_slim',
-    'save_slim',
-    'slimmed',
-    'student_config',
-]
 
 PathLike = str | os.PathLike
 

@@ -105,7 +105,9 @@ class SampleTaps:
         total = first.new_zeros(samples, self.gates.units)
         for (name, dim), found in self._batch.items():
             if len(found) % samples:
-                raise ValueError(f"'{name}' sees {len(found)} samples where others see {samples}: {self._hint(name, dim)}")
+                raise ValueError(
+                    f"'{name}' sees {len(found)} samples where others see {samples}: {self._hint(name, dim)}"
+                )
             rows, owners = self.gates.rows(name, dim, total.device)
             folded = found.reshape(samples, -1, found.shape[1]).sum(1)  # (N * windows, C) -> (N, C)
             total.index_add_(1, owners, folded[:, rows].to(total))
@@ -143,7 +145,9 @@ class SampleTaps:
         module = model.get_submodule(path)
         places = next((table for cls, table in PLACES.items() if isinstance(module, cls)), {})
         if leaf != 'weight' or dim not in places:
-            raise ValueError(f"group_fisher cannot score '{name}' of a {type(module).__name__}: {self._hint(name, dim)}")
+            raise ValueError(
+                f"group_fisher cannot score '{name}' of a {type(module).__name__}: {self._hint(name, dim)}"
+            )
         side, channel = places[dim]
         if side == 'input' and getattr(module, 'groups', 1) != 1:
             raise ValueError(

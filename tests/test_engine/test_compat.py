@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
@@ -65,3 +68,25 @@ def test_two_processes_on_a_cpu_use_gloo_and_no_device(monkeypatch):
         'find_unused_parameters': True,
         'device_ids': None,
     }
+
+
+@pytest.mark.parametrize('status', [0, 3])
+def test_a_process_of_a_gloo_group_leaves_without_finalisation(tmp_path, status):
+    script = (
+        'import atexit, torch.distributed as dist\n'
+        'from mmcpd.engine.compat import leave\n'
+        f"dist.init_process_group('gloo', init_method='file://{tmp_path}/meet', rank=0, world_size=1)\n"
+        'class Late:\n'
+        '    def __del__(self): print("finalised")\n'
+        'late = Late()\n'
+        'atexit.register(print, "handled")\n'
+        f'leave({status})\n'
+    )
+    done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (status, ['handled']), done.stderr
+
+
+def test_a_process_alone_leaves_as_always():
+    with pytest.raises(SystemExit) as error:
+        compat.leave(3)
+    assert error.value.code == 3

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import mmpretrain.models  # noqa: F401 - registers
+import mmseg.models  # noqa: F401 - registers
 import pytest
 import torch
 from mmengine.config import Config
 
 from mmcpd.datasets.digits import DigitsDataset
 from mmcpd.engine.build import build_dense
-from mmcpd.engine.inputs import data_batches, random_batches
+from mmcpd.engine.inputs import data_batches, example_inputs, random_batches
 
 BASE = Path(__file__).resolve().parents[2] / 'configs' / '_base_' / 'datasets' / 'digits.py'
 
@@ -68,3 +69,46 @@ def test_without_test_data_it_says_so(cfg, model):
     bare = Config({key: value for key, value in cfg.items() if key != 'test_dataloader'})
     with pytest.raises(ValueError, match='no test_dataloader'):
         data_batches(bare, model, (1,))
+
+
+def loader(*transforms) -> dict:
+    return dict(dataset=dict(type='RepeatDataset', times=2, dataset=dict(type='X', pipeline=list(transforms))))
+
+
+@pytest.mark.parametrize(
+    ('entries', 'shape'),
+    [
+        (dict(comb=dict(input_shape=(1, 20, 30))), (1, 1, 20, 30)),
+        (dict(crop_size=(48, 64)), (1, 3, 48, 64)),
+        (dict(test_dataloader=loader(dict(type='Resize', scale=(64, 48)), dict(type='Pack'))), (1, 3, 48, 64)),
+        (
+            dict(
+                test_dataloader=loader(dict(type='Resize', scale=(64, 48), keep_ratio=True)),
+                train_dataloader=loader(dict(type='RandomCrop', crop_size=40)),
+            ),
+            (1, 3, 40, 40),
+        ),
+        (
+            dict(test_dataloader=loader(dict(type='ResizeEdge', scale=256), dict(type='CenterCrop', crop_size=224))),
+            (1, 3, 224, 224),
+        ),
+        (dict(data_preprocessor=dict(mean=[0.5], std=[1.0], size=(50, 60))), (1, 1, 50, 60)),
+    ],
+)
+def test_example_inputs_have_the_size_of_the_test(cfg, entries, shape):
+    cfg = Config({'model': cfg.model, 'default_scope': 'mmpretrain', **entries})
+    inputs = example_inputs(cfg)
+    assert inputs.shape == shape
+    assert torch.equal(inputs, example_inputs(cfg))
+
+
+def test_a_config_without_any_size_says_how_to_give_one(cfg):
+    with pytest.raises(ValueError, match=r'comb\.input_shape=3,H,W'):
+        example_inputs(Config({'model': cfg.model}))
+
+
+def test_a_real_config_is_sized(tmp_path):
+    file = tmp_path / 'config.py'
+    file.write_text("_base_ = 'mmseg::segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py'\n")
+    assert example_inputs(str(file)).shape == (1, 3, 512, 512)
+    assert type(build_dense(file)).__name__ == 'EncoderDecoder'

@@ -15,6 +15,8 @@ from mmengine.runner import load_checkpoint
 from mmcpd.comb import comb
 from mmcpd.comb.errors import SlimError
 from mmcpd.engine import slimmed
+from mmcpd.engine.build import build_dense, student_config
+from mmcpd.engine.inputs import example_inputs
 from mmcpd.prune import slim, structure
 
 SIZE = 32
@@ -29,7 +31,12 @@ def config(depth: int = 18, classes: int = 10, **entries) -> Config:
     )
     preprocessor = dict(mean=[1.0, 2.0, 3.0], std=[4.0, 5.0, 6.0])
     return Config(
-        dict(model=model, default_scope='mmpretrain', data_preprocessor=preprocessor, example_shape=(3, SIZE, SIZE))
+        dict(
+            model=model,
+            default_scope='mmpretrain',
+            data_preprocessor=preprocessor,
+            comb=dict(input_shape=(3, SIZE, SIZE)),
+        )
         | entries
     )
 
@@ -48,8 +55,8 @@ def vit() -> Config:
 def cut(cfg: Config, seed: int = 0):
     """Return the dense model, a slim one at a random keep, and the structure."""
     torch.manual_seed(seed)
-    dense = slimmed.build_dense(cfg).eval()
-    c = comb(dense, slimmed.example_inputs(cfg))
+    dense = build_dense(cfg).eval()
+    c = comb(dense, example_inputs(cfg))
     generator = torch.Generator().manual_seed(seed)
     keep = {name: torch.rand(len(units), generator=generator) < 0.6 for name, units in c.keep().items()}
     for units in keep.values():
@@ -167,7 +174,7 @@ def test_a_file_that_is_no_checkpoint(tmp_path):
 
 def test_an_ordinary_checkpoint_is_not_a_slim_one(tmp_path):
     path = tmp_path / 'epoch_1.pth'
-    torch.save({'state_dict': slimmed.build_dense(config()).state_dict()}, path)
+    torch.save({'state_dict': build_dense(config()).state_dict()}, path)
     with pytest.raises(SlimError, match=r'not a slim checkpoint: it has no structure.*tools/slim\.py'):
         slimmed.load_slim(config(), path)
     assert not slimmed.is_slim(path)
@@ -238,62 +245,18 @@ def test_the_student_of_a_distiller_is_found_with_its_preprocessor():
     inside = config(model=dict(type='mmcpd.Distiller', student=bare.model, teacher='self'))
     twice = config(model=dict(type='slimmed', model=bare.model, structure='slim.pth'))
     for cfg in (bare, inside, twice):
-        student = slimmed.student_config(cfg)
+        student = student_config(cfg)
         assert student.type == 'ImageClassifier'
         assert student.data_preprocessor == bare.data_preprocessor
     assert 'data_preprocessor' not in bare.model  # a copy was changed, not the config
     own = config(model={**bare.model, 'data_preprocessor': dict(mean=[0.0], std=[1.0])})
-    assert slimmed.student_config(own).data_preprocessor.mean == [0]
+    assert student_config(own).data_preprocessor.mean == [0]
 
 
 def test_weights_without_batch_norm_s_counters_fit():
-    model = slimmed.build_dense(config())
+    model = build_dense(config())
     weights = {name: torch.rand(value.shape) for name, value in model.state_dict().items() if 'tracked' not in name}
     slimmed.fill(model, weights, 'old.pth')
     assert torch.equal(model.head.fc.weight, weights['head.fc.weight'])
     with pytest.raises(SlimError, match=r'old\.pth is of another model: it lacks head\.fc\.bias'):
         slimmed.fill(model, {name: value for name, value in weights.items() if name != 'head.fc.bias'}, 'old.pth')
-
-
-def loader(*transforms) -> dict:
-    return dict(dataset=dict(type='RepeatDataset', times=2, dataset=dict(type='X', pipeline=list(transforms))))
-
-
-@pytest.mark.parametrize(
-    ('entries', 'shape'),
-    [
-        (dict(example_shape=(1, 20, 30)), (1, 1, 20, 30)),
-        (dict(crop_size=(48, 64)), (1, 3, 48, 64)),
-        (dict(test_dataloader=loader(dict(type='Resize', scale=(64, 48)), dict(type='Pack'))), (1, 3, 48, 64)),
-        (
-            dict(
-                test_dataloader=loader(dict(type='Resize', scale=(64, 48), keep_ratio=True)),
-                train_dataloader=loader(dict(type='RandomCrop', crop_size=40)),
-            ),
-            (1, 3, 40, 40),
-        ),
-        (
-            dict(test_dataloader=loader(dict(type='ResizeEdge', scale=256), dict(type='CenterCrop', crop_size=224))),
-            (1, 3, 224, 224),
-        ),
-        (dict(data_preprocessor=dict(mean=[0.5], std=[1.0], size=(50, 60))), (1, 1, 50, 60)),
-    ],
-)
-def test_example_inputs_have_the_size_of_the_test(entries, shape):
-    cfg = config(**{'example_shape': None, **entries})
-    inputs = slimmed.example_inputs(cfg)
-    assert inputs.shape == shape
-    assert torch.equal(inputs, slimmed.example_inputs(cfg))
-
-
-def test_a_config_without_any_size_says_how_to_give_one():
-    cfg = config(example_shape=None)
-    with pytest.raises(ValueError, match='example_shape=3,H,W'):
-        slimmed.example_inputs(cfg)
-
-
-def test_a_real_config_is_sized(tmp_path):
-    file = tmp_path / 'config.py'
-    file.write_text("_base_ = 'mmseg::segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py'\n")
-    assert slimmed.example_inputs(str(file)).shape == (1, 3, 512, 512)
-    assert type(slimmed.build_dense(file)).__name__ == 'EncoderDecoder'

@@ -10,7 +10,8 @@ import torch
 from mmengine.config import Config
 
 from mmcpd.comb import comb
-from mmcpd.engine.build import build_dense, example_inputs
+from mmcpd.engine.build import build_dense
+from mmcpd.engine.inputs import example_inputs
 from mmcpd.engine.slimmed import save_slim
 from mmcpd.prune import slim, structure
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mmcpd.engine import slimmed
+from mmcpd.engine.build import build_dense
 
 
 def top1(out: str) -> float:
@@ -138,7 +139,7 @@ def test_comb_shows_groups_reasons_and_writes_them(tool, pruning, tmp_path):
 
 
 def test_comb_takes_a_size_and_a_checkpoint(tool, pruning, tmp_path):
-    torch.save({'state_dict': slimmed.build_dense(pruning).state_dict()}, tmp_path / 'dense.pth')
+    torch.save({'state_dict': build_dense(pruning).state_dict()}, tmp_path / 'dense.pth')
     small = tool('comb', pruning, '--shape', 3, 16, 16)[1]
     large = tool('comb', pruning, '--checkpoint', 'dense.pth', '--shape', 3, 64, 64)[1]
     macs = [float(out.split(' units; ')[1].split(' M MACs')[0].replace(',', '')) for out in (small, large)]
