@@ -19,7 +19,7 @@ env: $(STAMP) ## make the environment in .venv
 # headless twin has the same modules.
 $(STAMP): setup.py mmcpd/compat.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -c 'import sys; assert sys.version_info >= (3, 10), f"Python 3.10 or newer is needed, 3.11 advised: make env PYTHON=... (this is {sys.version})"'
+	$(BIN)/python -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer is needed: make env PYTHON=... (this is {sys.version})"'
 	$(BIN)/python -m pip install --quiet torch==2.14.1 torchvision==0.29.1
 	$(BIN)/python -m pip install --quiet --editable '.[all]'
 	$(BIN)/python -c 'import cv2' 2>/dev/null || { \
@@ -41,7 +41,7 @@ lint: env ## run ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-zoo: env ## comb and slim one model of every architecture family, Torch-Pruning beside it (hours)
+zoo: env ## comb and slim one model of every architecture family, Torch-Pruning beside it (about an hour)
 	$(BIN)/python -m pip install --quiet torch-pruning==1.6.1
 	$(BIN)/python benchmarks/zoo.py
 

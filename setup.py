@@ -49,7 +49,7 @@ setup(
     author='mmcpd maintainers',
     license='Apache-2.0',
     keywords='pruning, distillation, model compression, OpenMMLab',
-    python_requires='>=3.10',
+    python_requires='>=3.11',
     packages=find_packages(include=['mmcpd', 'mmcpd.*']),
     # No bounds: installing mmcpd must never replace the torch that somebody's mmcv was compiled against.
     # `import mmcpd` checks the versions and names the command that mends them.

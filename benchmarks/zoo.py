@@ -437,6 +437,24 @@ def peer_cell(peer: Row, died: str | None) -> str:
     return f'runs, -{peer["removed"]:.0%}' + ('' if peer['shape'] else ', output shape changed')
 
 
+LEGEND = """# The zoo
+
+Written by `benchmarks/zoo.py`; do not edit. One model of each architecture family of the installed mmpretrain and
+mmseg that needs nothing beyond them (what is out stands below), and our SeaFormer; random weights, a random 70 % of
+each group kept.
+
+- **groups, units**: what combing found; a unit is a channel with everything that is coupled to it.
+- **prunable parameters**: the share that lies in a row of some unit.
+- **frozen, and why**: the largest reasons, with the number of rows (indices of a dimension of a parameter) of each.
+- **comb / forward**: seconds for combing and for one forward pass, float32, one thread of a shared machine.
+- **masked against slim**: largest difference of outputs, relative to the largest output, float64 where not said. The
+  same with each keep shifted by one unit must differ, or the family fails.
+- **ONNX parity**: the same between torch and ONNX Runtime, float32.
+- **Torch-Pruning**: asked for 30 % by magnitude on the same model in the same run: does the pruned model run, and
+  which share of its parameters went. That it runs does not say that the result is right.
+"""
+
+
 def report(results: Path, table: Path) -> None:
     """Write the table in Markdown, and print the summary."""
     stored = json.loads(results.read_text())
@@ -447,12 +465,7 @@ def report(results: Path, table: Path) -> None:
         '| ONNX parity | verdict | Torch-Pruning'
     )
     lines = [
-        '# The zoo',
-        '',
-        'Written by `benchmarks/zoo.py`, which says what each column is; do not edit. One model of every family in the',
-        'installed mmpretrain and mmseg, random weights, a random 70 % of each group kept. Torch-Pruning is asked for',
-        '30 % by magnitude on the same model in the same run; "runs" does not say that the result is right.',
-        'Seconds are of a shared machine.',
+        *LEGEND.splitlines(),
         *([f'Swept: {len(rows)} of {len(FAMILIES)}; `--resume` sweeps the rest.'] if len(rows) < len(FAMILIES) else []),
         '',
         f'{about["date"]}, Python {about["python"]}, {about["machine"]}; '

@@ -43,7 +43,7 @@ REQUIREMENTS: dict[str, tuple[Requirement, ...]] = {
         Requirement('matplotlib', ('matplotlib',), '3.7'),
     ),
 }
-OPTIONAL = ('mmseg',)  # checked when it is there; missing is no fault, for only segmentation needs it
+OPTIONAL = ('mmpretrain', 'mmseg')  # checked when they are there; whose models are pruned brings the one it needs
 
 
 def release(text: str) -> tuple[int, ...]:
@@ -71,6 +71,20 @@ def installed(distributions: tuple[str, ...]) -> tuple[str, str] | None:
     return max(found, key=lambda pair: release(pair[1]), default=None)
 
 
+def advised(part: str) -> dict[str, str]:
+    """Return the distribution to install for each module of a part: of the family that is there, OneDL's else.
+
+    Two families side by side would overwrite each other's modules.
+    """
+    names = {requirement.module: requirement.distributions for requirement in REQUIREMENTS[part]}
+    found = [found[0] for distributions in names.values() if (found := installed(distributions)) is not None]
+    original = bool(found) and not any(name.startswith('onedl-') for name in found)
+    return {
+        module: next((name for name in distributions if original and not name.startswith('onedl-')), distributions[0])
+        for module, distributions in names.items()
+    }
+
+
 def pip_requirement(requirement: Requirement, distribution: str | None = None) -> str:
     """Return what to ask pip for: the checked pin of what we advise, else the minimum of what is there."""
     name = distribution or requirement.distributions[0]
@@ -94,8 +108,9 @@ def require(part: str) -> None:
         found = installed(requirement.distributions)
         if found is None:
             if requirement.module not in OPTIONAL:
-                faults.append(f'{requirement.distributions[0]} is missing (needs >= {requirement.minimum})')
-                mend.append(pip_requirement(requirement))
+                name = advised(part)[requirement.module]
+                faults.append(f'{name} is missing (needs >= {requirement.minimum})')
+                mend.append(pip_requirement(requirement, name))
         elif release(found[1]) < release(requirement.minimum):
             faults.append(f'{found[0]} {found[1]} is too old (needs >= {requirement.minimum})')
             mend.append(pip_requirement(requirement, found[0]))

@@ -94,9 +94,13 @@ def test_both_families_of_names_are_accepted(monkeypatch, versions):
     compat.require('openmmlab')
 
 
-def test_segmentation_is_optional_but_not_too_old(monkeypatch):
-    pretend(monkeypatch, {k: v for k, v in OPENMMLAB.items() if k != 'mmsegmentation'})
+@pytest.mark.parametrize('absent', ['mmsegmentation', 'mmpretrain'])
+def test_one_of_classification_and_segmentation_will_do(monkeypatch, absent):
+    pretend(monkeypatch, {k: v for k, v in OPENMMLAB.items() if k != absent})
     compat.require('openmmlab')
+
+
+def test_what_is_there_may_not_be_too_old(monkeypatch):
     pretend(monkeypatch, {**OPENMMLAB, 'mmsegmentation': '0.30.0'})
     with pytest.raises(ImportError, match=r'mmsegmentation 0\.30\.0 is too old \(needs >= 1\.0\.0\)'):
         compat.require('openmmlab')
@@ -110,6 +114,15 @@ def test_an_error_names_package_versions_and_the_command(monkeypatch):
     assert 'mmengine 0.7.4 is too old (needs >= 0.10.0)' in message
     assert 'onedl-mmcv is missing (needs >= 2.0.0)' in message
     assert message.endswith("pip install 'mmengine>=0.10.0' 'onedl-mmcv==2.3.6'")
+
+
+def test_what_is_missing_is_proposed_from_the_family_that_is_there(monkeypatch):
+    pretend(monkeypatch, {'mmengine': '0.10.7', 'mmsegmentation': '1.2.2'})
+    with pytest.raises(ImportError, match=r"mmcv is missing.*pip install 'mmcv>=2\.0\.0'$"):
+        compat.require('openmmlab')
+    pretend(monkeypatch, {})
+    with pytest.raises(ImportError, match=r"pip install 'onedl-mmengine==0\.10\.12' 'onedl-mmcv==2\.3\.6'$"):
+        compat.require('openmmlab')
 
 
 def test_the_newest_of_two_distributions_counts(monkeypatch):

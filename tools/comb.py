@@ -25,8 +25,9 @@ def parse_args() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     cfg = cli.read_config(args)
-    for path in filter(None, (args.json, args.plot)):
-        cli.check_work_dir(Path(path).absolute().parent)
+    for option, path in (('--json', args.json), ('--plot', args.plot)):
+        if path:
+            cli.check_folder(Path(path).absolute().parent, option)
     cli.check_checkpoint(args.checkpoint, '--checkpoint')
     model = load_dense(cfg, args.checkpoint) if args.checkpoint else build_dense(cfg)
     given = {'heads': args.heads, 'strict': args.strict or None, 'input_shape': args.shape}

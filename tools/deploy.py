@@ -86,7 +86,7 @@ def main(args: argparse.Namespace) -> None:
     folder, name = (out.parent, out.stem) if out.suffix == '.onnx' else (out, 'slim')
     if name == 'dense':
         raise cli.UserError(f'--out: {out} is where the dense model goes; choose another name')
-    cli.check_work_dir(folder)
+    cli.check_folder(folder, '--out')
     slim = load_slim(cfg, args.checkpoint)
     dense, weights = dense_model(cfg, args)
     batches, source = real_batches(cfg, slim, args)

@@ -22,7 +22,7 @@ def main(args: argparse.Namespace) -> None:
     cfg = cli.read_config(args)
     out = Path(args.out) if args.out else Path(args.checkpoint).with_name('slim.pth')
     cli.check_checkpoint(args.checkpoint, 'checkpoint')
-    cli.check_work_dir(out.absolute().parent)
+    cli.check_folder(out.absolute().parent, '--out')
     meta = slim_checkpoint(cfg, args.checkpoint, out)
     print(f'{comparison(meta["dense"], meta["slim"])}\nsaved {out}')
 

@@ -28,10 +28,10 @@ def main(args: argparse.Namespace) -> None:
     cfg = cli.read_config(args)
     cli.set_runner_options(cfg, args)
     cli.check_checkpoint(args.checkpoint, 'checkpoint')
-    cli.check_work_dir(cfg.work_dir)
+    cli.check_folder(cfg.work_dir, '--work-dir')
     cli.check_data(cfg, ('test_dataloader',))
     if args.out:
-        cli.check_work_dir(Path(args.out).absolute().parent)
+        cli.check_folder(Path(args.out).absolute().parent, '--out')
     with tempfile.TemporaryDirectory() as folder:
         use_checkpoint(cfg, args.checkpoint, Path(folder))
         start_processes(cfg)

@@ -64,7 +64,7 @@ def main(args: argparse.Namespace) -> None:
     merge_args(cfg, args)
     if args.amp and get_device() == 'cpu':
         raise cli.UserError('--amp needs an accelerator, and torch finds none here; leave it out')
-    cli.check_work_dir(cfg.work_dir)
+    cli.check_folder(cfg.work_dir, '--work-dir')
     cli.check_data(cfg, ('train_dataloader', 'val_dataloader'))
     cli.check_checkpoint(cfg.get('load_from'), '--resume' if args.resume else 'load_from')
     cli.check_hooks(cfg)

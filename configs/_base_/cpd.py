@@ -1,5 +1,5 @@
-# Every option of combing and pruning with its default. To use it, a config of one's own needs this file among its
-# bases, the model inside a Distiller, and the two hooks; what differs is overridden by name:
+# Every option of combing and pruning, with the value that inheriting this file gives. To use it, a config of one's own
+# needs this file among its bases, the model inside a Distiller, and the two hooks; what differs is overridden by name:
 #
 #     _base_ = ['mmpretrain::resnet/resnet50_8xb32_in1k.py', 'mmcpd::_base_/cpd.py']
 #     model = dict(_delete_=True, type='mmcpd.Distiller', student=_base_.model, losses=[dict(type='KDLoss')])

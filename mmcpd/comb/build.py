@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ..names import match
 from .atoms import Row
 from .expressions import leaves
 from .groups import Comb, Frozen, Group, Member, SizeRule
-from .names import match
 from .source import site
 from .trace import Equation, Term, Trace
 
@@ -123,7 +123,7 @@ def _groups(trace: Trace, rows: _Rows, component: np.ndarray, why: np.ndarray) -
         first = min(producers, key=lambda r: order.get(r, len(order)))
         found.append((order.get(first, len(order)), int(atoms[0, 0]), first, atoms))
     found.sort(key=lambda f: f[:2])
-    gate_rows = _gates(trace, rows)
+    gate_rows = _gates(trace)
     groups: list[Group] = []
     names: dict[str, int] = {}
     number = 0
@@ -156,7 +156,7 @@ def _producer_order(trace: Trace, rows: _Rows) -> dict[int, int]:
     return order
 
 
-def _gates(trace: Trace, rows: _Rows) -> np.ndarray:
+def _gates(trace: Trace) -> np.ndarray:
     """Mark the rows, weight and bias, that produce one factor of a product of two activations."""
     marked = np.zeros(trace.table.size, bool)
     for atoms in trace.gates:
@@ -315,7 +315,3 @@ def _frozen(trace: Trace, rows: _Rows, component: np.ndarray, why: np.ndarray) -
 def default_forward(model: nn.Module, *inputs: Any) -> Any:
     """Call the model on its inputs."""
     return model(*inputs)
-
-
-Forward = Callable[..., Any]
-Inputs = Tensor | tuple[Any, ...]

@@ -26,7 +26,7 @@ class Cost:
         return getattr(self, metric)
 
 
-METRICS = ('macs', 'params', 'memory')
+COSTS = ('macs', 'params', 'memory')
 
 
 @dataclass(frozen=True)

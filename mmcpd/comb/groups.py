@@ -15,8 +15,8 @@ import torch
 from scipy.sparse import csr_array
 from torch import Tensor
 
-from .cost import METRICS, Cost, Formula
-from .names import near
+from ..names import near
+from .cost import COSTS, Cost, Formula
 from .source import Site
 
 Keep = dict[str, Tensor]
@@ -95,8 +95,15 @@ class Comb:
         unsupported: `(operation, module path) -> count` of operations without a rule.
         axes: for each dimension that something refers to, the unit of each position, or -1 where it is fixed. Units
             are numbered through all groups.
+        macs, memory, params: closed formulas, sums of (factor, axes): the factor times the live counts of the axes.
+            Multiply-adds, elements of activations, elements of parameters.
+        norms: statistics over channels, which masking takes over those that stay.
+        scales: queries whose forward divides by the square root of its own width.
+        sizes, numbers: widths that a forward asks for, and that it computes with.
+        equal: pairs of expressions that a forward compares.
         shapes: the shape of every parameter and buffer.
         parameters: the names of those that are parameters.
+        inputs, forward: what it was combed with; absent after `from_json`.
     """
 
     groups: list[Group]
@@ -173,7 +180,7 @@ class Comb:
     @cached_property
     def _formulas(self) -> dict[str, Formula]:
         dummy = len(self.axes)
-        return {metric: Formula.of(getattr(self, metric), dummy) for metric in METRICS}
+        return {metric: Formula.of(getattr(self, metric), dummy) for metric in COSTS}
 
     def flat(self, keep: Mapping[str, Tensor]) -> np.ndarray:
         """Return a keep as one boolean vector over all units."""
@@ -205,7 +212,13 @@ class Comb:
         return Cost(values['macs'], values['params'], 4 * values['memory'])
 
     def marginal(self, keep: Mapping[str, Tensor]) -> dict[str, Cost]:
-        """Return, for each group, what removing one more of its units would save now (units of a group are alike)."""
+        """Return, for each group, what removing one more of its units would save now (units of a group are alike).
+
+        MACs, parameters and bytes of activations, as in `cost`.
+
+        Example:
+            >>> c.marginal(c.keep())['layer1.0.conv1'].macs
+        """
         flat = self.flat(keep)
         now = self.cost_flat(flat)
         saved = {}
@@ -215,7 +228,7 @@ class Comb:
             flat[unit] = False
             then = self.cost_flat(flat)
             flat[unit] = True
-            saved[group.name] = Cost(*(float(now[m] - then[m]) for m in METRICS))
+            saved[group.name] = Cost(*(float(now[m] - then[m]) for m in COSTS))
         return saved
 
     # -- what could be pruned ----------------------------------------------------------------------------------------
@@ -254,7 +267,12 @@ class Comb:
 
     @classmethod
     def from_json(cls, source: str | Path) -> Comb:
-        """Read what `to_json` wrote: a path, or the text itself."""
+        """Read what `to_json` wrote: a path, or the text itself.
+
+        Raises:
+            ValueError: the text is no JSON, or of another version of mmcpd.
+            OSError: the file cannot be read.
+        """
         from .serial import load
 
         text = source if isinstance(source, str) and source.lstrip().startswith('{') else Path(source).read_text()

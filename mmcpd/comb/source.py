@@ -73,8 +73,6 @@ def asking(frame: FrameType | None = None) -> nn.Module | None:
 
 def site(module: nn.Module, path: str, place: Spot) -> Site | None:
     """Name a place by method and call text, or None where the code is not a method of the module's class."""
-    if not hasattr(place.code, 'co_positions'):  # Python 3.10
-        return None
     positions = list(place.code.co_positions())[place.instruction // 2]
     for name, function in methods(type(module)):
         if place.code not in _codes(function.__code__):

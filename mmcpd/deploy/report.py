@@ -141,8 +141,8 @@ def environment() -> dict[str, Any]:
         'provider': 'CPUExecutionProvider',
         'cpu': cpu_name(),
         'cores': usable_cores(),
-        'system': platform.platform(),
-        'date': datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'),
+        'system': f'{platform.system()} {platform.machine()}',
+        'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
     }
 
 

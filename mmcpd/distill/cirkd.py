@@ -18,13 +18,12 @@ class CIRKDLoss(DistillLoss):
     On the features before the classifier, `(N, C, H, W)`, normalised over C, the sum of three terms:
 
     - `alpha` * batch pixel to pixel: for all ordered pairs of images (i, j), `softmax(F_i^T F_j / tau)` by
-      row, `KL(T || S)`, mean over rows and pairs. Maps of more than `max_positions` are average-pooled first.
-      Widths may
-      differ: the student is not projected here.
+      row, `KL(T || S)`, mean over rows and pairs. Maps of more than `max_positions` are average-pooled first. Widths
+      may differ: the student is not projected here.
     - `beta` * memory pixel to pixel, `gamma` * memory pixel to region: the student's pixels go through a
       projection head; both networks are compared with the same teacher embeddings, sampled from class-aware
-      queues: `softmax(F^T keys / tau / temperature)` by row, `KL(T || S) * temperature^2`, mean over the
-          labelled pixels.
+      queues: `softmax(F^T keys / tau / temperature)` by row, `KL(T || S) * temperature^2`, mean over the labelled
+      pixels.
 
     The queues are ring buffers and part of the state dict. In training each call first writes this batch's
     teacher embeddings (from all processes) into them: for each image and class one region, the normalised

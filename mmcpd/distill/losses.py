@@ -115,16 +115,15 @@ class KDLoss(DistillLoss):
 class CWDLoss(DistillLoss):
     r"""Compare where each channel looks: a softmax over the positions of every channel, `(N, C, H, W)`.
 
-    `tau^2 / (N * C) * sum over n, c of KL(phi(t) || phi(s))`, `phi(y) = softmax over the H*W positions of y /
-    tau`.
+    `tau^2 / (N * C) * sum over n, c of KL(phi(t) || phi(s))`, where `phi(y)` is the softmax of `y / tau` over the H*W
+    positions.
 
     Memory: four tensors of the map's size. Time: O(elements).
 
     Args:
         tau: Temperature; 4 with weight 3 is the authors' command, 1 with weight 5 or 10 is common elsewhere.
         loss_weight: Factor of the result.
-        ignore_index: Leave pixels with this label out of the softmax (needs labels). None, as published: all
-            count.
+        ignore_index: Leave pixels with this label out of the softmax (needs labels). None, as published: all count.
 
     Raises:
         ValueError: If `tau` is not positive, or the inputs have no positions.
@@ -155,11 +154,9 @@ class CWDLoss(DistillLoss):
 class DISTLoss(DistillLoss):
     r"""Compare relations, not values: `1 - Pearson correlation` of the probabilities, by sample and by class.
 
-    `tau^2 * (beta * inter + gamma * intra)`, inter: the mean over samples (pixels) of 1 - corr(row of s, row
-    of t);
-    intra: the mean over classes of 1 - corr(column of s, column of t). A row or column that is constant in
-        the
-    teacher (norm of the centred vector below 1e-8) has no correlation and counts as agreement.
+    `tau^2 * (beta * inter + gamma * intra)`. inter: the mean over samples (pixels) of 1 - corr(row of s, row of t).
+    intra: the mean over classes of 1 - corr(column of s, column of t). A row or column that is constant in the teacher
+    (norm of the centred vector below 1e-8) has no correlation and counts as agreement.
 
     Memory: six tensors of the logits' size. Time: O(elements).
 
@@ -204,11 +201,9 @@ class DISTLoss(DistillLoss):
 class FeatureLoss(DistillLoss):
     r"""Compare features by their mean squared difference, through a 1x1 projection where the widths differ.
 
-    Takes `(N, C)`, `(N, L, C)` or `(N, C, H, W)`. The projection is trained with the student and is no part
-    of it.
+    Takes `(N, C)`, `(N, L, C)` or `(N, C, H, W)`. The projection is trained with the student and is no part of it.
 
-    Memory: three tensors of the teacher's feature size and `(student_channels + 1) * teacher_channels`
-    parameters.
+    Memory: three tensors of the teacher's feature size and `(student_channels + 1) * teacher_channels` parameters.
     Time: O(elements), times `student_channels` where there is a projection.
 
     Args:

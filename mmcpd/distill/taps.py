@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+from ..names import near
 
 # Where classifiers keep their last layer: what the tap 'logits' stands for, the first that a model has.
 LOGITS = (
@@ -59,7 +60,7 @@ class Tap:
             path = found
         if not path or path not in modules:
             raise ValueError(
-                f'tap {name!r}: {type(model).__name__} has no module {path!r}; near: {near_names(path, modules)}'
+                f'tap {name!r}: {type(model).__name__} has no module {path!r}; near: {near(path, modules)}'
             )
         if part in ('', 'in'):
             return Tap(path, part or None)
@@ -177,17 +178,3 @@ def _choose(name: str, tap: Tap, value: Any) -> Tensor:
             f"inside it, or choose one of its outputs by index, as in '{tap.module}:0'"
         )
     return value
-
-
-def near_names(name: str, known: Iterable[str]) -> str:
-    """List the known names that are most like `name`, for an error message.
-
-    Example:
-        >>> near_names('head.fcc', ['head.fc', 'backbone'])
-        'head.fc'
-    """
-    known = [k for k in known if k]
-    close = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
-    last = name.rpartition('.')[2]
-    close += [k for k in known if last and k.rpartition('.')[2] == last and k not in close]
-    return ', '.join(close[:5] or known[:5]) or 'none at all'

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
-from torch import Tensor, nn
+from torch import nn
 
 from mmcpd.comb import Comb, comb
 from mmcpd.comb.errors import SlimError
@@ -18,17 +18,11 @@ from mmcpd.engine.hooks import STATE
 from mmcpd.engine.inputs import example_inputs, noise
 from mmcpd.engine.options import comb_options
 from mmcpd.engine.slimmed import fill, is_slim, load_slim, read_checkpoint
-from mmcpd.engine.teachers import DISTILL
+from mmcpd.engine.teachers import student_weights
 from mmcpd.prune import mask_
 
 OUR_HOOKS = ('CombHook', 'PruneHook')
 PathLike = str | os.PathLike
-
-
-def student_weights(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return a training checkpoint's weights under the bare student's names."""
-    weights = {name.removeprefix('module.'): value for name, value in checkpoint['state_dict'].items()}
-    return {name: value for name, value in weights.items() if not name.startswith(DISTILL)}
 
 
 def load_dense(cfg: Config, path: PathLike) -> nn.Module:

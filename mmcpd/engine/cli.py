@@ -159,8 +159,8 @@ def set_runner_options(cfg: Config, args: argparse.Namespace) -> None:
                 loader.pin_memory = False
 
 
-def check_work_dir(folder: str | os.PathLike) -> None:
-    """See that a folder can be made and written to, and leave no trace.
+def check_folder(folder: str | os.PathLike, option: str) -> None:
+    """See that the folder of an option can be made and written to, and leave no trace.
 
     Raises:
         UserError: It cannot.
@@ -172,9 +172,7 @@ def check_work_dir(folder: str | os.PathLike) -> None:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise UserError(
-            f'cannot write to the work dir {folder} ({error.strerror}); choose another by --work-dir'
-        ) from error
+        raise UserError(f'{option}: cannot write to the folder {folder} ({error.strerror}); choose another') from error
     finally:
         for part in made:
             if part.exists():

@@ -13,10 +13,8 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from mmcpd.distill import Taps
-from mmcpd.engine.lessons import LOSSES, Lesson, labels_of, read_lesson
+from mmcpd.engine.lessons import Lesson, labels_of, read_lesson
 from mmcpd.engine.teachers import DISTILL, DTYPES, FrozenTeacher, check_same_input, load_teacher
-
-__all__ = ['LOSSES', 'Distiller']
 
 STUDENT = 'student.'  # what nn.Module puts before the student's names, and nobody else sees
 
@@ -33,9 +31,9 @@ class Distiller(BaseModel):
         teacher: 'self': the student as it is when `begin_distillation` is called (until then only the task's
             losses are returned); or `dict(config=..., checkpoint=..., cfg_options=...)`, or a model, from the
             start; or None.
-        losses: Dicts of `type` (a name in `LOSSES`, or of a loss registered in MMEngine's MODELS), `tap` (a module
-            output as in `mmcpd.distill.Tap`, 'logits' by default), `teacher_tap` (as `tap` by default), `name`
-            (in the log: `loss_distill_<name>`), and the arguments of the loss. It is called as
+        losses: Dicts of `type` (a name in `mmcpd.distill`, or of a loss registered in MMEngine's MODELS), `tap` (a
+            module output as in `mmcpd.distill.Tap`, 'logits' by default), `teacher_tap` (as `tap` by default),
+            `name` (in the log: `loss_distill_<name>`), and the arguments of the loss. It is called as
             `loss(student, teacher)`, or `(student, teacher, labels)` if its `needs_labels` is True.
         data_preprocessor: For a student whose config has none; the Runner gives the config's own here.
         teacher_dtype: None: as the student (mixed precision included); or 'bfloat16', 'float16'.

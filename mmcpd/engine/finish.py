@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from mmcpd.comb import METRICS, Comb, Keep, SlimError
+from mmcpd.comb import COSTS, Comb, Keep, SlimError
 from mmcpd.engine.slimmed import save_slim
 from mmcpd.prune import slim, structure
 from mmcpd.prune.trial import compare
@@ -42,8 +42,10 @@ def finish(model: nn.Module, comb: Comb, keep: Keep, path: Path, meta: Mapping[s
     off = compare(model, comb, keep, small)
     if off > TOLERANCE:
         raise SlimError(
-            f'the slim model is off the masked one by {off:.1e} of the largest output, so {path} is not written: find '
-            'the group at fault and ignore it (comb = dict(ignore=[...]))'
+            f'the slim model is off the masked one by {off:.1e} of the largest output, so {path} is not written: '
+            'a forward does something that combing does not see. tools/comb.py lists the groups; cut the last '
+            'checkpoint again by tools/slim.py with some of them ignored (--cfg-options comb.ignore=...) to find '
+            'the one at fault'
         )
     save_slim(path, small, structure(model, small), meta)
     return small
@@ -52,7 +54,7 @@ def finish(model: nn.Module, comb: Comb, keep: Keep, path: Path, meta: Mapping[s
 def costs(comb: Comb, keep: Keep) -> dict[str, int]:
     """Return MACs, parameters, memory (bytes) and units under a keep, as plain numbers."""
     cost = comb.cost(keep)
-    return {**{metric: int(cost[metric]) for metric in METRICS}, 'units': sum(int(k.sum()) for k in keep.values())}
+    return {**{metric: int(cost[metric]) for metric in COSTS}, 'units': sum(int(k.sum()) for k in keep.values())}
 
 
 def comparison(dense: Mapping[str, Any], small: Mapping[str, Any]) -> str:

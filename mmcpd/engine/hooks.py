@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -24,6 +23,7 @@ from mmcpd.engine.finish import comparison, costs, finish
 from mmcpd.engine.inputs import example_inputs, noise
 from mmcpd.engine.options import comb_options, prune_options
 from mmcpd.engine.replay import Replay, random_state, set_random_state
+from mmcpd.engine.slimmed import save_whole
 from mmcpd.prune.pruner import Pruner
 
 STATE = 'mmcpd'  # where the pruning state sits in a checkpoint
@@ -158,6 +158,10 @@ class PruneHook(Hook):
 
     def after_train(self, runner: Runner) -> None:
         self.pruner.stop()
+        if self.pruner.importance.skipped:
+            runner.logger.info(
+                f'{self.pruner.importance.skipped} iterations entered no score: a gradient was not finite'
+            )
         comb, keep = self.pruner.comb, self.pruner.keep
         dense = {**costs(comb, comb.keep()), 'metrics': self.dense_metrics}
         small = {**costs(comb, keep), 'metrics': self._metrics(runner)}  # masked and slim compute the same
@@ -190,7 +194,7 @@ class PruneHook(Hook):
         if isinstance(model, Distiller):
             model.begin_distillation()
         if is_main_process():
-            _save(Path(runner.work_dir) / DENSE, {'state_dict': self.pruner.model.state_dict()})
+            save_whole(Path(runner.work_dir) / DENSE, {'state_dict': self.pruner.model.state_dict()})
         self.pruner.start()
         runner.logger.info(f'pruning begins; the dense model is in {DENSE}: {_shown(self.dense_metrics)}')
 
@@ -254,13 +258,3 @@ def _comb_of(runner: Runner) -> Comb:
 
 def _shown(metrics: Mapping[str, float]) -> str:
     return ', '.join(f'{name} {value:.2f}' for name, value in metrics.items()) or 'not validated'
-
-
-def _save(path: Path, content: dict[str, Any]) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
-        torch.save(content, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -11,14 +11,16 @@ import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from mmcpd.distill import CIRKDLoss, CWDLoss, DISTLoss, FeatureLoss, KDLoss, Tap
-from mmcpd.distill.taps import near_names
+from mmcpd import distill
+from mmcpd.distill import DistillLoss, Tap
+from mmcpd.names import near
 
+# By name, every loss that `mmcpd.distill` exports.
 LOSSES: dict[str, type[nn.Module]] = {
-    loss.__name__: loss for loss in (KDLoss, CWDLoss, CIRKDLoss, DISTLoss, FeatureLoss)
+    name: loss
+    for name, loss in vars(distill).items()
+    if isinstance(loss, type) and issubclass(loss, DistillLoss) and loss is not DistillLoss
 }
-
-
 # Attributes of torch's layers: the width of what they give, and of what they take.
 WIDTHS = {False: ('out_channels', 'out_features', 'num_features'), True: ('in_channels', 'in_features', 'num_features')}
 
@@ -49,8 +51,7 @@ class Lesson:
                     return LOSSES[short](**{**_sizes(LOSSES[short], student, tap), **self.args})
                 with MODELS.switch_scope_and_registry(None) as registry:
                     if registry.get(self.kind) is None:
-                        near = near_names(short, LOSSES)
-                        raise ValueError(f'losses: no loss is called {self.kind!r}; near: {near}')
+                        raise ValueError(f'losses: no loss is called {self.kind!r}; near: {near(short, LOSSES)}')
             return MODELS.build({'type': self.kind, **self.args})
         except TypeError as error:
             raise ValueError(f'losses: {short}: {error}') from error

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mmcpd.comb.names import near
 from mmcpd.engine.build import type_name
+from mmcpd.names import near
 from mmcpd.prune.pruner import check_options
 
 COMB_OPTIONS = ('heads', 'ignore', 'strict', 'input_shape', 'save')

@@ -28,7 +28,7 @@ PathLike = str | os.PathLike
 
 
 def save_slim(path: PathLike, model: nn.Module, structure: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
-    """Write a slim model's checkpoint, whole or not at all: it is written beside `path` and renamed.
+    """Write a slim model's checkpoint, whole or not at all.
 
     Args:
         path: The file to write; its folder is made.
@@ -50,6 +50,11 @@ def save_slim(path: PathLike, model: nn.Module, structure: Mapping[str, Any], me
         'meta': {'mmcpd_version': __version__, **_plain(meta, 'meta')},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
+    save_whole(path, content)
+
+
+def save_whole(path: Path, content: dict[str, Any]) -> None:
+    """Write a file of `torch.save` whole or not at all: beside `path`, then renamed."""
     temporary = path.with_name(f'.{path.name}.{os.getpid()}')
     try:
         torch.save(content, temporary)

@@ -92,6 +92,12 @@ class FrozenTeacher:
         return self
 
 
+def student_weights(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return a training checkpoint's weights under the bare student's names."""
+    weights = {name.removeprefix('module.'): value for name, value in checkpoint['state_dict'].items()}
+    return {name: value for name, value in weights.items() if not name.startswith(DISTILL)}
+
+
 def load_teacher(teacher: Mapping[str, Any]) -> nn.Module:
     """Build a teacher from `dict(config=..., checkpoint=..., cfg_options=...)`.
 
@@ -117,9 +123,7 @@ def load_teacher(teacher: Mapping[str, Any]) -> nn.Module:
         if is_slim(path):
             return load_slim(cfg, path)
         model = build_dense(cfg)
-        weights = read_checkpoint(path)['state_dict']
-        names = {name: name.removeprefix('module.') for name in weights}
-        fill(model, {new: weights[old] for old, new in names.items() if not new.startswith(DISTILL)}, path)
+        fill(model, student_weights(read_checkpoint(path)), path)
     except SlimError as error:
         raise ValueError(f'teacher: {error}') from error
     return model

@@ -16,33 +16,33 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 Shapes = dict[str, tuple[int, ...]]  # of the module's own tensors, by their local names
 
 
-def _conv(module: Any, old: Shapes, new: Shapes) -> dict[str, Any]:
+def _conv(module: Any, new: Shapes) -> dict[str, Any]:
     transposed = isinstance(module, _ConvTransposeNd)
     wide, narrow = new['weight'][0], new['weight'][1] * module.groups  # (O, I / groups), transposed (I, O / groups)
     inside, outside = (wide, narrow) if transposed else (narrow, wide)
     return {'in_channels': inside, 'out_channels': outside}
 
 
-def _linear(module: Any, old: Shapes, new: Shapes) -> dict[str, Any]:
+def _linear(module: Any, new: Shapes) -> dict[str, Any]:
     return {'out_features': new['weight'][0], 'in_features': new['weight'][1]}
 
 
-def _first(attribute: str) -> Callable[[Any, Shapes, Shapes], dict[str, Any]]:
-    def update(module: Any, old: Shapes, new: Shapes) -> dict[str, Any]:
+def _first(attribute: str) -> Callable[[Any, Shapes], dict[str, Any]]:
+    def update(module: Any, new: Shapes) -> dict[str, Any]:
         return {attribute: new[next(iter(new))][0]}
 
     return update
 
 
-def _layer_norm(module: Any, old: Shapes, new: Shapes) -> dict[str, Any]:
+def _layer_norm(module: Any, new: Shapes) -> dict[str, Any]:
     return {'normalized_shape': tuple(new['weight'])}
 
 
-def _embedding(module: Any, old: Shapes, new: Shapes) -> dict[str, Any]:
+def _embedding(module: Any, new: Shapes) -> dict[str, Any]:
     return {'num_embeddings': new['weight'][0], 'embedding_dim': new['weight'][1]}
 
 
-SHAPE_ATTRS: list[tuple[type, Callable[[Any, Shapes, Shapes], dict[str, Any]]]] = [
+SHAPE_ATTRS: list[tuple[type, Callable[[Any, Shapes], dict[str, Any]]]] = [
     (_ConvNd, _conv),
     (nn.Linear, _linear),
     (_NormBase, _first('num_features')),
@@ -53,11 +53,11 @@ SHAPE_ATTRS: list[tuple[type, Callable[[Any, Shapes, Shapes], dict[str, Any]]]] 
 ]
 
 
-def described(module: nn.Module, old: Shapes, new: Shapes) -> dict[str, Any]:
+def described(module: nn.Module, new: Shapes) -> dict[str, Any]:
     """Return the attributes that follow from the new shapes of a module's own tensors."""
     for kind, update in SHAPE_ATTRS:
         if isinstance(module, kind) and new:
-            return {n: v for n, v in update(module, old, new).items() if hasattr(module, n)}
+            return {n: v for n, v in update(module, new).items() if hasattr(module, n)}
     return {}
 
 

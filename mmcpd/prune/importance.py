@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..comb.names import look_up
+from ..names import look_up
 from .gates import Gates, untouched
 from .samples import SampleTaps
 

@@ -182,7 +182,9 @@ class Masker:
             live = (units < 0) | flat[units.clamp(min=0)]
             if not torch.equal(found.setdefault(path, {}).setdefault((dim, len(live)), live), live):
                 where = path or 'the model itself'
-                raise SlimError(f'{where} normalises two different sets of {len(live)} channels: ignore their groups')
+                raise SlimError(
+                    f'{where} normalises two different sets of {len(live)} channels; with trial=True comb freezes them'
+                )
         for path, by_width in found.items():
             module = self.model.get_submodule(path)
             partly = {key: live.nonzero().flatten() for key, live in by_width.items() if not bool(live.all())}
@@ -222,6 +224,8 @@ def mask_(model: nn.Module, comb: Comb, keep: Mapping[str, Tensor]) -> None:
 
     Raises:
         ValueError: if the keep does not fit.
+        SlimError: if one module takes statistics over two different sets of channels, in one dimension and of one
+            width; `comb` freezes these unless `trial=False`.
 
     Example:
         >>> keep = c.keep()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..comb.names import look_up
+from ..names import look_up
 
 if TYPE_CHECKING:
     from ..comb.groups import Comb

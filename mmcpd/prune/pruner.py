@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..comb.names import look_up, match, near
+from ..names import look_up, match, near
 from .importance import IMPORTANCES, Closure, build_importance
 from .masks import Masker
 from .normalize import NORMALIZERS, normalize

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..comb.names import look_up, match
+from ..comb.cost import COSTS
+from ..names import look_up, match
 
 if TYPE_CHECKING:
     from ..comb.groups import Comb
@@ -25,7 +26,7 @@ CURVES: dict[str, Callable[[float], float]] = {
     'cosine': lambda t: (1 + math.cos(math.pi * t)) / 2,
     'paper': lambda _: 0.0,  # a fixed number of units per event, down to the target
 }
-METRICS = dict.fromkeys(('macs', 'params', 'memory', 'units'))
+METRICS = dict.fromkeys((*COSTS, 'units'))
 
 
 class PruneError(ValueError):
@@ -187,7 +188,7 @@ def select(
     low, high = 0, len(ends)  # the metric is above the goal with `low` chunks gone, not above with `high`
     if high == 0 or left(high) > goal:
         if limit is None or high == 0:
-            lowest = reachable(comb, metric, min_units, round_to, ignore)[0]
+            lowest = reachable(comb, metric, min_units, round_to, ignore)
             raise PruneError(f'{metric} cannot go down to {ratio:.4f} of the dense model, only to {lowest:.4f}')
         low = high - 1
     while high - low > 1:
@@ -200,17 +201,17 @@ def select(
 
 def reachable(
     comb: Comb, metric: str = 'macs', min_units: int = 1, round_to: int = 1, ignore: Sequence[str] = ()
-) -> tuple[float, float]:
-    """Return the lowest and the highest share of the metric that the floors of `select` allow.
+) -> float:
+    """Return the lowest share of the metric that the floors of `select` allow.
 
     Example:
         >>> reachable(c, "macs", round_to=8)
-        (0.0121, 1.0)
+        0.0121
     """
     keep = comb.keep()
     steps = _steps(comb, keep, min_units, round_to, ignore)
     stay = {name: (numbers[-1] if numbers else len(keep[name])) for name, numbers in steps.items()}
-    return share(comb, {name: torch.arange(len(k)) < stay[name] for name, k in keep.items()}, metric), 1.0
+    return share(comb, {name: torch.arange(len(k)) < stay[name] for name, k in keep.items()}, metric)
 
 
 def check_reachable(
@@ -231,10 +232,10 @@ def check_reachable(
             'print the comb to see what is frozen and why'
         )
     metric, target = schedule.metric, schedule.target
-    low, high = reachable(comb, metric, min_units, round_to, ignore)
+    low = reachable(comb, metric, min_units, round_to, ignore)
     if low > target:
         raise PruneError(
-            f'target={target} of {metric} cannot be reached, only {low:.4f} to {high:.1f} of the dense model '
+            f'target={target} of {metric} cannot be reached, only {low:.4f} of the dense model '
             f'(min_units={min_units}, round_to={round_to}, ignore={list(ignore)})'
         )
     if schedule.units_per_event is not None and metric == 'units':

@@ -29,7 +29,7 @@ def slim(model: nn.Module, comb: Comb, keep: Mapping[str, Tensor]) -> nn.Module:
 
     Raises:
         ValueError: if the keep does not fit.
-        SlimError: if the model's attributes cannot follow.
+        SlimError: if the model's attributes cannot follow, which `comb` finds out and freezes unless `trial=False`.
 
     Example:
         >>> small = slim(model, c, keep)
@@ -109,7 +109,7 @@ def _follow_(
     def describe() -> None:
         for path, shapes in before.items():
             if outside[path] and path in modules and local_shapes(modules[path]) != shapes:
-                for name, value in described(modules[path], shapes, local_shapes(modules[path])).items():
+                for name, value in described(modules[path], local_shapes(modules[path])).items():
                     setattr(modules[path], name, value)
 
     describe()

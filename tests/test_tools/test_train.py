@@ -74,7 +74,7 @@ def test_resume_without_a_checkpoint_starts_from_load_from(tool, tiny, tmp_path)
         (['{tiny}', '--cfg-options', 'load_from=none.pth'], 'load_from: there is no checkpoint none.pth'),
         (['{tiny}', '--auto-scale-lr'], 'has no auto_scale_lr.base_batch_size'),
         (['{tiny}', '--cfg-options', 'train_cfg.max_epochs.x=1'], '--cfg-options does not fit'),
-        (['{tiny}', '--work-dir', '{tiny}/inside'], 'cannot write to the work dir'),
+        (['{tiny}', '--work-dir', '{tiny}/inside'], '--work-dir: cannot write to the folder'),
         (['{tiny}', '--work-dir', '/proc/nothing/here'], 'choose another by --work-dir'),
     ],
 )

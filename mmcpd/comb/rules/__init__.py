@@ -1,14 +1,19 @@
 """The table of operations: what each one says about the axes of its inputs and outputs.
 
-Four kinds of operation, looked up in this order:
+What `apply` looks an operation up in, by its name (in-place and out-of-place forms share it), in this order:
 
-1. those with a rule in this folder, by the operation's name (in-place and out-of-place forms share it);
-2. point-wise ones (the dispatcher tags them): broadcast dimensions meet and are equal;
-3. data movement (`MOVEMENT`): run the very same operation on the atoms;
-4. everything else: if an axis goes in, freeze it, count the operation and report it. Never guess.
+1. `FRESH`: its output has nothing to do with the channels that went in; so has one that no axis goes into;
+2. `RULES`: it has a rule in this folder;
+3. `SAME`: its output has the axes of its first input;
+4. point-wise (`POINTWISE`, and what the dispatcher tags so): broadcast dimensions meet and are equal;
+5. `MOVEMENT`: data movement, the very same operation runs on the atoms;
+6. `POOLS`: positions are pooled, channels stay;
+7. everything else: freeze the axes that go in, count the operation and report it. Never guess.
+
+An operation outside `PLAIN` makes slimming more than slicing, so that combing ends with a trial.
 
 A rule takes the `Trace` and the `Call` and sets the axes of `call.out`. To add one: write it, decorate it, and test it
-with a toy net whose groups are written by hand (`docs/design.md`, "How to add an operation").
+with a toy net whose groups are written by hand (`docs/design.md`, "How to add").
 """
 
 from __future__ import annotations

@@ -11,9 +11,17 @@ _T = TypeVar('_T')
 
 
 def near(name: str, known: Iterable[str], n: int = 3) -> str:
-    """List the known names that are most like `name`, or some of them where none is."""
-    known = list(known)
-    return ', '.join(difflib.get_close_matches(name, known, n=n, cutoff=0.4) or sorted(known)[: 2 * n])
+    """List the known names that are most like `name` or end as it does; some of them where none is.
+
+    Example:
+        >>> near('head.fcc', ['head.fc', 'backbone'])
+        'head.fc'
+    """
+    known = [k for k in known if k]
+    close = difflib.get_close_matches(name, known, n=n, cutoff=0.4)
+    last = name.rpartition('.')[2]
+    close += [k for k in known if last and k.rpartition('.')[2] == last and k not in close]
+    return ', '.join(close[: n + 2] or sorted(known)[: 2 * n]) or 'none at all'
 
 
 def look_up(table: dict[str, _T], name: object, kind: str) -> _T:
