@@ -208,7 +208,7 @@ class _AxisBook:
     def expression(self, expr: Any) -> Any:
         if not isinstance(expr, tuple):
             return expr
-        if expr[0] == 'attr':
+        if expr[0] in ('attr', 'input'):
             return expr
         if expr[0] == 'live':
             return ('live', self.number(expr[1]))

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-# ('attr', module path, name) | ('live', atoms or axis number) | (operator, left, right) | int
+# ('attr', module path, name) | ('live', atoms or axis number) | ('input', size) | (operator, left, right) | int
 Expression = Any
 OPERATORS: dict[str, Callable[[int, int], int]] = {
     '+': operator.add, '-': operator.sub, '*': operator.mul, '//': operator.floordiv, '%': operator.mod,
@@ -16,12 +16,17 @@ OPERATORS: dict[str, Callable[[int, int], int]] = {
 
 
 def leaves(expr: Expression, kind: str) -> list[tuple[Any, ...]]:
-    """Return the leaves of one kind, 'attr' or 'live'."""
+    """Return the leaves of one kind: 'attr', 'live' or 'input'."""
     if not isinstance(expr, (tuple, list)):
         return []
-    if expr[0] in ('attr', 'live'):
+    if expr[0] in ('attr', 'live', 'input'):
         return [tuple(expr)] if expr[0] == kind else []
     return leaves(expr[1], kind) + leaves(expr[2], kind)
+
+
+def follows(expr: Expression) -> bool:
+    """Say whether an expression may change when channels go: it hangs on an attribute or on a width."""
+    return bool(leaves(expr, 'attr') or leaves(expr, 'live'))
 
 
 # -- attributes by name --------------------------------------------------------------------------------------------
@@ -52,6 +57,8 @@ def evaluate(expr: Expression, attributes: Mapping[tuple[str, str], int], live: 
         return attributes[(expr[1], expr[2])]
     if expr[0] == 'live':
         return int(live[expr[1]])
+    if expr[0] == 'input':
+        return int(expr[1])
     return OPERATORS[expr[0]](evaluate(expr[1], attributes, live), evaluate(expr[2], attributes, live))
 
 
@@ -113,4 +120,6 @@ def show(expr: Expression) -> str:
         return f'{expr[1]}.{expr[2]}' if expr[1] else str(expr[2])
     if expr[0] == 'live':
         return 'channels'
+    if expr[0] == 'input':
+        return f'size {expr[1]} of the input'
     return f'({show(expr[1])} {expr[0]} {show(expr[2])})'

@@ -1,10 +1,10 @@
 """Observe which integers of a module must follow when channels go.
 
 A forward pass says `x.reshape(B, N, 3, self.num_heads, self.head_dims)`. While the model is traced, every plain `int`
-attribute of every module, and every size read from a tensor that has axes, is a `Size`: an `int` that remembers where
-it came from and stays so under `+ - * // %`. A `TorchFunctionMode` sees the arguments before C++ does, and writes down
-an equation: this expression equals the number of live units on that axis. Slimming solves the equations for the
-attributes (`expressions.solve`); what no attribute can satisfy is written into the source (`source.Site`).
+attribute of every module, and every size read from a tensor, is a `Size`: an `int` that remembers where it came from
+and stays so under `+ - * // %`. A `TorchFunctionMode` sees the arguments before C++ does, and writes down an equation:
+this expression equals the number of live units on that axis. Slimming solves the equations for the attributes
+(`expressions.solve`); what no attribute can satisfy is written into the source (`source.Site`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .expressions import OPERATORS, Expression, leaves
+from .expressions import OPERATORS, Expression, follows, leaves
 from .source import LEFT, RIGHT, Spot, spot
 from .trace import Equation, ScaleSite, Trace
 
@@ -51,6 +51,20 @@ def _binary(symbol: str, swap: bool = False) -> Callable[[Size, Any], Any]:
     return method
 
 
+def _ordered(name: str) -> Callable[[Size, Any], Any]:
+    """Compare two sizes, and let a width be what it is where the answer could change: `if x.shape[1] < 8`."""
+
+    def method(self: Size, other: Any) -> Any:
+        trace = self.trace
+        asked_by_torch = sys._getframe(1).f_globals.get('__name__', '').startswith('torch.')
+        if trace is not None and isinstance(other, int) and int(other) > 1 and not asked_by_torch:
+            for _, atoms in leaves(self.expression, 'live') + leaves(expression(_fresh(other, trace)), 'live'):
+                trace.table.freeze(atoms, f'compared in size in {trace.where}')
+        return getattr(int, name)(self, other)
+
+    return method
+
+
 class Size(int):
     """An integer that remembers its expression."""
 
@@ -76,7 +90,7 @@ class Size(int):
 
     def number(self, side: int) -> int:
         """Note that a forward computes with this width as with any number: as in `x / math.sqrt(d)`."""
-        if self.trace is not None:
+        if self.trace is not None and follows(self.expression):
             self.trace.adapts = True
             _number(self.trace, self, side)
         return int(self)
@@ -109,6 +123,8 @@ class Size(int):
         equal = self.__eq__(other)
         return equal if equal is NotImplemented else not equal
 
+    __lt__, __le__, __gt__, __ge__ = map(_ordered, ('__lt__', '__le__', '__gt__', '__ge__'))
+
     def __reduce__(self) -> tuple[Any, ...]:
         return int, (int(self),)
 
@@ -116,17 +132,10 @@ class Size(int):
         return int(self)
 
 
-class Shape(tuple):
-    """A shape whose entries are `Size` where the tensor has an axis."""
-
-    def numel(self) -> int:
-        return int(np.prod([int(s) for s in self], dtype=np.int64))
-
-
 def _size(trace: Trace, tensor: Tensor, dim: int, value: int) -> int:
     axis = trace.axes(tensor)[dim]
     if axis is None:
-        return value
+        return Size.of(value, ('input', value), trace)
     trace.adapts = True
     return Size.of(value, ('live', axis.atoms), trace)
 
@@ -155,12 +164,10 @@ class _Observe(TorchFunctionMode):
     def shape(self, func: Any, args: Any, kwargs: Any) -> Any:
         out = func(*args, **kwargs)
         tensor = args[0]
-        if not any(self.trace.axes(tensor)):
-            return out
         if isinstance(out, int):
             dim = args[1] if len(args) > 1 else kwargs['dim']
             return _size(self.trace, tensor, dim, out)
-        return Shape(_size(self.trace, tensor, d, s) for d, s in enumerate(out))
+        return torch.Size(_size(self.trace, tensor, d, s) for d, s in enumerate(out))  # it keeps each `Size` as it is
 
 
 _SHAPE = Tensor.shape.__get__  # type: ignore[attr-defined]
@@ -180,6 +187,8 @@ def _equation(trace: Trace, value: Any, atoms: np.ndarray | None, place: Spot | 
     """State that a size argument is the number of live units, or without atoms that it stays."""
     value = _fresh(value, trace)
     if isinstance(value, Size):
+        if atoms is None and not follows(value.expression):
+            return
         trace.sizes.append(Equation(value.expression, int(value) if atoms is None else atoms, trace.path[-1], place))
     elif atoms is not None:  # a literal cannot follow, but may be replaced where it stands
         trace.sizes.append(Equation(int(value), atoms, trace.path[-1], place))
@@ -211,7 +220,7 @@ def _reshape(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
     if len(sizes) != out.dim():  # view(dtype)
         return
     for i, (size, axis) in enumerate(zip(sizes, trace.axes(out), strict=True)):
-        if int(size) != -1 and (axis is not None or isinstance(size, Size)):
+        if int(size) != -1 and (axis is not None or (isinstance(size, Size) and follows(size.expression))):
             _equation(trace, size, None if axis is None else axis.atoms, spot(i, len(sizes)))
 
 
@@ -321,7 +330,7 @@ def _conv_transpose(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
     _conv(trace, args[:6], {'groups': groups}, out)
 
 
-@_handles('layer_norm')  # layer_norm(input, normalized_shape, ...)
+@_handles('layer_norm', 'rms_norm')  # layer_norm(input, normalized_shape, ...)
 def _layer_norm(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
     sizes = list(args[1] if len(args) > 1 else kwargs['normalized_shape'])
     for size, axis in zip(sizes, trace.axes(args[0])[-len(sizes) :], strict=True):
@@ -382,9 +391,7 @@ def _plain(value: Any) -> Any:
     """Return a value without sizes; whatever holds none is returned as it is."""
     if isinstance(value, Size):
         return int(value)
-    if isinstance(value, Shape):
-        return torch.Size(int(v) for v in value)
-    if type(value) in (list, tuple):
+    if type(value) in (list, tuple, torch.Size):
         plain = [_plain(v) for v in value]
         return value if all(a is b for a, b in zip(plain, value, strict=True)) else type(value)(plain)
     if type(value) is dict:

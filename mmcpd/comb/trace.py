@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ class Term:
 # kind keeps the channels. All of them take `(input, dim, ...)`, dim an integer, several, or none for all of them.
 REDUCTIONS = set('mean sum var std var_mean std_mean amax amin max min prod logsumexp'.split())
 SOFTMAXES = set('softmax log_softmax'.split())
+ROOT_MEAN_SQUARE = 'rms_norm'  # the same, where it normalises one dimension
 
 
 @dataclass
@@ -130,8 +131,11 @@ class Trace:
 
     # -- equations ---------------------------------------------------------------------------------------------------
     def equate(self, left: Axis | None, right: Axis | None, what: str) -> None:
-        """Make two axes equal; an axis that meets nothing is frozen."""
-        if left is not None and right is not None:
+        """Make two axes equal; an axis that meets nothing, or one of another length, is frozen."""
+        if left is not None and right is not None and len(left) != len(right):
+            for axis in (left, right):
+                self.freeze(axis, f'{what} of {len(left)} with {len(right)} channels in {self.where}')
+        elif left is not None and right is not None:
             self.table.equate(left.atoms, right.atoms, f'{what} with a fixed position in {self.where}')
         else:
             self.freeze(left or right, f'{what} with an activation that has no channels in {self.where}')
@@ -166,7 +170,7 @@ class Trace:
 
         It can where a module calls the function itself, and does not go through another one that calls it.
         """
-        if self.function in REDUCTIONS | SOFTMAXES:
+        if self.function in REDUCTIONS | SOFTMAXES or (self.function == ROOT_MEAN_SQUARE and dim == -1):
             self.norms.append(NormSite(self.asking, axis.atoms, dim))
         else:
             self.freeze(axis, f'{what} over channels in {self.where}')
@@ -193,27 +197,45 @@ class _Dispatch(TorchDispatchMode):
     def __init__(self, trace: Trace, apply: Callable[[Trace, Call], None]) -> None:
         super().__init__()
         self.trace, self.apply = trace, apply
-        self.names: dict[Any, tuple[str, tuple[str, ...]]] = {}
+        self.names: dict[Any, tuple[str, bool, tuple[str, ...]]] = {}  # and whether it works in place
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
         if func not in self.names:
             schema = func._schema
             op = schema.name.split('::')[-1]
-            op = op[:-1] if op.endswith('_') and not op.startswith('__') else op
-            self.names[func] = (op, tuple(a.name for a in schema.arguments))
-        op, names = self.names[func]
-        named = dict(zip(names, args, strict=False)) | kwargs
-        self.apply(self.trace, Call(op, func, args, kwargs, named, out))
+            inplace = op.endswith('_') and not op.startswith('__')
+            self.names[func] = (op[:-1] if inplace else op, inplace, tuple(a.name for a in schema.arguments))
+        op, inplace, names = self.names[func]
+        inplace &= bool(args) and isinstance(args[0], Tensor)  # not a list of them
+        seen = (self._before(args[0]), *args[1:]) if inplace else args
+        out = func(*args, **kwargs)
+        named = dict(zip(names, seen, strict=False)) | kwargs
+        self.apply(self.trace, Call(op, func, seen, kwargs, named, out))
+        if inplace:  # views of it still say that it vanishes where a unit is removed
+            axes = zip(self.trace.axes(seen[0]), self.trace.axes(out), strict=False)
+            self.trace.adapts |= any(a is not None and b is not None and a.zero and not b.zero for a, b in axes)
         return out
+
+    def _before(self, tensor: Tensor) -> Tensor:
+        """Return a tensor as it is before an operation in place, which may change its shape: `transpose_`."""
+        alias = tensor.detach()
+        self.trace.set(alias, self.trace.axes(tensor))
+        return alias
 
 
 @contextmanager
 def _module_paths(model: nn.Module, trace: Trace) -> Iterator[None]:
-    """Keep `trace.path` at the path of the running module."""
+    """Keep `trace.path` at the path of the running module.
+
+    Raises:
+        CombError: at a scripted module, which takes no hooks (a traced one does).
+    """
     with ExitStack() as stack:
         for name, module in model.named_modules():
+            if isinstance(module, torch.jit.RecursiveScriptModule):
+                where = name or 'the model itself'
+                raise CombError(f'{where} is scripted by torch.jit, and takes no hooks; comb the module it was made of')
 
             def enter(_m: nn.Module, _i: Any, name: str = name) -> None:
                 trace.path.append(name)
@@ -243,14 +265,26 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """Return all tensors in nested tuples, lists and dictionaries (and objects with a `__dict__` of such)."""
+    """Return all tensors in nested tuples, lists, dictionaries and data classes."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, dict):
         return [t for v in value.values() for t in tensors_in(v)]
     if isinstance(value, (list, tuple)):
         return [t for v in value for t in tensors_in(v)]
+    if is_dataclass(value) and not isinstance(value, type):
+        return [t for f in fields(value) for t in tensors_in(getattr(value, f.name))]
     return []
+
+
+def _forget_cached(model: nn.Module, trace: Trace, marked: list[Tensor]) -> None:
+    """Unmark what a forward stored on its modules: the slimmed model has it in its old width, so a trial is due."""
+    own = set(map(id, marked))
+    for module in model.modules():
+        for tensor in tensors_in(list(vars(module).values())):
+            if hasattr(tensor, _AXES) and id(tensor) not in own:
+                delattr(tensor, _AXES)
+                trace.adapts = True
 
 
 def run(
@@ -294,6 +328,7 @@ def run(
             raise CombError(f'the forward pass returned {type(out).__name__} without a tensor; give `forward=` one')
         for tensor in results:
             trace.freeze_all(tensor, 'model output')
+        _forget_cached(model, trace, marked)
     finally:
         for tensor in marked:
             if hasattr(tensor, _AXES):

@@ -47,6 +47,7 @@ SHAPE_ATTRS: list[tuple[type, Callable[[Any, Shapes], dict[str, Any]]]] = [
     (nn.Linear, _linear),
     (_NormBase, _first('num_features')),
     (nn.LayerNorm, _layer_norm),
+    (nn.RMSNorm, _layer_norm),
     (nn.GroupNorm, _first('num_channels')),
     (nn.Embedding, _embedding),
     (nn.PReLU, _first('num_parameters')),
@@ -56,9 +57,18 @@ SHAPE_ATTRS: list[tuple[type, Callable[[Any, Shapes], dict[str, Any]]]] = [
 def described(module: nn.Module, new: Shapes) -> dict[str, Any]:
     """Return the attributes that follow from the new shapes of a module's own tensors."""
     for kind, update in SHAPE_ATTRS:
-        if isinstance(module, kind) and new:
+        if isinstance(module, kind) and new and (new := _with_weight(module, new)):
             return {n: v for n, v in update(module, new).items() if hasattr(module, n)}
     return {}
+
+
+def _with_weight(module: nn.Module, own: Shapes) -> Shapes:
+    """Return the weight's shape, also where it is made of other tensors; without one those of a norm's statistics."""
+    for name in ('weight', 'weight_orig', 'weight_v'):  # torch's older masks, spectral and weight norms keep it so
+        if name in own:
+            return {'weight': own[name]}
+    weight = getattr(module, 'weight', None)  # a parametrization's
+    return {'weight': tuple(weight.shape)} if isinstance(weight, Tensor) else own if 'running_mean' in own else {}
 
 
 def local_shapes(module: nn.Module) -> Shapes:

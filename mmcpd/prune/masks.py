@@ -18,6 +18,7 @@ from ..comb.groups import Comb, Keep
 from ..comb.source import asking
 from ..comb.trace import REDUCTIONS, SOFTMAXES
 
+RMS_NORMS = (F.rms_norm, torch.rms_norm)
 Live = Mapping[tuple[int, int], Tensor]  # the channels that stay, by dimension (from the end) and how many there are
 
 
@@ -37,6 +38,8 @@ class _OverLive(TorchFunctionMode):
             return self.layer_norm(*args, **kwargs)
         if func is F.group_norm and self._mine():
             return self.group_norm(*args, **kwargs)
+        if func in RMS_NORMS and self._mine():
+            return self.rms_norm(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _mine(self) -> bool:
@@ -80,6 +83,11 @@ class _OverLive(TorchFunctionMode):
     ) -> Tensor:
         return self._norm(input, 1 - input.dim(), lambda x, w, b: F.group_norm(x, groups, w, b, eps), weight, bias)
 
+    def rms_norm(self, input: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+        if len(shape) != 1:
+            return F.rms_norm(input, shape, weight, eps)
+        return self._norm(input, -1, lambda x, w, _: F.rms_norm(x, x.shape[-1:], w, eps), weight, None)
+
     def reduce(self, func: Any, softmax: bool, input: Tensor, dim: Any = None, *args: Any, **kwargs: Any) -> Any:
         dim = kwargs.pop('axis', dim)
         given = args if dim is None else (dim, *args)
@@ -95,6 +103,10 @@ class _OverLive(TorchFunctionMode):
         return y.new_zeros(input.shape).index_copy(*scatter, y) if softmax and scatter else y
 
 
+def _no_fused_kernel(module: nn.Module, args: Any) -> None:
+    """Do nothing: torch's encoder leaves its fused kernel, which would pass by a masked norm, where hooks are."""
+
+
 class MaskedForward:
     """The forward of one module with its statistics over the live channels; sits on the instance, not on the class.
 
@@ -106,6 +118,21 @@ class MaskedForward:
     def __init__(self, module: nn.Module, live: Live) -> None:
         self.module, self.live = module, live
 
+    @classmethod
+    def put_on(cls, module: nn.Module, live: Live) -> None:
+        """Let a module's statistics be over these channels from now on."""
+        cls.take_off(module)
+        module.forward = cls(module, live)
+        module.register_forward_pre_hook(_no_fused_kernel)
+
+    @staticmethod
+    def take_off(module: nn.Module) -> None:
+        """Give a module its own forward back, if it has another."""
+        if isinstance(vars(module).get('forward'), MaskedForward):
+            del module.forward
+            for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _no_fused_kernel]:
+                del module._forward_pre_hooks[key]
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with _OverLive(self.module, self.live):
             return type(self.module).forward(self.module, *args, **kwargs)
@@ -114,8 +141,7 @@ class MaskedForward:
 def unmask_norms_(model: nn.Module) -> None:
     """Give every norm its own forward back."""
     for module in model.modules():
-        if isinstance(vars(module).get('forward'), MaskedForward):
-            del module.forward
+        MaskedForward.take_off(module)
 
 
 class Masker:
@@ -189,9 +215,9 @@ class Masker:
             module = self.model.get_submodule(path)
             partly = {key: live.nonzero().flatten() for key, live in by_width.items() if not bool(live.all())}
             if partly:
-                module.forward = MaskedForward(module, partly)
-            elif isinstance(vars(module).get('forward'), MaskedForward):
-                del module.forward
+                MaskedForward.put_on(module, partly)
+            else:
+                MaskedForward.take_off(module)
 
 
 def live_rows(comb: Comb, keep: Mapping[str, Tensor]) -> dict[str, dict[int, Tensor]]:

@@ -26,6 +26,8 @@ class SlimMultiheadAttention(nn.Module):
     Shapes: query `(B, L, E)`, key and value `(B, S, E)` with `batch_first`, else `(L, B, E)` and `(S, B, E)`.
     """
 
+    _qkv_same_embed_dim = False  # read by torch's encoder, whose fused kernel knows one width only
+
     def __init__(self, source: nn.MultiheadAttention, num_heads: int, scale: float) -> None:
         super().__init__()
         self.num_heads, self.scale = num_heads, scale
@@ -34,6 +36,7 @@ class SlimMultiheadAttention(nn.Module):
         self.out_proj = nn.Linear(1, 1, bias=source.out_proj.bias is not None)
         self.out_proj.weight, self.out_proj.bias = source.out_proj.weight, source.out_proj.bias
         self.out_proj.out_features, self.out_proj.in_features = source.out_proj.weight.shape
+        self.train(source.training)
 
     @property
     def embed_dim(self) -> int:

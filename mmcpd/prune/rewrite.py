@@ -17,6 +17,7 @@ from torch import nn
 from ..comb.errors import SlimError
 from ..comb.source import NODES, methods, parsed, put
 
+DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef)  # a lambda has no name to be compiled under
 Rewrite = tuple[str, str, int, int, int]  # method, text, index, count (see `comb.source.Site`), number
 
 
@@ -55,7 +56,12 @@ def rewrite_(module: nn.Module, rewrites: Iterable[Rewrite]) -> None:
         mine = [r for r in wanted if r[0] == name]
         function = functions.get(name)
         tree = parsed(function) if function is not None else None
-        if function is None or tree is None or function.__code__.co_freevars:
+        if (
+            function is None
+            or tree is None
+            or function.__code__.co_freevars
+            or not isinstance(tree.body[0], DEFINITIONS)
+        ):
             raise SlimError(f'{kind.__name__}.{name} has no source of its own to put a size into')
         replace = _Replace(mine)
         tree = ast.fix_missing_locations(replace.visit(copy.deepcopy(tree)))

@@ -148,6 +148,9 @@ def _follow_(
         if evaluate(rule.expression, present, live) != rule.target:
             places.add(rule.site)
     wanted += [(rule.site, rule.target) for rule in numbers]
+    for rule in [*rules, *numbers]:
+        if rule.site in places and leaves(rule.expression, 'input'):
+            raise SlimError(f'{show(rule.expression)} hangs on the input too, so that no number can stand in its place')
     for place, value in wanted:  # of a line that runs twice both, so that they are seen to differ
         if place is not None and place in places:
             rewrites.setdefault(place.module, []).append((place.method, place.call, place.index, place.count, value))

@@ -13,9 +13,10 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from mmcpd.comb import Comb, CombError, comb
 from mmcpd.comb.sizes import Size
+from mmcpd.comb.trace import Trace
 from mmcpd.prune import mask_
 from mmcpd.prune.trial import random_keep
-from tests.helpers import Net, gap, randomise_, sample
+from tests.helpers import Net, check_equal, gap, randomise_, sample
 
 
 class Block(nn.Module):
@@ -363,3 +364,42 @@ def test_masking_a_copy_masks_only_the_copy(block):
         mask_(twin, found, keep)
         assert gap(before, block(IMAGE)) == 0
         assert gap(before, twin(IMAGE)) > 1e-5
+
+
+def test_a_shape_is_one_of_torch_and_so_are_its_pieces():
+    seen = []
+
+    def run(m, x):
+        x = m.a(x)
+        seen.append([x.shape, x.size(), x.shape[:2], x.shape + x.shape[2:], (*x.shape, 1)[:0] + x.shape])
+        return m.fc(x.flatten(2).sum(2).view(x.shape[:2] + x.shape[4:]) / x.shape[2:].numel())
+
+    model = randomise_(Net(run, a=nn.Conv2d(3, 6, 1), fc=nn.Linear(6, 2)))
+    found = comb(model, IMAGE, trial=False)
+    for shape in seen[0]:
+        assert type(shape) is torch.Size and type(shape[1]) is Size
+    assert len(seen) == 1 and {g.name: g.units for g in found.groups} == {'a': 6}
+    check_equal(model, found)
+
+
+def test_modules_of_torchscript():
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(6, 6), nn.ReLU()))
+    model = Net(lambda m, x: m.fc(m.part.inner(m.a(x))), a=nn.Linear(3, 6), part=nn.Module(), fc=nn.Linear(6, 2))
+    model.part.inner = scripted
+    with pytest.raises(CombError, match=r'part\.inner is scripted by torch\.jit.*comb the module it was made of'):
+        comb(model, torch.rand(2, 3))
+    with pytest.raises(CombError, match='the model itself is scripted'):
+        comb(scripted, torch.rand(2, 6))
+    assert not model.a._forward_hooks and not vars(model.a.weight)
+    model.part.inner = torch.jit.trace(nn.Linear(6, 6), torch.rand(2, 6))  # takes hooks, but cannot be slimmed
+    reasons = {(f.tensor, f.dim): f.reason for f in comb(model, torch.rand(2, 3)).frozen}
+    assert 'a trial failed' in reasons['part.inner.weight', 0]
+
+
+def test_axes_of_different_lengths_freeze():
+    trace = Trace()
+    (long,), (short,) = trace.table.add('long', torch.empty(6)), trace.table.add('short', torch.empty(4))
+    trace.equate(long, short, 'meeting')
+    component, why = trace.table.solve()
+    assert len(set(component.tolist())) == 10 and set(why.tolist()) == {0}
+    assert trace.table.reasons == ['meeting of 6 with 4 channels in the model itself']

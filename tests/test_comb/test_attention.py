@@ -140,6 +140,31 @@ def test_whole_heads_of_queries_and_values():
     )
 
 
+class Grouped(nn.Module):
+    """Four heads of queries, of which each two share a head of keys and values."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads, self.pairs, self.width = 4, 2, 3
+        self.q, self.kv, self.proj, self.fc = nn.Linear(3, 12), nn.Linear(3, 12), nn.Linear(12, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        batch, tokens, _ = x.shape
+        q = self.q(x).view(batch, tokens, self.heads, self.width).transpose(1, 2)
+        k, v = self.kv(x).view(batch, tokens, 2, self.pairs, self.width).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        return self.fc(self.proj(out.transpose(1, 2).flatten(2)).tanh().mean(1))
+
+
+def test_grouped_queries_go_with_their_key():
+    q, kv = rows(2, 6), [[i * 3 + j + 6 * piece for piece in range(2) for j in range(3)] for i in range(2)]
+    members = {'q.weight:0': q, 'q.bias:0': q, 'kv.weight:0': kv, 'kv.bias:0': kv, 'proj.weight:1': q}
+    check_toy(Toy(Grouped, TOKENS, {'q': 2, 'proj': 4}, {'q': members}, heads='head'))
+    q, kv = strided(3, 4), strided(3, 4)
+    members = {'q.weight:0': q, 'q.bias:0': q, 'kv.weight:0': kv, 'kv.bias:0': kv, 'proj.weight:1': q}
+    check_toy(Toy(Grouped, TOKENS, {'q': 3, 'proj': 4}, {'q': members}))
+
+
 def test_fused_attention_of_different_widths():
     # Which kernel torch takes depends on whether the widths agree, and with it the memory, so only numbers here.
     model, found = combed(Toy(lambda: Separate(fused=True), SEPARATE, {}))

@@ -242,6 +242,18 @@ def shuffle(x):
     return x.view(batch, 2, channels // 2, height, width).transpose(1, 2).reshape(batch, channels, height, width)
 
 
+def by_pixel(x, function):
+    """Apply a function to each pixel of the first image as a matrix of 8 x 8: (8 pixels, 8 channels)."""
+    first = function(x.flatten(2)[0, :, :8].T.contiguous())
+    return first.T.reshape(1, -1, 2, 4) + x[:, :, :2]
+
+
+def turn(x):
+    """Turn pairs of channels by an angle, as rotary embeddings do."""
+    even, odd = x[:, ::2], x[:, 1::2]
+    return torch.stack([0.8 * even - 0.6 * odd, 0.6 * even + 0.8 * odd], 2).flatten(1, 2)
+
+
 def windows(x):
     """Cut an image into windows of 2 x 2, and put it together again."""
     batch, channels, height, width = x.shape
@@ -280,6 +292,30 @@ MOVED = {
     'transposed back and forth': moved(
         lambda x: x.flatten(2).mT.contiguous().mT.unflatten(2, (4, 4)), 8, 8, rows(8), rows(8)
     ),
+    'transposed in place': moved(
+        lambda x: x.flatten(2).transpose_(1, 2).contiguous().mT.unflatten(2, (4, 4)), 8, 8, rows(8), rows(8)
+    ),
+    'squeezed and unsqueezed in place': moved(
+        lambda x: x.mean(3, keepdim=True).squeeze_(3).unsqueeze_(-1), 8, 8, rows(8), rows(8)
+    ),
+    'a square transposed in place': moved(lambda x: by_pixel(x, lambda y: y.t_().t_()), 8, 8, rows(8), rows(8)),
+    'reversed channels': moved(lambda x: x.flip(1), 8, 8, rows(8), rows(8)[::-1]),
+    'the first of each two channels': moved(lambda x: x[:, ::2], 4, 4, rows(4, 2), rows(4)),
+    'the last of each four channels': moved(lambda x: x[:, 3::4], 2, 2, rows(2, 4), rows(2)),
+    'steps of which the first is over a fixed channel': moved(
+        lambda x: torch.cat([x.new_ones(len(x), 1, 4, 4), x], 1)[:, ::3], 3, 2, rows(2, 3, 2), rows(2, 1, 1)
+    ),
+    'pairs of channels, turned': moved(lambda x: turn(x), 8, 4, rows(4, 2), rows(4, 2)),
+    'rolled groups of channels': moved(
+        lambda x: x.unflatten(1, (2, -1)).roll(1, 1).flatten(1, 2), 8, 4, strided(4, 2), strided(4, 2)
+    ),
+    'best places of each channel': moved(lambda x: x.flatten(2).topk(3).values[..., None], 8, 8, rows(8), rows(8)),
+    'sorted places': moved(lambda x: x.sort().values, 8, 8, rows(8), rows(8)),
+    'places in the order of another tensor': moved(
+        lambda x: x.tanh().gather(3, x.cos().argsort()), 8, 8, rows(8), rows(8)
+    ),
+    'a triangle of places': moved(lambda x: x.tril(), 8, 8, rows(8), rows(8)),
+    'a triangle of places in place': moved(lambda x: x.clone().triu_(1), 8, 8, rows(8), rows(8)),
     'space, picked by an index': moved(lambda x: x[:, :, [0, 2, 3]], 8, 8, rows(8), rows(8)),
     'tokens in an order': moved(
         lambda x: x.flatten(2).index_select(2, torch.arange(15, -1, -1)).unflatten(2, (4, 4)), 8, 8, rows(8), rows(8)
@@ -314,6 +350,41 @@ def test_a_rectangle_of_which_nothing_can_go_freezes(name):
     move, into, reason = AMBIGUOUS[name]
     toy = moved(move, into, 0, [], [])
     toy.groups, toy.members, toy.frozen, toy.trial = {'mix': 5}, {}, {'stem.weight:0': reason}, True
+    check_toy(toy)
+
+
+UNEQUAL = {  # of 8 channels, what takes them by an offset or in steps that others do not fill
+    'rolled': (lambda x: x.roll(1, 1), 8, 'picked by a fixed index (roll)'),
+    'rolled over everything': (lambda x: x.roll(-3), 8, 'picked by a fixed index (roll)'),
+    'one of each three': (lambda x: x[:, ::3], 3, 'a slice in unequal steps'),
+    'steps that leave some out': (lambda x: x[:, 2::2], 3, 'a slice in unequal steps'),
+    'steps from the end': (lambda x: x[:, -5::4], 2, 'a slice in unequal steps'),
+    'steps that end before': (lambda x: x[:, :6:2], 3, 'a slice in unequal steps'),
+    'a triangle of channels': (lambda x: x.transpose(1, 2).tril().transpose(1, 2), 8, 'a triangle of channels'),
+    'channels in an order of their own': (lambda x: x.gather(1, x.argsort(1)), 8, 'sort over channels'),
+}
+
+
+@pytest.mark.parametrize('name', UNEQUAL)
+def test_offsets_and_unequal_steps_freeze(name):
+    move, into, reason = UNEQUAL[name]
+    toy = moved(move, into, 0, [], [])
+    toy.groups, toy.members, toy.frozen = {'mix': 5}, {}, {'stem.weight:0': reason}
+    check_toy(toy)
+
+
+def test_places_gathered_from_another_tensor_couple():
+    toy = Toy(
+        lambda: Net(
+            lambda m, x: m.fc(m.a(x).gather(1, m.b(x).topk(3, dim=1).indices).tanh().mean(1)),
+            a=nn.Linear(3, 4),
+            b=nn.Linear(3, 4),
+            fc=nn.Linear(4, 2),
+        ),
+        TOKENS,
+        {'a': 4},
+        {'a': {**out('a', 4), **out('b', 4), 'fc.weight:1': rows(4)}},
+    )
     check_toy(toy)
 
 

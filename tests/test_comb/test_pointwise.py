@@ -48,6 +48,10 @@ FREE = {
     'reciprocal of something positive': conv(lambda m, x: 1 / (1 + x.square())),
     'clamp': conv(lambda m, x: x.clamp(-0.5, 0.7)),
     'clamp above zero': conv(lambda m, x: x.clamp(min=0.2)),
+    'clamp below a bound for each channel': conv(lambda m, x: x.clamp(max=m.top[:, None, None]), top=parameter(6)),
+    'clamp between bounds for each channel': conv(
+        lambda m, x: x.clamp(-m.top, m.top).sum(1, keepdim=True) * x, top=parameter(6, 1, 1)
+    ),
     'where': conv(lambda m, x: torch.where(x > 0.1, x, 0.3 * x - 1)),
     'masked_fill': conv(lambda m, x: x.masked_fill(x < 0, -1.0)),
     'prelu with one slope': conv(lambda m, x: m.act(x), act=lambda: nn.PReLU()),
@@ -89,6 +93,9 @@ LIVE = {  # function of the channels that notices when one is gone, and that mas
     'sum of exponentials': lambda x: x / x.exp().sum(1, keepdim=True),
     'sum of sigmoids': lambda x: x * x.sigmoid().sum(1, keepdim=True),
     'sum after a shift': lambda x: x * (x + 1).sum(1, keepdim=True),
+    'sum of what is above a bound for all': (
+        lambda x: x * x.clamp(min=torch.full((1,), 0.1, dtype=x.dtype)).sum(1, keepdim=True)
+    ),
     'sum of clamped': lambda x: x * x.clamp(min=0.1).sum(1, keepdim=True),
     'mean and variance at once': lambda x: x - torch.var_mean(x, dim=(1, 2), keepdim=True)[1],
     'as many rows as channels': lambda x: x * F.interpolate(x, (6, 6)).mean(2, True).mean(-1, True) * x.mean(1, True),
@@ -270,4 +277,21 @@ def test_dividing_by_what_masking_makes_zero_is_found_by_the_trial():
     toy = coupled(lambda x, y: x / y.square())
     toy.groups, toy.members, toy.trial = {'b': 4}, {}, True
     toy.frozen = {'a.weight:0': 'a trial failed'}
+    check_toy(toy)
+
+
+def test_a_view_of_what_no_longer_vanishes_is_found_by_the_trial():
+    def run(m, x):
+        x = m.a(x)
+        gate = m.gate(pooled(x))
+        gate.detach().sigmoid_()
+        return m.fc(pooled(m.b(x * (gate @ gate.t()).mean())))
+
+    toy = Toy(
+        lambda: Net(run, a=nn.Conv2d(3, 6, 1), gate=nn.Linear(6, 5), b=nn.Conv2d(6, 4, 3), fc=nn.Linear(4, 2)),
+        IMAGE,
+        {'a': 6, 'b': 4},
+        frozen={'gate.weight:0': 'a trial failed'},
+        trial=True,
+    )
     check_toy(toy)

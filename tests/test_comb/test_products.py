@@ -51,6 +51,16 @@ TOYS = {
             'b': {'b.weight:0': rows(4), 'fc.weight:1': rows(4)},
         },
     ),
+    'a vector times a matrix': Toy(
+        lambda: Net(
+            lambda m, x: m.fc(torch.linspace(0.1, 1, 5, dtype=x.dtype) @ m.a(x[0])),
+            a=nn.Linear(3, 6),
+            fc=nn.Linear(6, 2),
+        ),
+        TOKENS,
+        {'a': 6},
+        {'a': {'a.weight:0': rows(6), 'a.bias:0': rows(6), 'fc.weight:1': rows(6)}},
+    ),
     'linear on a batch, and on one vector': Toy(
         lambda: Net(
             lambda m, x: m.fc(m.a(x).relu()) + m.fc(m.a(x[0]).tanh()),

@@ -118,7 +118,8 @@ def test_difference():
     assert difference({'a': [one]}, {'a': [one * 2]}) == 1
     assert difference(one * 0, one * 0) == 0
     assert difference(one, torch.tensor([float('nan'), 1.0])) == float('inf')
-    assert difference(torch.tensor([1, 2]), torch.tensor([3, 4])) == 0  # indices are no measure
+    assert difference(torch.tensor([1, 2]), torch.tensor([1, 4])) == 0.5  # the share of labels that differ
+    assert difference(torch.tensor([1j]), torch.tensor([2j])) == 1
     with pytest.raises(SlimError, match=r'output shapes \[\(3,\)\], expected \[\(2,\)\]'):
         difference(one, torch.zeros(3))
 
@@ -134,8 +135,8 @@ def test_random_keep():
     assert [n for n, k in some.items() if not bool(k.all())] == ['layers.3']
     awkward = [int(k.sum()) for k in random_keep(found, 0.5, 0, awkward=True).values()]
     assert all(n % 2 for n in awkward)
-    assert len(set(awkward)) == 3  # 1, 3 and 5 of 6
-    assert max(awkward.count(n) for n in awkward) == 3
+    assert set(awkward) == {3, 5}  # of 6: not 1, over which every statistic is right
+    assert abs(awkward.count(3) - awkward.count(5)) <= 1
 
 
 def test_an_example_of_one_element_is_enough():

@@ -75,7 +75,7 @@ def test_resume_without_a_checkpoint_starts_from_load_from(tool, tiny, tmp_path)
         (['{tiny}', '--auto-scale-lr'], 'has no auto_scale_lr.base_batch_size'),
         (['{tiny}', '--cfg-options', 'train_cfg.max_epochs.x=1'], '--cfg-options does not fit'),
         (['{tiny}', '--work-dir', '{tiny}/inside'], '--work-dir: cannot write to the folder'),
-        (['{tiny}', '--work-dir', '/proc/nothing/here'], 'choose another by --work-dir'),
+        (['{tiny}', '--work-dir', '/proc/nothing/here'], '--work-dir: cannot write to the folder'),
     ],
 )
 def test_a_mistake_is_one_line_and_writes_nothing(tool, tiny, tmp_path, arguments, message):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..atoms import FIXED, Axis, along
 from ..trace import Call, Trace
-from .table import VIEWS, rule
+from .table import VIEWS, rule, same
 
 
 def movement(trace: Trace, call: Call) -> None:
@@ -22,18 +22,48 @@ def movement(trace: Trace, call: Call) -> None:
         if _picks(call, dim):
             trace.freeze(axis, f'picked by a fixed index ({call.op}) in {trace.where}')
             continue
+        if call.op == 'slice' and dim == call.named.get('dim', 0) % source.dim():
+            _step(trace, call, dim, axis)
         moved = _moved(call, source, along(axis, dim, source.shape))
         for labels, found in zip(moved, axes, strict=True):
             place(trace, call, axis, labels, found)
+    for index in call.tensors()[1:]:
+        _index(trace, call, index)
     for out, found in zip(outs, axes, strict=True):
         trace.set(out, tuple(found))
 
 
+def _index(trace: Trace, call: Call, index: Tensor) -> None:
+    """Make an index equal to what it is gathered from in the other dimensions; others have no channels."""
+    if call.op != 'gather':
+        trace.freeze_all(index, f'channels in an index ({call.op}) in {trace.where}')
+        return
+    for dim, (axis, own) in enumerate(zip(trace.axes(call.named['self']), trace.axes(index), strict=True)):
+        if own is not None:
+            trace.equate(own, None if _picks(call, dim) else axis, call.op)
+
+
 def _picks(call: Call, dim: int) -> bool:
     """Say whether an operation picks positions of `dim` by an index that is not made of sizes."""
+    if call.op == 'roll':  # by an offset; without dimensions over all of them at once
+        dims = [d % call.out.dim() for d in call.named.get('dims', ())]
+        return dim in dims or not dims
     if call.op in ('select', 'index_select', 'gather'):
         return dim == call.named['dim'] % call.tensors()[0].dim()
     return call.op == 'index' and dim < len(call.named['indices']) and call.named['indices'][dim] is not None
+
+
+def _step(trace: Trace, call: Call, dim: int, axis: Axis) -> None:
+    """Tie what a stepped slice passes over to what it picks, so that `x[:, 1::2]` is still one of each two."""
+    step, first = int(call.named.get('step', 1)), int(call.named.get('start') or 0)
+    if step == 1:
+        return
+    if len(axis) % step or not 0 <= first < step or call.out.shape[dim] != len(axis) // step:
+        trace.freeze(axis, f'a slice in unequal steps in {trace.where}')
+        return
+    pieces = axis.atoms.reshape(-1, step)
+    trace.tie(pieces)
+    trace.freeze(Axis(pieces[(pieces == FIXED).any(axis=1)].ravel()), f'a step over a fixed position in {trace.where}')
 
 
 def _moved(call: Call, source: Tensor, labels: Tensor) -> list[Tensor]:
@@ -145,6 +175,13 @@ def cat(trace: Trace, call: Call) -> None:
                     trace.equate(known[0], axis, call.op)
             result.append(Axis(known[0].atoms, all(a.zero for a in known), all(a.weight for a in known)))
     trace.set(call.out, tuple(result))
+
+
+@rule('tril', 'triu')  # tril(self, diagonal): zeros, which stay what they are in all but the last two dimensions
+def triangle(trace: Trace, call: Call) -> None:
+    for axis in trace.axes(call.named['self'])[-2:]:
+        trace.freeze(axis, f'a triangle of channels ({call.op}) in {trace.where}')
+    same(trace, call)
 
 
 @rule('im2col')  # im2col(self, kernel_size, dilation, padding, stride): (N, C, H, W) -> (N, C * k, L)

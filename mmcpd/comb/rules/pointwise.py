@@ -26,6 +26,8 @@ def _zero_after(call: Call, met: Sequence[Axis], operands: int) -> bool:
     if op in ('clamp', 'hardtanh'):
         low = call.named.get('min', call.named.get('min_val', -1 if op == 'hardtanh' else None))
         high = call.named.get('max', call.named.get('max_val', 1 if op == 'hardtanh' else None))
+        if isinstance(low, Tensor) or isinstance(high, Tensor):
+            return len(met) == operands  # a bound for each channel, which is zero where the channel is
         return (low is None or low <= 0) and (high is None or high >= 0)
     if op in ('clamp_min', 'clamp_max'):
         bound = call.named.get('min', call.named.get('max'))

@@ -224,6 +224,15 @@ def linear(trace: Trace, call: Call) -> None:
     trace.cost(int(np.prod([s for s, axis in zip(sizes, known, strict=True) if axis is None])), *known)
 
 
+def _heads(trace: Trace, query: Axis | None, key: Axis | None) -> None:
+    """Make heads equal; where several queries share one key (`enable_gqa`), they stay or go with it."""
+    if query is not None and key is not None and len(query) > len(key) and len(query) % len(key) == 0:
+        shared = query.atoms.reshape(len(key), -1)
+        trace.tie(shared)
+        query = Axis(shared.max(axis=1))
+    trace.equate(query, key, 'attention')
+
+
 @rule('embedding')  # embedding(weight, indices, ...)
 def embedding(trace: Trace, call: Call) -> None:
     entries, width = trace.axes(call.named['weight'])
@@ -250,8 +259,8 @@ def attention(trace: Trace, call: Call) -> None:
     lead: list[Axis | None] = []
     for x, y, z in zip(q[:-2], k[:-2], v[:-2], strict=True):
         if x is not None or y is not None or z is not None:
-            trace.equate(x, y, 'attention')
-            trace.equate(x, z, 'attention')
+            _heads(trace, x, y)
+            _heads(trace, x, z)
         met = x or y or z
         lead.append(met and met.alone())
     if call.named.get('scale') is None and q[-1] is not None:

@@ -15,7 +15,7 @@ from .table import rule
 # -- reductions --------------------------------------------------------------------------------------------------------
 def _over_dims(trace: Trace, call: Call, safe: bool, zero: bool) -> None:
     source = call.named.get('self', call.tensors()[0])
-    dims = call.named.get('dim', ())
+    dims = call.named.get('dim', -1 if call.op in ('sort', 'argsort', 'topk') else ())  # the schema leaves defaults out
     dims = [dims] if isinstance(dims, int) else list(dims or ())
     dims = [d % source.dim() for d in dims] if dims else list(range(source.dim()))
     kept: list[Axis | None] = []

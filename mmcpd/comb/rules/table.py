@@ -29,7 +29,7 @@ MOVEMENT = set(
     'view _unsafe_view reshape _reshape_alias permute transpose t expand unsqueeze squeeze select slice narrow split '
     'split_with_sizes unsafe_split unsafe_split_with_sizes chunk unsafe_chunk unbind roll flip repeat '
     'repeat_interleave constant_pad_nd reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d unfold '
-    'diagonal movedim rot90 tril triu pixel_shuffle pixel_unshuffle unflatten '
+    'diagonal movedim rot90 pixel_shuffle pixel_unshuffle unflatten '
     'flatten numpy_T swapaxes view_as expand_as squeeze_copy index index_select gather'.split()
 )
 VIEWS = set('view _unsafe_view _reshape_alias'.split())  # of labels with stride 0, which need a reshape
