@@ -24,6 +24,7 @@ from .masks import mask_, named_tensors
 from .replace import replacement
 from .slim import slim
 
+NOISE = 1_000_003  # random numbers for all weights; a prime, so that rows repeat none
 KEEPS = ((0.5, 0), (0.8, 1))  # what a trial leaves, and the seed of the choice
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 _FAILURES = (
@@ -147,22 +148,24 @@ def could_fail(model: nn.Module, comb: Comb) -> bool:
 
 @torch.no_grad()
 def _randomised(model: nn.Module, comb: Comb) -> nn.Module:
-    """Return a copy in which every weight matters, or the model itself where its output is then not finite."""
+    """Return a copy in which every weight matters: unit variance over what is summed, scales and biases about one."""
     twin = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(NOISE, generator=torch.Generator().manual_seed(0))
     for name, tensor in named_tensors(twin).items():
-        if tensor.is_floating_point() and name in comb.parameters:
-            noise = torch.rand(tensor.shape, generator=generator).to(tensor)
-            if tensor.dim() > 1:  # of unit variance over what is summed
-                tensor.copy_((noise - 0.5) * (12 / tensor[0].numel()) ** 0.5)
-            else:
-                tensor.copy_(noise + 0.5)
+        if name in comb.parameters and tensor.is_floating_point() and tensor.numel():
+            mine = noise.repeat(-(-tensor.numel() // NOISE))[: tensor.numel()].reshape(tensor.shape)
+            tensor.copy_((mine - 0.5) * (12 / tensor[0].numel()) ** 0.5 if tensor.dim() > 1 else mine + 0.5)
+    return twin
+
+
+def _is_finite(model: nn.Module, comb: Comb) -> bool:
+    """Say whether the dense model runs on the example input, with a number everywhere in its output."""
     try:
-        with evaluating(twin):
-            out = tensors_in((comb.forward or default_forward)(twin, *comb.inputs))
+        with evaluating(model):
+            out = tensors_in((comb.forward or default_forward)(model, *comb.inputs))
     except _FAILURES:
-        return model
-    return twin if all(bool(torch.isfinite(t).all()) for t in out if t.is_floating_point()) else model
+        return False
+    return all(bool(torch.isfinite(t).all()) for t in out if t.is_floating_point())
 
 
 def _in_double(model: nn.Module, comb: Comb) -> tuple[nn.Module, Comb]:
@@ -190,13 +193,13 @@ def faults_of(model: nn.Module, comb: Comb) -> dict[str, str]:
     why = _fault(twin, tried, names)
     if why is None:
         return {}
+    if not _is_finite(twin, comb):
+        twin = model
     twin, tried = _in_double(twin, comb)  # where a choice (a nearest neighbour) hangs on the last bit of float32
     why = _fault(twin, tried, names)
     if why is None:
         return {}
-    with evaluating(model):
-        out = tensors_in((comb.forward or default_forward)(model, *comb.inputs))
-    if any(not bool(torch.isfinite(t).all()) for t in out if t.is_floating_point()):
+    if not _is_finite(model, comb):
         raise CombError('the output on the example input is not finite; give an input, or weights, for which it is')
     good: list[str] = []
     faults: dict[str, str] = {}
