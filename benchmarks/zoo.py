@@ -338,11 +338,11 @@ def passed(row: Row) -> bool:
     return row['verdict'].startswith('pass')
 
 
-def meta(arguments: list[str]) -> Row:
+def meta(options: str) -> Row:
     """Describe the run: versions, machine, date, command."""
     return {
         'date': datetime.date.today().isoformat(),
-        'command': ' '.join(['python', 'benchmarks/zoo.py', *arguments]),
+        'command': f'python benchmarks/zoo.py {options}',
         'python': platform.python_version(),
         'machine': f'{platform.machine()}, {os.cpu_count()} cores, one thread',
         'versions': {name: importlib.metadata.version(name) for name in PACKAGES},
@@ -380,7 +380,7 @@ def sweep(args: argparse.Namespace) -> dict[str, Row]:
     partial = args.resume or args.failed or args.only
     rows: dict[str, Row] = json.loads(args.out.read_text())['families'] if partial and args.out.exists() else {}
     families = choose(args, rows)
-    about = meta(sys.argv[1:])
+    about = meta(f'--jobs {args.jobs} --seed {args.seed}')
     start = time.perf_counter()
     with ThreadPoolExecutor(args.jobs) as pool:
         jobs = [pool.submit(run_child, f, args.limit_seconds, args.limit_gb, args.seed) for f in families]

@@ -206,10 +206,18 @@ def test_dense_connections():
     check_toy(Toy(build, IMAGE, {'stem': 4, 'one': 3, 'two': 3}, members))
 
 
-def test_stack_couples():
+@pytest.mark.parametrize(
+    'meet',
+    [
+        lambda a, b: torch.stack([a, b.tanh()], 1).amax(1),
+        lambda a, b: a.gather(1, b.topk(3, dim=1).indices).tanh(),  # places found in another tensor
+    ],
+    ids=['stack', 'gather'],
+)
+def test_two_tensors_couple(meet):
     toy = Toy(
         lambda: Net(
-            lambda m, x: m.fc(torch.stack([m.a(x), m.b(x).tanh()], 1).amax(1).mean(1)),
+            lambda m, x: m.fc(meet(m.a(x), m.b(x)).mean(1)),
             a=nn.Linear(3, 4),
             b=nn.Linear(3, 4),
             fc=nn.Linear(4, 2),
@@ -370,21 +378,6 @@ def test_offsets_and_unequal_steps_freeze(name):
     move, into, reason = UNEQUAL[name]
     toy = moved(move, into, 0, [], [])
     toy.groups, toy.members, toy.frozen = {'mix': 5}, {}, {'stem.weight:0': reason}
-    check_toy(toy)
-
-
-def test_places_gathered_from_another_tensor_couple():
-    toy = Toy(
-        lambda: Net(
-            lambda m, x: m.fc(m.a(x).gather(1, m.b(x).topk(3, dim=1).indices).tanh().mean(1)),
-            a=nn.Linear(3, 4),
-            b=nn.Linear(3, 4),
-            fc=nn.Linear(4, 2),
-        ),
-        TOKENS,
-        {'a': 4},
-        {'a': {**out('a', 4), **out('b', 4), 'fc.weight:1': rows(4)}},
-    )
     check_toy(toy)
 
 
