@@ -26,9 +26,9 @@ from mmcpd.deploy import deploy
 from mmcpd.deploy.latency import progress_line
 from mmcpd.engine.build import as_config, build_dense
 from mmcpd.engine.compat import mend_scopes
-from mmcpd.prune import slim
 from mmcpd.prune.normalize import NORMALIZERS, normalize
 from mmcpd.prune.schedule import select
+from mmcpd.slim import slim
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / 'benchmarks' / 'results' / 'latency.json'

@@ -12,7 +12,7 @@ For each family (see `zoo_models.py`), with random weights and on one thread:
 2. a random 70 % of each group stays;
 3. the masked model against the slimmed one, float64: relative error at most 1e-9, while the same comparison with the
    keep rotated by one unit must fail (float32, 1e-4, where a forward has float32 written into it);
-4. `Comb.cost` against torch's flop counter and a parameter count on the slimmed model: equal, to the last one;
+4. `Coupling.cost` against torch's flop counter and a parameter count on the slimmed model: equal, to the last one;
 5. ONNX export of the slimmed model, and parity in ONNX Runtime, float32;
 6. Torch-Pruning on the same model: 30 % by magnitude, local, the classifier left out; does it build its graph, does
    the pruned model still run, is the output's shape still the same.
@@ -107,9 +107,9 @@ def stage(row: Row, name: str) -> Iterator[None]:
 
 
 def sweep_ours(model: Deployed, x: Tensor, seed: int) -> tuple[Row, nn.Module | None]:
-    """Comb, mask, slim, compare and count; return the row and the slimmed model."""
+    """Coupling, mask, slim, compare and count; return the row and the slimmed model."""
     from mmcpd.comb import comb
-    from mmcpd.prune import mask_, slim
+    from mmcpd.slim import mask_, slim
 
     row: Row = {}
     small = None

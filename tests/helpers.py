@@ -17,10 +17,10 @@ from torch.multiprocessing import start_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmcpd.comb import Comb, Group, Keep
-from mmcpd.comb.trace import evaluating, tensors_in
-from mmcpd.prune import mask_, restructure_, slim, structure
-from mmcpd.prune.trial import random_keep
+from mmcpd.coupling import Coupling, Group, Keep
+from mmcpd.slim import mask_, restructure_, slim, structure
+from mmcpd.slim.compare import evaluating, tensors_in
+from mmcpd.slim.trial import random_keep
 
 EXACT = 1e-9  # float64, relative
 CONTROL = 1e-5  # what a wrong index must exceed
@@ -59,16 +59,15 @@ def randomise_(model: nn.Module, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
-def call(comb: Comb, model: nn.Module) -> Any:
+def call(coupling: Coupling, model: nn.Module) -> Any:
     """Run a model as it was combed: eval mode, no gradients."""
-    assert comb.forward is not None
     with evaluating(model):
-        return comb.forward(model, *comb.inputs)
+        return coupling.example.run(model)
 
 
-def masked(model: nn.Module, comb: Comb, keep: Keep) -> nn.Module:
+def masked(model: nn.Module, coupling: Coupling, keep: Keep) -> nn.Module:
     twin = copy.deepcopy(model)
-    mask_(twin, comb, keep)
+    mask_(twin, coupling, keep)
     return twin
 
 
@@ -87,41 +86,43 @@ def gap(left: Any, right: Any) -> float:
     return worst
 
 
-def rotated(comb: Comb, name: str, keep: Keep) -> Keep:
+def rotated(coupling: Coupling, name: str, keep: Keep) -> Keep:
     """Rotate the keep of one group by one unit."""
     return {**keep, name: keep[name].roll(1)}
 
 
-def misplaced(comb: Comb, group: Group) -> Comb | None:
+def misplaced(coupling: Coupling, group: Group) -> Coupling | None:
     """Rotate the rows of one consumer against those of the producer, as a wrong offset would; None without one."""
     reader = next((m for m in group.members if m.role == 'in'), None)
     if reader is None:
         return None
     wrong = replace(reader, index=reader.index.roll(1, 0))
     changed = replace(group, members=tuple(wrong if m is reader else m for m in group.members))
-    return replace(comb, groups=[changed if g is group else g for g in comb.groups])
+    return replace(coupling, groups=tuple(changed if g is group else g for g in coupling.groups))
 
 
-def check_equal(model: nn.Module, comb: Comb, seeds: tuple[int, ...] = (0, 1), ratio: float = 0.6) -> nn.Module:
+def check_equal(model: nn.Module, coupling: Coupling, seeds: tuple[int, ...] = (0, 1), ratio: float = 0.6) -> nn.Module:
     """Check masked == slimmed for random keeps, with the controls that must fail; return the last slim model."""
-    dense = call(comb, model)
-    assert gap(dense, call(comb, slim(model, comb, comb.keep()))) <= 1e-12
+    dense = call(coupling, model)
+    assert gap(dense, call(coupling, slim(model, coupling, coupling.keep()))) <= 1e-12
     for seed in seeds:
-        keep = random_keep(comb, ratio, seed)
-        small = slim(model, comb, keep)
-        out = call(comb, masked(model, comb, keep))
-        assert gap(out, call(comb, small)) <= EXACT
+        keep = random_keep(coupling, ratio, seed)
+        small = slim(model, coupling, keep)
+        out = call(coupling, masked(model, coupling, keep))
+        assert gap(out, call(coupling, small)) <= EXACT
         assert gap(dense, out) > CONTROL, 'masking changed nothing'
-        assert gap(dense, call(comb, model)) == 0, 'masking a copy or slimming touched the model'
-        for group in comb.groups:
-            other = rotated(comb, group.name, keep)
+        assert gap(dense, call(coupling, model)) == 0, 'masking a copy or slimming touched the model'
+        for group in coupling.groups:
+            other = rotated(coupling, group.name, keep)
             if bool((other[group.name] != keep[group.name]).any()):
-                wrong = call(comb, masked(model, comb, other))
-                assert gap(wrong, call(comb, small)) > CONTROL, f'a rotated keep of {group.name} goes unnoticed'
-                other_comb = misplaced(comb, group)
-                if other_comb is not None:
-                    wrong = call(comb, masked(model, other_comb, keep))
-                    assert gap(wrong, call(comb, small)) > CONTROL, f'a rotated index of {group.name} goes unnoticed'
+                wrong = call(coupling, masked(model, coupling, other))
+                assert gap(wrong, call(coupling, small)) > CONTROL, f'a rotated keep of {group.name} goes unnoticed'
+                other_coupling = misplaced(coupling, group)
+                if other_coupling is not None:
+                    wrong = call(coupling, masked(model, other_coupling, keep))
+                    assert gap(wrong, call(coupling, small)) > CONTROL, (
+                        f'a rotated index of {group.name} goes unnoticed'
+                    )
     return small
 
 
@@ -145,39 +146,41 @@ class Count(TorchDispatchMode):
         return out
 
 
-def count(comb: Comb, model: nn.Module) -> tuple[int, int, int]:
+def count(coupling: Coupling, model: nn.Module) -> tuple[int, int, int]:
     """Return (MACs, parameters, bytes in float32) of one forward pass as it happens."""
     with FlopCounterMode(display=False) as flops, Count() as own:
-        call(comb, model)
+        call(coupling, model)
     macs, odd = divmod(flops.get_total_flops(), 2)
     assert not odd
     params = sum(p.numel() for p in model.parameters())
     return macs + own.uncounted, params, 4 * own.elements
 
 
-def check_cost(model: nn.Module, comb: Comb, seeds: tuple[int, ...] = (0,), ratio: float = 0.6) -> None:
+def check_cost(model: nn.Module, coupling: Coupling, seeds: tuple[int, ...] = (0,), ratio: float = 0.6) -> None:
     """Check the closed formula against a count on the really slimmed model, exactly."""
-    for keep in (comb.keep(), *(random_keep(comb, ratio, seed) for seed in seeds)):
-        cost = comb.cost(keep)
-        assert (cost.macs, cost.params, cost.memory) == count(comb, slim(model, comb, keep))
-    dense = comb.cost(comb.keep())
+    for keep in (coupling.keep(), *(random_keep(coupling, ratio, seed) for seed in seeds)):
+        cost = coupling.cost(keep)
+        assert (cost.macs, cost.params, cost.memory) == count(coupling, slim(model, coupling, keep))
+    dense = coupling.cost(coupling.keep())
     assert cost.params < dense.params
 
 
-def check_structure(model: nn.Module, comb: Comb, small: nn.Module, build: Callable[[], nn.Module]) -> nn.Module:
+def check_structure(
+    model: nn.Module, coupling: Coupling, small: nn.Module, build: Callable[[], nn.Module]
+) -> nn.Module:
     """Check that a fresh model, the structure as JSON text and the weights give the slim model back."""
     plan = json.loads(json.dumps(structure(model, small)))
     twin = restructure_(build().double(), plan)
     twin.load_state_dict(small.state_dict(), strict=True)
-    assert gap(call(comb, small), call(comb, twin)) == 0
+    assert gap(call(coupling, small), call(coupling, twin)) == 0
     assert [type(m).__name__ for m in twin.modules()] == [type(m).__name__ for m in small.modules()]
     assert str(twin) == str(small)
     return twin
 
 
-def members(comb: Comb, name: str) -> dict[str, list[list[int]]]:
+def members(coupling: Coupling, name: str) -> dict[str, list[list[int]]]:
     """Return `{'tensor:dim': rows per unit}` of one group."""
-    return {f'{m.tensor}:{m.dim}': m.index.tolist() for m in comb.group(name).members}
+    return {f'{m.tensor}:{m.dim}': m.index.tolist() for m in coupling.group(name).members}
 
 
 def rows(units: int, k: int = 1, start: int = 0) -> list[list[int]]:

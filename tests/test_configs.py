@@ -22,9 +22,9 @@ from mmcpd.comb import comb
 from mmcpd.engine.build import build_dense
 from mmcpd.engine.inputs import example_inputs
 from mmcpd.engine.slimmed import read_slim
-from mmcpd.prune import slim
 from mmcpd.prune.pruner import Schedule
 from mmcpd.prune.schedule import check_reachable, reachable, select, share
+from mmcpd.slim import slim
 from tests.helpers import count
 from tests.test_tools.conftest import tool  # noqa: F401
 

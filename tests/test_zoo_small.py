@@ -13,7 +13,7 @@ pytest.importorskip('mmseg')
 from benchmarks.zoo import count_macs, parity, random_keep, relative
 from benchmarks.zoo_models import Deployed, calibrate_, randomise_
 from mmcpd.comb import comb
-from mmcpd.prune import mask_, slim
+from mmcpd.slim import mask_, slim
 
 
 def classifier(width, neck=True, head='LinearClsHead', **backbone):

@@ -9,7 +9,7 @@ from pathlib import Path
 from mmcpd.engine import cli
 from mmcpd.engine.build import build_dense
 from mmcpd.engine.checkpoints import comb_by_config, load_dense
-from mmcpd.engine.picture import plot
+from mmcpd.engine.plot import plot
 
 
 def parse_args() -> argparse.Namespace:

@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from torch import Tensor, nn
 
-from .build import build, coupled_by_groups, default_forward
-from .groups import Comb
-from .rules import check_strict
-from .trace import run
+from ..coupling import Coupling, Example, Fixes
+from ..slim.attention import replacement
+from ..slim.trial import faults_of
+from .conflicts import couple_conflicts_
+from .grouping import coupled_by_groups, group, heads_of
+from .observe import observe
+from .rules import OPERATIONS, check_strict
+from .trace import Policy, Record
 
 HEADS = ('dim', 'head')
 
 
 def comb(
     model: nn.Module,
-    inputs: Tensor | tuple[Any, ...],
-    forward: Callable[..., Any] | None = None,
+    inputs: Tensor | tuple[object, ...],
+    *,
+    forward: Callable[..., object] | None = None,
     heads: str = 'dim',
     ignore: Sequence[str] = (),
     strict: bool = False,
-    *,
     trial: bool = True,
-) -> Comb:
+) -> Coupling:
     """Find the coupling groups of any model by observing one forward pass.
 
-    The observed pass takes as long as about two plain ones. Where all groups of a grouped convolution hang together
-    it runs once more, and where slimming takes more than slicing a trial follows.
+    The observed pass takes as long as about two plain ones. Where all groups of a grouped convolution are coupled, or
+    whole heads go, it runs once more, and where slimming takes more than slicing a trial follows.
 
     Args:
         model: it is run in eval mode without gradients, and left as it was.
@@ -37,7 +40,7 @@ def comb(
         heads: what an attention gives up: `dim`, the same width index in each head, or `head`, whole heads.
         ignore: patterns (`fnmatch`) of group names that must not be pruned.
         strict: raise on operations without a rule, instead of freezing what goes through them.
-        trial: end with the safety net (see `mmcpd.prune.trial`) where anything hangs on a width, and freeze what
+        trial: end with the safety net (see `mmcpd.slim.trial`) where anything depends on a width, and freeze what
             fails it; without it `slim` raises on a model whose sizes cannot follow.
 
     Raises:
@@ -48,25 +51,41 @@ def comb(
     Source: arXiv 2408.03046, section III-A; the algorithm is described in `docs/design.md`.
 
     Example:
-        >>> c = comb(torchvision.models.resnet18(), torch.rand(1, 3, 224, 224))
-        >>> print(c)
+        >>> coupling = comb(model, images)
+        >>> [(group.name, group.units) for group in coupling.groups]
+        [('conv1', 8), ('conv2', 4)]
     """
     if heads not in HEADS:
         raise ValueError(f'heads must be one of {HEADS}, not {heads!r}')
-    inputs = inputs if isinstance(inputs, tuple) else (inputs,)
-    trace = run(model, inputs, forward or default_forward, heads)
-    if coupled := coupled_by_groups(trace):
-        trace = run(model, inputs, forward or default_forward, heads, coupled)
+    example = Example(inputs if isinstance(inputs, tuple) else (inputs,), forward or _call)
+    record = observe(model, example, Policy())
+    whole = heads_of(record) if heads == 'head' else None
+    if whole is not None:
+        record = observe(model, example, Policy(whole))
+    if narrowed := coupled_by_groups(record):
+        record = observe(model, example, Policy(whole, narrowed))
     if strict:
-        check_strict(trace)
+        check_strict(record)
+    couple_conflicts_(model, record, example)
 
-    def combed(faults: Mapping[str, str]) -> Comb:
-        found = build(model, trace, ignore, faults)
-        found.inputs, found.forward = inputs, forward or default_forward
-        return found
+    def grouped(faults: Mapping[str, str]) -> Coupling:
+        return group(model, record, example, ignore, faults)
 
-    from ..prune.trial import could_fail, faults_of  # the safety net cuts for real: the one arrow that points back
+    found = grouped({})
+    faults = faults_of(model, found) if trial and trial_is_due(model, record, found) else {}
+    return grouped(faults) if faults else found
 
-    found = combed({})
-    faults = faults_of(model, found) if trial and (trace.adapts or could_fail(model, found)) else {}
-    return combed(faults) if faults else found
+
+def trial_is_due(model: nn.Module, record: Record, found: Coupling) -> bool:
+    """Say whether slimming takes more than slicing, so that a trial can tell something.
+
+    In a network of convolutions, linear layers and batch norms it does not: nothing there asks how wide a tensor is.
+    A forward that was put on an instance may use another module than the copy's.
+    """
+    plain = all(op in OPERATIONS and OPERATIONS[op].plain for op in record.operations)
+    special = any(replacement(module) or 'forward' in vars(module) for module in model.modules())
+    return bool(not plain or record.notes or found.fixes != Fixes() or special)
+
+
+def _call(model: nn.Module, *inputs: object) -> object:
+    return model(*inputs)

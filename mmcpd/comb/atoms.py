@@ -44,7 +44,7 @@ class Axis:
         """Return the same atoms as an axis of an activation."""
         return self if zero == self.zero and not self.weight else Axis(self.atoms, zero, full=self.full)
 
-    def alone(self) -> Axis:
+    def without_full(self) -> Axis:
         """Return the same atoms without those along other dimensions: for an output that has not the same ones."""
         return self if self.full is None else Axis(self.atoms, self.zero, self.weight)
 
@@ -55,9 +55,9 @@ class Axis:
             full.dim() == len(shape) and all(a in (1, b) for a, b in zip(full.shape, shape, strict=True))
         ):
             return self
-        return self.alone()
+        return self.without_full()
 
-    def everything(self) -> np.ndarray:
+    def all_atoms(self) -> np.ndarray:
         """Return all atoms that the axis stands for."""
         return self.atoms if self.full is None else np.unique(self.full.numpy()).astype(np.int64)
 

@@ -7,8 +7,9 @@ from mmcpd.compat import require
 require('deploy')
 
 from mmcpd.deploy.latency import Latency, measure_latency  # noqa: E402
-from mmcpd.deploy.onnx import DeployError, Parity, check_parity, export_onnx  # noqa: E402
+from mmcpd.deploy.onnx import Parity, check_parity, export_onnx  # noqa: E402
 from mmcpd.deploy.report import Report, deploy  # noqa: E402
+from mmcpd.errors import DeployError  # noqa: E402
 
 __all__ = [
     'DeployError',

@@ -20,6 +20,8 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from mmcpd.errors import DeployError
+
 Inputs = Tensor | tuple[Tensor, ...]
 Forward = Callable[..., Any]
 
@@ -27,10 +29,6 @@ NEW_EXPORTER = 18  # the oldest opset that torch's exporter over torch.export wr
 LARGEST = 2 * 1024**3  # bytes; protobuf allows no more in one file
 TOLERANCE = 1e-4  # of the largest output, float32
 RUN_ERRORS = (ort_errors.Fail, ort_errors.InvalidArgument, ort_errors.RuntimeException)
-
-
-class DeployError(RuntimeError):
-    """A model cannot be exported, or its file is not what the model computes."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from mmcpd.deploy.latency import Latency, Progress, measure_latency, usable_cores
-from mmcpd.deploy.onnx import NEW_EXPORTER, DeployError, Forward, Inputs, Parity, check_parity, export_onnx
+from mmcpd.deploy.onnx import NEW_EXPORTER, Forward, Inputs, Parity, check_parity, export_onnx
+from mmcpd.errors import DeployError
 from mmcpd.version import __version__
 
 

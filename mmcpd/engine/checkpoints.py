@@ -10,8 +10,8 @@ from typing import Any
 from mmengine.config import Config
 from torch import nn
 
-from mmcpd.comb import Comb, comb
-from mmcpd.comb.errors import SlimError
+from mmcpd.comb import comb
+from mmcpd.coupling import Coupling
 from mmcpd.engine.build import build_dense, student_config, type_name, whole_forward
 from mmcpd.engine.finish import costs, finish
 from mmcpd.engine.hooks import STATE
@@ -19,7 +19,8 @@ from mmcpd.engine.inputs import example_inputs, noise
 from mmcpd.engine.options import comb_options
 from mmcpd.engine.slimmed import fill, is_slim, load_slim, read_checkpoint
 from mmcpd.engine.teachers import student_weights
-from mmcpd.prune import mask_
+from mmcpd.errors import SlimError
+from mmcpd.slim import mask_
 
 OUR_HOOKS = ('CombHook', 'PruneHook')
 PathLike = str | os.PathLike
@@ -74,8 +75,8 @@ def removed_units(checkpoint: Mapping[str, Any]) -> int:
     return sum(int((~units).sum()) for units in keep.values())
 
 
-def comb_by_config(model: nn.Module, cfg: Config, **given: Any) -> Comb:
-    """Comb a bare model as training by this config would; options that are given win.
+def comb_by_config(model: nn.Module, cfg: Config, **given: Any) -> Coupling:
+    """Coupling a bare model as training by this config would; options that are given win.
 
     Example:
         >>> print(comb_by_config(build_dense(cfg), cfg, heads='head'))

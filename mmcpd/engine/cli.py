@@ -18,10 +18,10 @@ from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
 
-from mmcpd.comb.errors import CombError, SlimError
 from mmcpd.engine.build import datasets, type_name
 from mmcpd.engine.compat import mend_scopes
 from mmcpd.engine.options import comb_options, prune_options
+from mmcpd.errors import CombError, SlimError
 
 EMBEDDED = 'configs/cpd/resnet50_prune.py'  # runs anywhere: its data ship inside a wheel
 # How the folders of the data sets look that people lack most; others' are the paths that they name.

@@ -13,7 +13,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from mmcpd.distill import Taps
-from mmcpd.engine.lessons import Lesson, labels_of, read_lesson
+from mmcpd.engine.loss_configs import Lesson, labels_of, read_lesson
 from mmcpd.engine.teachers import DISTILL, DTYPES, FrozenTeacher, check_same_input, load_teacher
 
 STUDENT = 'student.'  # what nn.Module puts before the student's names, and nobody else sees

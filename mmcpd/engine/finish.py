@@ -8,10 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from mmcpd.comb import COSTS, Comb, Keep, SlimError
+from mmcpd.cost import COSTS
+from mmcpd.coupling import Coupling, Keep
 from mmcpd.engine.slimmed import save_slim
-from mmcpd.prune import slim, structure
-from mmcpd.prune.trial import compare
+from mmcpd.errors import SlimError
+from mmcpd.slim import slim, structure
+from mmcpd.slim.compare import compare
 
 TOLERANCE = 1e-3  # of the largest output, in float32
 # Metric -> name, unit and its sign in the table.
@@ -22,7 +24,7 @@ ROWS = {
 }
 
 
-def finish(model: nn.Module, comb: Comb, keep: Keep, path: Path, meta: Mapping[str, Any]) -> nn.Module:
+def finish(model: nn.Module, comb: Coupling, keep: Keep, path: Path, meta: Mapping[str, Any]) -> nn.Module:
     """Cut a masked model, compare the two, and save the slim one.
 
     Args:
@@ -51,7 +53,7 @@ def finish(model: nn.Module, comb: Comb, keep: Keep, path: Path, meta: Mapping[s
     return small
 
 
-def costs(comb: Comb, keep: Keep) -> dict[str, int]:
+def costs(comb: Coupling, keep: Keep) -> dict[str, int]:
     """Return MACs, parameters, memory (bytes) and units under a keep, as plain numbers."""
     cost = comb.cost(keep)
     return {**{metric: int(cost[metric]) for metric in COSTS}, 'units': sum(int(k.sum()) for k in keep.values())}

@@ -16,13 +16,14 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from mmcpd.comb import Comb, comb
+from mmcpd.comb import comb
+from mmcpd.coupling import Coupling
 from mmcpd.engine.build import whole_forward
+from mmcpd.engine.closure import Replay, random_state, set_random_state
 from mmcpd.engine.distillers import Distiller
 from mmcpd.engine.finish import comparison, costs, finish
 from mmcpd.engine.inputs import example_inputs, noise
 from mmcpd.engine.options import comb_options, prune_options
-from mmcpd.engine.replay import Replay, random_state, set_random_state
 from mmcpd.engine.slimmed import save_whole
 from mmcpd.prune.pruner import Pruner
 
@@ -43,7 +44,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 @HOOKS.register_module()
 class CombHook(Hook):
-    """Comb the bare model before training: show what belongs together, and why the rest is frozen.
+    """Coupling the bare model before training: show what belongs together, and why the rest is frozen.
 
     Args:
         **options: `heads`, `ignore`, `strict` of `mmcpd.comb.comb`; `input_shape`, (C, H, W) of the example that runs
@@ -61,7 +62,7 @@ class CombHook(Hook):
 
     def __init__(self, **options: Any) -> None:
         self.options = comb_options({}, options)
-        self.comb: Comb | None = None
+        self.comb: Coupling | None = None
 
     def before_train(self, runner: Runner) -> None:
         options = comb_options(runner.cfg, self.options)
@@ -249,7 +250,7 @@ def _example(runner: Runner, shape: Sequence[int] | None) -> Tensor:
     return noise(1, shape)
 
 
-def _comb_of(runner: Runner) -> Comb:
+def _comb_of(runner: Runner) -> Coupling:
     for hook in runner.hooks:
         if isinstance(hook, CombHook) and hook.comb is not None:
             return hook.comb

@@ -16,9 +16,9 @@ from mmengine.registry import MODELS
 from mmengine.runner.checkpoint import CheckpointLoader
 from torch import nn
 
-from mmcpd.comb.errors import SlimError
 from mmcpd.engine.build import ConfigLike, build_dense
-from mmcpd.prune import restructure_
+from mmcpd.errors import SlimError
+from mmcpd.slim import restructure_
 from mmcpd.version import __version__
 
 # What unpickling may raise on bytes that are no checkpoint, or half of one.

@@ -13,10 +13,10 @@ from mmengine.hub import get_config
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
-from mmcpd.comb.errors import SlimError
 from mmcpd.distill import Taps
 from mmcpd.engine.build import as_config, build_dense
 from mmcpd.engine.slimmed import fill, is_slim, load_slim, read_checkpoint
+from mmcpd.errors import SlimError
 
 DTYPES = {None: None, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 # What the distiller adds to a student's checkpoint: no part of a teacher made from it.

@@ -1,7 +1,7 @@
 """The gradient of a multiplicative gate on each unit, read from weights and their gradients.
 
 A gate m on a unit turns the rows w of its cut into m * w, so dL/dm at m = 1 is the sum of w * dL/dw over
-them. Coupled tensors are summed first, a score may square afterwards. `Comb` names the cut, in its groups.
+them. Coupled tensors are summed first, a score may square afterwards. `Coupling` names the cut, in its groups.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from ..comb.groups import Group
+    from ..coupling import Group
 
 # Elements per step on a CPU: the product stays in the cache, and is just too small for torch to wake its thread pool.
 _CACHED = (1 << 15) - 1
@@ -64,7 +64,7 @@ class Gates:
     """All units of all groups in one flat vector, and the rows that each of them cuts.
 
     Args:
-        groups: the groups of a `Comb`.
+        groups: the groups of a `Coupling`.
 
     Example:
         >>> gates = Gates(comb(model, images).groups)

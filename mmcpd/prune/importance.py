@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from ..names import look_up
 from .gates import Gates, untouched
-from .samples import SampleTaps
+from .per_sample import SampleTaps
 
 if TYPE_CHECKING:
-    from ..comb.groups import Group
+    from ..coupling import Group
 
 Closure = Callable[[], None]
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from ..names import look_up
 
 if TYPE_CHECKING:
-    from ..comb.groups import Comb
+    from ..comb.groups import Coupling
 
-# Name -> field of what `Comb.marginal` gives, and whether the units that stay in the group multiply it.
+# Name -> field of what `Coupling.marginal` gives, and whether the units that stay in the group multiply it.
 NORMALIZERS: dict[str, tuple[str, bool] | None] = {
     'memory': ('memory', True),
     'channel_memory': ('memory', False),
@@ -22,7 +22,9 @@ NORMALIZERS: dict[str, tuple[str, bool] | None] = {
 }
 
 
-def normalize(scores: dict[str, Tensor], comb: Comb, keep: dict[str, Tensor], by: str = 'memory') -> dict[str, Tensor]:
+def normalize(
+    scores: dict[str, Tensor], comb: Coupling, keep: dict[str, Tensor], by: str = 'memory'
+) -> dict[str, Tensor]:
     """Divide scores by what the unit's removal saves now, in float64 on the CPU.
 
     Args:

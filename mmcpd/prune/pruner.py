@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..names import look_up, match, near
+from ..slim.mask import Masker
 from .importance import IMPORTANCES, Closure, build_importance
-from .masks import Masker
 from .normalize import NORMALIZERS, normalize
 from .schedule import METRICS, Keep, Schedule, check_reachable, select, share
 
 if TYPE_CHECKING:
-    from ..comb.groups import Comb
+    from ..comb.groups import Coupling
 
 
 class Pruner:
@@ -59,7 +59,7 @@ class Pruner:
     def __init__(
         self,
         model: nn.Module,
-        comb: Comb,
+        comb: Coupling,
         optimizer: torch.optim.Optimizer,
         iterations: int,
         *,

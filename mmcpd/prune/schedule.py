@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..comb.cost import COSTS
+from ..cost import COSTS
+from ..errors import PruneError
 from ..names import look_up, match
 
 if TYPE_CHECKING:
-    from ..comb.groups import Comb
+    from ..comb.groups import Coupling
 
 Keep = dict[str, Tensor]
 
@@ -27,10 +28,6 @@ CURVES: dict[str, Callable[[float], float]] = {
     'paper': lambda _: 0.0,  # a fixed number of units per event, down to the target
 }
 METRICS = dict.fromkeys((*COSTS, 'units'))
-
-
-class PruneError(ValueError):
-    """Nothing can be pruned, or not as far as asked."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +120,7 @@ class Schedule:
         return self.begin, self.end
 
 
-def share(comb: Comb, keep: Keep, metric: str) -> float:
+def share(comb: Coupling, keep: Keep, metric: str) -> float:
     """Return what is left of a metric under `keep`, as a share of the dense model's.
 
     Example:
@@ -136,7 +133,7 @@ def share(comb: Comb, keep: Keep, metric: str) -> float:
 
 def select(
     scores: dict[str, Tensor],
-    comb: Comb,
+    comb: Coupling,
     keep: Keep,
     ratio: float,
     metric: str = 'macs',
@@ -200,7 +197,7 @@ def select(
 
 
 def reachable(
-    comb: Comb, metric: str = 'macs', min_units: int = 1, round_to: int = 1, ignore: Sequence[str] = ()
+    comb: Coupling, metric: str = 'macs', min_units: int = 1, round_to: int = 1, ignore: Sequence[str] = ()
 ) -> float:
     """Return the lowest share of the metric that the floors of `select` allow.
 
@@ -215,7 +212,7 @@ def reachable(
 
 
 def check_reachable(
-    comb: Comb, schedule: Schedule, min_units: int = 1, round_to: int = 1, ignore: Sequence[str] = ()
+    comb: Coupling, schedule: Schedule, min_units: int = 1, round_to: int = 1, ignore: Sequence[str] = ()
 ) -> None:
     """Refuse a target that no choice of units can meet, before any training.
 
@@ -248,7 +245,7 @@ def check_reachable(
             )
 
 
-def _steps(comb: Comb, keep: Keep, min_units: int, round_to: int, ignore: Sequence[str]) -> dict[str, list[int]]:
+def _steps(comb: Coupling, keep: Keep, min_units: int, round_to: int, ignore: Sequence[str]) -> dict[str, list[int]]:
     """Return, for each group, the numbers of units that it may be brought down to, from most to least."""
     if min_units < 1 or round_to < 1:
         raise ValueError(f'min_units and round_to are at least 1: got {min_units} and {round_to}')
@@ -263,7 +260,7 @@ def _steps(comb: Comb, keep: Keep, min_units: int, round_to: int, ignore: Sequen
 
 
 def _order(
-    scores: dict[str, Tensor], comb: Comb, keep: Keep, steps: dict[str, list[int]]
+    scores: dict[str, Tensor], comb: Coupling, keep: Keep, steps: dict[str, list[int]]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the units that may go (numbered through all groups), lowest chunk first, and where each chunk ends."""
     units, keys, sizes = [np.empty(0, np.int64)], [np.empty(0)], [np.empty(0, np.int64)]
@@ -284,6 +281,6 @@ def _order(
     return unit[np.argsort(np.repeat(place, size), kind='stable')], np.cumsum(size[order])
 
 
-def _metric(comb: Comb, flat: np.ndarray, metric: str) -> int:
+def _metric(comb: Coupling, flat: np.ndarray, metric: str) -> int:
     """Return a metric for a boolean vector over all units."""
-    return int(flat.sum()) if metric == 'units' else comb.cost_flat(flat)[metric]
+    return int(flat.sum()) if metric == 'units' else comb.cost_model(flat)[metric]

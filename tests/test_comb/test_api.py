@@ -11,11 +11,12 @@ from torch import nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from mmcpd.comb import Comb, CombError, comb
-from mmcpd.comb.sizes import Size
+from mmcpd.comb import comb
 from mmcpd.comb.trace import Trace
-from mmcpd.prune import mask_
-from mmcpd.prune.trial import random_keep
+from mmcpd.coupling import Coupling
+from mmcpd.errors import CombError
+from mmcpd.slim import mask_
+from mmcpd.slim.trial import random_keep
 from tests.helpers import Net, check_equal, gap, randomise_, sample
 
 
@@ -88,7 +89,7 @@ def test_combing_leaves_the_model_as_it_was(block):
     assert found.groups
     after = state(block)
     assert type(block.num_heads) is int and type(block.sizes[0]) is int and type(block.seen) is int
-    assert type(block.shape) is torch.Size and type(block.nested['of'][0][0]) is int
+    assert type(block.shape) is torch.TracedInt and type(block.nested['of'][0][0]) is int
     assert_same(before, after)
 
 
@@ -128,11 +129,11 @@ def test_no_size_survives_anywhere(block):
     found = comb(block, IMAGE)
 
     def walk(value):
-        assert not isinstance(value, Size)
+        assert not isinstance(value, TracedInt)
         for inner in value if isinstance(value, (list, tuple)) else ():
             walk(inner)
 
-    for rule in found.sizes:
+    for rule in found.fixes.sizes:
         walk(rule.expression)
     for module in block.modules():
         for value in vars(module).values():
@@ -161,7 +162,7 @@ def test_json_round_trip(block, tmp_path):
     assert (tmp_path / 'comb.json').read_text() == text
     json.loads(text)
     for source in (text, tmp_path / 'comb.json', str(tmp_path / 'comb.json')):
-        twin = Comb.from_json(source)
+        twin = Coupling.from_json(source)
         assert [(g.name, g.units) for g in twin.groups] == [(g.name, g.units) for g in found.groups]
         for mine, theirs in zip(found.groups, twin.groups, strict=True):
             for part in ('members', 'cut'):
@@ -176,7 +177,7 @@ def test_json_of_another_version_is_refused(block):
     data = json.loads(comb(block, IMAGE).to_json())
     data['format'] = 99
     with pytest.raises(ValueError, match='format 99'):
-        Comb.from_json(json.dumps(data))
+        Coupling.from_json(json.dumps(data))
 
 
 class Odd(nn.Module):
@@ -377,7 +378,7 @@ def test_a_shape_is_one_of_torch_and_so_are_its_pieces():
     model = randomise_(Net(run, a=nn.Conv2d(3, 6, 1), fc=nn.Linear(6, 2)))
     found = comb(model, IMAGE, trial=False)
     for shape in seen[0]:
-        assert type(shape) is torch.Size and type(shape[1]) is Size
+        assert type(shape) is torch.TracedInt and type(shape[1]) is TracedInt
     assert len(seen) == 1 and {g.name: g.units for g in found.groups} == {'a': 6}
     check_equal(model, found)
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mmcpd.prune import slim
-from mmcpd.prune.replace import SlimMultiheadAttention
+from mmcpd.slim import slim
+from mmcpd.slim.attention import SlimMultiheadAttention
 from tests.helpers import Net, call, check_equal, gap, masked, rows, strided
 from tests.toys import Toy, check_toy, combed
 

@@ -345,7 +345,7 @@ def test_circular_padding_writes_into_a_bare_tensor_and_freezes():
 
 
 def test_a_grouped_convolution_keeps_its_attributes_in_step():
-    from mmcpd.prune import slim
+    from mmcpd.slim import slim
 
     model, found = check_toy(TOYS['grouped'])
     keep = found.keep()

@@ -12,8 +12,8 @@ from mmpretrain.registry import MODELS
 from torch import nn
 
 from mmcpd.comb import comb
-from mmcpd.prune import slim
-from mmcpd.prune.trial import random_keep
+from mmcpd.slim import slim
+from mmcpd.slim.trial import random_keep
 from tests.helpers import (
     CONTROL,
     EXACT,

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mmcpd.prune import slim
+from mmcpd.slim import slim
 from tests.helpers import Net, rows, strided
 from tests.toys import Toy, check_toy, pooled
 

@@ -15,8 +15,8 @@ from mmcpd.engine.distillers import Distiller
 from mmcpd.engine.hooks import CombHook, PruneHook, bare_model
 from mmcpd.engine.options import comb_options, prune_options
 from mmcpd.engine.slimmed import load_slim, read_slim
+from mmcpd.errors import PruneError
 from mmcpd.prune.importance import IMPORTANCES
-from mmcpd.prune.schedule import PruneError
 
 torch.set_num_threads(1)
 EPOCH = 4  # iterations

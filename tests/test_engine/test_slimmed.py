@@ -13,11 +13,11 @@ from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import load_checkpoint
 
 from mmcpd.comb import comb
-from mmcpd.comb.errors import SlimError
 from mmcpd.engine import slimmed
 from mmcpd.engine.build import build_dense, student_config
 from mmcpd.engine.inputs import example_inputs
-from mmcpd.prune import slim, structure
+from mmcpd.errors import SlimError
+from mmcpd.slim import slim, structure
 
 SIZE = 32
 

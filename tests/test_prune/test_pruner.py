@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from mmcpd.comb import comb
-from mmcpd.prune import slim
+from mmcpd.errors import PruneError
 from mmcpd.prune.importance import IMPORTANCES
 from mmcpd.prune.pruner import Pruner, check_options
-from mmcpd.prune.schedule import PruneError
+from mmcpd.slim import slim
 from tests.helpers import on_two_processes
 
 OPTIONS = {'begin': 2, 'end': 12, 'interval': 2, 'target': 0.5}

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from mmcpd.comb import comb
-from mmcpd.prune.schedule import CURVES, PruneError, Schedule, check_reachable, reachable, select, share
+from mmcpd.errors import PruneError
+from mmcpd.prune.schedule import CURVES, Schedule, check_reachable, reachable, select, share
 
 
 @pytest.fixture(scope='module')

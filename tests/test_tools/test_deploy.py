@@ -13,7 +13,7 @@ from mmcpd.comb import comb
 from mmcpd.engine.build import build_dense
 from mmcpd.engine.inputs import example_inputs
 from mmcpd.engine.slimmed import save_slim
-from mmcpd.prune import slim, structure
+from mmcpd.slim import slim, structure
 
 
 @pytest.fixture

@@ -132,9 +132,9 @@ def test_comb_shows_groups_reasons_and_writes_them(tool, pruning, tmp_path):
     assert code == 0, err
     assert 'backbone.layer1.0.conv1' in out
     assert 'model output' in out
-    from mmcpd.comb import Comb
+    from mmcpd.coupling import Coupling
 
-    assert len(Comb.from_json(tmp_path / 'out/comb.json').groups) == 12
+    assert len(Coupling.from_json(tmp_path / 'out/comb.json').groups) == 12
     assert (tmp_path / 'out/comb.png').read_bytes()[:4] == b'\x89PNG'
 
 

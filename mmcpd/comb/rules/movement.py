@@ -7,40 +7,42 @@ import torch
 from torch import Tensor
 
 from ..atoms import FIXED, Axis, along
-from ..trace import Call, Trace
-from .table import VIEWS, rule, same
+from ..trace import Call, Run
+from .pointwise import same
+
+VIEWS = ('view', '_unsafe_view', '_reshape_alias')  # of labels with stride 0, which need a reshape
 
 
-def movement(trace: Trace, call: Call) -> None:
+def movement(run: Run, call: Call) -> None:
     """Run the very same operation on the atoms, one axis at a time, and see where the result varies."""
     source = call.tensors()[0]
-    outs = [call.out] if isinstance(call.out, Tensor) else list(call.out)
+    outs = call.outputs()
     axes: list[list[Axis | None]] = [[None] * out.dim() for out in outs]
-    for dim, axis in enumerate(trace.axes(source)):
+    for dim, axis in enumerate(run.axes(source)):
         if axis is None:
             continue
         if _picks(call, dim):
-            trace.freeze(axis, f'picked by a fixed index ({call.op}) in {trace.where}')
+            run.freeze(axis, f'picked by a fixed index ({call.op}) in {run.where}')
             continue
         if call.op == 'slice' and dim == call.named.get('dim', 0) % source.dim():
-            _step(trace, call, dim, axis)
+            _step(run, call, dim, axis)
         moved = _moved(call, source, along(axis, dim, source.shape))
         for labels, found in zip(moved, axes, strict=True):
-            place(trace, call, axis, labels, found)
+            place(run, call, axis, labels, found)
     for index in call.tensors()[1:]:
-        _index(trace, call, index)
+        _index(run, call, index)
     for out, found in zip(outs, axes, strict=True):
-        trace.set(out, tuple(found))
+        run.set(out, tuple(found))
 
 
-def _index(trace: Trace, call: Call, index: Tensor) -> None:
+def _index(run: Run, call: Call, index: Tensor) -> None:
     """Make an index equal to what it is gathered from in the other dimensions; others have no channels."""
     if call.op != 'gather':
-        trace.freeze_all(index, f'channels in an index ({call.op}) in {trace.where}')
+        run.freeze_all(index, f'channels in an index ({call.op}) in {run.where}')
         return
-    for dim, (axis, own) in enumerate(zip(trace.axes(call.named['self']), trace.axes(index), strict=True)):
+    for dim, (axis, own) in enumerate(zip(run.axes(call.named['self']), run.axes(index), strict=True)):
         if own is not None:
-            trace.equate(own, None if _picks(call, dim) else axis, call.op)
+            run.equate(own, None if _picks(call, dim) else axis, call.op)
 
 
 def _picks(call: Call, dim: int) -> bool:
@@ -53,17 +55,17 @@ def _picks(call: Call, dim: int) -> bool:
     return call.op == 'index' and dim < len(call.named['indices']) and call.named['indices'][dim] is not None
 
 
-def _step(trace: Trace, call: Call, dim: int, axis: Axis) -> None:
+def _step(run: Run, call: Call, dim: int, axis: Axis) -> None:
     """Tie what a stepped slice passes over to what it picks, so that `x[:, 1::2]` is still one of each two."""
     step, first = int(call.named.get('step', 1)), int(call.named.get('start') or 0)
     if step == 1:
         return
     if len(axis) % step or not 0 <= first < step or call.out.shape[dim] != len(axis) // step:
-        trace.freeze(axis, f'a slice in unequal steps in {trace.where}')
+        run.freeze(axis, f'a slice in unequal steps in {run.where}')
         return
     pieces = axis.atoms.reshape(-1, step)
-    trace.tie(pieces)
-    trace.freeze(Axis(pieces[(pieces == FIXED).any(axis=1)].ravel()), f'a step over a fixed position in {trace.where}')
+    run.tie(pieces)
+    run.freeze(Axis(pieces[(pieces == FIXED).any(axis=1)].ravel()), f'a step over a fixed position in {run.where}')
 
 
 def _moved(call: Call, source: Tensor, labels: Tensor) -> list[Tensor]:
@@ -96,7 +98,7 @@ def _varying(labels: Tensor) -> tuple[Tensor, list[int]]:
     return labels, varying
 
 
-def place(trace: Trace, call: Call, axis: Axis, labels: Tensor, found: list[Axis | None]) -> None:
+def place(run: Run, call: Call, axis: Axis, labels: Tensor, found: list[Axis | None]) -> None:
     """Write the axis that `labels` (the atoms at each position of an output) shows into `found`.
 
     Where it varies along several dimensions (heads x width, groups x channels) one keeps the atoms, and those across
@@ -105,20 +107,20 @@ def place(trace: Trace, call: Call, axis: Axis, labels: Tensor, found: list[Axis
     """
     labels, varying = _varying(labels)
     if not varying:
-        trace.freeze(axis, f'picked by a fixed index ({call.op}) in {trace.where}')
+        run.freeze(axis, f'picked by a fixed index ({call.op}) in {run.where}')
         return
     # Padding around the other dimensions is no atom, and does not make them vary.
     real = [d for d in varying if not _only_padding(labels, d)]
     real = real or varying
     if len(real) > 1:
-        known = _varying(trace.named(labels))[1]
+        known = _varying(run.tied_names(labels))[1]
         real = [d for d in real if d in known] or real
-    keep = _kept(trace, call, real)
+    keep = _carrier(run, call, real, labels)
     columns = labels.movedim(keep, 0).reshape(labels.shape[keep], -1).numpy().astype(np.int64)
     if columns.shape[1] > 1:
-        trace.tie(columns)
+        run.tie(columns)
     atoms = columns.max(axis=1)
-    trace.freeze(found[keep], f'two axes in one dimension ({call.op}) in {trace.where}')
+    run.freeze(found[keep], f'two axes in one dimension ({call.op}) in {run.where}')
     zero = axis.zero and (call.op != 'constant_pad_nd' or not call.named.get('value'))
     found[keep] = Axis(atoms, zero, axis.weight, labels if columns.shape[1] > 1 else None)
 
@@ -128,31 +130,32 @@ def _only_padding(labels: Tensor, dim: int) -> bool:
     return bool(((labels == top) | (labels == FIXED)).all())
 
 
-def _kept(trace: Trace, call: Call, varying: list[int]) -> int:
+def _carrier(run: Run, call: Call, varying: list[int], labels: Tensor) -> int:
     """Choose the dimension that keeps the atoms of a rectangle."""
     if 'pixel_shuffle' in call.op:
         return varying[0]
-    if trace.heads == 'head' and len(varying) > 1:
+    whole = run.policy.whole_heads
+    if whole is not None and len(varying) > 1 and bool(whole[labels[labels >= 0].numpy()].all()):
         return varying[-2]
     return varying[-1]
 
 
-@rule('channel_shuffle', 'native_channel_shuffle')  # channel_shuffle(self, groups): equal groups stay equal
-def channel_shuffle(trace: Trace, call: Call) -> None:
-    axis = trace.axes(call.named['self'])[1]
+def channel_shuffle(run: Run, call: Call) -> None:
+    # channel_shuffle(self, groups): equal groups stay equal
+    axis = run.axes(call.named['self'])[1]
     if axis is not None:
-        trace.tie(axis.atoms.reshape(call.named['groups'], -1).T)
-    movement(trace, call)
+        run.tie(axis.atoms.reshape(call.named['groups'], -1).T)
+    movement(run, call)
 
 
-@rule('cat', 'concat', 'stack')  # cat(tensors, dim=0)
-def cat(trace: Trace, call: Call) -> None:
+def cat(run: Run, call: Call) -> None:
+    # cat(tensors, dim=0), stack(tensors, dim=0)
     tensors: list[Tensor] = [t for t in call.named['tensors'] if t.numel()]
     stack = call.op == 'stack'
     dim = call.named.get('dim', 0) % call.out.dim()
     rows = []
     for tensor in tensors:
-        axes = list(trace.axes(tensor))
+        axes = list(run.axes(tensor))
         if stack:
             axes.insert(dim, None)
         rows.append((tensor, axes))
@@ -172,49 +175,49 @@ def cat(trace: Trace, call: Call) -> None:
         else:
             for axis in column:
                 if axis is not known[0]:
-                    trace.equate(known[0], axis, call.op)
+                    run.equate(known[0], axis, call.op)
             result.append(Axis(known[0].atoms, all(a.zero for a in known), all(a.weight for a in known)))
-    trace.set(call.out, tuple(result))
+    run.set(call.out, tuple(result))
 
 
-@rule('tril', 'triu')  # tril(self, diagonal): zeros, which stay what they are in all but the last two dimensions
-def triangle(trace: Trace, call: Call) -> None:
-    for axis in trace.axes(call.named['self'])[-2:]:
-        trace.freeze(axis, f'a triangle of channels ({call.op}) in {trace.where}')
-    same(trace, call)
+def triangle(run: Run, call: Call) -> None:
+    # tril(self, diagonal): zeros, which stay what they are in all but the last two dimensions
+    for axis in run.axes(call.named['self'])[-2:]:
+        run.freeze(axis, f'a triangle of channels ({call.op}) in {run.where}')
+    same(run, call)
 
 
-@rule('im2col')  # im2col(self, kernel_size, dilation, padding, stride): (N, C, H, W) -> (N, C * k, L)
-def im2col(trace: Trace, call: Call) -> None:
+def im2col(run: Run, call: Call) -> None:
+    # im2col(self, kernel_size, dilation, padding, stride): (N, C, H, W) -> (N, C * k, L)
     source = call.named['self']
-    batch, channel, *space = trace.axes(source)
+    batch, channel, *space = run.axes(source)
     for axis in space:
-        trace.freeze(axis, f'a spatial dimension in {trace.where}')
+        run.freeze(axis, f'a spatial dimension in {run.where}')
     taps = call.out.shape[-2] // source.shape[1]
     out = channel and Axis(np.repeat(channel.atoms, taps), channel.zero)
-    trace.set(call.out, (batch, out, None))
+    run.set(call.out, (batch, out, None))
 
 
-@rule('col2im')  # col2im(self, output_size, kernel_size, ...): (N, C * k, L) -> (N, C, H, W)
-def col2im(trace: Trace, call: Call) -> None:
-    batch, channel, length = trace.axes(call.named['self'])
-    trace.freeze(length, f'a spatial dimension in {trace.where}')
+def col2im(run: Run, call: Call) -> None:
+    # col2im(self, output_size, kernel_size, ...): (N, C * k, L) -> (N, C, H, W)
+    batch, channel, length = run.axes(call.named['self'])
+    run.freeze(length, f'a spatial dimension in {run.where}')
     out = None
     if channel is not None:
         columns = channel.atoms.reshape(call.out.shape[1], -1)
-        trace.tie(columns)
+        run.tie(columns)
         out = Axis(columns[:, 0], channel.zero)
-    trace.set(call.out, (batch, out, None, None))
+    run.set(call.out, (batch, out, None, None))
 
 
-@rule('glu')  # glu(self, dim): the halves are a * sigmoid(b)
-def glu(trace: Trace, call: Call) -> None:
+def glu(run: Run, call: Call) -> None:
+    # glu(self, dim): the halves are a * sigmoid(b)
     source = call.named['self']
-    axes = list(trace.axes(source))
+    axes = list(run.axes(source))
     dim = call.named.get('dim', -1) % source.dim()
     axis = axes[dim]
     if axis is not None:
         halves = axis.atoms.reshape(2, -1)
-        trace.equate(Axis(halves[0]), Axis(halves[1]), 'glu')
+        run.equate(Axis(halves[0]), Axis(halves[1]), 'glu')
         axes[dim] = Axis(halves[0], axis.zero)
-    trace.set(call.out, tuple(axes))
+    run.set(call.out, tuple(axes))

@@ -2,43 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
 from ..atoms import Axis
-from ..trace import Call, Trace
-from .table import ZERO_STAYS, rule, same, unknown
+from ..trace import Call, Run
+
+Rule = Callable[[Run, Call], None]
+ZeroRule = Callable[[Call, Sequence[Axis], int], bool]
 
 
-def _zero_after(call: Call, met: Sequence[Axis], operands: int) -> bool:
-    """Say whether a point-wise result is zero where a position is removed, given the axes that met there."""
-    op = call.op
-    if op == 'mul':
-        return any(axis.zero for axis in met)
-    if op in ('div', 'true_divide'):
-        return bool(getattr(call.named.get('self'), 'dim', None)) and met[0].zero
-    if not all(axis.zero for axis in met):
+# -- where a result is zero, given the axes that met at a removed position and the number of operands ------------------
+def lost(call: Call, met: Sequence[Axis], operands: int) -> bool:
+    """f(0) is not 0: sigmoid, exp."""
+    return False
+
+
+def stays(call: Call, met: Sequence[Axis], operands: int) -> bool:
+    """f(0) is 0, so a channel that is zero before is zero after: relu, tanh."""
+    return all(axis.zero for axis in met)
+
+
+def any_factor(call: Call, met: Sequence[Axis], operands: int) -> bool:
+    """mul(self, other): one zero factor is enough."""
+    return any(axis.zero for axis in met)
+
+
+def numerator(call: Call, met: Sequence[Axis], operands: int) -> bool:
+    """div(self, other): the numerator decides."""
+    return isinstance(call.named.get('self'), Tensor) and met[0].zero
+
+
+def all_summands(call: Call, met: Sequence[Axis], operands: int) -> bool:
+    """add(self, other), maximum, lerp: all operands are zero there, and no number is added."""
+    scalar = call.named.get('other')
+    return stays(call, met, operands) and len(met) == operands and (isinstance(scalar, Tensor) or scalar in (None, 0))
+
+
+def within_bounds(call: Call, met: Sequence[Axis], operands: int) -> bool:
+    """clamp(self, min, max), hardtanh(self, min_val=-1, max_val=1), clamp_min, clamp_max: zero lies within."""
+    if not stays(call, met, operands):
         return False
-    if op in ('add', 'sub', 'rsub', 'maximum', 'minimum', 'lerp', 'addcmul'):
-        scalar = call.named.get('other')
-        return len(met) == operands and (isinstance(scalar, Tensor) or scalar in (None, 0))
-    if op in ('clamp', 'hardtanh'):
-        low = call.named.get('min', call.named.get('min_val', -1 if op == 'hardtanh' else None))
-        high = call.named.get('max', call.named.get('max_val', 1 if op == 'hardtanh' else None))
-        if isinstance(low, Tensor) or isinstance(high, Tensor):
-            return len(met) == operands  # a bound for each channel, which is zero where the channel is
-        return (low is None or low <= 0) and (high is None or high >= 0)
-    if op in ('clamp_min', 'clamp_max'):
-        bound = call.named.get('min', call.named.get('max'))
-        return isinstance(bound, (int, float)) and (bound <= 0 if op == 'clamp_min' else bound >= 0)
-    if op == 'pow':
-        exponent = call.named.get('exponent')
-        return isinstance(exponent, (int, float)) and exponent > 0
-    return op in ZERO_STAYS
+    unit = 1 if call.op == 'hardtanh' else None
+    low = call.named.get('min', call.named.get('min_val', unit and -unit))
+    high = call.named.get('max', call.named.get('max_val', unit))
+    if isinstance(low, Tensor) or isinstance(high, Tensor):
+        # A bound for each channel, which is zero where the channel is; `clamp_min` and `clamp_max` have one alone.
+        return call.op == 'clamp' and len(met) == operands
+    return (low is None or low <= 0) and (high is None or high >= 0)
 
 
-def pointwise(trace: Trace, call: Call) -> None:
+def positive_power(call: Call, met: Sequence[Axis], operands: int) -> bool:
+    """pow(self, exponent): 0 ** exponent is 0 above 0."""
+    exponent = call.named.get('exponent')
+    return stays(call, met, operands) and isinstance(exponent, (int, float)) and exponent > 0
+
+
+# -- rules -------------------------------------------------------------------------------------------------------------
+def pointwise(zero_after: ZeroRule = lost) -> Rule:
+    """Return the rule of an element-wise operation; `zero_after` says where its result is zero."""
+    return lambda run, call: meet(run, call, zero_after)
+
+
+def meet(run: Run, call: Call, zero_after: ZeroRule = lost) -> None:
     """Make the axes that meet after broadcasting equal. A size of one, or a stride of zero, is a broadcast."""
     out: Tensor = call.out if isinstance(call.out, Tensor) else call.out[0]
     tensors = call.tensors()
@@ -49,7 +76,7 @@ def pointwise(trace: Trace, call: Call) -> None:
         for tensor in tensors:
             if tensor.dim() < back or tensor.shape[-back] == 1:
                 continue
-            axis = trace.axes(tensor)[-back]
+            axis = run.axes(tensor)[-back]
             if axis is not None:
                 met.append(axis)
             elif tensor.stride(-back) != 0 and tensor.shape[-back] > 1:
@@ -59,39 +86,53 @@ def pointwise(trace: Trace, call: Call) -> None:
             continue
         first = met[0]
         for axis in met[1:]:
-            trace.equate(first, axis, call.op)
+            run.equate(first, axis, call.op)
         if bare:  # frozen from here on, so nothing that follows needs to know
-            trace.equate(first, None, call.op)
+            run.equate(first, None, call.op)
             result.append(None)
             continue
         weight = all(axis.weight for axis in met) and len(met) == len(tensors)
-        zero = _zero_after(call, met, len(tensors))
+        zero = zero_after(call, met, len(tensors))
         if call.op == 'add' and len(met) == 2 and met[0].weight != met[1].weight:  # a bias that is added by itself
             activation, bias = sorted(met, key=lambda axis: axis.weight)
-            trace.biases.append((activation.atoms, bias.atoms))
+            run.beside(activation, bias)
         full = first.full if first.full is not None and first.full.dim() == out.dim() else None
         result.append(Axis(first.atoms, zero, weight, full))
-    for tensor in [call.out] if isinstance(call.out, Tensor) else call.out:
-        if isinstance(tensor, Tensor) and tensor.shape == out.shape:
-            trace.set(tensor, tuple(result))
+    for tensor in call.outputs():
+        if tensor.shape == out.shape:
+            run.set(tensor, tuple(result))
 
 
-@rule('zeros_like', 'ones_like', 'full_like', 'empty_like', 'rand_like', 'randn_like', 'bernoulli', 'fill', 'zero')
-def like(trace: Trace, call: Call) -> None:
-    axes = trace.axes(call.tensors()[0])
-    trace.set(call.out, tuple(a and a.activation(call.op in ('zeros_like', 'zero')) for a in axes))
+def fresh(run: Run, call: Call) -> None:
+    """Leave an output without axes: nothing of the input is in it."""
 
 
-@rule('as_strided')  # as_strided(self, size, stride, storage_offset): only a relabelling of strides is understood
-def as_strided(trace: Trace, call: Call) -> None:
+def same(run: Run, call: Call) -> None:
+    """Pass the axes through untouched."""
+    run.set(call.out, run.axes(call.tensors()[0]))
+
+
+def zeros_like(run: Run, call: Call) -> None:
+    run.set(call.out, [a and a.activation(True) for a in run.axes(call.tensors()[0])])
+
+
+def ones_like(run: Run, call: Call) -> None:
+    """Keep the axes of any tensor that is made in the shape of another."""
+    run.set(call.out, [a and a.activation(False) for a in run.axes(call.tensors()[0])])
+
+
+def as_strided(run: Run, call: Call) -> None:
+    # as_strided(self, size, stride, storage_offset): only a relabelling of strides is understood
     source = call.named['self']
     moved = any(s > 1 and a != b for s, a, b in zip(source.shape, source.stride(), call.out.stride(), strict=False))
     if call.out.shape != source.shape or moved:
-        unknown(trace, call)
+        unknown(run, call)
     else:
-        same(trace, call)
+        same(run, call)
 
 
-@rule('copy', 'log_sigmoid_forward')  # copy_(self, src, non_blocking); neither is tagged as point-wise
-def copy(trace: Trace, call: Call) -> None:
-    pointwise(trace, call)
+def unknown(run: Run, call: Call) -> None:
+    """Freeze what goes through an operation without a rule, and report it."""
+    run.unsupported(call.op)
+    for tensor in call.tensors():
+        run.freeze_all(tensor, f'no rule for {call.op} in {run.where}')

@@ -1,72 +1,301 @@
-"""The table itself: names of operations by kind, and the rules of the rest."""
+"""The table of operations: what each one says about the axes of its inputs and outputs.
+
+A rule takes the `Run` and the `Call`, and sets the axes of the call's outputs. To add one: a row here, a function in a
+file of this folder where no kind fits, and a toy net whose groups are written by hand (`docs/design.md`, "How to add").
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
-from ..trace import Call, Trace
-
-Rule = Callable[[Trace, Call], None]
-RULES: dict[str, Rule] = {}
-COUNTED: set[str] = set()  # operations that cost something, with axes or without
-
-# f(0) == 0, so a channel that is zero before is zero after.
-ZERO_STAYS = set(
-    'relu relu6 gelu silu hardswish mish tanh elu celu selu leaky_relu prelu _prelu_kernel neg abs sqrt sin sinh '
-    'asinh atan erf sign floor ceil round trunc square expm1 log1p native_dropout dropout nan_to_num softsign'.split()
-)
-# Point-wise too, though the dispatcher does not tag them.
-POINTWISE = set('hardswish hardsigmoid hardtanh prelu _prelu_kernel rrelu native_dropout softplus logit'.split())
-# Where nothing else runs, slimming is slicing and needs no trial.
-PLAIN = set(
-    'convolution addmm mm t view _unsafe_view native_batch_norm _native_batch_norm_legit_no_training cudnn_batch_norm '
-    'relu hardtanh sigmoid silu hardswish hardsigmoid gelu add mul cat mean max_pool2d_with_indices avg_pool2d '
-    '_adaptive_avg_pool2d upsample_nearest2d upsample_bilinear2d clone detach alias contiguous as_strided'.split()
-)
-# Axes pass through untouched.
-SAME = set('clone contiguous detach alias _to_copy lift_fresh lift view_of positive fill_diagonal'.split())
-MOVEMENT = set(
-    'view _unsafe_view reshape _reshape_alias permute transpose t expand unsqueeze squeeze select slice narrow split '
-    'split_with_sizes unsafe_split unsafe_split_with_sizes chunk unsafe_chunk unbind roll flip repeat '
-    'repeat_interleave constant_pad_nd reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d unfold '
-    'diagonal movedim rot90 pixel_shuffle pixel_unshuffle unflatten '
-    'flatten numpy_T swapaxes view_as expand_as squeeze_copy index index_select gather'.split()
-)
-VIEWS = set('view _unsafe_view _reshape_alias'.split())  # of labels with stride 0, which need a reshape
-# No input axis matters: fresh tensors, sizes, and random numbers.
-FRESH = set(
-    'new_zeros new_ones new_empty new_full new_empty_strided empty zeros ones full arange linspace rand randn randint '
-    'scalar_tensor sym_size sym_numel sym_stride eye randperm empty_strided is_same_size tril_indices'.split()
-)
-POOLS = {  # spatial operations: name -> number of trailing spatial dimensions
-    'avg_pool1d': 1, 'avg_pool2d': 2, 'avg_pool3d': 3, 'max_pool1d': 1, 'max_pool2d': 2, 'max_pool2d_with_indices': 2,
-    'max_pool3d_with_indices': 3, 'adaptive_avg_pool1d': 1, '_adaptive_avg_pool2d': 2, 'adaptive_avg_pool2d': 2,
-    'adaptive_max_pool2d': 2, '_adaptive_avg_pool3d': 3, 'upsample_nearest1d': 1, 'upsample_nearest2d': 2,
-    'upsample_linear1d': 1, 'upsample_bilinear2d': 2, 'upsample_bicubic2d': 2, '_upsample_bilinear2d_aa': 2,
-    '_upsample_bicubic2d_aa': 2, '_upsample_nearest_exact2d': 2, 'upsample_trilinear3d': 3,
-}  # fmt: skip
+from .movement import cat, channel_shuffle, col2im, glu, im2col, movement, triangle
+from .pointwise import (
+    Rule,
+    all_summands,
+    any_factor,
+    as_strided,
+    fresh,
+    numerator,
+    ones_like,
+    pointwise,
+    positive_power,
+    same,
+    stays,
+    within_bounds,
+    zeros_like,
+)  # fmt: skip
+from .products import add_product, attention, convolution, embedding, grid_sample, linear, pool, product
+from .statistics import batch_norm, group_norm, layer_norm, reduction, softmax
 
 
-def rule(*names: str, counted: bool = False) -> Callable[[Rule], Rule]:
-    """Register a rule under each of its operations' names; `counted` ones run even where no axis goes in."""
+@dataclass(frozen=True)
+class Operation:
+    """One operation, by aten's name; in-place and out-of-place forms share it.
 
-    def register(function: Rule) -> Rule:
-        for name in names:
-            if name in RULES:
-                raise ValueError(f'two rules for {name!r}')
-            RULES[name] = function
-        COUNTED.update(names if counted else ())
-        return function
+    Attributes:
+        rule: what it says about axes.
+        plain: where only such ones run, slimming is slicing and needs no trial.
+        counted: it costs something, with axes or without, so that its rule always runs.
+    """
 
-    return register
-
-
-def unknown(trace: Trace, call: Call) -> None:
-    """Freeze what goes through an operation without a rule, and report it."""
-    trace.unsupported[(call.op, trace.where)] += 1
-    for tensor in call.tensors():
-        trace.freeze_all(tensor, f'no rule for {call.op} in {trace.where}')
+    rule: Rule
+    plain: bool = False
+    counted: bool = False
 
 
-def same(trace: Trace, call: Call) -> None:
-    trace.set(call.out, trace.axes(call.tensors()[0]))
+OPERATIONS: dict[str, Operation] = {
+    # -- point-wise, and where the result is zero; what else torch tags as point-wise is `pointwise()`, and needs no row
+    'mul': Operation(pointwise(any_factor), plain=True),
+    'div': Operation(pointwise(numerator)),
+    'true_divide': Operation(pointwise(numerator)),
+    'clamp': Operation(pointwise(within_bounds)),
+    'hardtanh': Operation(pointwise(within_bounds), plain=True),
+    'clamp_min': Operation(pointwise(within_bounds)),
+    'clamp_max': Operation(pointwise(within_bounds)),
+    'pow': Operation(pointwise(positive_power)),
+    'add': Operation(pointwise(all_summands), plain=True),
+    'sub': Operation(pointwise(all_summands)),
+    'rsub': Operation(pointwise(all_summands)),
+    'maximum': Operation(pointwise(all_summands)),
+    'minimum': Operation(pointwise(all_summands)),
+    'lerp': Operation(pointwise(all_summands)),
+    'addcmul': Operation(pointwise(all_summands)),
+    'relu': Operation(pointwise(stays), plain=True),
+    'relu6': Operation(pointwise(stays)),
+    'gelu': Operation(pointwise(stays), plain=True),
+    'silu': Operation(pointwise(stays), plain=True),
+    'hardswish': Operation(pointwise(stays), plain=True),
+    'mish': Operation(pointwise(stays)),
+    'tanh': Operation(pointwise(stays)),
+    'elu': Operation(pointwise(stays)),
+    'celu': Operation(pointwise(stays)),
+    'selu': Operation(pointwise(stays)),
+    'leaky_relu': Operation(pointwise(stays)),
+    'prelu': Operation(pointwise(stays)),
+    '_prelu_kernel': Operation(pointwise(stays)),
+    'neg': Operation(pointwise(stays)),
+    'abs': Operation(pointwise(stays)),
+    'sqrt': Operation(pointwise(stays)),
+    'sin': Operation(pointwise(stays)),
+    'sinh': Operation(pointwise(stays)),
+    'asinh': Operation(pointwise(stays)),
+    'atan': Operation(pointwise(stays)),
+    'erf': Operation(pointwise(stays)),
+    'sign': Operation(pointwise(stays)),
+    'floor': Operation(pointwise(stays)),
+    'ceil': Operation(pointwise(stays)),
+    'round': Operation(pointwise(stays)),
+    'trunc': Operation(pointwise(stays)),
+    'square': Operation(pointwise(stays)),
+    'expm1': Operation(pointwise(stays)),
+    'log1p': Operation(pointwise(stays)),
+    'native_dropout': Operation(pointwise(stays)),
+    'dropout': Operation(pointwise(stays)),
+    'nan_to_num': Operation(pointwise(stays)),
+    'softsign': Operation(pointwise(stays)),
+    'hardsigmoid': Operation(pointwise(), plain=True),
+    'rrelu': Operation(pointwise()),
+    'softplus': Operation(pointwise()),
+    'logit': Operation(pointwise()),
+    'sigmoid': Operation(pointwise(), plain=True),
+    'exp': Operation(pointwise()),
+    'log': Operation(pointwise()),
+    'cos': Operation(pointwise()),
+    'reciprocal': Operation(pointwise()),
+    'rsqrt': Operation(pointwise()),
+    'log_sigmoid_forward': Operation(pointwise()),
+    'copy': Operation(pointwise()),
+    'where': Operation(pointwise()),
+    'masked_fill': Operation(pointwise()),
+    # -- axes pass through
+    'clone': Operation(same, plain=True),
+    'contiguous': Operation(same, plain=True),
+    'detach': Operation(same, plain=True),
+    'alias': Operation(same, plain=True),
+    '_to_copy': Operation(same),
+    'lift_fresh': Operation(same),
+    'lift': Operation(same),
+    'view_of': Operation(same),
+    'positive': Operation(same),
+    'fill_diagonal': Operation(same),
+    # -- data movement: the very same operation runs on the atoms
+    'view': Operation(movement, plain=True),
+    '_unsafe_view': Operation(movement, plain=True),
+    'reshape': Operation(movement),
+    '_reshape_alias': Operation(movement),
+    'permute': Operation(movement),
+    'transpose': Operation(movement),
+    't': Operation(movement, plain=True),
+    'expand': Operation(movement),
+    'unsqueeze': Operation(movement),
+    'squeeze': Operation(movement),
+    'select': Operation(movement),
+    'slice': Operation(movement),
+    'narrow': Operation(movement),
+    'split': Operation(movement),
+    'split_with_sizes': Operation(movement),
+    'unsafe_split': Operation(movement),
+    'unsafe_split_with_sizes': Operation(movement),
+    'chunk': Operation(movement),
+    'unsafe_chunk': Operation(movement),
+    'unbind': Operation(movement),
+    'roll': Operation(movement),
+    'flip': Operation(movement),
+    'repeat': Operation(movement),
+    'repeat_interleave': Operation(movement),
+    'constant_pad_nd': Operation(movement),
+    'reflection_pad1d': Operation(movement),
+    'reflection_pad2d': Operation(movement),
+    'replication_pad1d': Operation(movement),
+    'replication_pad2d': Operation(movement),
+    'unfold': Operation(movement),
+    'diagonal': Operation(movement),
+    'movedim': Operation(movement),
+    'rot90': Operation(movement),
+    'pixel_shuffle': Operation(movement),
+    'pixel_unshuffle': Operation(movement),
+    'unflatten': Operation(movement),
+    'flatten': Operation(movement),
+    'numpy_T': Operation(movement),
+    'swapaxes': Operation(movement),
+    'view_as': Operation(movement),
+    'expand_as': Operation(movement),
+    'squeeze_copy': Operation(movement),
+    'index': Operation(movement),
+    'index_select': Operation(movement),
+    'gather': Operation(movement),
+    # -- data movement with a rule of its own
+    'channel_shuffle': Operation(channel_shuffle),
+    'native_channel_shuffle': Operation(channel_shuffle),
+    'cat': Operation(cat, plain=True),
+    'concat': Operation(cat),
+    'stack': Operation(cat),
+    'tril': Operation(triangle),
+    'triu': Operation(triangle),
+    'im2col': Operation(im2col),
+    'col2im': Operation(col2im),
+    'glu': Operation(glu),
+    'as_strided': Operation(as_strided, plain=True),
+    # -- spatial: positions are pooled or sampled, channels stay
+    'avg_pool1d': Operation(pool(1)),
+    'avg_pool2d': Operation(pool(2), plain=True),
+    'avg_pool3d': Operation(pool(3)),
+    'max_pool1d': Operation(pool(1)),
+    'max_pool2d': Operation(pool(2)),
+    'max_pool2d_with_indices': Operation(pool(2), plain=True),
+    'max_pool3d_with_indices': Operation(pool(3)),
+    'adaptive_avg_pool1d': Operation(pool(1)),
+    '_adaptive_avg_pool2d': Operation(pool(2), plain=True),
+    'adaptive_avg_pool2d': Operation(pool(2)),
+    'adaptive_max_pool2d': Operation(pool(2)),
+    '_adaptive_avg_pool3d': Operation(pool(3)),
+    'upsample_nearest1d': Operation(pool(1)),
+    'upsample_nearest2d': Operation(pool(2), plain=True),
+    'upsample_linear1d': Operation(pool(1)),
+    'upsample_bilinear2d': Operation(pool(2), plain=True),
+    'upsample_bicubic2d': Operation(pool(2)),
+    '_upsample_bilinear2d_aa': Operation(pool(2)),
+    '_upsample_bicubic2d_aa': Operation(pool(2)),
+    '_upsample_nearest_exact2d': Operation(pool(2)),
+    'upsample_trilinear3d': Operation(pool(3)),
+    'grid_sampler': Operation(grid_sample),
+    'grid_sampler_2d': Operation(grid_sample),
+    'grid_sampler_3d': Operation(grid_sample),
+    # -- weights
+    'convolution': Operation(convolution, plain=True, counted=True),
+    '_convolution': Operation(convolution, counted=True),
+    'cudnn_convolution': Operation(convolution, counted=True),
+    'mkldnn_convolution': Operation(convolution, counted=True),
+    'mm': Operation(product, plain=True, counted=True),
+    'bmm': Operation(product, counted=True),
+    'mv': Operation(product, counted=True),
+    'dot': Operation(product, counted=True),
+    'matmul': Operation(product, counted=True),
+    'addmm': Operation(add_product, plain=True, counted=True),
+    'baddbmm': Operation(add_product, counted=True),
+    'addmv': Operation(add_product, counted=True),
+    'linear': Operation(linear, counted=True),
+    'embedding': Operation(embedding),
+    # -- attention
+    '_scaled_dot_product_flash_attention_for_cpu': Operation(attention, counted=True),
+    '_scaled_dot_product_flash_attention': Operation(attention, counted=True),
+    '_scaled_dot_product_efficient_attention': Operation(attention, counted=True),
+    '_scaled_dot_product_cudnn_attention': Operation(attention, counted=True),
+    '_scaled_dot_product_fused_attention_overrideable': Operation(attention, counted=True),
+    # -- statistics
+    'sum': Operation(reduction(safe=True)),
+    'linalg_vector_norm': Operation(reduction(safe=True)),
+    'norm': Operation(reduction(safe=True)),
+    'count_nonzero': Operation(reduction(safe=True)),
+    'mean': Operation(reduction(), plain=True),
+    'amax': Operation(reduction()),
+    'amin': Operation(reduction()),
+    'max': Operation(reduction()),
+    'min': Operation(reduction()),
+    'var': Operation(reduction()),
+    'std': Operation(reduction()),
+    'var_mean': Operation(reduction()),
+    'std_mean': Operation(reduction()),
+    'cumsum': Operation(reduction()),
+    'median': Operation(reduction()),
+    'argmax': Operation(reduction(zero=False)),
+    'argmin': Operation(reduction(zero=False)),
+    'logsumexp': Operation(reduction(zero=False)),
+    'prod': Operation(reduction(zero=False)),
+    'any': Operation(reduction(zero=False)),
+    'all': Operation(reduction(zero=False)),
+    'logcumsumexp': Operation(reduction(zero=False)),
+    'cumprod': Operation(reduction(zero=False)),
+    'sort': Operation(reduction(zero=False, last=True)),
+    'argsort': Operation(reduction(zero=False, last=True)),
+    'topk': Operation(reduction(zero=False, last=True)),
+    '_softmax': Operation(softmax),
+    '_log_softmax': Operation(softmax),
+    'softmax': Operation(softmax),
+    'log_softmax': Operation(softmax),
+    '_safe_softmax': Operation(softmax),
+    # -- norms
+    'native_batch_norm': Operation(batch_norm, plain=True),
+    '_native_batch_norm_legit_no_training': Operation(batch_norm, plain=True),
+    '_native_batch_norm_legit': Operation(batch_norm),
+    'cudnn_batch_norm': Operation(batch_norm, plain=True),
+    'miopen_batch_norm': Operation(batch_norm),
+    '_batch_norm_impl_index': Operation(batch_norm),
+    '_batch_norm_no_update': Operation(batch_norm),
+    '_batch_norm_with_update': Operation(batch_norm),
+    'native_layer_norm': Operation(layer_norm),
+    'native_group_norm': Operation(group_norm),
+    # -- fresh tensors, sizes and random numbers: no input axis matters
+    'new_zeros': Operation(fresh),
+    'new_ones': Operation(fresh),
+    'new_empty': Operation(fresh),
+    'new_full': Operation(fresh),
+    'new_empty_strided': Operation(fresh),
+    'empty': Operation(fresh),
+    'zeros': Operation(fresh),
+    'ones': Operation(fresh),
+    'full': Operation(fresh),
+    'arange': Operation(fresh),
+    'linspace': Operation(fresh),
+    'rand': Operation(fresh),
+    'randn': Operation(fresh),
+    'randint': Operation(fresh),
+    'scalar_tensor': Operation(fresh),
+    'sym_size': Operation(fresh),
+    'sym_numel': Operation(fresh),
+    'sym_stride': Operation(fresh),
+    'eye': Operation(fresh),
+    'randperm': Operation(fresh),
+    'empty_strided': Operation(fresh),
+    'is_same_size': Operation(fresh),
+    'tril_indices': Operation(fresh),
+    'zeros_like': Operation(zeros_like),
+    'zero': Operation(zeros_like),
+    'ones_like': Operation(ones_like),
+    'full_like': Operation(ones_like),
+    'empty_like': Operation(ones_like),
+    'rand_like': Operation(ones_like),
+    'randn_like': Operation(ones_like),
+    'bernoulli': Operation(ones_like),
+    'fill': Operation(ones_like),
+}

@@ -15,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mmcpd.comb import Comb, SlimError, comb
-from mmcpd.prune import restructure_, slim, structure
-from mmcpd.prune.rewrite import rewrite_, rewrites_of
-from mmcpd.prune.trial import random_keep
+from mmcpd.comb import comb
+from mmcpd.coupling import Coupling
+from mmcpd.errors import SlimError
+from mmcpd.slim import restructure_, slim, structure
+from mmcpd.slim.call_sites import rewrite_, rewrites_of
+from mmcpd.slim.trial import random_keep
 from tests.helpers import check_cost, check_equal, check_structure, gap, masked, randomise_, sample
 
 X = sample((2, 5, 3))
@@ -56,7 +58,7 @@ class Block(nn.Module):
 GROUPS = {'stem': 12, 'attn.qkv': 4}
 
 
-def uneven(found: Comb) -> dict[str, torch.Tensor]:
+def uneven(found: Coupling) -> dict[str, torch.Tensor]:
     """Return a keep after which the embedding's width is not that of all heads together."""
     keep = found.keep()
     keep['stem'][:3] = False
@@ -122,7 +124,7 @@ def test_the_rewrites_are_in_the_structure_as_numbers(block):
     for method, call, index, count, value in plan['rewritten']['attn']:
         assert method == 'forward' and 'reshape(B, N' in call
         assert all(type(v) is int for v in (index, count, value))
-    found_again = Comb.from_json(found.to_json())
+    found_again = Coupling.from_json(found.to_json())
     other = slim(model, found_again, uneven(found))
     assert gap(small(X), other(X)) == 0
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from mmcpd.comb import comb
-from mmcpd.prune import slim
-from mmcpd.prune.masks import unmask_norms_
-from mmcpd.prune.trial import random_keep
+from mmcpd.slim import slim
+from mmcpd.slim.mask import unmask_statistics_
+from mmcpd.slim.trial import random_keep
 from tests.helpers import CONTROL, EXACT, Net, check_equal, gap, masked, randomise_, rotated, sample
 
 IMAGE, TOKENS = sample((2, 3, 8, 8)), sample((2, 5, 3))
@@ -53,7 +53,7 @@ def test_an_encoder_of_torch_is_masked_and_slimmed_in_plain_eval_mode_too(stacke
     with torch.no_grad():
         assert gap(twin(TOKENS), small(TOKENS)) <= EXACT
         assert gap(masked(net, found, other)(TOKENS), small(TOKENS)) > CONTROL
-        unmask_norms_(twin)
+        unmask_statistics_(twin)
         assert not any(module._forward_pre_hooks for module in twin.modules())
 
 

@@ -1,4 +1,4 @@
-"""Masking: the removed units' rows are zero, and statistics over channels are those of the units that stay.
+"""Mask a model: removed units' rows are zero, and statistics over channels are those of the kept units.
 
 With both, the masked model computes what the slimmed one computes.
 """
@@ -6,6 +6,7 @@ With both, the masked model computes what the slimmed one computes.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,51 +14,63 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..comb.errors import SlimError
-from ..comb.groups import Comb, Keep
-from ..comb.source import asking
-from ..comb.trace import REDUCTIONS, SOFTMAXES
+from ..coupling import CodePlace, Coupling, Keep
+from ..errors import SlimError
+from .call_sites import code_place
 
+# Functions that may run over the kept channels alone: their result is then what it is in the slimmed model. The second
+# kind keeps the channels. All of them take `(input, dim, ...)`, dim an integer, several, or none for all of them.
+REDUCTIONS = set('mean sum var std var_mean std_mean amax amin max min prod logsumexp'.split())
+SOFTMAXES = set('softmax log_softmax'.split())
 RMS_NORMS = (F.rms_norm, torch.rms_norm)
-Live = Mapping[tuple[int, int], Tensor]  # the channels that stay, by dimension (from the end) and how many there are
+ROOT_MEAN_SQUARE = 'rms_norm'  # the same, where it normalises one dimension
 
 
-class _OverLive(TorchFunctionMode):
-    """Run the statistics of one module on its live channels only: gather, the same function, scatter."""
+@dataclass(frozen=True)
+class Site:
+    """A statistic of a running forward: where it is taken, over which dimension (from the end), how many channels."""
 
-    def __init__(self, module: nn.Module, live: Live) -> None:
+    place: CodePlace
+    dim: int
+    width: int
+
+
+Kept = Mapping[Site, Tensor]  # the numbers of the kept channels
+
+
+class _OverKept(TorchFunctionMode):
+    """Run the statistics of one module on its kept channels only: gather, the same function, scatter."""
+
+    def __init__(self, module: nn.Module, path: str, kept: Kept) -> None:
         super().__init__()
-        self.module, self.live = module, live
+        self.module, self.path, self.kept = module, path, kept
+        self.place: CodePlace | None = None  # of the statistic that is being taken
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, '__name__', '')
-        if (name in REDUCTIONS or name in SOFTMAXES) and self._mine():
-            return self.reduce(func, name in SOFTMAXES, *args, **kwargs)
-        if func is F.layer_norm and self._mine():
-            return self.layer_norm(*args, **kwargs)
-        if func is F.group_norm and self._mine():
-            return self.group_norm(*args, **kwargs)
-        if func in RMS_NORMS and self._mine():
-            return self.rms_norm(*args, **kwargs)
-        return func(*args, **kwargs)
+        softmax = name in SOFTMAXES
+        handler = {F.layer_norm: self.layer_norm, F.group_norm: self.group_norm}.get(func)
+        handler = self.rms_norm if func in RMS_NORMS else handler
+        if handler is None and not softmax and name not in REDUCTIONS:
+            return func(*args, **kwargs)
+        module, self.place = code_place(self.path)
+        if module is not self.module:  # one inside it, which may have channels of its own
+            return func(*args, **kwargs)
+        return handler(*args, **kwargs) if handler else self.reduce(func, softmax, *args, **kwargs)
 
-    def _mine(self) -> bool:
-        """Say whether the module itself asks, and not one inside it, which may have channels of its own."""
-        return not self.module._modules or asking() is self.module
-
-    def _live(self, x: Tensor, dim: int) -> Tensor | None:
-        """Return the live channels of one dimension, which counts from the end, or None where all of it stays."""
-        live = self.live.get((dim, x.shape[dim]))
-        return None if live is None else live.to(x.device)
+    def _kept(self, x: Tensor, dim: int) -> Tensor | None:
+        """Return the kept channels of one dimension, which counts from the end, or None where all are kept."""
+        kept = self.place and self.kept.get(Site(self.place, dim, x.shape[dim]))
+        return None if kept is None else kept.to(x.device)
 
     def _norm(self, x: Tensor, dim: int, norm: Any, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        live = self._live(x, dim)
-        if live is None:
+        kept = self._kept(x, dim)
+        if kept is None:
             return norm(x, weight, bias)
-        parameters = [p if p is None else p.index_select(max(dim, -p.dim()), live) for p in (weight, bias)]
-        y = norm(x.index_select(dim, live), *parameters)
-        return y.new_zeros(x.shape).index_copy(dim, live, y)
+        parameters = [p if p is None else p.index_select(max(dim, -p.dim()), kept) for p in (weight, bias)]
+        y = norm(x.index_select(dim, kept), *parameters)
+        return y.new_zeros(x.shape).index_copy(dim, kept, y)
 
     def layer_norm(
         self,
@@ -96,9 +109,9 @@ class _OverLive(TorchFunctionMode):
         dims = [dim] if isinstance(dim, int) else dim or range(input.dim())
         x, scatter = input, None
         for d in (d % x.dim() - x.dim() for d in dims):
-            live = self._live(input, d)
-            if live is not None:
-                x, scatter = x.index_select(d, live), (d, live)
+            kept = self._kept(input, d)
+            if kept is not None:
+                x, scatter = x.index_select(d, kept), (d, kept)
         y = func(x, *given, **kwargs)
         return y.new_zeros(input.shape).index_copy(*scatter, y) if softmax and scatter else y
 
@@ -108,21 +121,22 @@ def _no_fused_kernel(module: nn.Module, args: Any) -> None:
 
 
 class MaskedForward:
-    """The forward of one module with its statistics over the live channels; sits on the instance, not on the class.
+    """The forward of one module with its statistics over the kept channels; sits on the instance, not on the class.
 
     Args:
         module: the module that normalises.
-        live: the channels that stay, by dimension (from the end) and how many there are in all.
+        path: its path in the model that was combed.
+        kept: the kept channels of each statistic.
     """
 
-    def __init__(self, module: nn.Module, live: Live) -> None:
-        self.module, self.live = module, live
+    def __init__(self, module: nn.Module, path: str, kept: Kept) -> None:
+        self.module, self.path, self.kept = module, path, kept
 
     @classmethod
-    def put_on(cls, module: nn.Module, live: Live) -> None:
+    def put_on(cls, module: nn.Module, path: str, kept: Kept) -> None:
         """Let a module's statistics be over these channels from now on."""
         cls.take_off(module)
-        module.forward = cls(module, live)
+        module.forward = cls(module, path, kept)
         module.register_forward_pre_hook(_no_fused_kernel)
 
     @staticmethod
@@ -134,12 +148,12 @@ class MaskedForward:
                 del module._forward_pre_hooks[key]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with _OverLive(self.module, self.live):
+        with _OverKept(self.module, self.path, self.kept):
             return type(self.module).forward(self.module, *args, **kwargs)
 
 
-def unmask_norms_(model: nn.Module) -> None:
-    """Give every norm its own forward back."""
+def unmask_statistics_(model: nn.Module) -> None:
+    """Give every module its own forward back."""
     for module in model.modules():
         MaskedForward.take_off(module)
 
@@ -149,16 +163,16 @@ class Masker:
 
     Args:
         model: the model that was combed.
-        comb: what combing found.
+        coupling: what combing found.
 
     Example:
-        >>> masker = Masker(model, comb)
+        >>> masker = Masker(model, coupling)
         >>> masker.apply_(keep)                        # weights, statistics, norms
         >>> masker.apply_state_(keep, optimizer)       # momentum would bring removed weights back
     """
 
-    def __init__(self, model: nn.Module, comb: Comb) -> None:
-        self.model, self.comb = model, comb
+    def __init__(self, model: nn.Module, coupling: Coupling) -> None:
+        self.model, self.coupling = model, coupling
         self.tensors = named_tensors(model)
         self._flat: Tensor | None = None
         self._factors: list[tuple[Tensor, Tensor]] = []
@@ -169,10 +183,10 @@ class Masker:
         A product is an order of magnitude faster than filling rows, above all along any but the first dimension; the
         rows are filled once, when the keep changes.
         """
-        flat = torch.cat([keep[g.name] for g in self.comb.groups]) if self.comb.groups else torch.empty(0)
+        flat = torch.cat([keep[g.name] for g in self.coupling.groups]) if self.coupling.groups else torch.empty(0)
         if self._flat is None or not torch.equal(flat, self._flat):
             self._factors = []
-            for name, dims in live_rows(self.comb, keep).items():
+            for name, dims in kept_rows(self.coupling, keep).items():
                 tensor = self.tensors[name]
                 for dim, live in dims.items():
                     shape = [1] * tensor.dim()
@@ -183,7 +197,7 @@ class Masker:
                         factor = factor.expand(*shape[:dim], *tensor.shape[dim:]).contiguous()
                     self._factors.append((tensor, factor))
             self._flat = flat.clone()
-            self._mask_norms(keep)
+            self._mask_statistics(keep)
         return self._factors
 
     @torch.no_grad()
@@ -200,37 +214,37 @@ class Masker:
                 if isinstance(value, Tensor) and value.shape == tensor.shape:
                     value.mul_(factor.to(value.device, value.dtype))
 
-    def _mask_norms(self, keep: Keep) -> None:
-        flat = torch.from_numpy(self.comb.flat(keep))
-        found: dict[str, dict[tuple[int, int], Tensor]] = {}
-        for path, axis, dim in self.comb.norms:
-            units = torch.from_numpy(self.comb.axes[axis])
-            live = (units < 0) | flat[units.clamp(min=0)]
-            if not torch.equal(found.setdefault(path, {}).setdefault((dim, len(live)), live), live):
-                where = path or 'the model itself'
-                raise SlimError(
-                    f'{where} normalises two different sets of {len(live)} channels; with trial=True comb freezes them'
-                )
-        for path, by_width in found.items():
+    def _mask_statistics(self, keep: Keep) -> None:
+        flat = torch.from_numpy(self.coupling.flat(keep))
+        by_module: dict[str, dict[Site, Tensor]] = {}
+        for statistic in self.coupling.fixes.statistics:
+            units = torch.from_numpy(self.coupling.axes[statistic.axis])
+            kept = (units < 0) | flat[units.clamp(min=0)]
+            sites = by_module.setdefault(statistic.place.module, {})
+            site = Site(statistic.place, statistic.dim, len(kept))
+            if not torch.equal(sites.setdefault(site, kept), kept):
+                where = statistic.place.module or 'the model itself'
+                raise SlimError(f'one line of {where} takes statistics over two different sets of {len(kept)} channels')
+        for path, sites in by_module.items():
             module = self.model.get_submodule(path)
-            partly = {key: live.nonzero().flatten() for key, live in by_width.items() if not bool(live.all())}
+            partly = {site: kept.nonzero().flatten() for site, kept in sites.items() if not bool(kept.all())}
             if partly:
-                MaskedForward.put_on(module, partly)
+                MaskedForward.put_on(module, path, partly)
             else:
                 MaskedForward.take_off(module)
 
 
-def live_rows(comb: Comb, keep: Mapping[str, Tensor]) -> dict[str, dict[int, Tensor]]:
+def kept_rows(coupling: Coupling, keep: Mapping[str, Tensor]) -> dict[str, dict[int, Tensor]]:
     """Return which rows stay, a BoolTensor by tensor and dimension; only where some go."""
     live: dict[str, dict[int, Tensor]] = {}
-    for group in comb.groups:
+    for group in coupling.groups:
         gone = ~keep[group.name]
         if not bool(gone.any()):
             continue
         for member in group.members:
             dims = live.setdefault(member.tensor, {})
             if member.dim not in dims:
-                dims[member.dim] = torch.ones(comb.shapes[member.tensor][member.dim], dtype=torch.bool)
+                dims[member.dim] = torch.ones(coupling.tensors[member.tensor].shape[member.dim], dtype=torch.bool)
             dims[member.dim][member.rows(gone)] = False
     return live
 
@@ -240,12 +254,12 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def mask_(model: nn.Module, comb: Comb, keep: Mapping[str, Tensor]) -> None:
+def mask_(model: nn.Module, coupling: Coupling, keep: Mapping[str, Tensor]) -> None:
     """Mask a model in place: then it computes what the slimmed model computes.
 
     Args:
         model: the model that was combed, or a copy of it.
-        comb: what combing found.
+        coupling: what combing found.
         keep: `{group name: BoolTensor(units)}`, True = stays.
 
     Raises:
@@ -258,5 +272,5 @@ def mask_(model: nn.Module, comb: Comb, keep: Mapping[str, Tensor]) -> None:
         >>> keep['layer1.0.conv1'][::2] = False
         >>> mask_(model, c, keep)
     """
-    comb.check(keep)
-    Masker(model, comb).apply_(dict(keep))
+    coupling.check(keep)
+    Masker(model, coupling).apply_(dict(keep))

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from mmcpd.comb import comb
-from mmcpd.prune import restructure_, slim, structure
-from mmcpd.prune.replace import SlimMultiheadAttention, replacement
-from mmcpd.prune.trial import random_keep
+from mmcpd.slim import restructure_, slim, structure
+from mmcpd.slim.attention import SlimMultiheadAttention, replacement
+from mmcpd.slim.trial import random_keep
 from tests.helpers import Net, check_equal, gap, randomise_, sample
 
 QUERY, KEY = sample((2, 5, 8)), sample((2, 7, 8))

@@ -1,36 +1,36 @@
-"""A comb as a table that one can read."""
+"""A coupling as a table that one can read."""
 
 from __future__ import annotations
 
-from .groups import Comb, Group
+from .coupling import Coupling, Group, Role
 
 
-def table(comb: Comb) -> str:
+def table(coupling: Coupling) -> str:
     """Return the groups, what is frozen and why, and the operations without a rule."""
-    cost = comb.cost(comb.keep())
-    prunable, total = comb.prunable()
+    cost = coupling.cost(coupling.keep())
+    prunable, total = coupling.prunable()
     lines = [
-        f'{len(comb.groups)} groups, {comb.units} units; {cost.macs / 1e6:,.1f} M MACs, '
+        f'{len(coupling.groups)} groups, {coupling.units} units; {cost.macs / 1e6:,.1f} M MACs, '
         f'{cost.params / 1e6:,.2f} M parameters ({prunable / max(total, 1):.1%} prunable), '
         f'{cost.memory / 2**20:,.1f} MiB of activations',
         '',
     ]
     rows: list[tuple[str, ...]] = [('group', 'units', 'rows', 'producers', 'consumers', 'MACs saved by one unit')]
-    saved = comb.marginal(comb.keep())
-    for group in comb.groups:
+    saved = coupling.marginal(coupling.keep())
+    for group in coupling.groups:
         rows.append(
             (
                 group.name,
                 str(group.units),
                 str(sum(m.index.shape[1] for m in group.members)),
-                _count(group, 'out'),
-                _count(group, 'in'),
+                _count(group, Role.PRODUCER),
+                _count(group, Role.CONSUMER),
                 f'{saved[group.name].macs / 1e3:,.1f} k',
             )
         )
     lines += [*_align(rows), '']
     reasons: dict[str, list[tuple[str, int]]] = {}
-    for reason, count in comb.reasons().items():  # the same reason in many modules is one line
+    for reason, count in coupling.reasons().items():  # the same reason in many modules is one line
         text, _, where = reason.rpartition(' in ')
         reasons.setdefault(text or where, []).append((where, count))
     why: list[tuple[str, ...]] = [('frozen because', 'rows')]
@@ -39,12 +39,12 @@ def table(comb: Comb) -> str:
         more = f' and {len(places) - 1} more' if len(places) > 1 else ''
         why.append((text + where + more, str(sum(n for _, n in places))))
     lines += _align(why) if len(why) > 1 else []
-    for (op, where), count in comb.unsupported.items():
+    for (op, where), count in coupling.unsupported.items():
         lines.append(f'no rule for {op} in {where} (x{count}): what goes through it is frozen')
     return '\n'.join(lines)
 
 
-def _count(group: Group, role: str) -> str:
+def _count(group: Group, role: Role) -> str:
     return str(len({m.tensor for m in group.members if m.role == role and not m.tensor.endswith('bias')}))
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from mmcpd.comb import comb
-from mmcpd.prune import slim
-from mmcpd.prune.rewrite import rewrites_of
+from mmcpd.slim import slim
+from mmcpd.slim.call_sites import rewrites_of
 from tests.helpers import check_equal, check_structure, gap, masked, randomise_, sample
 
 X = sample((2, 5, 3))
@@ -98,7 +98,7 @@ def test_what_torch_computes_inside_is_not_written_into_its_caller():
     exec(source, space)
     model = randomise_(nn.Sequential(nn.Linear(3, 6), space['Inner'](6, 4), nn.Linear(4, 2)))
     found = comb(model, X)
-    assert not found.numbers
+    assert not found.fixes.constants
     assert {g.name for g in found.groups} == {'1'}
     check_equal(model, found)
 

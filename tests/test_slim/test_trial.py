@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from mmcpd.comb import Comb, comb
-from mmcpd.comb.errors import SlimError
-from mmcpd.prune.trial import compare, difference, faults_of, random_keep
+from mmcpd.comb import comb
+from mmcpd.coupling import Coupling
+from mmcpd.errors import SlimError
+from mmcpd.slim.compare import compare, difference
+from mmcpd.slim.trial import faults_of, random_keep
 from tests.helpers import Net, check_equal, gap, masked, randomise_, sample
 
 X = sample((2, 5, 3))
@@ -106,7 +108,7 @@ def test_the_trial_leaves_the_model_alone():
 
 def test_a_comb_from_json_has_nothing_to_compare_on():
     model = many(())
-    found = Comb.from_json(comb(model, sample((4, 3))).to_json())
+    found = Coupling.from_json(comb(model, sample((4, 3))).to_json())
     with pytest.raises(ValueError, match=r'no example inputs.*comb the model again'):
         compare(model, found, found.keep())
 

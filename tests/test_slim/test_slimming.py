@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mmcpd.comb import Comb, SlimError, comb
-from mmcpd.prune import restructure_, slim, structure
-from mmcpd.prune.trial import random_keep
+from mmcpd.comb import comb
+from mmcpd.coupling import Coupling
+from mmcpd.errors import SlimError
+from mmcpd.slim import restructure_, slim, structure
+from mmcpd.slim.trial import random_keep
 from tests.helpers import Net, call, check_equal, gap, masked, randomise_, sample
 
 IMAGE = sample((2, 3, 6, 6))
@@ -111,7 +113,7 @@ def test_the_scale_of_an_attention_stays_what_it_was():
             with torch.no_grad():
                 model.qkv.weight.mul_(3)
             found = comb(model, x)
-            assert len(found.scales) == 1
+            assert len(found.fixes.scales) == 1
             keep = found.keep()
             keep['qkv'][:3] = False
             slender = slim(model, found, keep)
@@ -159,7 +161,7 @@ def test_buffers_without_a_place_in_the_state_dict():
 
 def test_slimming_is_possible_from_json(small):
     model, found = small
-    twin = Comb.from_json(found.to_json())
+    twin = Coupling.from_json(found.to_json())
     keep = random_keep(twin, 0.5, 0)
     assert gap(slim(model, found, keep)(IMAGE), slim(model, twin, keep)(IMAGE)) == 0
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-from mmcpd.comb import Comb
 from mmcpd.compat import require
+from mmcpd.coupling import Coupling
 
 # How a member's role is drawn: marker, size, what the legend calls it. Norms and free tensors share a mark.
 ROLES = {
@@ -16,7 +16,7 @@ ROLES = {
 ALIAS = {'stat': 'affine', 'free': 'affine'}
 
 
-def plot(comb: Comb, path: str | os.PathLike, title: str = '') -> None:
+def plot(comb: Coupling, path: str | os.PathLike, title: str = '') -> None:
     """Write a picture of the groups, modules from left to right in the order of the state dict.
 
     Raises:
@@ -29,7 +29,7 @@ def plot(comb: Comb, path: str | os.PathLike, title: str = '') -> None:
     require('demo')
     from matplotlib.figure import Figure
 
-    modules = list(dict.fromkeys(name.rpartition('.')[0] or name for name in comb.shapes))
+    modules = list(dict.fromkeys(name.rpartition('.')[0] or name for name in comb.tensors))
     place = {module: number for number, module in enumerate(modules)}
     size = (3 + 0.11 * len(modules), 1.5 + 0.2 * len(comb.groups))
     figure = Figure(figsize=(min(size[0], 60), min(size[1], 60)), layout='constrained')

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from mmcpd.comb import comb
-from mmcpd.prune import Masker, mask_, slim
-from mmcpd.prune.masks import MaskedForward, live_rows
-from mmcpd.prune.trial import random_keep
+from mmcpd.slim import mask_, slim
+from mmcpd.slim.mask import MaskedForward, Masker, kept_rows
+from mmcpd.slim.trial import random_keep
 from tests.helpers import Net, gap, masked, randomise_, sample
 
 IMAGE = sample((4, 3, 6, 6))
@@ -57,7 +57,7 @@ def loss(model: nn.Module) -> torch.Tensor:
 
 def cut(found, keep, name: str, tensor: torch.Tensor) -> torch.Tensor:
     """Return the live rows of a tensor of the masked model."""
-    for dim, live in live_rows(found, keep).get(name, {}).items():
+    for dim, live in kept_rows(found, keep).get(name, {}).items():
         tensor = tensor.index_select(dim, live.nonzero().flatten())
     return tensor
 
@@ -118,7 +118,7 @@ def test_training_masked_is_training_slim(mixed, name):
         assert live.shape == tensors[tensor_name].shape
         torch.testing.assert_close(live, tensors[tensor_name], rtol=1e-8, atol=1e-10)
     assert gap(small.eval()(IMAGE), big.eval()(IMAGE)) < 1e-8
-    for tensor_name, dims in live_rows(found, keep).items():
+    for tensor_name, dims in kept_rows(found, keep).items():
         for dim, live in dims.items():
             assert not masker.tensors[tensor_name].index_select(dim, (~live).nonzero().flatten()).any()
 

@@ -9,3 +9,11 @@ class CombError(RuntimeError):
 
 class SlimError(RuntimeError):
     """A keep or a structure does not fit the model that it is applied to."""
+
+
+class PruneError(ValueError):
+    """Nothing can be pruned, or not as far as the target."""
+
+
+class DeployError(RuntimeError):
+    """A model cannot be exported, or the exported one does not compute the same."""

@@ -1,0 +1,72 @@
+"""Couple widths that one attribute, or one line that runs twice, would have to hold both of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from ..coupling import Coupling, Example
+from ..errors import SlimError
+from ..slim.attention import replacement
+from ..slim.slimming import SizeConflict, planned_sizes
+from ..slim.trial import KEEPS, random_keep
+from .grouping import group
+from .trace import CodePlace, Record
+
+ROUNDS = 8  # each couples all pairs that are in conflict then
+
+
+def couple_conflicts_(model: nn.Module, record: Record, example: Example) -> None:
+    """Make widths equal that could not be told apart later, in place; a statistic without channels freezes its rival.
+
+    A keep that removes other numbers of units from each group shows them, without running anything.
+    """
+    _separate_statistics_(record)
+    replaced = [path for path, module in model.named_modules() if replacement(module)]
+    modules = {
+        path: module
+        for path, module in model.named_modules()
+        if not any(path == r or path.startswith(f'{r}.') for r in replaced)
+    }
+    for _ in range(ROUNDS):
+        found = group(model, record, example)
+        pairs = {pair for pair in _conflicts(modules, found) if _couple_(record, *pair)}
+        if not pairs:
+            return
+
+
+def _conflicts(modules: dict[str, nn.Module], coupling: Coupling) -> Iterator[tuple[int, int]]:
+    for share, seed in KEEPS if coupling.groups else ():
+        keep = random_keep(coupling, share, seed, awkward=True)
+        try:
+            planned_sizes(modules, coupling, coupling.live(keep).tolist())
+        except SizeConflict as conflict:
+            yield from conflict.axes
+        except SlimError:
+            pass  # no coupling helps: the trial names and freezes it
+
+
+def _couple_(record: Record, left: int, right: int) -> bool:
+    """Make two axes equal; say whether they were of one length."""
+    one, other = record.axes[left], record.axes[right]
+    if len(one) == len(other):
+        record.table.equate(one, other, 'one size with a fixed width')
+    return len(one) == len(other)
+
+
+def _separate_statistics_(record: Record) -> None:
+    """See to it that each line takes its statistic of one length over one set of channels."""
+    first: dict[tuple[CodePlace, int, int], int | None] = {}
+    for seen in record.statistics:
+        site = (seen.place, seen.dim, seen.width)
+        other = first.setdefault(site, seen.axis)
+        if other == seen.axis:
+            continue
+        if other is not None and seen.axis is not None:
+            _couple_(record, other, seen.axis)
+            continue
+        axis = record.axes[other if other is not None else seen.axis]  # type: ignore[index]
+        where = seen.place.module or 'the model itself'
+        reason = f'one line takes a statistic over channels and over {seen.width} other positions in {where}'
+        record.table.freeze(axis, reason)

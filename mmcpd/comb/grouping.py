@@ -1,0 +1,304 @@
+"""Solve the equations of a record, and name the groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..cost import CostModel, Term
+from ..coupling import (
+    Attr,
+    CallSite,
+    Coupling,
+    Example,
+    Fixes,
+    Frozen,
+    Group,
+    Live,
+    Member,
+    QueryScale,
+    Role,
+    Rows,
+    SizeRule,
+    Statistic,
+    TensorInfo,
+)  # fmt: skip
+from ..names import match
+from ..slim.call_sites import call_site
+from ..slim.size_expressions import leaves
+from .atoms import Row
+from .trace import Equation, Record
+
+ROLES = (Role.FREE, Role.STATISTIC, Role.AFFINE, Role.CONSUMER, Role.PRODUCER)
+IGNORED = 'ignored by the user'
+SINGLE = 'all channels are coupled into a single unit; a group needs two or more'
+
+
+def group(
+    model: nn.Module,
+    record: Record,
+    example: Example,
+    ignore: Sequence[str] = (),
+    faults: Mapping[str, str] | None = None,
+) -> Coupling:
+    """Solve the equations and name the groups.
+
+    Args:
+        model: the model that was observed.
+        record: what the run said.
+        example: what it ran.
+        ignore: patterns of group names that the user freezes.
+        faults: group name -> reason; what a trial found wrong.
+
+    Raises:
+        ValueError: if a pattern of `ignore` matches no group.
+    """
+    rows = _Lookup(record)
+    component, why = record.table.solve()
+    _require_producer(record, rows, component, why)
+    groups, unit_of = _groups(record, rows, component, why)
+    single = {found.name: SINGLE for found in groups if found.units == 1}
+    freeze = single | dict.fromkeys(match(ignore, [found.name for found in groups]), IGNORED) | dict(faults or {})
+    for found in groups:
+        if found.name in freeze:
+            record.table.reasons.append(freeze[found.name])
+            member = found.members[0]
+            row = next(r for r in rows.rows if r.tensor == member.tensor and r.dim == member.dim)
+            why[component[row.start + member.index.numpy().flatten()]] = len(record.table.reasons) - 1
+    if freeze:
+        groups, unit_of = _groups(record, rows, component, why)
+    return _assembled(model, record, rows, groups, unit_of, _frozen(record, rows, component, why), example)
+
+
+class _Lookup:
+    """Look up atoms: which tensor, dimension and row each one is."""
+
+    def __init__(self, record: Record) -> None:
+        self.rows = record.table.rows
+        starts = np.array([r.start for r in self.rows], np.int64)
+        self.row_of = np.repeat(np.arange(len(self.rows)), [r.size for r in self.rows])
+        self.offset = np.arange(record.table.size) - starts[self.row_of] if self.rows else np.empty(0, np.int64)
+        self.role = np.zeros(record.table.size, np.int8)
+        for made in record.roles:
+            self.role[made.atoms[made.atoms >= 0]] = ROLES.index(made.role)
+
+    def __getitem__(self, number: int) -> Row:
+        return self.rows[number]
+
+
+def coupled_by_groups(record: Record) -> frozenset[str]:
+    """Return the modules whose convolution groups are all coupled, as behind a channel shuffle.
+
+    None of their groups can go whole; the same channel of each group can.
+    """
+    if not record.grouped:
+        return frozenset()
+    component, why = record.table.solve()
+    found = set()
+    for convolution in record.grouped:
+        components = component[convolution.rows]
+        if (components == components[0]).all() and why[components[0]] < 0:
+            found.add(convolution.module)
+    return frozenset(found)
+
+
+def heads_of(record: Record) -> np.ndarray:
+    """Mark the atoms that are channels of attention heads, `(atoms,)` bool: only there whole heads can go."""
+    component, _ = record.table.solve()
+    atoms = np.concatenate([np.empty(0, np.int64), *record.batched])
+    return np.isin(component, component[atoms[atoms >= 0]])
+
+
+def _require_producer(record: Record, rows: _Lookup, component: np.ndarray, why: np.ndarray) -> None:
+    """Freeze what no weight produces: kernel sizes, tokens, tables, and parameters that the run never met."""
+    produced = np.zeros(len(why), bool)
+    produced[component[rows.role == ROLES.index(Role.PRODUCER)]] = True
+    unmade = ~produced & (why < 0)
+    if unmade.any():
+        record.table.reasons.append('not a channel of any weight in this forward pass')
+        why[unmade] = len(record.table.reasons) - 1
+
+
+def _groups(record: Record, rows: _Lookup, component: np.ndarray, why: np.ndarray) -> tuple[list[Group], np.ndarray]:
+    """Return the groups, and for each atom its unit's number or -1."""
+    unit_of = np.full(record.table.size, -1, np.int64)
+    free = np.flatnonzero(why[component] < 0)
+    if not len(free):
+        return [], unit_of
+    free = free[np.argsort(component[free], kind='stable')]  # by component, then by atom
+    starts = np.flatnonzero(np.diff(component[free], prepend=-1))
+    lengths = np.diff(starts, append=len(free))
+    # Units whose atoms lie in the same (tensor, dim, role) pattern form a group; a random number stands for each
+    # pattern element, and their sum for the pattern.
+    codes = np.random.default_rng(0).integers(1, 2**62, len(rows.rows) * len(ROLES), dtype=np.uint64)
+    marks = codes[rows.row_of[free] * len(ROLES) + rows.role[free]]
+    signatures = np.stack([np.add.reduceat(marks, starts), lengths.astype(np.uint64)], axis=1)
+    _, which = np.unique(signatures, axis=0, return_inverse=True)
+    order = _producer_order(record, rows)
+    found = []
+    for units in _by_value(which.ravel()):
+        atoms = free[starts[units][:, None] + np.arange(lengths[units[0]])]  # (units, atoms of a unit)
+        atoms = atoms[np.argsort(atoms[:, 0], kind='stable')]
+        pattern = rows.row_of[atoms[0]]
+        if not (rows.row_of[atoms] == pattern).all():
+            raise RuntimeError('two patterns of tensors share one signature; change the seed of the codes')
+        producers = dict.fromkeys(pattern[rows.role[atoms[0]] == ROLES.index(Role.PRODUCER)].tolist())
+        first = min(producers, key=lambda r: order.get(r, len(order)))
+        found.append((order.get(first, len(order)), int(atoms[0, 0]), first, atoms))
+    found.sort(key=lambda f: f[:2])
+    gate_rows = _gates(record)
+    groups: list[Group] = []
+    names: dict[str, int] = {}
+    number = 0
+    for _, _, first, atoms in found:
+        path = rows[first].tensor.rsplit('.', 1)[0] if '.' in rows[first].tensor else rows[first].tensor
+        if rows[first].tensor.endswith('in_proj_weight'):
+            path = rows[first].tensor[: -len('_weight')]
+        names[path] = names.get(path, 0) + 1
+        name = path if names[path] == 1 else f'{path}#{names[path]}'
+        members = _members(rows, atoms)
+        cut = tuple(m for m in members if m.role is Role.CONSUMER) + _members(rows, atoms, gate_rows)
+        groups.append(Group(name, members, len(atoms), cut or tuple(m for m in members if m.role is Role.PRODUCER)))
+        unit_of[atoms] = np.arange(number, number + len(atoms))[:, None]
+        number += len(atoms)
+    return groups, unit_of
+
+
+def _by_value(labels: np.ndarray) -> list[np.ndarray]:
+    """Return the positions of each value."""
+    order = np.argsort(labels, kind='stable')
+    return np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
+
+
+def _producer_order(record: Record, rows: _Lookup) -> dict[int, int]:
+    order: dict[int, int] = {}
+    for made in record.roles:
+        real = made.atoms[made.atoms >= 0]
+        if made.role is Role.PRODUCER and len(real):
+            order.setdefault(int(rows.row_of[real[0]]), len(order))
+    return order
+
+
+def _gates(record: Record) -> np.ndarray:
+    """Mark the rows, weight and bias, that produce one factor of a product of two activations."""
+    marked = np.zeros(record.table.size, bool)
+    for atoms in record.gates:
+        marked[atoms[atoms >= 0]] = True
+    for pair in record.biases:
+        both = (pair.weight >= 0) & (pair.bias >= 0)
+        marked[pair.bias[both]] |= marked[pair.weight[both]]
+    return marked
+
+
+def _members(rows: _Lookup, atoms: np.ndarray, marked: np.ndarray | None = None) -> tuple[Member, ...]:
+    """Split the atoms of all units, (units, n), by tensor and dimension; only those marked, where `marked` is given."""
+    members = []
+    pattern = rows.row_of[atoms[0]]
+    for row in dict.fromkeys(pattern.tolist()):
+        columns = atoms[:, pattern == row]
+        if marked is not None:
+            chosen = marked[columns]
+            if not chosen.any():
+                continue
+            counts = chosen.sum(axis=1)
+            if (counts != counts[0]).any():  # not the same in every unit: the whole member is the gate
+                chosen[:] = True
+                counts[:] = columns.shape[1]
+            columns = columns[chosen].reshape(len(atoms), -1)
+        index = torch.from_numpy(rows.offset[columns].copy())
+        members.append(Member(rows[row].tensor, rows[row].dim, index, ROLES[int(rows.role[columns[0, 0]])]))
+    return tuple(members)
+
+
+def _axes(record: Record, rows: _Lookup, model: nn.Module) -> list[Term]:
+    """Return the cost of each parameter in elements, its axes numbered in the record."""
+    by_dim = {(r.tensor, r.dim): np.arange(r.start, r.start + r.size) for r in rows.rows}
+    return [
+        Term(1, tuple(record.number(by_dim[name, dim]) for dim, size in enumerate(parameter.shape) if size > 1))
+        for name, parameter in model.named_parameters()
+    ]
+
+
+def _assembled(
+    model: nn.Module,
+    record: Record,
+    rows: _Lookup,
+    groups: list[Group],
+    unit_of: np.ndarray,
+    frozen: list[Frozen],
+    example: Example,
+) -> Coupling:
+    params = _axes(record, rows, model)
+    axes = tuple(np.where(atoms >= 0, unit_of[atoms], -1) for atoms in record.axes)
+    live = [bool((units >= 0).any()) for units in axes]
+    statistics = [
+        Statistic(seen.place, seen.axis, seen.dim)
+        for seen in record.statistics
+        if seen.axis is not None and live[seen.axis]
+    ]
+    constants = [rule for rule in _sizes(model, record.constants, live) if rule.site is not None]
+    parameters = dict(model.named_parameters())
+    tensors = {**parameters, **dict(model.named_buffers())}
+    return Coupling(
+        groups=tuple(groups),
+        frozen=tuple(frozen),
+        unsupported=dict(record.unsupported),
+        cost_model=CostModel(
+            sum(found.units for found in groups), axes, tuple(record.macs), tuple(params), tuple(record.elements)
+        ),
+        fixes=Fixes(
+            statistics=tuple(dict.fromkeys(statistics)),
+            scales=tuple(_scales(record, rows, live)),
+            sizes=tuple(_sizes(model, record.sizes, live)),
+            constants=tuple(constants),
+            equalities=tuple(dict.fromkeys(record.equalities)),
+        ),
+        tensors={name: TensorInfo(tuple(t.shape), name in parameters) for name, t in tensors.items()},
+        example=example,
+    )
+
+
+def _sizes(model: nn.Module, equations: list[Equation], live: Sequence[bool]) -> Iterator[SizeRule]:
+    """Translate the equations, each once, with their place in the source: for where attributes cannot satisfy all."""
+    modules = dict(model.named_modules())
+    paths = {id(module): path for path, module in modules.items()}
+    for equation in dict.fromkeys(equations):
+        by_attributes = leaves(equation.expression, Attr) and not leaves(equation.expression, Live)
+        widths = leaves(equation.expression, Live) + ([equation.target] if isinstance(equation.target, Live) else [])
+        if by_attributes or any(live[width.axis] for width in widths):
+            site: CallSite | None = None
+            if equation.spot is not None:
+                path = paths.get(id(equation.spot.module), equation.module)
+                site = call_site(modules[path], path, equation.spot, equation.inferable)
+            yield SizeRule(equation.expression, equation.target, site)
+
+
+def _scales(record: Record, rows: _Lookup, live: Sequence[bool]) -> Iterator[QueryScale]:
+    bias_of = {
+        int(weight): int(bias)
+        for pair in (record.biases if record.scales else ())
+        for weight, bias in zip(pair.weight, pair.bias, strict=True)
+        if weight >= 0 and bias >= 0
+    }
+    for scale in record.scales:
+        if not live[scale.axis]:
+            continue
+        # The label names one head; the rows of all heads are tied to it, in the same tensor and piece of it.
+        atoms = scale.query[scale.query >= 0].tolist()
+        pieces: dict[Row, list[int]] = {}
+        for atom in [*atoms, *(bias_of[a] for a in atoms if a in bias_of)]:
+            pieces.setdefault(rows[int(rows.row_of[atom])], []).append(int(rows.offset[atom]))
+        yield QueryScale(tuple(Rows(r.tensor, r.dim, tuple(i)) for r, i in pieces.items()), scale.axis, scale.module)
+
+
+def _frozen(record: Record, rows: _Lookup, component: np.ndarray, why: np.ndarray) -> list[Frozen]:
+    found = []
+    reason = why[component]
+    for row in rows.rows:
+        numbers = reason[row.start : row.start + row.size]
+        for number in np.unique(numbers[numbers >= 0]):
+            found.append(Frozen(row.tensor, row.dim, int((numbers == number).sum()), record.table.reasons[int(number)]))
+    return found

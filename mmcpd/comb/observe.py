@@ -1,0 +1,119 @@
+"""Run a model once, and write down for each operation which atoms it makes equal and which it freezes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..coupling import Example
+from ..errors import CombError
+from ..slim.compare import evaluating, tensors_in
+from .rules import apply
+from .size_arguments import observing_sizes
+from .trace import AXES, Call, Cursor, Note, Policy, Record, Run
+
+
+def observe(model: nn.Module, example: Example, policy: Policy) -> Record:
+    """Trace one forward pass, in eval mode and without gradients.
+
+    Raises:
+        CombError: if the output holds no tensor, so that nothing could be compared.
+    """
+    run = Run(policy, Cursor({id(module): name for name, module in model.named_modules()}))
+    marked: list[Tensor] = []
+    try:
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if not hasattr(tensor, AXES):  # a parameter that two modules share has one set of atoms
+                setattr(tensor, AXES, run.record.table.add(name, tensor))
+                marked.append(tensor)
+        with evaluating(model), _module_paths(model, run.cursor), observing_sizes(model, run), _Dispatch(run):
+            out = example.run(model)
+        results = tensors_in(out)
+        if not results:
+            raise CombError(f'the forward pass returned {type(out).__name__} without a tensor; give `forward=` one')
+        for tensor in results:
+            run.freeze_all(tensor, 'model output')
+        _forget_cached(model, run, marked)
+    finally:
+        for tensor in marked:
+            if hasattr(tensor, AXES):
+                delattr(tensor, AXES)
+    return run.record
+
+
+class _Dispatch(TorchDispatchMode):
+    """Give every operation to its rule."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        self.run = run
+        self.names: dict[Any, tuple[str, bool, tuple[str, ...]]] = {}  # and whether it works in place
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.is_inference_mode_enabled():  # composite operations arrive whole there
+            with self:
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
+        if func not in self.names:
+            schema = func._schema
+            op = schema.name.split('::')[-1]
+            inplace = op.endswith('_') and not op.startswith('__')
+            self.names[func] = (op[:-1] if inplace else op, inplace, tuple(a.name for a in schema.arguments))
+        op, inplace, names = self.names[func]
+        inplace &= bool(args) and isinstance(args[0], Tensor)  # not a list of them
+        seen = (self._before(args[0]), *args[1:]) if inplace else args
+        out = func(*args, **kwargs)
+        named = dict(zip(names, seen, strict=False)) | kwargs
+        apply(self.run, Call(op, func, seen, kwargs, named, out))
+        if inplace:
+            axes = zip(self.run.axes(seen[0]), self.run.axes(out), strict=False)
+            if any(a is not None and b is not None and a.zero and not b.zero for a, b in axes):
+                self.run.record.notes.add(Note.OVERWRITTEN)
+        return out
+
+    def _before(self, tensor: Tensor) -> Tensor:
+        """Return a tensor as it is before an operation in place, which may change its shape: `transpose_`."""
+        alias = tensor.detach()
+        self.run.set(alias, self.run.axes(tensor))
+        return alias
+
+
+@contextmanager
+def _module_paths(model: nn.Module, cursor: Cursor) -> Iterator[None]:
+    """Keep `cursor.path` at the path of the running module.
+
+    Raises:
+        CombError: at a scripted module, which takes no hooks (a traced one does).
+    """
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            if isinstance(module, torch.jit.RecursiveScriptModule):
+                where = name or 'the model itself'
+                raise CombError(f'{where} is scripted by torch.jit, and takes no hooks; comb the module it was made of')
+
+            def enter(_m: nn.Module, _i: Any, name: str = name) -> None:
+                cursor.path.append(name)
+
+            def leave(_m: nn.Module, _i: Any, _o: Any) -> None:
+                cursor.path.pop()
+
+            stack.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
+            stack.callback(module.register_forward_hook(leave, always_call=True).remove)
+        yield
+
+
+def _forget_cached(model: nn.Module, run: Run, marked: list[Tensor]) -> None:
+    """Remove marks from tensors that the forward cached on modules: they keep the dense width, so a trial is due."""
+    own = set(map(id, marked))
+    for module in model.modules():
+        for tensor in tensors_in(list(vars(module).values())):
+            if hasattr(tensor, AXES) and id(tensor) not in own:
+                delattr(tensor, AXES)
+                run.record.notes.add(Note.CACHED)

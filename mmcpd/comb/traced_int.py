@@ -1,0 +1,125 @@
+"""An integer that remembers where it came from, and stays so under `+ - * // %`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from ..coupling import Equality, Expression, Live, Op
+from ..slim.call_sites import LEFT, RIGHT, spot
+from ..slim.size_expressions import OPERATORS, leaves, may_change
+from .trace import Equation, Note, Run
+
+
+def expression(value: int) -> Expression:
+    """Return where an integer came from; a plain one is itself."""
+    return value.expression if isinstance(value, TracedInt) else int(value)
+
+
+def of_run(value: Any, run: Run | None) -> Any:
+    """Return a traced integer, or the plain one where another run left it in somebody's cache."""
+    return int(value) if isinstance(value, TracedInt) and value.run is not run else value
+
+
+def _binary(symbol: str, swap: bool = False) -> Callable[[TracedInt, Any], Any]:
+    function: Callable[[Any, Any], Any] = OPERATORS[symbol]
+
+    def method(self: TracedInt, other: Any) -> Any:
+        if isinstance(other, (float, Tensor)):
+            number = self.as_number(RIGHT if swap else LEFT)
+            return function(other, number) if swap else function(number, other)
+        if not isinstance(other, int) or isinstance(other, bool):
+            return NotImplemented
+        other = of_run(other, self.run)
+        left, right = (other, self) if swap else (self, other)
+        value = function(int(left), int(right))
+        return TracedInt.of(value, Op(symbol, expression(left), expression(right)), self.run)
+
+    return method
+
+
+def _ordered(name: str) -> Callable[[TracedInt, Any], Any]:
+    """Compare two sizes, and let a width be what it is where the answer could change: `if x.shape[1] < 8`."""
+
+    def method(self: TracedInt, other: Any) -> Any:
+        run = self.run
+        by_torch = sys._getframe(1).f_globals.get('__name__', '').startswith('torch.')
+        if run is not None and isinstance(other, int) and int(other) > 1 and not by_torch:
+            for width in leaves(self.expression, Live) + leaves(expression(of_run(other, run)), Live):
+                run.record.table.freeze(run.atoms_of(width), f'compared in size in {run.where}')
+        return getattr(int, name)(self, other)
+
+    return method
+
+
+class TracedInt(int):
+    """An integer that remembers its expression, and the run in which it was read."""
+
+    expression: Expression
+    run: Run | None
+
+    @classmethod
+    def of(cls, value: int, expr: Expression, run: Run | None) -> TracedInt:
+        traced = cls(value)
+        traced.expression, traced.run = expr, run
+        return traced
+
+    __add__, __radd__ = _binary('+'), _binary('+', True)
+    __sub__, __rsub__ = _binary('-'), _binary('-', True)
+    __mul__, __rmul__ = _binary('*'), _binary('*', True)
+    __floordiv__, __rfloordiv__ = _binary('//'), _binary('//', True)
+    __mod__, __rmod__ = _binary('%'), _binary('%', True)
+
+    def __neg__(self) -> TracedInt:
+        return 0 - self
+
+    __hash__ = int.__hash__
+
+    def as_number(self, side: int) -> int:
+        """Note that a forward computes with this width as with any number: as in `x / math.sqrt(d)`."""
+        if self.run is not None and may_change(self.expression):
+            record = self.run.record
+            record.notes.add(Note.WIDTH_COMPUTED)
+            place = spot(side, 0)
+            if place is not None:
+                record.constants.append(Equation(self.expression, int(self), self.run.module, place))
+        return int(self)
+
+    def __float__(self) -> float:
+        return float(self.as_number(LEFT))
+
+    def __pow__(self, other: Any, modulo: Any = None) -> Any:
+        return pow(self.as_number(LEFT), other, modulo)
+
+    def __rpow__(self, other: Any, modulo: Any = None) -> Any:
+        return pow(other, self.as_number(RIGHT), modulo)
+
+    def __truediv__(self, other: Any) -> Any:
+        return self.as_number(LEFT) / (other.as_number(RIGHT) if isinstance(other, TracedInt) else other)
+
+    def __rtruediv__(self, other: Any) -> Any:
+        return other / self.as_number(RIGHT)
+
+    def __eq__(self, other: object) -> bool:
+        """Compare as integers; that an axis was found equal to something is an equation too."""
+        equal = int.__eq__(self, other)
+        if equal is True and self.run is not None and isinstance(other, int):
+            found = Equality(expression(self), expression(of_run(other, self.run)))
+            if leaves(found.left, Live) or leaves(found.right, Live):
+                self.run.record.equalities.append(found)
+        return equal
+
+    def __ne__(self, other: object) -> bool:
+        equal = self.__eq__(other)
+        return equal if equal is NotImplemented else not equal
+
+    __lt__, __le__, __gt__, __ge__ = map(_ordered, ('__lt__', '__le__', '__gt__', '__ge__'))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return int, (int(self),)
+
+    def __deepcopy__(self, memo: Any) -> int:
+        return int(self)

@@ -1,0 +1,258 @@
+"""Cut the removed rows out of every tensor, and let the modules' attributes follow."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..coupling import Attr, CallSite, Coupling, Equality, Expression, Input, Keep, Live, SizeRule
+from ..errors import SlimError
+from .attention import REPLACEMENTS, replacement
+from .call_sites import INFER, Rewrite, rewrite_
+from .mask import kept_rows, named_tensors, unmask_statistics_
+from .shape_attributes import Shapes, described, local_shapes
+from .size_expressions import evaluate, leaves, read_attribute, show, solve, write_attribute
+
+
+class SizeConflict(SlimError):
+    """Two widths would have to be one number: of an attribute, or of a line that runs twice.
+
+    Attributes:
+        axes: what would have to be equal, pair by pair.
+    """
+
+    def __init__(self, message: str, axes: Sequence[tuple[int, int]]) -> None:
+        super().__init__(message)
+        self.axes = tuple(axes)
+
+
+def slim(model: nn.Module, coupling: Coupling, keep: Mapping[str, Tensor]) -> nn.Module:
+    """Return a new, really smaller model of the same class; the given one stays as it is.
+
+    Args:
+        model: the model that was combed; masked or not, the removed rows do not count.
+        coupling: what combing found.
+        keep: `{group name: BoolTensor(units)}`, True = kept.
+
+    Raises:
+        ValueError: if the keep does not fit.
+        SlimError: if the model's attributes cannot follow, which `comb` finds out and freezes unless `trial=False`.
+
+    Example:
+        >>> keep = coupling.keep()
+        >>> keep['conv1'][::2] = False
+        >>> small = slim(model, coupling, keep)    # computes what the masked model computes
+        >>> model.conv1.out_channels, small.conv1.out_channels
+        (8, 4)
+    """
+    coupling.check(keep)
+    small = _sliced(model, coupling, dict(keep))
+    before = {path: local_shapes(module) for path, module in model.named_modules()}
+    changed = {path for path, module in small.named_modules() if local_shapes(module) != before[path]}
+    for path in list(changed):  # a replaced module speaks for its children
+        changed.update(p for p in before if path and p and path.startswith(p + '.'))
+    replaced = _replace_(small, changed)
+    _fold_scales_(small, coupling, dict(keep), replaced)
+    _set_sizes_(small, coupling, dict(keep), before, replaced)
+    return small
+
+
+@torch.no_grad()
+def _sliced(model: nn.Module, coupling: Coupling, keep: Keep) -> nn.Module:
+    """Copy a model with the kept rows; what goes is never copied, and shared tensors stay shared."""
+    kept = kept_rows(coupling, keep)
+    memo: dict[int, Any] = {}
+    for name, tensor in named_tensors(model).items():
+        if name not in kept:
+            continue
+        value = tensor.detach()
+        for dim, rows in kept[name].items():
+            value = value.index_select(dim, rows.nonzero().flatten().to(value.device))
+        memo[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+    small = copy.deepcopy(model, memo)
+    unmask_statistics_(small)
+    return small
+
+
+def _replace_(model: nn.Module, changed: set[str]) -> dict[str, str]:
+    """Replace the modules of `REPLACEMENTS` that hold cut tensors; return their kinds by path."""
+    found: dict[str, str] = {}
+    for path, module in list(model.named_modules()):
+        kind = replacement(module)
+        if kind is not None and path in changed:
+            set_module(model, path, REPLACEMENTS[kind].build(module))
+            found[path] = kind
+    return found
+
+
+def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put a module at a path."""
+    parent, _, name = path.rpartition('.')
+    setattr(model.get_submodule(parent), name, module)
+
+
+@torch.no_grad()
+def _fold_scales_(model: nn.Module, coupling: Coupling, keep: Keep, replaced: Mapping[str, str]) -> None:
+    """Keep softmax(q k^T / sqrt(d)) what it was where the forward takes the square root of the new width."""
+    if not coupling.fixes.scales:
+        return
+    live, kept, tensors = coupling.live(keep), kept_rows(coupling, keep), named_tensors(model)
+    for scale in coupling.fixes.scales:
+        width = len(coupling.axes[scale.axis])
+        if scale.module in replaced or live[scale.axis] == width:
+            continue
+        factor = math.sqrt(live[scale.axis] / width)
+        for rows in scale.rows:
+            size = coupling.tensors[rows.tensor].shape[rows.dim]
+            alive = kept.get(rows.tensor, {}).get(rows.dim, torch.ones(size, dtype=torch.bool))
+            place = torch.isin(alive.nonzero().flatten(), torch.tensor(rows.index)).nonzero().flatten()
+            tensor = tensors[rows.tensor]
+            tensor.index_copy_(rows.dim, place, tensor.index_select(rows.dim, place) * factor)
+
+
+# -- sizes: what attributes and calls must say -------------------------------------------------------------------------
+def _set_sizes_(
+    model: nn.Module, coupling: Coupling, keep: Keep, before: Mapping[str, Shapes], replaced: Mapping[str, str]
+) -> None:
+    """Set the attributes: those that describe from the tensors, those that a forward reads by solving."""
+    modules = {p: m for p, m in model.named_modules() if not any(p == r or p.startswith(r + '.') for r in replaced)}
+
+    def describe() -> None:
+        for path, module in modules.items():
+            if local_shapes(module) != before[path]:
+                for name, value in described(module, local_shapes(module)).items():
+                    setattr(module, name, value)
+
+    describe()
+    changes, rewrites = planned_sizes(modules, coupling, coupling.live(keep).tolist())
+    for attribute, value in changes.items():
+        write_attribute(modules[attribute.module], attribute.name, value)
+    describe()  # again: a convolution's channels follow from its groups
+    for path, wanted in rewrites.items():
+        rewrite_(modules[path], wanted)
+
+
+def planned_sizes(
+    modules: Mapping[str, nn.Module], coupling: Coupling, live: Sequence[int]
+) -> tuple[dict[Attr, int], dict[str, list[Rewrite]]]:
+    """Work out which attributes change, and which sizes in calls, for the live counts of all axes.
+
+    Args:
+        modules: by path; rules about others (those that were replaced) are left out.
+        coupling: what combing found.
+        live: the live count of each axis.
+
+    Returns:
+        New values of attributes; and by module path what is written into its source.
+
+    Raises:
+        SizeConflict: an attribute or a line would have to say two widths.
+        SlimError: nothing can make a size what it must be.
+    """
+    fixes = coupling.fixes
+    sizes = [rule for rule in fixes.sizes if _within(modules, rule)]
+    constants = [rule for rule in fixes.constants if rule.site is not None and _within(modules, rule)]
+    pairs = [pair for pair in fixes.equalities if _known(modules, pair.left, pair.right)]
+    named = {leaf for expr in _expressions([*sizes, *constants], pairs) for leaf in leaves(expr, Attr)}
+    attributes = {
+        leaf: read_attribute(modules[leaf.module], leaf.name)
+        for leaf in sorted(named, key=lambda a: (a.module, a.name))
+    }
+    equations = [(rule.expression, _target(rule, live)) for rule in sizes]
+    compared = [  # an attribute that the forward holds against a width follows that width
+        (a, evaluate(b, {}, live))
+        for pair in pairs
+        for a, b in ((pair.left, pair.right), (pair.right, pair.left))
+        if leaves(a, Attr) and not leaves(a, Live) and not leaves(b, Attr)
+    ]
+    changes, failed = solve([*equations, *compared], attributes, live)
+    new = {**attributes, **changes}
+    unsolved = [sizes[n] for n in failed if n < len(sizes)]
+    for rule in unsolved:
+        if rule.site is None:
+            target = _target(rule, live)
+            message = f'no attribute makes {show(rule.expression)} equal {target}'
+            raise SizeConflict(message, _rivals(rule, sizes, live))
+    unsolved += [rule for rule in constants if evaluate(rule.expression, new, live) != rule.target]
+    rewrites = _rewrites({rule.site for rule in unsolved if rule.site is not None}, [*sizes, *constants], live)
+    for pair in pairs:
+        if evaluate(pair.left, new, live) != evaluate(pair.right, new, live):
+            message = f'the forward compares {show(pair.left)} with {show(pair.right)}, which no longer agree'
+            axes = (
+                [(pair.left.axis, pair.right.axis)]
+                if isinstance(pair.left, Live) and isinstance(pair.right, Live)
+                else []
+            )
+            raise SizeConflict(message, axes)
+    return changes, rewrites
+
+
+def _known(modules: Mapping[str, nn.Module], *expressions: Expression) -> bool:
+    """Say whether all attributes are of modules that are there."""
+    return all(leaf.module in modules for expr in expressions for leaf in leaves(expr, Attr))
+
+
+def _within(modules: Mapping[str, nn.Module], rule: SizeRule) -> bool:
+    return _known(modules, rule.expression) and (rule.site is None or rule.site.module in modules)
+
+
+def _expressions(rules: Sequence[SizeRule], pairs: Sequence[Equality]) -> Iterator[Expression]:
+    yield from (rule.expression for rule in rules)
+    yield from (side for pair in pairs for side in (pair.left, pair.right))
+
+
+def _target(rule: SizeRule, live: Sequence[int]) -> int:
+    return live[rule.target.axis] if isinstance(rule.target, Live) else rule.target
+
+
+def _rivals(rule: SizeRule, rules: Sequence[SizeRule], live: Sequence[int]) -> list[tuple[int, int]]:
+    """Return the axes that the same expression or the same call must be as well, where they no longer agree."""
+    return [
+        (rule.target.axis, other.target.axis)
+        for other in rules
+        if isinstance(rule.target, Live)
+        and isinstance(other.target, Live)
+        and (other.site == rule.site if rule.site is not None else other.expression == rule.expression)
+        and live[other.target.axis] != live[rule.target.axis]
+    ]
+
+
+def _rewrites(places: set[CallSite], rules: Sequence[SizeRule], live: Sequence[int]) -> dict[str, list[Rewrite]]:
+    """Write -1 where a call has none yet, and numbers elsewhere.
+
+    Raises:
+        SizeConflict: a line runs twice with widths that differ.
+        SlimError: a number would depend on the size of the input.
+    """
+    at = {place: [rule for rule in rules if rule.site == place] for place in places}
+    inferred: dict[tuple[str, str, str], CallSite] = {}
+    for place in sorted((p for p in places if p.inferable), key=lambda p: (not _varies(at[p], live), p.index)):
+        inferred.setdefault((place.module, place.method, place.text), place)  # a call has one -1
+    found: dict[str, list[Rewrite]] = {}
+    for place in sorted(places, key=lambda p: (p.module, p.method, p.text, p.index)):
+        number = INFER
+        if inferred.get((place.module, place.method, place.text)) != place:
+            for rule in at[place]:
+                if leaves(rule.expression, Input):
+                    expression = show(rule.expression)
+                    raise SlimError(f'{expression} depends on the input too, so that no number can stand in its place')
+            numbers = {_target(rule, live) for rule in at[place]}
+            if len(numbers) > 1:
+                message = (
+                    f'{place.method} of {place.module or "the model itself"} runs {place.text} with different sizes'
+                )
+                raise SizeConflict(message, [pair for rule in at[place] for pair in _rivals(rule, at[place], live)])
+            number = numbers.pop()
+        rewrite = Rewrite(place.method, place.text, place.index, place.count, number)
+        found.setdefault(place.module, []).append(rewrite)
+    return found
+
+
+def _varies(rules: Sequence[SizeRule], live: Sequence[int]) -> bool:
+    """Say whether no one number would do: it runs with several, or one that depends on the input."""
+    return len({_target(rule, live) for rule in rules}) > 1 or any(leaves(rule.expression, Input) for rule in rules)
