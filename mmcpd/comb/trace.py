@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..cost import Term
-from ..coupling import CodePlace, Equality, Expression, Live, OperationAt, Role
+from ..coupling import OperationAt, Role
+from ..fixes import CodePlace, Equality, Expression, Live
 from ..slim.call_sites import Spot, code_place
 from ..slim.mask import REDUCTIONS, ROOT_MEAN_SQUARE, SOFTMAXES
 from .atoms import AtomTable, Axes, Axis

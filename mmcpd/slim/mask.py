@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..coupling import CodePlace, Coupling, Keep
+from ..coupling import Coupling, Keep
 from ..errors import SlimError
+from ..fixes import CodePlace
 from .call_sites import code_place
 
 # Functions that may run over the kept channels alone: their result is then what it is in the slimmed model. The second

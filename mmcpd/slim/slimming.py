@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..coupling import Attr, CallSite, Coupling, Equality, Expression, Input, Keep, Live, SizeRule
+from ..coupling import Coupling, Keep
 from ..errors import SlimError
+from ..fixes import Attr, CallSite, Equality, Expression, Input, Live, SizeRule
 from .attention import REPLACEMENTS, replacement
 from .call_sites import INFER, Rewrite, rewrite_
 from .mask import kept_rows, named_tensors, unmask_statistics_
