@@ -319,51 +319,45 @@ def test_a_state_of_another_model_is_refused():
         pruner.load_state_dict({**state, 'keep': {'0': state['keep']['0']}})
 
 
-def train_on(rank, folder, importance):
-    """Prune on one of two processes, each with batches of its own; write what was scored and what was kept."""
-    model = net()
-    optimizer = optimizer_of(model)
-    pruner = Pruner(model, comb(model, batch(0)[0][:1]), optimizer, SCHEDULE, importance=importance)
+def on_one_of_two(rank, folder):
+    """Prune on one of two processes in three ways; write what was scored first, when units went, and what was kept."""
+    results = {name: list(train_in_parallel(rank, name)) for name in ('hessian', 'group_fisher')}
+    results['one scores'] = list(train_where_only_one_scores(rank))
+    (folder / f'{rank}.json').write_text(json.dumps(results))
+
+
+def train_in_parallel(rank, importance):
+    """Train data-parallel, each process with batches of its own."""
+    model, optimizer, pruner = built(importance=importance)
     wrapped = DistributedDataParallel(model)
-    own = []
     for iteration in range(16):
         optimizer.zero_grad()
         x, y = batch(100 * rank + iteration)
         F.cross_entropy(wrapped(x), y).backward()
         optimizer.step()
         if iteration == 3:
-            own = pruner.importance.scores()['0'].tolist()
+            yield pruner.importance.scores()['0'].tolist()
         pruner.step()
-    keep = {name: keep.tolist() for name, keep in pruner.keep.items()}
-    (folder / f'{rank}.json').write_text(json.dumps([own, keep]))
+    yield {name: keep.tolist() for name, keep in pruner.keep.items()}
 
 
-@pytest.mark.parametrize('importance', ['hessian', 'group_fisher'])
-def test_processes_with_different_batches_choose_the_same_units(importance, tmp_path):
-    on_two_processes(train_on, tmp_path, importance)
-    results = [json.loads((tmp_path / f'{rank}.json').read_text()) for rank in range(2)]
-    (first, keep), (second, other) = results
-    assert keep == other and not all(keep['0'])
-    assert (first == second) == (importance != 'group_fisher'), 'samples differ, averaged gradients do not'
-
-
-def prune_where_only_one_scores(rank, folder):
-    """Prune on one of two processes; the second's optimizer does not step before the first event is over."""
-    model = net()
-    optimizer = optimizer_of(model)
-    schedule = replace(SCHEDULE, begin=0, end=3, interval=1)
-    pruner = Pruner(model, comb(model, batch(0)[0][:1]), optimizer, schedule)
-    chosen = []
+def train_where_only_one_scores(rank):
+    """Train alone; the optimizer steps once, on the first process."""
+    model, optimizer, pruner = built(begin=0, end=3, interval=1)
     for iteration in range(3):
         backward(model, iteration)
         if rank == 0 and iteration == 1:
             optimizer.step()
-        chosen.append(pruner.step())
-    keep = {name: keep.tolist() for name, keep in pruner.keep.items()}
-    (folder / f'{rank}.json').write_text(json.dumps([chosen, keep]))
+        yield pruner.step()
+    yield {name: keep.tolist() for name, keep in pruner.keep.items()}
 
 
-def test_processes_agree_where_only_one_of_them_has_scores(tmp_path):
-    on_two_processes(prune_where_only_one_scores, tmp_path)
+def test_processes_choose_the_same_units(tmp_path):
+    on_two_processes(on_one_of_two, tmp_path)
     first, second = (json.loads((tmp_path / f'{rank}.json').read_text()) for rank in range(2))
-    assert first == second and first[0] == [False, True, False] and not all(first[1]['0'])
+    for importance in ('hessian', 'group_fisher'):
+        (score, keep), (other_score, other_keep) = first[importance], second[importance]
+        assert keep == other_keep and not all(keep['0'])
+        assert (score == other_score) == (importance == 'hessian'), 'samples differ, averaged gradients do not'
+    assert first['one scores'] == second['one scores']
+    assert first['one scores'][:3] == [False, True, False] and not all(first['one scores'][3]['0'])
