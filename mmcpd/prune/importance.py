@@ -105,8 +105,8 @@ class Importance:
 
     Example:
         >>> class Bias(Importance):
-        ...     def accumulate(self, model, closure=None, loss_scale=1.0):
-        ...         self._add(torch.cat([model.get_parameter(f'{g.name}.bias').detach().abs() for g in self.groups]))
+        ...     def accumulate(self, model, *, closure=None, loss_scale=1.0):
+        ...         self.add(torch.cat([model.get_parameter(f'{g.name}.bias').detach().abs() for g in self.groups]))
         >>> score = Bias(coupling.groups)
         >>> score.accumulate(model)
         >>> score.iterations

@@ -49,7 +49,7 @@ class Curvature(Importance):
         >>> def closure():
         ...     model(images).square().mean().backward()
         >>> closure()
-        >>> score.accumulate(model, closure)
+        >>> score.accumulate(model, closure=closure)
         >>> score.scores()['conv2'].shape
         torch.Size([4])
     """
