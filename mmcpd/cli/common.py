@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import NoReturn
@@ -50,6 +51,8 @@ def run(command: ModuleType, arguments: Sequence[str]) -> NoReturn:
         help='override entries of the config: a.b=1 c="[1,2]" d="[(a,b),(c,d)]", without spaces',
     )
     parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
+    # mmseg's CrossEntropyLoss warns of its own default at each start, also where a config names it.
+    warnings.filterwarnings('ignore', message='Default ``avg_non_ignore`` is False')
     leave(guard(command.main, parser.parse_args(arguments)))
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
+from contextlib import redirect_stdout
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,8 +28,13 @@ def read_config(args: argparse.Namespace) -> Config:
         UserError: There is no such config, it has no model, or an option cannot be merged.
     """
     mend_scopes()
+    path = config_file(args.config)
     try:
-        cfg = Config.fromfile(config_file(args.config))
+        with redirect_stdout(io.StringIO()):  # OneDL's packages print which of their optional imports are missing
+            cfg = Config.fromfile(path)
+            scope = str(cfg.get('default_scope'))
+            if find_spec(scope) is not None and find_spec(f'{scope}.datasets') is not None:
+                import_module(f'{scope}.datasets')
     except FileNotFoundError as error:
         if '.mim' in Path(str(error.filename)).parts:
             raise UserError(

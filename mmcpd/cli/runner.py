@@ -19,18 +19,23 @@ import mmcpd
 from mmcpd.cli.common import MISTAKES, UserError, was_interrupted
 
 PACKAGE = str(Path(mmcpd.__file__).parent)
+# What MMEngine says in each run and no user can change: CheckpointHook's own use of FileClient, the name of the log's
+# folder at the end of each epoch.
+HIDDEN = ('"FileClient" will be deprecated', '"HardDiskBackend" is the alias', 'Exp name: ')
 
 
 class ScreenFilter(logging.Filter):
     """Show warnings and mmcpd's own lines until the loop starts, then everything.
 
     What MMEngine says before (environment, configuration, hooks, initial weights, each parameter's options) is
-    hundreds of lines: they are in the log file.
+    hundreds of lines: they are in the log file, as is what is `HIDDEN`.
     """
 
     loop_runs = False
 
     def filter(self, record: logging.LogRecord) -> bool:
+        if record.getMessage().startswith(HIDDEN):
+            return False
         return self.loop_runs or record.levelno > logging.INFO or record.pathname.startswith(PACKAGE)
 
 
