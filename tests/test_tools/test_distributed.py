@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmcpd.engine.checkpoints import removed_units
-from mmcpd.engine.slimmed import read_slim
+from mmcpd.engine.checkpoints import read_slim, removed_units
 
 ROOT = Path(__file__).resolve().parents[2]
 
