@@ -46,9 +46,7 @@ def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def input_shape(
-    cfg: Config, given: Sequence[int] | None = None, pictures: Dataset | None = None
-) -> tuple[int, ...]:
+def input_shape(cfg: Config, given: Sequence[int] | None = None, pictures: Dataset | None = None) -> tuple[int, ...]:
     """Decide the shape of the input that a model is combed with, (C, H, W), for training and for every tool.
 
     It is the first of: `given`; the `input_shape` of the config's PruneHook or CombHook; the size in the config (the
@@ -187,4 +185,6 @@ def _first_picture(cfg: Config, pictures: Dataset | None) -> tuple[int, ...]:
     try:
         return check_shape(tuple(sample['inputs'].shape))
     except (TypeError, KeyError, IndexError, AttributeError, ValueError) as error:
-        raise ValueError(f"the first sample of {type(pictures).__name__} has no 'inputs' (C, H, W): {advice}") from error
+        raise ValueError(
+            f"the first sample of {type(pictures).__name__} has no 'inputs' (C, H, W): {advice}"
+        ) from error

@@ -282,9 +282,7 @@ class PruneHook(Hook):
             runner.message_hub.update_scalar(f'train/prune_{quantity}', left)
 
 
-def _comb_options(
-    heads: str, ignore: Sequence[str], strict: bool, input_shape: Sequence[int] | None
-) -> dict[str, Any]:
+def _comb_options(heads: str, ignore: Sequence[str], strict: bool, input_shape: Sequence[int] | None) -> dict[str, Any]:
     """Check the options of combing, as far as that is possible without a model, and return them by name."""
     look_up(dict.fromkeys(HEADS), heads, 'heads')
     if isinstance(ignore, str) or not all(isinstance(pattern, str) for pattern in ignore):

@@ -31,7 +31,7 @@ def plan(runner: Runner, pruner: Pruner) -> str:
     coupling, schedule = pruner.coupling, pruner.schedule
     model = unwrapped(runner.model)
     cost = coupling.cost(coupling.keep())
-    sizes = ', '.join(f'{cost[key] / unit:,.1f}{sign} {name}' for key, (name, unit, sign) in ROWS.items())
+    sizes = ', '.join(f'{cost[key] / unit:,.2f}{sign} {name}' for key, (name, unit, sign) in ROWS.items())
     prunable, total = coupling.prunable()
     target = ' and '.join(f'{share:.1%} of the {ROWS.get(key, (key,))[0]}' for key, share in schedule.target.items())
     lines = [
@@ -40,7 +40,7 @@ def plan(runner: Runner, pruner: Pruner) -> str:
         ('coupling', f'{len(coupling.groups)} groups, {coupling.units} units; {prunable / total:.1%} of the '
          'parameters can be pruned'),
         *(('frozen', reason) for reason in _frozen(coupling)),
-        ('target', f'{target} of the dense model'),
+        ('target', f'{target} of the dense model remains'),
         ('pruning', f'iterations {schedule.begin} to {schedule.end} of {runner.max_iters}, every {schedule.interval}, '
          f'by {type(pruner.importance).__name__} / {pruner.normalizer}'),
         ('teacher', _teacher(model, int(schedule.begin))),

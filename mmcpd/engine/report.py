@@ -15,6 +15,7 @@ ROWS = {
     'memory': ('activations', 2**20, ' MiB'),
 }
 
+
 def costs(coupling: Coupling, keep: Keep) -> dict[str, int]:
     """Return MACs, parameters, memory (bytes) and units under a keep, as plain numbers.
 

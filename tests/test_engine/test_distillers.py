@@ -3,7 +3,6 @@
 import copy
 import logging
 import os
-from functools import partial
 from pathlib import Path
 
 import mmpretrain.models  # noqa: F401 - registers
@@ -185,43 +184,15 @@ def test_teacher_runs_once_in_inference_mode_no_further_than_its_taps():
     assert calls == [True]
 
 
-def test_teacher_follows_the_student_and_keeps_its_precision():
-    model = distiller(teacher=MODELS.build(classifier()), teacher_dtype='bfloat16')
-    assert next(model.teacher.parameters()).dtype == torch.bfloat16
-    model.double().float()
-    assert next(model.teacher.parameters()).dtype == torch.bfloat16
-    plain = distiller(teacher=MODELS.build(classifier()))
-    plain.to('meta')
-    assert next(plain.teacher.parameters()).device.type == 'meta'
+def test_teacher_follows_the_student():
+    model = distiller(teacher=MODELS.build(classifier()))
+    assert next(model.double().teacher.parameters()).dtype == torch.float64
+    model.to('meta')
+    assert next(model.teacher.parameters()).device.type == 'meta'
 
 
-def test_bfloat16_teacher_says_nearly_the_same():
-    teacher = MODELS.build(classifier())
-    values = []
-    for dtype in (None, 'bfloat16'):
-        model = distiller(teacher=copy.deepcopy(teacher), teacher_dtype=dtype).train()
-        values.append(losses_of(model, pictures())['loss_distill_kd'])
-    assert values[1].dtype == torch.float32
-    torch.testing.assert_close(*values, rtol=0.05, atol=1e-3)
-    assert values[0] != values[1]
-
-
-def test_compiled_teacher_says_the_same(monkeypatch):
-    # The capture is what can go wrong; generating code for it would take a minute.
-    monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend='eager', fullgraph=True))
-    teacher = MODELS.build(classifier())
-    losses = [KD, {'type': 'FeatureLoss', 'tap': 'backbone.layer1', 'student_channels': 8}]
-    plain, compiled = (
-        distiller(losses=losses, teacher=copy.deepcopy(teacher), teacher_compile=c).train() for c in (False, True)
-    )
-    for seed in range(3):  # also not what an earlier batch left behind
-        data = pictures(seed=seed)
-        torch.testing.assert_close(losses_of(compiled, data), losses_of(plain, data))
-
-
-@pytest.mark.parametrize('dtype', [None, 'bfloat16'])
-def test_under_autocast(dtype):
-    model = distiller(teacher=MODELS.build(classifier()), teacher_dtype=dtype).train()
+def test_under_autocast():
+    model = distiller(teacher=MODELS.build(classifier())).train()
     with torch.autocast('cpu', torch.bfloat16):
         losses = losses_of(model, pictures())
     sum(losses.values()).backward()
@@ -490,7 +461,6 @@ def test_labels_that_are_not_there():
         ({'teacher': 'other'}, "must be 'self'"),
         ({'teacher': {'config': 'x.py'}}, 'needs config and checkpoint'),
         ({'teacher': {'config': 'no/such.py', 'checkpoint': 'x.pth'}}, 'no config no/such.py'),
-        ({'teacher_dtype': 'int8'}, 'teacher_dtype must be one of'),
         ({'student': nn.Linear(1, 1)}, 'must be an MMEngine model'),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -12,9 +13,9 @@ from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 
 from mmcpd.engine.distillers import Distiller
-from mmcpd.engine.hooks import CombHook, PruneHook, bare_model
-from mmcpd.engine.options import comb_options, prune_options
-from mmcpd.engine.slimmed import load_slim, read_slim
+from mmcpd.engine.checkpoints import load_slim, read_slim, slim_checkpoint
+from mmcpd.engine.hooks import CombHook, PruneHook
+from mmcpd.engine.wrappers import bare_model
 from mmcpd.errors import PruneError
 from mmcpd.prune.importance import IMPORTANCES
 
@@ -57,9 +58,8 @@ def config(work_dir, *, distil=True, epochs=4, **changes):
             'optim_wrapper': {'optimizer': {'type': 'SGD', 'lr': 0.02, 'momentum': 0.9}},
             'train_cfg': {'by_epoch': True, 'max_epochs': epochs, 'val_interval': 1},
             'val_cfg': {},
-            'custom_hooks': [{'type': 'mmcpd.CombHook', 'save': 'comb.json'}, {'type': 'mmcpd.PruneHook'}],
-            'prune': {'begin': 4, 'end': 12, 'interval': 2, 'target': 0.5},
             'default_hooks': {
+                'prune': {'type': 'mmcpd.PruneHook', 'begin': 4, 'end': 12, 'interval': 2, 'target': {'macs': 0.5}},
                 'checkpoint': {'type': 'CheckpointHook', 'interval': 1},
                 'logger': {'type': 'LoggerHook', 'interval': 2},
             },
@@ -69,7 +69,7 @@ def config(work_dir, *, distil=True, epochs=4, **changes):
             'log_level': 'INFO',
         }
     )
-    cfg.merge_from_dict(changes)
+    cfg.merge_from_dict({name.replace('prune.', 'default_hooks.prune.'): value for name, value in changes.items()})
     return cfg
 
 
@@ -146,10 +146,14 @@ def test_a_run_from_dense_to_slim(runner_of, tmp_path):
     masked = bare_model(runner.model).eval()
     torch.testing.assert_close(small(x), masked(x), rtol=1e-4, atol=1e-5)
     assert sum(p.numel() for p in small.parameters()) == content['meta']['slim']['params']
-    assert (work / 'comb.json').is_file()
+    assert content['meta']['input_shape'] == [3, 32, 32]
+    assert (work / 'coupling.txt').read_text().startswith('12 groups')
     log = next(work.glob('*/*.log')).read_text()
-    for text in ('12 groups', 'pruning to 0.5 of the macs from iteration 4 to 12 of 16, 4 times', 'slim / dense'):
-        assert text in log
+    assert 'slim / dense' in log
+    (lines,) = re.findall(r'this run:\n((?:\w+ .+\n)+)', log)
+    for text in ('12 groups', '50.0% of the MACs', 'iterations 4 to 12 of 16, every 2, by Hessian / memory', 'KDLoss at logits'):
+        assert text in lines
+    assert len(lines.splitlines()) <= 10
 
 
 @pytest.mark.parametrize(('importance', 'stop'), [('hessian', 1), ('hessian', 2), ('random', 2), ('curvature', 2)])
@@ -192,7 +196,7 @@ def test_resuming_without_the_teacher_or_the_state_is_refused(runner_of, tmp_pat
     content = torch.load(checkpoint, weights_only=False)
     assert content.pop('mmcpd')['begun']
     torch.save(content, checkpoint)
-    with pytest.raises(ValueError, match='of iteration 8 and has no pruning state'):
+    with pytest.raises(ValueError, match='8 iterations are finished and there is no pruning state'):
         runner_of(resume=True, load_from=str(checkpoint)).train()
 
 
@@ -228,8 +232,8 @@ def test_looking_does_not_change_what_is_trained(runner_of, importance, counts):
     assert losses[0] == losses[1]
 
 
-def test_curvature_replays_the_step_it_probes(runner_of):
-    """With the gates left at one the replayed gradient is the step's own, accumulated or not."""
+def test_the_closure_repeats_the_step_it_probes(runner_of):
+    """With the gates left at one the repeated gradient is the step's own, accumulated or not."""
     seen = []
 
     class Compare(Hook):
@@ -241,7 +245,7 @@ def test_curvature_replays_the_step_it_probes(runner_of):
                 before = {n: p.grad.clone() for n, p in model.named_parameters()}
                 for parameter in model.parameters():
                     parameter.grad = None
-                hook.replay()
+                hook.closure()
                 for name, parameter in model.named_parameters():
                     torch.testing.assert_close(parameter.grad, before[name], rtol=1e-5, atol=1e-7, msg=name)
                 seen.append(runner.iter)
@@ -258,13 +262,10 @@ def test_curvature_replays_the_step_it_probes(runner_of):
 @pytest.mark.parametrize(
     ('changes', 'error', 'message'),
     [
-        ({'prune.target': 0.0001}, PruneError, r'target=0\.0001 of macs cannot be reached, only 0\.0'),
-        ({'prune.ignore': ['backbone*']}, PruneError, 'nothing can be pruned: 12 groups'),
+        ({'prune.target': {'macs': 0.0001}}, PruneError, r'macs.*0\.0001'),
+        ({'prune.ignore': ['backbone*']}, PruneError, 'nothing can be pruned'),
         ({'prune.ignore': ['neck']}, ValueError, "ignore pattern 'neck' fits no group"),
         ({'prune.end': 99}, ValueError, 'does not fit into a run of 16'),
-        ({'prune.importance': 'hesian'}, ValueError, 'did you mean hessian'),
-        ({'comb': {'heads': 'tail'}}, ValueError, 'heads must be one of'),
-        ({'custom_hooks': [{'type': 'mmcpd.PruneHook'}]}, ValueError, r"add dict\(type='mmcpd.CombHook'\)"),
         ({'default_hooks.ema': {'type': 'EMAHook'}}, ValueError, 'EMAHook averages over weights'),
     ],
 )
@@ -273,26 +274,6 @@ def test_refusals_come_before_training(runner_of, tmp_path, changes, error, mess
     with pytest.raises(error, match=message):
         runner.train()
     assert runner.iter == 0 and not list(tmp_path.glob('run/*.pth'))
-
-
-def test_arguments_of_a_hook_win_over_the_config():
-    cfg = Config(
-        {
-            'comb': {'heads': 'head', 'strict': True},
-            'prune': {'begin': 0, 'end': 10, 'interval': 2, 'target': 0.5},
-            'custom_hooks': [
-                {'type': 'mmcpd.CombHook', 'heads': 'dim', 'priority': 'HIGH'},
-                {'type': PruneHook, 'target': 0.3},
-            ],
-        }
-    )
-    assert comb_options(cfg) == {'heads': 'dim', 'strict': True}
-    assert prune_options(cfg) == {'begin': 0, 'end': 10, 'interval': 2, 'target': 0.3}
-    assert prune_options(cfg, {'interval': 5})['interval'] == 5
-    with pytest.raises(ValueError, match="comb has no option 'head': did you mean heads"):
-        CombHook(head='dim')
-    with pytest.raises(ValueError, match=r'pruning needs begin, end.*configs/_base_/cpd\.py'):
-        prune_options(Config({}))
 
 
 def test_an_untrained_model_is_pruned_with_a_warning(runner_of, tmp_path):
