@@ -112,7 +112,7 @@ def test_hooks_in_a_list_are_checked_too_and_other_people_s_are_left_alone(tool,
     ('option', 'message'),
     [
         ('ignore=[nothing.*]', 'nothing.*'),
-        ('target.macs=0.0001', 'cannot be reached'),
+        ('target.macs=0.0001', 'cannot go down to'),
     ],
 )
 def test_what_the_model_cannot_do_stops_before_training(tool, pruning, tmp_path, option, message):
