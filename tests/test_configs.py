@@ -18,7 +18,6 @@ from mmengine.config import Config
 from mmengine.registry import HOOKS, MODELS, DefaultScope
 from torch import nn
 
-import mmcpd.engine
 from mmcpd.engine.build import build_dense
 from mmcpd.engine.checkpoints import read_slim
 from mmcpd.engine.combing import comb_by_config
@@ -84,7 +83,9 @@ def test_it_inherits_what_it_does_not_say(name, tmp_path):
     if re.search(r"^_base_ = '\./\w+_prune\.py'$", text, re.MULTILINE):  # it differs from its base by a few lines
         assert len(code_lines(text)) <= 6
         return
-    bases = next(ast.literal_eval(node.value) for node in ast.parse(text).body if ast.unparse(node.targets[0]) == '_base_')
+    bases = next(
+        ast.literal_eval(node.value) for node in ast.parse(text).body if ast.unparse(node.targets[0]) == '_base_'
+    )
     bases = [bases] if isinstance(bases, str) else bases
     paths = [str(FOLDER / base) if base.startswith('.') else base for base in bases]
     (tmp_path / 'bases.py').write_text(f'_base_ = {paths!r}\n')

@@ -235,7 +235,7 @@ def slim_checkpoint(cfg: Config, path: PathLike, out: PathLike) -> dict[str, Any
         SlimError: The checkpoint is unreadable, of another model, or nothing was pruned in it yet.
     """
     checkpoint = read_checkpoint(path)
-    if _removed_units(checkpoint) == 0:
+    if removed_units(checkpoint) == 0:
         reason = 'no unit is removed in it yet' if STATE in checkpoint else 'it holds no pruning state'
         raise SlimError(f'{path} cannot be slimmed: {reason}. Give a checkpoint from after pruning began')
     model, state = load_dense(cfg, path), checkpoint[STATE]
@@ -267,7 +267,7 @@ def use_checkpoint(cfg: Config, path: PathLike, folder: Path) -> None:
     """
     student = student_config(cfg)
     if not is_slim(path):
-        if _removed_units(read_checkpoint(path)) > 0:
+        if removed_units(read_checkpoint(path)) > 0:
             slim_checkpoint(cfg, path, folder / 'slim.pth')
             path = folder / 'slim.pth'
         else:
@@ -285,7 +285,7 @@ def use_checkpoint(cfg: Config, path: PathLike, folder: Path) -> None:
     cfg.custom_hooks = [hook for hook in cfg.get('custom_hooks') or () if type_name(hook) not in HOOKS_OF_OURS]
 
 
-def _removed_units(checkpoint: Mapping[str, Any]) -> int:
+def removed_units(checkpoint: Mapping[str, Any]) -> int:
     """Return how many units the keep inside a training checkpoint removes; 0 where it has none."""
     keep = checkpoint[STATE]['pruner']['keep'] if STATE in checkpoint else {}
     return sum(int((~units).sum()) for units in keep.values())

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from mmengine.config import Config
 from mmengine.runner import Runner
-from torch import nn
+from torch import Tensor, nn
 
 from mmcpd.comb import comb
 from mmcpd.coupling import Coupling
@@ -57,4 +57,4 @@ def shape_combed(coupling: Coupling) -> list[int]:
         [3, 8, 8]
     """
     (inputs,) = coupling.example.inputs
-    return list(inputs.shape[1:])
+    return list(cast(Tensor, inputs).shape[1:])

@@ -187,7 +187,9 @@ def test_a_file_of_another_version_gets_one_line(written):
     assert content['version'] == 1
     for version in (2, None):
         torch.save({**content, 'version': version}, path)
-        with pytest.raises(SlimError, match=rf'slim\.pth is a slim checkpoint of version {version}, .* cut it again') as error:
+        with pytest.raises(
+            SlimError, match=rf'slim\.pth is a slim checkpoint of version {version}, .* cut it again'
+        ) as error:
             checkpoints.load_slim(cfg, path)
         assert '\n' not in str(error.value)
         assert checkpoints.is_slim(path)  # so that no tool takes it for a training checkpoint

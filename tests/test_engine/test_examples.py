@@ -12,7 +12,7 @@ from mmengine.config import Config
 
 from mmcpd.datasets.digits import DigitsDataset
 from mmcpd.engine.build import build_dense
-from mmcpd.engine.examples import data_batches, example_inputs, input_shape, random_batches
+from mmcpd.engine.examples import data_batches, example_inputs, random_batches
 
 BASE = Path(__file__).resolve().parents[2] / 'configs' / '_base_' / 'datasets' / 'digits.py'
 
