@@ -52,7 +52,9 @@ train_cfg = dict(by_epoch=True, max_epochs=2)
 """
 )
 SEGMENTOR = (
-    LOADER.format(data='DigitScenesDataset', test='val', pipeline="[dict(type='PackSegInputs')]", more=', size=(64, 64)')
+    LOADER.format(
+        data='DigitScenesDataset', test='val', pipeline="[dict(type='PackSegInputs')]", more=', size=(64, 64)'
+    )
     + """
 default_scope = 'mmseg'
 model = dict(
