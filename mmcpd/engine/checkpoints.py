@@ -37,9 +37,9 @@ def read_checkpoint(path: PathLike) -> dict[str, Any]:
         SlimError: The file is missing, truncated, or no checkpoint.
 
     Example:
-        >>> torch.save(model.state_dict(), 'weights.pth')
-        >>> list(read_checkpoint('weights.pth')['state_dict'])[0]
-        'conv1.weight'
+        >>> read_checkpoint('there/is/no/such.pth')
+        Traceback (most recent call last):
+        mmcpd.errors.SlimError: there/is/no/such.pth: there is no such checkpoint
     """
     with readable(path):
         content = CheckpointLoader.load_checkpoint(os.fspath(path), map_location='cpu', logger='silent')
@@ -213,7 +213,9 @@ def save_checked(model: nn.Module, coupling: Coupling, keep: Keep, path: Path, m
         SlimError: the two models do not compute the same; then nothing is written.
 
     Example:
-        >>> save_checked(mask_(model, coupling, keep), coupling, keep, Path('slim.pth'), {})
+        >>> from tempfile import mkdtemp
+        >>> mask_(model, coupling, keep)
+        >>> save_checked(model, coupling, keep, Path(mkdtemp(), 'slim.pth'), {'epoch': 30})
     """
     small = slim(model, coupling, keep)
     off = compare(model, coupling, keep, small)
