@@ -1,10 +1,10 @@
-"""The nouns: what belongs together, why the rest may not be pruned, and what slimming does beyond slicing."""
+"""The nouns of combing: what belongs together, what it costs, and why the rest may not be pruned."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .cost import Cost, CostModel
+from .fixes import Attr, Fixes, Input, Live, Op
 from .names import near
 
 Keep: TypeAlias = dict[str, Tensor]
@@ -71,6 +72,10 @@ class Group:
     units: int
     cut: tuple[Member, ...]
 
+    def count(self, role: Role) -> int:
+        """Return how many tensors have this role, biases left out."""
+        return len({m.tensor for m in self.members if m.role is role and not m.tensor.endswith('bias')})
+
 
 @dataclass(frozen=True)
 class Frozen:
@@ -87,156 +92,6 @@ class OperationAt(NamedTuple):
 
     operation: str
     module: str
-
-
-# -- size expressions: where an integer of a forward came from ---------------------------------------------------------
-@dataclass(frozen=True)
-class Attr:
-    """An integer attribute of a module, `name` or `name[i]`."""
-
-    module: str
-    name: str
-
-
-@dataclass(frozen=True)
-class Live:
-    """The number of kept positions of an axis."""
-
-    axis: int
-
-
-@dataclass(frozen=True)
-class Input:
-    """A size of an activation that no layer's width decides: a batch, a height."""
-
-    size: int
-
-
-@dataclass(frozen=True)
-class Op:
-    """Two expressions joined by `+`, `-`, `*`, `//` or `%`."""
-
-    symbol: str
-    left: Expression
-    right: Expression
-
-
-Expression: TypeAlias = Attr | Live | Input | Op | int
-
-
-# -- what slimming does beyond slicing ---------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class CallSite:
-    """One size in one call, or one operand of one expression, of one method of one module's class.
-
-    Attributes:
-        module: its path.
-        method: name of the method.
-        text: the call as `ast.unparse` writes it.
-        index: which of the sizes; of an operand `LEFT` or `RIGHT` (`mmcpd.slim.call_sites`).
-        count: how many sizes the call has, 0 where it is an operand.
-        inferable: whether torch can work the size out from the others, as where none of a reshape is -1 yet.
-    """
-
-    module: str
-    method: str
-    text: str
-    index: int
-    count: int
-    inferable: bool = False
-
-
-@dataclass(frozen=True)
-class CodePlace:
-    """Where a method of a module is: found again in the next run, without its source.
-
-    Attributes:
-        module: path of the module.
-        function: qualified name of the module's method.
-        instructions: offsets in byte code, from that method inward through the helper functions that it calls.
-    """
-
-    module: str
-    function: str
-    instructions: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class SizeRule:
-    """A size that a forward asks for or computes with: `expression` must equal `target`.
-
-    Where no attribute makes it so, the size is written into the source at `site`, if there is one.
-    """
-
-    expression: Expression
-    target: Live | int
-    site: CallSite | None
-
-
-@dataclass(frozen=True)
-class Statistic:
-    """A statistic over channels (a norm's, a mean, a softmax), which masking takes over the kept ones.
-
-    Attributes:
-        place: where the forward takes it.
-        axis: its channels.
-        dim: where they are, counted from the end: -1 is the last dimension.
-    """
-
-    place: CodePlace
-    axis: int
-    dim: int
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Some rows of one dimension of a tensor."""
-
-    tensor: str
-    dim: int
-    index: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class QueryScale:
-    """A query whose forward divides by the square root of its own width; its rows take up the difference.
-
-    Attributes:
-        rows: what produces the query, all heads and the bias.
-        axis: the width of one head.
-        module: path of the module that divides.
-    """
-
-    rows: tuple[Rows, ...]
-    axis: int
-    module: str
-
-
-@dataclass(frozen=True)
-class Equality:
-    """Two sizes that a forward compares and finds equal."""
-
-    left: Expression
-    right: Expression
-
-
-@dataclass(frozen=True)
-class Fixes:
-    """What slimming does beyond slicing.
-
-    Attributes:
-        statistics: over channels; masking needs them.
-        scales: of queries, to be folded into their rows.
-        sizes: that a forward asks for.
-        constants: widths that a forward computes with, and that must stay what they are in the dense model.
-        equalities: that must hold afterwards.
-    """
-
-    statistics: tuple[Statistic, ...] = ()
-    scales: tuple[QueryScale, ...] = ()
-    sizes: tuple[SizeRule, ...] = ()
-    constants: tuple[SizeRule, ...] = ()
-    equalities: tuple[Equality, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -397,9 +252,44 @@ class Coupling:
         return counts
 
     def __str__(self) -> str:
-        from .summary import table
+        """Return the groups, what is frozen and why, and the operations without a rule, as a table."""
+        cost, saved = self.cost(self.keep()), self.marginal(self.keep())
+        prunable, total = self.prunable()
+        rows: list[tuple[str, ...]] = [('group', 'units', 'rows', 'producers', 'consumers', 'MACs saved by one unit')]
+        for group in self.groups:
+            count = sum(m.index.shape[1] for m in group.members)
+            ends = (str(group.count(role)) for role in (Role.PRODUCER, Role.CONSUMER))
+            rows.append((group.name, str(group.units), str(count), *ends, f'{saved[group.name].macs / 1e3:,.1f} k'))
+        frozen = [('frozen because', 'rows'), *((why, str(n)) for why, n in self.merged_reasons())]
+        return '\n'.join(
+            [
+                f'{len(self.groups)} groups, {self.units} units; {cost.macs / 1e6:,.1f} M MACs, '
+                f'{cost.params / 1e6:,.2f} M parameters ({prunable / max(total, 1):.1%} prunable), '
+                f'{cost.memory / 2**20:,.1f} MiB of activations',
+                '',
+                *aligned(rows),
+                '',
+                *(aligned(frozen) if len(frozen) > 1 else []),
+                *(
+                    f'no rule for {op} in {where} (x{count}): what goes through it is frozen'
+                    for (op, where), count in self.unsupported.items()
+                ),
+            ]
+        )
 
-        return table(self)
+    def merged_reasons(self) -> list[tuple[str, int]]:
+        """Return the reasons and how many rows each freezes, most rows first; one line for many modules."""
+        places: dict[str, list[str]] = {}
+        rows: Counter[str] = Counter()
+        for reason, count in self.reasons().items():
+            text, _, where = reason.rpartition(' in ')
+            places.setdefault(text or where, []).append(where if text else '')
+            rows[text or where] += count
+        return [
+            (text + (f' in {where}' if where else '') + (f' and {more} more' if more else ''), count)
+            for text, count in rows.most_common()
+            for where, more in [(places[text][0], len(places[text]) - 1)]
+        ]
 
     def to_json(self, path: str | Path | None = None) -> str:
         """Return everything but the example as JSON, and save it where a path is given."""
@@ -419,3 +309,13 @@ def _plain(value: object) -> object:
     if isinstance(value, Mapping):
         return {' in '.join(k) if isinstance(k, tuple) else k: _plain(v) for k, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
+
+
+def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Return the lines of a table with a header: the first column to the left, numbers to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        '  '.join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
+    return [lines[0], '-' * len(lines[0]), *lines[1:]]

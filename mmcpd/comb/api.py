@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from ..coupling import Coupling, Example, Fixes
+from ..coupling import Coupling, Example
+from ..fixes import Fixes
 from ..slim.attention import replacement
 from ..slim.trial import faults_of
 from .conflicts import couple_conflicts_

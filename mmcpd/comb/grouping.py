@@ -9,23 +9,8 @@ import torch
 from torch import nn
 
 from ..cost import CostModel, Term
-from ..coupling import (
-    Attr,
-    CallSite,
-    Coupling,
-    Example,
-    Fixes,
-    Frozen,
-    Group,
-    Live,
-    Member,
-    QueryScale,
-    Role,
-    Rows,
-    SizeRule,
-    Statistic,
-    TensorInfo,
-)  # fmt: skip
+from ..coupling import Coupling, Example, Frozen, Group, Member, Role, TensorInfo
+from ..fixes import Attr, CallSite, Fixes, Live, QueryScale, Rows, SizeRule, Statistic
 from ..names import match
 from ..slim.call_sites import call_site
 from ..slim.size_expressions import leaves

@@ -15,7 +15,7 @@ from ..errors import CombError
 from ..slim.compare import evaluating, tensors_in
 from .rules import apply
 from .size_arguments import observing_sizes
-from .trace import AXES, Call, Cursor, Note, Policy, Record, Run
+from .trace import AXES, INPUT, Call, Cursor, Note, Policy, Record, Run
 
 
 def observe(model: nn.Module, example: Example, policy: Policy) -> Record:
@@ -26,7 +26,10 @@ def observe(model: nn.Module, example: Example, policy: Policy) -> Record:
     """
     run = Run(policy, Cursor({id(module): name for name, module in model.named_modules()}))
     marked: list[Tensor] = []
+    given = tensors_in(example.inputs)
     try:
+        for tensor in given:
+            setattr(tensor, INPUT, True)
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if not hasattr(tensor, AXES):  # a parameter that two modules share has one set of atoms
                 setattr(tensor, AXES, run.record.table.add(name, tensor))
@@ -40,9 +43,10 @@ def observe(model: nn.Module, example: Example, policy: Policy) -> Record:
             run.freeze_all(tensor, 'model output')
         _forget_cached(model, run, marked)
     finally:
-        for tensor in marked:
-            if hasattr(tensor, AXES):
-                delattr(tensor, AXES)
+        for tensor in marked + given:
+            for name in (AXES, INPUT):
+                if hasattr(tensor, name):
+                    delattr(tensor, name)
     return run.record
 
 

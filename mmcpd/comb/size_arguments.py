@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..coupling import Attr, Input, Live, Op
+from ..fixes import Attr, Input, Live, Op
 from ..slim.call_sites import INFER, LEFT, RIGHT, Spot, spot
 from ..slim.size_expressions import leaves, may_change
 from .trace import Equation, Run

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from ..cost import Term
-from ..coupling import CodePlace, Equality, Expression, Live, OperationAt, Role
+from ..coupling import OperationAt, Role
+from ..fixes import CodePlace, Equality, Expression, Live
 from ..slim.call_sites import Spot, code_place
 from ..slim.mask import REDUCTIONS, ROOT_MEAN_SQUARE, SOFTMAXES
 from .atoms import AtomTable, Axes, Axis
 
 AXES = '_mmcpd_axes'  # the attribute of a running tensor that holds its axes
+INPUT = '_mmcpd_input'  # the attribute of one that was made of the model's inputs alone
 
 
 # -- the record --------------------------------------------------------------------------------------------------------
@@ -196,6 +198,10 @@ class Run:
     def set(self, tensor: Tensor, axes: Sequence[Axis | None]) -> None:
         assert len(axes) == tensor.dim(), (len(axes), tensor.shape)
         setattr(tensor, AXES, tuple(axis and axis.fitting(tensor.shape) for axis in axes))
+
+    def origin(self, tensor: Tensor) -> str:
+        """Say whose the channels of a tensor are that no layer produces."""
+        return "the model's input channels" if hasattr(tensor, INPUT) else 'channels that no layer produces'
 
     # -- equations ---------------------------------------------------------------------------------------------------
     def equate(self, left: Axis | None, right: Axis | None, what: str) -> None:

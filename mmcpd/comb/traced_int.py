@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..coupling import Equality, Expression, Live, Op
+from ..fixes import Equality, Expression, Live, Op
 from ..slim.call_sites import LEFT, RIGHT, spot
 from ..slim.size_expressions import OPERATORS, leaves, may_change
 from .trace import Equation, Note, Run

@@ -24,8 +24,8 @@ from typing import Any
 
 from torch import nn
 
-from ..coupling import CallSite, CodePlace
 from ..errors import SlimError
+from ..fixes import CallSite, CodePlace
 
 _OURS, _TORCH = ('mmcpd.comb.', 'mmcpd.slim.'), ('torch.',)
 LEFT, RIGHT = -1, -2  # which operand

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..coupling import CodePlace, Coupling, Keep
+from ..coupling import Coupling, Keep
 from ..errors import SlimError
+from ..fixes import CodePlace
 from .call_sites import code_place
 
 # Functions that may run over the kept channels alone: their result is then what it is in the slimmed model. The second
@@ -50,8 +51,8 @@ class _OverKept(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, '__name__', '')
         softmax = name in SOFTMAXES
-        handler = {F.layer_norm: self.layer_norm, F.group_norm: self.group_norm}.get(func)
-        handler = self.rms_norm if func in RMS_NORMS else handler
+        norms = {F.layer_norm: self.layer_norm, F.group_norm: self.group_norm} | dict.fromkeys(RMS_NORMS, self.rms_norm)
+        handler: Any = norms.get(func)
         if handler is None and not softmax and name not in REDUCTIONS:
             return func(*args, **kwargs)
         module, self.place = code_place(self.path)
@@ -61,7 +62,7 @@ class _OverKept(TorchFunctionMode):
 
     def _kept(self, x: Tensor, dim: int) -> Tensor | None:
         """Return the kept channels of one dimension, which counts from the end, or None where all are kept."""
-        kept = self.place and self.kept.get(Site(self.place, dim, x.shape[dim]))
+        kept = None if self.place is None else self.kept.get(Site(self.place, dim, x.shape[dim]))
         return None if kept is None else kept.to(x.device)
 
     def _norm(self, x: Tensor, dim: int, norm: Any, weight: Tensor | None, bias: Tensor | None) -> Tensor:

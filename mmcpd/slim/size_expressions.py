@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from ..coupling import Attr, Expression, Input, Live, Op
+from ..fixes import Attr, Expression, Input, Live, Op
 
 OPERATORS: dict[str, Callable[[int, int], int]] = {
     '+': operator.add, '-': operator.sub, '*': operator.mul, '//': operator.floordiv, '%': operator.mod,

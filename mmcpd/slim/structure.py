@@ -91,7 +91,10 @@ def restructure_(model: nn.Module, plan: Mapping[str, Any]) -> nn.Module:
                 )
             setattr(module, name, type(getattr(module, name))(value))
     for path, rewrites in plan.get('rewritten', {}).items():
-        rewrite_(_find(model, path), [Rewrite(*place, int(number)) for *place, number in rewrites])
+        rewrite_(
+            _find(model, path),
+            [Rewrite(method, text, index, count, int(number)) for method, text, index, count, number in rewrites],
+        )
     return model
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..coupling import Coupling, Example, Keep
-from ..errors import CombError
+from ..errors import CombError, SlimError
 from .compare import compare, evaluating, tensors_in
 from .mask import named_tensors
 
@@ -36,7 +36,7 @@ _FAILURES = (
 
 
 def random_keep(
-    coupling: Coupling, ratio: float, seed: int, among: set[str] | None = None, awkward: bool = False
+    coupling: Coupling, ratio: float, seed: int, *, among: set[str] | None = None, awkward: bool = False
 ) -> Keep:
     """Return a keep in which units stay at random, always one at least.
 
@@ -71,11 +71,12 @@ def _fault(model: nn.Module, coupling: Coupling, among: list[str]) -> str | None
     """Return why pruning these groups fails, or None where it does not."""
     try:
         gap = max(
-            compare(model, coupling, random_keep(coupling, share, seed, set(among), True)) for share, seed in KEEPS
+            compare(model, coupling, random_keep(coupling, share, seed, among=set(among), awkward=True))
+            for share, seed in KEEPS
         )
     except _FAILURES as error:
-        text = str(error).strip().splitlines()
-        return f'a trial failed: {type(error).__name__}: {text[0][:160] if text else ""}'
+        text = (str(error).strip().splitlines() or [''])[0][:160]
+        return f'a trial failed: {text if isinstance(error, SlimError) else f"{type(error).__name__}: {text}"}'
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
     if gap > TOLERANCE.get(dtype, 1e-3):
         return f'a trial failed: the slimmed model differs from the masked one by {gap:.1e}'

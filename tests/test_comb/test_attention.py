@@ -72,7 +72,7 @@ def test_the_same_width_goes_in_each_head(name):
     toy = Toy(lambda: build(name), TOKENS, {'qkv': 3, 'proj': 4})
     toy.members = {'qkv': {'qkv.weight:0': unit, 'qkv.bias:0': unit, 'proj.weight:1': strided(3, 2)}}
     if 'bias' in name:
-        toy.frozen = {'bias:0': 'no channels', 'bias:1': 'no channels'}
+        toy.frozen = {'bias:0': 'channels that no layer', 'bias:1': 'channels that no layer'}
     check_toy(toy)
 
 

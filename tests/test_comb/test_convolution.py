@@ -39,7 +39,11 @@ TOYS = {
             'a': {'a.weight:0': rows(6), 'a.bias:0': rows(6), 'b.weight:1': rows(6)},
             'b': {'b.weight:0': rows(4), 'b.bias:0': rows(4), 'fc.weight:1': rows(4)},
         },
-        {'a.weight:2': 'kernel size', 'a.weight:1': 'no channels', 'fc.weight:0': 'model output'},
+        {
+            'a.weight:2': 'kernel size',
+            'a.weight:1': "the model's input channels (read by a)",
+            'fc.weight:0': 'model output',
+        },
     ),
     'conv without bias': Toy(
         lambda: Net(
@@ -201,7 +205,7 @@ TOYS = {
         lambda: Net(lambda m, x: m.fc(pooled(m.a(x))), a=nn.Conv2d(3, 6, 1, groups=3), fc=nn.Linear(6, 2)),
         IMAGE,
         {},
-        frozen={'a.weight:0': 'grouped convolution of an activation without channels in a'},
+        frozen={'a.weight:0': "the model's input channels (read by a)"},
     ),
     'transposed': Toy(
         lambda: chain(nn.ConvTranspose2d(8, 6, 2, stride=2), nn.Conv2d(6, 5, 1)),
@@ -340,7 +344,7 @@ def test_spatial_operations_leave_the_channels_alone(name):
 
 def test_circular_padding_writes_into_a_bare_tensor_and_freezes():
     toy = spatial(lambda x: F.pad(x, (1, 1, 1, 1), mode='circular'))
-    toy.groups, toy.members, toy.frozen = {'b': 4}, {}, {'a.weight:0': 'copy with an activation that has no channels'}
+    toy.groups, toy.members, toy.frozen = {'b': 4}, {}, {'a.weight:0': 'copy with channels that no layer produces'}
     check_toy(toy)
 
 

@@ -93,7 +93,7 @@ def test_a_literal_cannot_follow_and_freezes(name):
     toy.members, toy.trial, toy.frozen = (
         {},
         True,
-        {'left.weight:1': 'a trial failed: SlimError: no attribute makes 3 equal'},
+        {'left.weight:1': 'a trial failed: no attribute makes 3 equal'},
     )
     check_toy(toy)
 

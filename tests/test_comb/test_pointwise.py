@@ -109,8 +109,11 @@ FROZEN = {  # function of the channels that notices when one is gone -> the reas
     'cumulated channels': (lambda x: x.cumsum(1), 'cumsum over channels'),
     'sorted channels': (lambda x: x.sort(1).values, 'sort over channels'),
     'best channels': (lambda x: x * x.topk(3, 1).values.sum(1, keepdim=True), 'topk over channels'),
-    'sum of a fixed pattern': (lambda x: x * PATTERN[:, None, None], 'mul with an activation'),
-    'added to a fixed pattern': (lambda x: x + PATTERN[:, None, None].repeat(1, 4, 4), 'add with an activation'),
+    'sum of a fixed pattern': (lambda x: x * PATTERN[:, None, None], 'mul with channels that no layer produces'),
+    'added to a fixed pattern': (
+        lambda x: x + PATTERN[:, None, None].repeat(1, 4, 4),
+        'add with channels that no layer produces',
+    ),
     'reversed into itself': (lambda x: x[:, [5, 4, 3, 2, 1, 0]], 'picked by a fixed index'),
     'one channel for all': (lambda x: x * x[:, 2:3], ''),
     'one channel by number': (lambda x: x * x[:, 2, None], 'picked by a fixed index'),
@@ -224,7 +227,13 @@ def test_layer_scale_and_position_are_free_members():
 
     stem = {f'{n}:0': rows(6) for n in ('stem.weight', 'stem.bias', 'scale', 'down.weight', 'down.bias')}
     stem |= {'position:2': rows(6), 'up.weight:1': rows(6), 'fc.weight:1': rows(6)}
-    toy = Toy(build, ((2, 5, 3),), {'stem': 6, 'up': 8}, {'stem': stem}, {'position:1': 'add with an activation'})
+    toy = Toy(
+        build,
+        ((2, 5, 3),),
+        {'stem': 6, 'up': 8},
+        {'stem': stem},
+        {'position:1': 'add with channels that no layer produces'},
+    )
     _, found = check_toy(toy)
     roles = {m.tensor: m.role for m in found.group('stem').members}
     assert roles == {

@@ -124,12 +124,3 @@ def test_a_width_that_stays_is_not_rewritten():
     keep = found.keep()
     keep['v'][2:4] = False
     assert not rewrites_of(slim(model, found, keep))
-
-
-def test_numbers_survive_json():
-    model = randomise_(Root())
-    found = comb(model, X)
-    keep = found.keep()
-    keep['q'][2:6] = False
-    read = type(found).from_json(found.to_json())
-    assert gap(masked(model, found, keep)(X), slim(model, read, keep)(X)) < 1e-12

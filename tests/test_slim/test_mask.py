@@ -13,7 +13,7 @@ from mmcpd.comb import comb
 from mmcpd.slim import mask_, slim
 from mmcpd.slim.mask import MaskedForward, Masker, kept_rows
 from mmcpd.slim.trial import random_keep
-from tests.helpers import Net, gap, masked, randomise_, sample
+from tests.helpers import Net, check_equal, gap, masked, members, randomise_, rows, sample
 
 IMAGE = sample((4, 3, 6, 6))
 
@@ -253,17 +253,18 @@ def test_two_norms_of_one_module_that_differ_in_width():
     found = comb(model, x)
     assert {g.name: g.units for g in found.groups} == {'a': 6, 'b': 5}
     for names in (('a',), ('b',), ('a', 'b')):
-        keep = random_keep(found, 0.5, 0, set(names))
+        keep = random_keep(found, 0.5, 0, among=set(names))
         assert gap(slim(model, found, keep)(x), masked(model, found, keep)(x)) < 1e-9, names
 
 
-def test_two_norms_of_one_module_that_cannot_be_told_apart_freeze():
+def test_two_norms_of_one_module_that_cannot_be_told_apart_are_coupled():
     norm = nn.LayerNorm(6, elementwise_affine=False)
     parts = dict(a=nn.Linear(3, 6), b=nn.Linear(3, 6), norm=norm, fc=nn.Linear(12, 2))
     model = randomise_(Net(lambda m, x: m.fc(torch.cat([m.norm(m.a(x)), m.norm(m.b(x))], -1)), **parts))
     found = comb(model, sample((5, 3)))
-    assert not found.groups
-    assert any('normalises two different sets of 6 channels' in f.reason for f in found.frozen)
+    assert {g.name: g.units for g in found.groups} == {'a': 6}
+    assert members(found, 'a')['b.weight:0'] == rows(6)
+    check_equal(model, found)
 
 
 def test_a_norm_by_function_does_not_mask_the_norms_inside():
@@ -283,5 +284,5 @@ def test_a_norm_by_function_does_not_mask_the_norms_inside():
     found = comb(model, x)
     assert {g.name: g.units for g in found.groups} == {'a': 6, 'b': 6}
     for names in (('a',), ('b',), ('a', 'b')):
-        keep = random_keep(found, 0.5, 0, set(names))
+        keep = random_keep(found, 0.5, 0, among=set(names))
         assert gap(slim(model, found, keep)(x), masked(model, found, keep)(x)) < 1e-9, names

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...errors import CombError
-from ..trace import Call, Record, Run
+from ..trace import INPUT, Call, Record, Run
 from .pointwise import pointwise, unknown
 from .table import OPERATIONS, Operation
 
@@ -20,9 +20,13 @@ def apply(run: Run, call: Call) -> None:
     operation and report it. Never guess.
     """
     operation = OPERATIONS.get(call.op) or (TAGGED if torch.Tag.pointwise in call.func.tags else UNKNOWN)
-    if operation.counted or any(any(run.axes(tensor)) for tensor in call.tensors()):
+    inputs = call.tensors()
+    if operation.counted or any(any(run.axes(tensor)) for tensor in inputs):
         run.record.operations.add(call.op)
         operation.rule(run, call)
+    elif any(hasattr(tensor, INPUT) for tensor in inputs):
+        for out in call.outputs():
+            setattr(out, INPUT, True)
 
 
 def check_strict(record: Record) -> None:

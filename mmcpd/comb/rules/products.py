@@ -64,10 +64,10 @@ def convolution(run: Run, call: Call) -> None:
     into, out = (w_axes[0], w_axes[1]) if transposed else (w_axes[1], w_axes[0])
     if groups == 1:
         if x.shape[len(lead) - 1] > 1:
-            _contract(run, channel, into, what)
+            _contract(run, channel, into, what, x)
     else:
         widths = x.shape[len(lead) - 1], call.out.shape[len(lead) - 1]
-        out = _grouped(run, channel, into, out, groups, transposed, widths)
+        out = _grouped(run, x, channel, into, out, groups, transposed, widths)
     if out is not None:
         run.role(out, Role.PRODUCER)
         out = out.activation(True)
@@ -84,6 +84,7 @@ def convolution(run: Run, call: Call) -> None:
 
 def _grouped(
     run: Run,
+    x: Tensor,
     channel: Axis | None,
     into: Axis | None,
     out: Axis | None,
@@ -96,7 +97,7 @@ def _grouped(
     `into` and `out` are the weight's axes: (O, I / groups) or, transposed, (I, O / groups); `widths` are I and O.
     """
     if run.module in run.policy.narrowed:
-        return _inside(run, channel, into, out, groups, transposed)
+        return _inside(run, x, channel, into, out, groups, transposed)
     reason = f'channels inside a convolution group in {run.where}'
     if transposed:
         run.freeze(out, reason)  # O / groups
@@ -112,7 +113,7 @@ def _grouped(
     if widths[0] > groups:
         run.record.grouped.append(GroupedConvolution(run.module, rows.atoms))
     if channel is None:
-        run.freeze(rows, f'a grouped convolution of an activation without channels in {run.where}')
+        run.freeze(rows, f'{run.origin(x)} (read by {run.where})')
     else:
         grouped = channel.atoms.reshape(groups, widths[0] // groups)
         run.tie(grouped)
@@ -123,7 +124,7 @@ def _grouped(
 
 
 def _inside(
-    run: Run, channel: Axis | None, into: Axis | None, out: Axis | None, groups: int, transposed: bool
+    run: Run, x: Tensor, channel: Axis | None, into: Axis | None, out: Axis | None, groups: int, transposed: bool
 ) -> Axis | None:
     """Tie the same channel of each convolution group, so that the groups stay equally wide; axes as in `_grouped`."""
     rows, columns = (into, out) if transposed else (out, into)
@@ -133,23 +134,25 @@ def _inside(
     if channel is not None:
         run.tie(channel.atoms.reshape(groups, -1).T)
         each = Axis(channel.atoms[: len(channel) // groups], channel.zero)
-        _contract(run, each, read and Axis(read.atoms[: len(each)], weight=True), 'a convolution')
+        _contract(run, each, read and Axis(read.atoms[: len(each)], weight=True), 'a convolution', x)
         run.role(read, Role.CONSUMER)
     else:
-        run.freeze(read, f'a grouped convolution of an activation without channels in {run.where}')
+        run.freeze(read, f'{run.origin(x)} (read by {run.where})')
     run.role(made, Role.PRODUCER)
     return made and (Axis(np.tile(made.atoms, groups)) if transposed else made)
 
 
-def _contract(run: Run, left: Axis | None, right: Axis | None, what: str) -> None:
-    """Sum over two axes: they are equal, and one factor must vanish where a unit is removed."""
-    if left is None and right is None:
+def _contract(run: Run, left: Axis | None, right: Axis | None, what: str, read: Tensor) -> None:
+    """Sum over two axes: they are equal, and one factor must be zero where a unit is removed.
+
+    `read` is the activation that meets the weight, to say whose channels they are.
+    """
+    if left is None or right is None:
+        run.freeze(left or right, f'{run.origin(read)} (read by {run.where})')
         return
     run.equate(left, right, what)
-    if left is None or right is None:
-        return
     if not left.zero and not right.zero:
-        run.freeze(left, f'{what} sums over channels that do not vanish in {run.where}')
+        run.freeze(left, f'{what} sums over channels that are not zero where a unit is removed, in {run.where}')
     if left.weight and right.weight:
         return
     if left.weight or right.weight:
@@ -162,7 +165,7 @@ def _product(run: Run, call: Call, left: Tensor, right: Tensor, bias: Tensor | N
     """Multiply matrices (..., M, K) and (..., K, N); leading dimensions meet point-wise."""
     a, b = run.axes(left), run.axes(right)
     a, b = (a if left.dim() > 1 else (None, *a)), (b if right.dim() > 1 else (*b, None))
-    _contract(run, a[-1], b[-2], call.op)
+    _contract(run, a[-1], b[-2], call.op, right if any(axis and axis.weight for axis in a) else left)
     lead: list[Axis | None] = []
     for x, y in zip(a[:-2], b[:-2], strict=True):
         if (x is None) != (y is None) or x is not None:
@@ -217,7 +220,7 @@ def linear(run: Run, call: Call) -> None:
     # linear(input, weight, bias)
     x, weight, bias = call.named['input'], call.named['weight'], call.named.get('bias')
     axes, (out, into) = run.axes(x), run.axes(weight)
-    _contract(run, axes[-1], into, call.op)
+    _contract(run, axes[-1], into, call.op, x)
     if out is not None:
         run.role(out, Role.PRODUCER)
         out = out.activation(True)
@@ -256,7 +259,7 @@ def attention(run: Run, call: Call) -> None:
     q, k, v = run.axes(query), run.axes(key), run.axes(value)
     out: Tensor = call.out[0]
     _per_head(run, q, k, v)
-    _contract(run, q[-1], k[-1], 'attention')
+    _contract(run, q[-1], k[-1], 'attention', key if k[-1] is None else query)
     for axes in (q, k, v):
         run.freeze(axes[-2], f'a token dimension in {run.where}')
     lead: list[Axis | None] = []

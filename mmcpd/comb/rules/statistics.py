@@ -68,7 +68,7 @@ def softmax(run: Run, call: Call) -> None:
 
 # -- normalisation -----------------------------------------------------------------------------------------------------
 def _affine(
-    run: Run, axis: Axis | None, tensors: Sequence[tuple[Tensor | None, str]], what: str, dim: int = -1
+    run: Run, axis: Axis | None, tensors: Sequence[tuple[Tensor | None, Role]], what: str, dim: int = -1
 ) -> Axis | None:
     """Make dimension `dim` of a norm's parameters equal to its channel; the weight's atoms stand for the output."""
     result = axis
