@@ -108,7 +108,7 @@ def data_batches(
     Example:
         >>> from mmcpd.engine.build import build_dense
         >>> config = 'configs/cpd/resnet50_prune.py'
-        >>> [len(x) for x in data_batches(config, build_dense(config), (1, 3))]
+        >>> [len(x) for x in data_batches(config, build_dense(config), (1, 3))]  # doctest: +SKIP
         [1, 3]
     """
     cfg = as_config(config)

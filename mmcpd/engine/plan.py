@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 from mmengine.runner import Runner
 from torch import nn
 
@@ -56,19 +54,10 @@ def _data(runner: Runner) -> str:
 
 
 def _frozen(coupling: Coupling) -> list[str]:
-    """Return the reasons that freeze most rows, one a line; the same reason in many modules counts as one."""
-    rows: Counter[str] = Counter()
-    places: Counter[str] = Counter()
-    for reason, number in coupling.reasons().items():
-        text = reason.rpartition(' in ')[0] or reason
-        rows[text] += number
-        places[text] += 1
-    shown = [
-        f'{number} rows: {text}' + (f' in {places[text]} places' if places[text] > 1 else '')
-        for text, number in rows.most_common()
-    ]
-    more = len(shown) - REASONS + 1
-    return shown if more <= 1 else [*shown[: REASONS - 1], f'{more} more reasons: see coupling.txt']
+    """Return the reasons that freeze most rows, one a line, and how many more there are."""
+    reasons = [f'{rows} rows: {reason}' for reason, rows in coupling.merged_reasons()]
+    more = len(reasons) - REASONS + 1
+    return reasons if more <= 1 else [*reasons[: REASONS - 1], f'{more} more reasons: see coupling.txt']
 
 
 def _teacher(model: nn.Module, begin: int) -> str:
