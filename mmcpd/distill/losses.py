@@ -6,20 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-EPS = 1e-8  # a norm below it says nothing about a correlation
+EPS = 1e-8  # a norm below it gives no correlation
 
 
 class DistillLoss(nn.Module):
     """Hold what all distillation losses share; a subclass writes `compare`.
 
-    The teacher is detached, half precision becomes float32 and autocast is off inside, so that the result is
-    finite whatever the precision of the models. A teacher's map `(N, C, H, W)` of another size is resized
-    (bilinear) to the student's.
+    The teacher is detached, half precision becomes float32 and autocast is off inside, so that the result is finite
+    whatever the precision of the models. A teacher's map `(N, C, H, W)` of another size is resized (bilinear).
 
     Args:
         loss_weight: Factor of the result.
-        ignore_index: Positions whose label has this value do not count; labels must then be given. None:
-            labels are not looked at, and every position counts.
+        ignore_index: Positions whose label has this value do not count; labels must then be given. None: all count.
     """
 
     same_channels = True  # whether `compare` needs as many channels in the student as in the teacher

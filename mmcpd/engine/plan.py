@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
+
 from mmengine.runner import Runner
 from torch import nn
 
@@ -48,9 +50,10 @@ def plan(runner: Runner, pruner: Pruner) -> str:
 
 
 def _data(runner: Runner) -> str:
-    data = runner.train_dataloader.dataset
-    validated = 'not validated' if runner.val_loop is None else f'validated on {len(runner.val_dataloader.dataset)}'
-    return f'{type(data).__name__}: {len(data)} samples to train on, {validated}'
+    loaders = [runner.train_dataloader, *([] if runner.val_loop is None else [runner.val_dataloader])]
+    sizes = [str(len(loader.dataset)) if isinstance(loader.dataset, Sized) else 'streamed' for loader in loaders]
+    validated = f'{sizes[1]} to validate on' if len(sizes) > 1 else 'not validated'
+    return f'{type(runner.train_dataloader.dataset).__name__}: {sizes[0]} samples to train on, {validated}'
 
 
 def _frozen(coupling: Coupling) -> list[str]:
