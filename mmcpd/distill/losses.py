@@ -227,8 +227,7 @@ class FeatureLoss(DistillLoss):
         ignore_index: int | None = None,
     ) -> None:
         super().__init__(loss_weight, ignore_index)
-        self.student_channels = student_channels
-        self.teacher_channels = teacher_channels or student_channels
+        self.student_channels, self.teacher_channels = student_channels, teacher_channels or student_channels
         # A linear layer on rows is the 1x1 convolution, and takes vectors and tokens too.
         self.projection = (
             nn.Identity()
@@ -240,9 +239,8 @@ class FeatureLoss(DistillLoss):
         s, t = _rows(student, valid), _rows(teacher, valid)  # (rows, C)
         if (s.shape[1], t.shape[1]) != (self.student_channels, self.teacher_channels):
             raise ValueError(
-                f'FeatureLoss({self.student_channels}, {self.teacher_channels}) got a student of '
-                f'{s.shape[1]} and a teacher of {t.shape[1]} channels: set student_channels and '
-                'teacher_channels to these'
+                f'FeatureLoss({self.student_channels}, {self.teacher_channels}) got a student of {s.shape[1]} and a '
+                f'teacher of {t.shape[1]} channels: set student_channels and teacher_channels to these'
             )
         if isinstance(self.projection, nn.Linear):
             s = self.projection(s.to(self.projection.weight.dtype))
