@@ -26,9 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 SKIPPED = ('mmcpd.__main__',)
 MODULES = [
-    name
-    for _, name, _ in pkgutil.walk_packages(mmcpd.__path__, 'mmcpd.')
-    if name not in SKIPPED and '.mim' not in name
+    name for _, name, _ in pkgutil.walk_packages(mmcpd.__path__, 'mmcpd.') if name not in SKIPPED and '.mim' not in name
 ]
 
 
@@ -96,7 +94,7 @@ PUBLIC = [
 @pytest.mark.parametrize(('package', 'name'), PUBLIC)
 def test_what_is_public_has_an_example(package, name):
     found = getattr(importlib.import_module(package), name)
-    text = (inspect.getdoc(found) or '')
+    text = inspect.getdoc(found) or ''
     assert '>>>' in text, f'{package}.{name} has no example'
 
 
@@ -115,4 +113,6 @@ def test_the_python_of_the_readme(tmp_path, monkeypatch):
     exec(compile(plain[0], 'README.md', 'exec'), names)
     small, keep = names['small'], names['keep']
     assert isinstance(small, nn.Module) and isinstance(keep, dict)
-    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in torchvision.models.resnet18().parameters())
+    assert sum(p.numel() for p in small.parameters()) < sum(
+        p.numel() for p in torchvision.models.resnet18().parameters()
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,9 +36,9 @@ def read_checkpoint(path: PathLike) -> dict[str, Any]:
         SlimError: The file is missing, truncated, or no checkpoint.
 
     Example:
-        >>> torch.save(model.state_dict(), 'weights.pth')
-        >>> list(read_checkpoint('weights.pth')['state_dict'])[0]
-        'conv1.weight'
+        >>> read_checkpoint('there/is/no/such.pth')
+        Traceback (most recent call last):
+        mmcpd.errors.SlimError: there/is/no/such.pth: there is no such checkpoint
     """
     with readable(path):
         content = CheckpointLoader.load_checkpoint(os.fspath(path), map_location='cpu', logger='silent')
@@ -121,20 +120,17 @@ def load_any(cfg: ConfigLike, path: PathLike) -> nn.Module:
 
 @MODELS.register_module()
 def slimmed(
-    model: Mapping[str, Any],
-    structure: PathLike | Mapping[str, Any],
-    data_preprocessor: Mapping[str, Any] | None = None,
+    model: Mapping[str, Any], structure: PathLike, data_preprocessor: Mapping[str, Any] | None = None
 ) -> nn.Module:
-    """Build a model of its own class at its slim size, for a config: to test, fine-tune and deploy like any other.
+    """Build a slim model of the dense one's class, for a config: to test, fine-tune and deploy like any other.
 
     Args:
         model: The config of the dense model.
-        structure: A `slim.pth`, whose weights are loaded too and survive `init_weights`; or a structure,
-            as a dict or as a JSON file, where the weights come from `load_from`.
+        structure: A `slim.pth`; its weights survive `init_weights`, and `load_from` wins over them.
         data_preprocessor: Given by the Runner, used where `model` has none.
 
     Raises:
-        SlimError: The structure is unreadable or of another model.
+        SlimError: The checkpoint is unreadable, not a slim one, or of another model.
 
     Example:
         >>> model = dict(type='mmcpd.slimmed', model=dict(type='ImageClassifier'), structure='slim.pth')
@@ -142,13 +138,8 @@ def slimmed(
     config = dict(model)
     if data_preprocessor is not None:
         config.setdefault('data_preprocessor', data_preprocessor)
-    dense = MODELS.build(config)
-    if isinstance(structure, Mapping):
-        return _cut_to(dense, structure, 'structure')
-    if Path(structure).suffix == '.json':
-        return _cut_to(dense, _read_json(structure), structure)
     content = read_slim(structure)
-    small: Any = _cut_to(dense, content['structure'], structure)
+    small: Any = _cut_to(MODELS.build(config), content['structure'], structure)
     fill(small, content['state_dict'], structure)
     # MMEngine initialises a model when training starts; a pretrained init_cfg comes last.
     small.init_cfg = {'type': 'Pretrained', 'checkpoint': os.fspath(structure)}
@@ -165,13 +156,6 @@ def _cut_to(model: nn.Module, structure: Mapping[str, Any], where: PathLike) -> 
         raise SlimError(f'{where} does not fit {type(model).__name__}: {error}') from error
 
 
-def _read_json(path: PathLike) -> dict[str, Any]:
-    try:
-        return json.loads(Path(path).read_text(encoding='utf-8'))
-    except (OSError, ValueError) as error:
-        raise SlimError(f'{path} is not a readable JSON structure: {error}') from error
-
-
 # -- training checkpoints ----------------------------------------------------------------------------------------------
 def check_start(cfg: Config, path: PathLike) -> None:
     """See that training may start from a checkpoint: MMEngine passes over what does not fit, up to everything.
@@ -183,7 +167,7 @@ def check_start(cfg: Config, path: PathLike) -> None:
     """
     weights = student_weights(read_checkpoint(path))
     if type_name(cfg.model) == 'slimmed':
-        return  # built from a slim.pth, or fitted strictly by whoever wrote the structure
+        return  # built from a slim.pth, whose weights fitted strictly
     if is_slim(path):
         raise SlimError(
             f"{path} is a slim checkpoint and the config's model is dense; to train it further write "
@@ -213,7 +197,9 @@ def save_checked(model: nn.Module, coupling: Coupling, keep: Keep, path: Path, m
         SlimError: the two models do not compute the same; then nothing is written.
 
     Example:
-        >>> save_checked(mask_(model, coupling, keep), coupling, keep, Path('slim.pth'), {})
+        >>> from tempfile import mkdtemp
+        >>> mask_(model, coupling, keep)
+        >>> save_checked(model, coupling, keep, Path(mkdtemp(), 'slim.pth'), {'epoch': 30})
     """
     small = slim(model, coupling, keep)
     off = compare(model, coupling, keep, small)

@@ -106,7 +106,9 @@ def data_batches(
         ValueError: The config has no test data, or the data set is empty.
 
     Example:
-        >>> [len(x) for x in data_batches('configs/cpd/resnet50_prune.py', model, (1, 3))]
+        >>> from mmcpd.engine.build import build_dense
+        >>> config = 'configs/cpd/resnet50_prune.py'
+        >>> [len(x) for x in data_batches(config, build_dense(config), (1, 3))]  # doctest: +SKIP
         [1, 3]
     """
     cfg = as_config(config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Sized
 
 from mmengine.runner import Runner
 from torch import nn
@@ -50,25 +50,17 @@ def plan(runner: Runner, pruner: Pruner) -> str:
 
 
 def _data(runner: Runner) -> str:
-    data = runner.train_dataloader.dataset
-    validated = 'not validated' if runner.val_loop is None else f'validated on {len(runner.val_dataloader.dataset)}'
-    return f'{type(data).__name__}: {len(data)} samples to train on, {validated}'
+    loaders = [runner.train_dataloader, *([] if runner.val_loop is None else [runner.val_dataloader])]
+    sizes = [str(len(loader.dataset)) if isinstance(loader.dataset, Sized) else 'streamed' for loader in loaders]
+    validated = f'{sizes[1]} to validate on' if len(sizes) > 1 else 'not validated'
+    return f'{type(runner.train_dataloader.dataset).__name__}: {sizes[0]} samples to train on, {validated}'
 
 
 def _frozen(coupling: Coupling) -> list[str]:
-    """Return the reasons that freeze most rows, one a line; the same reason in many modules counts as one."""
-    rows: Counter[str] = Counter()
-    places: Counter[str] = Counter()
-    for reason, number in coupling.reasons().items():
-        text = reason.rpartition(' in ')[0] or reason
-        rows[text] += number
-        places[text] += 1
-    shown = [
-        f'{number} rows: {text}' + (f' in {places[text]} places' if places[text] > 1 else '')
-        for text, number in rows.most_common()
-    ]
-    more = len(shown) - REASONS + 1
-    return shown if more <= 1 else [*shown[: REASONS - 1], f'{more} more reasons: see coupling.txt']
+    """Return the reasons that freeze most rows, one a line, and how many more there are."""
+    reasons = [f'{rows} rows: {reason}' for reason, rows in coupling.merged_reasons()]
+    more = len(reasons) - REASONS + 1
+    return reasons if more <= 1 else [*reasons[: REASONS - 1], f'{more} more reasons: see coupling.txt']
 
 
 def _teacher(model: nn.Module, begin: int) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmcpd.cost import COSTS
-from mmcpd.coupling import Coupling, Keep
+from mmcpd.coupling import Coupling, Keep, aligned
 
 # Quantity -> name, unit and its sign.
 ROWS = {
@@ -48,6 +48,4 @@ def comparison(dense: Mapping[str, Any], small: Mapping[str, Any]) -> str:
         known = name in before
         change = f'{value - before[name]:+.2f}' if known else ''
         rows.append((name, f'{before[name]:.2f}' if known else '-', f'{value:.2f}', change))
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    lines = [[row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in (1, 2, 3))] for row in rows]
-    return '\n'.join('  '.join(line).rstrip() for line in lines)
+    return '\n'.join(aligned(rows))

@@ -231,27 +231,21 @@ def test_the_builder_gives_the_trained_model_to_stock_tools(written):
     torch.testing.assert_close(model(x, mode='tensor'), small(x, mode='tensor'), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize('kind', ['dict', 'json'])
-def test_the_builder_takes_a_bare_structure(written, tmp_path, kind):
+def test_load_from_wins_over_the_weights_in_the_structure(written, tmp_path):
     cfg, _, small, path = written
-    plan = checkpoints.read_slim(path)['structure']
-    file = tmp_path / 'structure.json'
-    file.write_text(json.dumps(plan))
-    wrapped = dict(type='mmcpd.slimmed', model=cfg.model, structure=plan if kind == 'dict' else str(file))
     with DefaultScope.overwrite_default_scope('mmpretrain'):
-        model = MODELS.build(wrapped)
-    load_checkpoint(model, str(path), strict=True)
-    x = torch.randn(1, 3, SIZE, SIZE)
-    torch.testing.assert_close(model.eval()(x, mode='tensor'), small(x, mode='tensor'), rtol=0, atol=0)
+        model = MODELS.build(dict(type='mmcpd.slimmed', model=cfg.model, structure=str(path)))
+    torch.save({name: value + 1 for name, value in small.state_dict().items()}, tmp_path / 'tuned.pth')
+    load_checkpoint(model, str(tmp_path / 'tuned.pth'), strict=True)
+    torch.testing.assert_close(model.head.fc.weight, small.head.fc.weight + 1)
 
 
-@pytest.mark.parametrize('text', ['{', '{}', None])
-def test_a_bad_json_structure(tmp_path, text):
-    file = tmp_path / 'structure.json'
-    if text is not None:
-        file.write_text(text)
-    with DefaultScope.overwrite_default_scope('mmpretrain'), pytest.raises(SlimError, match=r'structure\.json'):
-        MODELS.build(dict(type='mmcpd.slimmed', model=config().model, structure=str(file)))
+@pytest.mark.parametrize(('text', 'message'), [('{', 'is not JSON'), ('{}', 'holds no structure')])
+def test_a_structure_that_is_none(written, text, message):
+    cfg, *_, path = written
+    torch.save({**torch.load(path, weights_only=True), 'structure': text}, path)
+    with pytest.raises(SlimError, match=rf'slim\.pth.*{message}'):
+        checkpoints.load_slim(cfg, path)
 
 
 def test_the_student_of_a_distiller_is_found_with_its_preprocessor():
