@@ -103,8 +103,6 @@ def stage(row: Row, name: str) -> Iterator[None]:
         row['error'] = f'{name}: {type(error).__name__}: {str(error)[:600]}'
         text = traceback.format_exc().replace(f'{sysconfig.get_path("purelib")}{os.sep}', '')
         row['traceback'] = text.replace(f'{ROOT}{os.sep}', '').splitlines()[-14:]
-    if peer is not None:
-        row['peer'] = peer
     row['seconds'] = round(row.get('seconds', 0) + time.perf_counter() - start, 2)
 
 
@@ -269,7 +267,8 @@ def child(family: Family, seed: int, gigabytes: float, peer: bool) -> None:
     with stage(row, 'build'):
         model, x = build(family, seed)
     if 'error' in row:
-        return tell({'build': row})
+        tell({'build': row})
+        return
     ours, small = sweep_ours(model, x, seed)
     tell({'ours': ours})
     if small is not None:
@@ -306,6 +305,8 @@ def run_child(family: Family, seconds: float, gigabytes: float, seed: int, peer:
             part = json.loads(line.removeprefix(MARK))
             last = part.pop('stage', last)
             row |= part
+    if peer is not None:
+        row['peer'] = peer
     row['seconds'] = round(time.perf_counter() - start, 1)
     if died:
         row['died'] = f'{last}: {died}'
