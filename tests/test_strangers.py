@@ -132,3 +132,29 @@ def test_mmengine_s_own_runner_finds_every_part_by_its_one_name(tmp_path):
     )
     assert 'slim / dense' in run(tmp_path, 'run.py')
     assert (tmp_path / 'work' / 'slim.pth').is_file()
+
+
+def test_a_config_of_mmcpd_can_be_inherited_where_nothing_imported_it(tmp_path):
+    (tmp_path / 'heir.py').write_text(
+        "_base_ = __import__('mmcpd.engine') and 'mmcpd::cpd/resnet50_prune.py'\n"
+        'model = dict(student=dict(backbone=dict(depth=18), head=dict(in_channels=512)))\n'
+        'train_cfg = dict(max_epochs=12)\n'
+        'train_dataloader = dict(dataset=dict(indices=8))\n'
+        'val_dataloader = dict(dataset=dict(indices=8))\n'
+        'default_hooks = dict(prune=dict(interval=1))\n'
+    )
+    assert 'slim / dense' in run(tmp_path, tool('mmpretrain', 'train'), 'heir.py')
+
+
+def test_every_part_has_one_name(tmp_path):
+    (tmp_path / 'parts.py').write_text(
+        'import mmcpd.engine\n'
+        'from mmengine.registry import DATASETS, HOOKS, MODELS\n'
+        'for registry in (DATASETS, HOOKS, MODELS):\n'
+        '    print(*(part.__module__ for part in registry.module_dict.values()))\n'
+        '    print(*(part.__module__ for part in registry.children["mmcpd"].module_dict.values()))\n'
+    )
+    modules = run(tmp_path, 'parts.py').splitlines()
+    roots, nodes = modules[::2], modules[1::2]
+    assert all('mmengine' in line and 'mmcpd' not in line for line in roots)
+    assert [len(line.split()) for line in nodes] == [2, 2, 4]

@@ -18,6 +18,13 @@ class DistillLoss(nn.Module):
     Args:
         loss_weight: Factor of the result.
         ignore_index: Positions whose label has this value do not count; labels must then be given. None: all count.
+
+    Example:
+        >>> class L1Loss(DistillLoss):
+        ...     def compare(self, student, teacher, labels, valid):
+        ...         return (student - teacher).abs().mean()
+        >>> L1Loss(loss_weight=2.0)(torch.zeros(1, 3, 4, 4), torch.ones(1, 3, 4, 4))
+        tensor(2.)
     """
 
     same_channels = True  # whether `compare` needs as many channels in the student as in the teacher

@@ -31,6 +31,10 @@ class Tap:
 
     Written as `'backbone.layer4'` (its output, of several the last), `'backbone:0'` (output 0 of several), or
     `'decode_head.conv_seg:in'` (its first input). `'logits'` is the last layer of the usual classifiers.
+
+    Example:
+        >>> Tap.parse('fc:in', model)
+        Tap(module='fc', part='in')
     """
 
     module: str

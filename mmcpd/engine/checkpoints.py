@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS
 from mmengine.runner.checkpoint import CheckpointLoader
 from torch import nn
 
@@ -21,6 +20,7 @@ from mmcpd.engine.report import costs
 from mmcpd.engine.slim_file import PathLike, is_slim, read_slim, readable, save_slim
 from mmcpd.engine.wrappers import student_config, student_weights, type_name
 from mmcpd.errors import SlimError
+from mmcpd.registry import MODELS
 from mmcpd.slim import mask_, restructure_, slim, structure
 from mmcpd.slim.compare import compare
 

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from mmengine.dist import broadcast, is_distributed
 from mmengine.model import BaseModel
-from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from mmcpd.distill import Taps
 from mmcpd.engine.loss_configs import LossConfig, labels_of
 from mmcpd.engine.teachers import FrozenTeacher, check_same_input, load_teacher
 from mmcpd.engine.wrappers import DISTILL, StudentWrapper
+from mmcpd.registry import MODELS
 
 
 @MODELS.register_module()

@@ -12,7 +12,6 @@ import torch
 from mmengine.dist import is_main_process
 from mmengine.hooks import EMAHook, Hook
 from mmengine.optim import AmpOptimWrapper, OptimWrapper, OptimWrapperDict
-from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from mmcpd.comb.api import HEADS
@@ -27,6 +26,7 @@ from mmcpd.engine.slim_file import save_whole
 from mmcpd.engine.wrappers import bare_model, unwrapped
 from mmcpd.names import look_up, near
 from mmcpd.prune import NORMALIZERS, Pruner, Schedule, check_floors, check_importance
+from mmcpd.registry import HOOKS
 
 DENSE, SLIM, TABLE = 'dense.pth', 'slim.pth', 'coupling.txt'
 

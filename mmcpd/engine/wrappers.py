@@ -175,7 +175,7 @@ def student_config(cfg: Config) -> ConfigDict:
 
     Example:
         >>> from mmengine.config import Config
-        >>> student_config(Config({'model': {'type': 'Distiller', 'student': {'type': 'ImageClassifier'}}}))
+        >>> student_config(Config({'model': {'type': 'mmcpd.Distiller', 'student': {'type': 'ImageClassifier'}}}))
         {'type': 'ImageClassifier'}
     """
     model = copy.deepcopy(cfg.model)

@@ -489,7 +489,7 @@ def test_teacher_of_a_config_and_checkpoint(tmp_path):
 
 def test_teacher_from_a_distillers_config_and_checkpoint(tmp_path):
     trained = distiller(segmentor(), [CIRKD])
-    config = {'type': 'Distiller', 'student': segmentor(), 'losses': [CIRKD]}
+    config = {'type': 'mmcpd.Distiller', 'student': segmentor(), 'losses': [CIRKD]}
     model = distiller(segmentor(), teacher=teacher_files(tmp_path, config, trained.state_dict()), losses=[CIRKD])
     assert type(model.teacher).__name__ == 'EncoderDecoder'
     assert torch.equal(model.teacher.decode_head.conv_seg.weight, trained.student.decode_head.conv_seg.weight)
@@ -520,7 +520,7 @@ class InMemory(Dataset):
 def run(folder, student, losses, data, **kwargs):
     cfg = Config(
         {
-            'model': {'type': 'Distiller', 'student': student, 'losses': list(losses), **kwargs.pop('model', {})},
+            'model': {'type': 'mmcpd.Distiller', 'student': student, 'losses': list(losses), **kwargs.pop('model', {})},
             'work_dir': str(folder),
             'train_dataloader': {
                 'batch_size': 4,

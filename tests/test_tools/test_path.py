@@ -87,7 +87,7 @@ def fine_tune(tool, pruning: Path, slim: Path, tmp_path: Path) -> None:
         ('head=dim', "no option 'head': did you mean heads"),
         ('heads=dims', 'dims'),
         ('begin=0.9', 'begin'),
-        ('type=mmcpd.PrunHook', "no hook 'PrunHook'"),
+        ('type=mmcpd.PrunHook', "no hook 'PrunHook': did you mean PruneHook"),
     ],
 )
 def test_a_wrong_option_of_a_hook_stops_before_any_data_set_is_touched(tool, pruning, tmp_path, option, message):
