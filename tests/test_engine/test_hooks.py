@@ -228,9 +228,27 @@ def test_every_importance_runs_with_accumulated_gradients_and_without_a_distille
     watch = train(runner)
     assert watch.left[-1] <= 0.5
     assert watch.taught == [False] * 16
-    modules = list(runner.model.modules())
-    assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in modules), 'a hook is left'
+    assert not hooks_on(runner.model)
     assert not runner.optim_wrapper.optimizer._optimizer_step_pre_hooks
+
+
+def hooks_on(model):
+    return [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks]
+
+
+@pytest.mark.parametrize('begin', [0, 4])
+def test_the_hooks_of_the_importance_are_no_part_of_the_teacher(runner_of, begin):
+    seen = []
+
+    class Look(Hook):
+        def after_train_iter(self, runner, *_, **__):
+            seen.append(len(hooks_on(bare_model(runner.model))))
+
+    runner = runner_of(epochs=3, **{'prune.importance': 'group_fisher', 'prune.begin': begin})
+    runner.register_hook(Look())
+    runner.train()
+    assert seen[begin] > 0, 'it watches the student'
+    assert not hooks_on(runner.model.teacher)
 
 
 @pytest.mark.parametrize('importance', ['curvature', 'group_fisher'])
