@@ -107,7 +107,7 @@ def stage(row: Row, name: str) -> Iterator[None]:
 
 
 def sweep_ours(model: Deployed, x: Tensor, seed: int) -> tuple[Row, nn.Module | None]:
-    """Coupling, mask, slim, compare and count; return the row and the slimmed model."""
+    """Comb, mask, slim, compare and count; return the row and the slimmed model."""
     from mmcpd.comb import comb
     from mmcpd.slim import mask_, slim
 
