@@ -271,7 +271,7 @@ class Coupling:
                 '',
                 *(aligned(frozen) if len(frozen) > 1 else []),
                 *(
-                    f'no rule for {op} in {where} (x{count}): what goes through it is frozen'
+                    f'no rule for {op} in {where} (x{count}): what goes through it is frozen, until one is written (docs/design.md)'
                     for (op, where), count in self.unsupported.items()
                 ),
             ]

@@ -103,7 +103,7 @@ def _require_producer(record: Record, rows: _Lookup, component: np.ndarray, why:
     produced[component[rows.role == ROLES.index(Role.PRODUCER)]] = True
     unmade = ~produced & (why < 0)
     if unmade.any():
-        record.table.reasons.append('not a channel of any weight in this forward pass')
+        record.table.reasons.append('no layer that ran produces it: a position, a table or an unused part')
         why[unmade] = len(record.table.reasons) - 1
 
 
