@@ -271,7 +271,8 @@ class Coupling:
                 '',
                 *(aligned(frozen) if len(frozen) > 1 else []),
                 *(
-                    f'no rule for {op} in {where} (x{count}): what goes through it is frozen, until one is written (docs/design.md)'
+                    f'no rule for {op} in {where} (x{count}): what goes through it is frozen, until it has one '
+                    '(docs/design.md, "How to add")'
                     for (op, where), count in self.unsupported.items()
                 ),
             ]
