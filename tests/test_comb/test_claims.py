@@ -1,0 +1,222 @@
+"""Claims of combing that only one line holds up: each test here fails where that line is changed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mmcpd.comb import comb
+from tests.helpers import Net, check_equal, members, randomise_, rows, sample
+from tests.toys import Toy, check_toy, pooled
+
+IMAGE = ((2, 3, 4, 4),)
+TOKENS = ((2, 5, 3),)
+PATTERN = torch.linspace(0.1, 1, 6, dtype=torch.float64)
+
+
+def net(run, **parts) -> Toy:
+    """Return a toy in which only `b` may lose channels: `a`, a function, `b`, a classifier."""
+    build = lambda: Net(  # noqa: E731
+        lambda m, x: m.fc(pooled(m.b(run(m, m.a(x))).tanh())),
+        a=nn.Conv2d(3, 6, 1),
+        b=nn.Conv2d(parts.get('width', 6), 4, 1),
+        fc=nn.Linear(4, 2),
+        **{name: part() for name, part in parts.items() if name != 'width'},
+    )
+    return Toy(build, IMAGE, {'b': 4})
+
+
+def padded(x, before: int, after: int):
+    """Add channels of zeros."""
+    return F.pad(x, (0, 0, 0, 0, before, after))
+
+
+# -- products ----------------------------------------------------------------------------------------------------------
+def test_a_convolution_group_that_reads_padding_stays():
+    toy = net(lambda m, x: m.grouped(padded(x, 1, 1)), width=8, grouped=lambda: nn.Conv2d(8, 8, 1, groups=4))
+    toy.frozen = {'a.weight:0': 'a fixed position', 'grouped.weight:0': 'a fixed position'}
+    check_toy(toy)
+
+
+def test_channels_where_a_pooling_looks_for_space_stay():
+    toy = Toy(
+        lambda: Net(lambda m, x: m.fc(F.avg_pool2d(m.a(x), (1, 3))), a=nn.Linear(3, 6), fc=nn.Linear(2, 2)),
+        TOKENS,
+        {},
+        frozen={'a.weight:0': 'a spatial dimension'},
+    )
+    check_toy(toy)
+
+
+def test_channels_that_an_attention_takes_for_tokens_stay():
+    def run(m, x):
+        x = m.a(x).transpose(1, 2).unsqueeze(1).contiguous()  # (N, 1, C, L)
+        return m.fc(F.scaled_dot_product_attention(x, x, x)[:, 0].transpose(1, 2))
+
+    toy = Toy(
+        lambda: Net(run, a=nn.Linear(3, 6), fc=nn.Linear(6, 2)), TOKENS, {}, frozen={'a.weight:0': 'a token dimension'}
+    )
+    check_toy(toy)
+
+
+def test_the_entries_of_an_embedding_stay_where_a_product_sums_over_them():
+    def run(m, tokens):
+        x = m.embed(tokens)
+        return m.fc(F.linear(x, m.embed.weight).relu() @ m.embed.weight)
+
+    tokens = torch.arange(10).reshape(2, 5)
+    build = lambda: Net(run, embed=nn.Embedding(10, 6), fc=nn.Linear(6, 2))  # noqa: E731
+    check_toy(Toy(build, (tokens,), {'embed': 6}, frozen={'embed.weight:0': 'the entries of an embedding'}))
+
+
+@pytest.mark.parametrize('bias', [True, False])
+def test_a_linear_layer_that_arrives_whole(bias):
+    """As it does on devices with a kernel of their own; on a CPU only where autograd is passed by."""
+
+    def build(whole: bool):
+        def run(m, x):
+            x = m.a(x).tanh()
+            if not whole:
+                return m.fc(m.b(x).tanh())
+            with torch._C._AutoDispatchBelowAutograd():
+                x = m.b(x)
+            return m.fc(x.tanh())
+
+        return randomise_(
+            Net(run, a=nn.Linear(3, 6), b=nn.Linear(6, 4, bias=bias), fc=nn.Linear(4, 2)),
+        )
+
+    model, twin = build(True), build(False)
+    x = sample((2, 5, 3))
+    found, plain = comb(model, x), comb(twin, x)
+    assert {g.name: g.units for g in found.groups} == {'a': 6, 'b': 4}
+    for name in ('a', 'b'):
+        assert members(found, name) == members(plain, name)
+    keep = found.keep()
+    keep['a'][:2] = keep['b'][1] = False
+    assert found.cost(keep) == plain.cost(keep)
+    check_equal(model, found)
+
+
+# -- what is zero, and what is fixed -----------------------------------------------------------------------------------
+def test_padding_with_a_number_is_seen_by_a_sum_over_the_channels():
+    def run(m, x):
+        x = F.pad(x, (1, 1, 1, 1), value=0.5)
+        return x * x.sum(1, keepdim=True)
+
+    toy = net(run)
+    toy.groups = {'a': 6, 'b': 4}
+    _, found = check_toy(toy)
+    assert len(found.fixes.statistics) == 1
+
+
+def test_one_part_that_is_not_zero_is_seen_by_a_sum_over_all_parts():
+    def run(m, x):
+        x = torch.cat([x, x.cos()], 1)
+        return x * x.sum(1, keepdim=True)
+
+    toy = net(run, width=12)
+    toy.groups = {'a': 6, 'b': 4}
+    _, found = check_toy(toy)
+    assert len(found.fixes.statistics) == 1
+
+
+def test_a_step_over_padding_freezes_the_neighbours():
+    toy = net(lambda m, x: padded(x, 1, 1)[:, 1::2], width=4)
+    toy.groups = {'a': 2, 'b': 4}
+    toy.members = {
+        'a': {
+            'a.weight:0': [[1, 2], [3, 4]],
+            'a.bias:0': [[1, 2], [3, 4]],
+            'b.weight:1': [[1], [2]],
+        }
+    }
+    toy.frozen = {'a.weight:0': 'a step over a fixed position'}
+    check_toy(toy)
+
+
+@pytest.mark.parametrize('swap', [False, True])
+def test_a_channel_that_meets_padding_stays(swap):
+    def run(m, x):
+        y = padded(m.narrow(x), 1, 1)
+        return y + x if swap else x + y
+
+    toy = net(run, narrow=lambda: nn.Conv2d(6, 4, 1))
+    rest = [[1], [2], [3], [4]]
+    toy.groups = {'a': 4, 'b': 4}
+    toy.members = {
+        'a': {
+            'a.weight:0': rest,
+            'a.bias:0': rest,
+            'narrow.weight:0': rows(4),
+            'narrow.bias:0': rows(4),
+            'narrow.weight:1': rest,
+            'b.weight:1': rest,
+        }
+    }
+    toy.frozen = {'a.weight:0': 'add with a fixed position'}
+    check_toy(toy)
+
+
+def test_channels_that_meet_those_of_no_layer_stay():
+    toy = net(lambda m, x: x * PATTERN[:, None, None])
+    toy.frozen = {'a.weight:0': 'mul with channels that no layer produces'}
+    check_toy(toy)
+
+
+def test_channels_of_an_index_stay():
+    def run(m, x):
+        return torch.tensor([0.3, -0.7], dtype=x.dtype)[(x > 0).long()]
+
+    toy = net(run)
+    toy.frozen = {'a.weight:0': 'channels in an index'}
+    check_toy(toy)
+
+
+def test_the_reason_that_was_met_first_is_given():
+    toy = Toy(
+        lambda: Net(lambda m, x: m.a(x) + PATTERN[:, None, None], a=nn.Conv2d(3, 6, 1)),
+        IMAGE,
+        {},
+        frozen={'a.weight:0': 'add with channels that no layer produces'},
+    )
+    check_toy(toy)
+
+
+# -- inference mode ----------------------------------------------------------------------------------------------------
+class Branches(nn.Module):
+    """Layers that are composite operators to the dispatcher, which arrive whole under inference mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.mix, self.fc = nn.Linear(6, 5), nn.Linear(5, 2)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.stem(x)))
+        return self.fc(F.gelu(self.mix(F.adaptive_avg_pool2d(x, 2).flatten(2).transpose(1, 2)))).softmax(1)
+
+
+class Decorated(Branches):
+    forward = torch.inference_mode()(Branches.forward)
+
+
+def test_a_forward_under_inference_mode_combs_like_any_other():
+    x = sample((2, 3, 4, 4))
+    plain, decorated = randomise_(Branches()), randomise_(Decorated())
+    expected = comb(plain, x)
+    assert {g.name: g.units for g in expected.groups} == {'stem': 6, 'mix': 5}
+    found = comb(decorated, x)
+    assert found.to_json() == expected.to_json()
+    check_equal(decorated, found)
+
+
+def test_combing_under_inference_mode_is_combing():
+    x = sample((2, 3, 4, 4))
+    model = randomise_(Branches())
+    expected = comb(model, x).to_json()
+    with torch.inference_mode():
+        assert comb(model, x).to_json() == expected
+        assert comb(model, x.clone()).to_json() == expected  # an input that was made there
