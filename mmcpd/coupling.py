@@ -255,7 +255,7 @@ class Coupling:
         """Return the groups, what is frozen and why, and the operations without a rule, as a table."""
         cost, saved = self.cost(self.keep()), self.marginal(self.keep())
         prunable, total = self.prunable()
-        rows = [('group', 'units', 'rows', 'producers', 'consumers', 'MACs saved by one unit')]
+        rows: list[tuple[str, ...]] = [('group', 'units', 'rows', 'producers', 'consumers', 'MACs saved by one unit')]
         for group in self.groups:
             count = sum(m.index.shape[1] for m in group.members)
             ends = (str(group.count(role)) for role in (Role.PRODUCER, Role.CONSUMER))

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+import torch
 from torch import nn
 
 from ..coupling import Coupling, Example
 from ..errors import SlimError
 from ..slim.attention import replacement
 from ..slim.slimming import SizeConflict, planned_sizes
-from ..slim.trial import KEEPS, random_keep
 from .grouping import group
 from .trace import CodePlace, Record
 
-ROUNDS = 8  # each couples all pairs that are in conflict then
+DRAWS = 6  # of the number of kept units in each group; two that should differ agree by chance in few of them
 
 
 def couple_conflicts_(model: nn.Module, record: Record, example: Example) -> None:
@@ -29,16 +30,18 @@ def couple_conflicts_(model: nn.Module, record: Record, example: Example) -> Non
         for path, module in model.named_modules()
         if not any(path == r or path.startswith(f'{r}.') for r in replaced)
     }
-    for _ in range(ROUNDS):
-        found = group(model, record, example)
-        pairs = {pair for pair in _conflicts(modules, found) if _couple_(record, *pair)}
-        if not pairs:
-            return
+    # Each round makes at least one pair of widths one, so that there is a last.
+    while (record.sizes or record.equalities) and sum(
+        _couple_(record, *p) for p in _conflicts(modules, group(model, record, example))
+    ):
+        pass
 
 
 def _conflicts(modules: dict[str, nn.Module], coupling: Coupling) -> Iterator[tuple[int, int]]:
-    for share, seed in KEEPS if coupling.groups else ():
-        keep = random_keep(coupling, share, seed, awkward=True)
+    """Yield the axes that would have to be equal, seen with random numbers of kept units."""
+    random = np.random.default_rng(0)
+    for _ in range(DRAWS if coupling.groups else 0):
+        keep = {g.name: torch.arange(g.units) < int(random.integers(1, g.units)) for g in coupling.groups}
         try:
             planned_sizes(modules, coupling, coupling.live(keep).tolist())
         except SizeConflict as conflict:

@@ -8,16 +8,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from ..coupling import Group
+from ..coupling import Group
 
 # Elements per step on a CPU: the product stays in the cache, and is just too small for torch to wake its thread pool.
 _CACHED = (1 << 15) - 1
+
+
+class Cut(NamedTuple):
+    """A dimension of a tensor over which gates are read."""
+
+    tensor: str
+    dim: int
+
+
+class CutRows(NamedTuple):
+    """The rows of a cut, and the unit that each belongs to (numbered through all groups): int64, (rows,) each."""
+
+    rows: Tensor
+    units: Tensor
 
 
 def row_dot(w: Tensor, g: Tensor, dim: int) -> Tensor:
@@ -32,6 +45,7 @@ def row_dot(w: Tensor, g: Tensor, dim: int) -> Tensor:
         Tensor of shape (C,), in at least float32.
 
     Example:
+        >>> from mmcpd.prune.gates import row_dot
         >>> row_dot(torch.ones(4, 2), torch.ones(4, 2), dim=1)
         tensor([4., 4.])
     """
@@ -66,32 +80,38 @@ class Gates:
     Args:
         groups: the groups of a `Coupling`.
 
+    Raises:
+        ValueError: a group has no cut.
+
     Example:
-        >>> gates = Gates(comb(model, images).groups)
-        >>> loss.backward()
-        >>> gates.split(gates.gradient(model))["conv1"]    # dL/dm of each unit of this group
+        >>> from mmcpd.prune.gates import Gates
+        >>> gates = Gates(coupling.groups)
+        >>> model(images).sum().backward()
+        >>> gates.split(gates.gradient(model))['conv1'].shape    # dL/dm of each unit of this group
+        torch.Size([8])
     """
 
     def __init__(self, groups: Iterable[Group]) -> None:
         self.slices: dict[str, slice] = {}
         self.units = 0
-        self.groups: dict[tuple[str, int], list[str]] = {}  # whose units a tensor's dimension shows
-        rows: dict[tuple[str, int], list[Tensor]] = {}
-        owners: dict[tuple[str, int], list[Tensor]] = {}
+        self.groups: dict[Cut, list[str]] = {}  # whose units a cut shows
+        rows: dict[Cut, list[Tensor]] = {}
+        units: dict[Cut, list[Tensor]] = {}
         for group in groups:
             if not group.cut:
                 raise ValueError(
-                    f"group '{group.name}' has no cut to read a gate's gradient from: put it into `ignore`"
+                    f"group '{group.name}' has no cut to read a gate's gradient from: {never_prune([group.name])}"
                 )
-            self.slices[group.name] = slice(self.units, self.units + group.units)
+            stop = self.units + group.units
+            self.slices[group.name] = slice(self.units, stop)
             for member in group.cut:
-                at = (member.tensor, member.dim)
-                self.groups.setdefault(at, []).append(group.name)
-                unit = torch.arange(self.units, self.units + group.units)
-                rows.setdefault(at, []).append(member.index.reshape(-1).cpu())
-                owners.setdefault(at, []).append(unit.repeat_interleave(member.index.shape[1]))
-            self.units += group.units
-        self.cuts = {at: (torch.cat(rows[at]), torch.cat(owners[at])) for at in rows}
+                cut = Cut(member.tensor, member.dim)
+                self.groups.setdefault(cut, []).append(group.name)
+                rows.setdefault(cut, []).append(member.index.reshape(-1).cpu())
+                unit = torch.arange(self.units, stop).repeat_interleave(member.index.shape[1])
+                units.setdefault(cut, []).append(unit)
+            self.units = stop
+        self.cuts = {cut: CutRows(torch.cat(rows[cut]), torch.cat(units[cut])) for cut in rows}
 
     def check(self, model: nn.Module) -> None:
         """Refuse a model in which a tensor of the cut gets no gradient: nothing is known about its units.
@@ -99,13 +119,13 @@ class Gates:
         Raises:
             ValueError: tensors of the cut have `requires_grad=False`; the message lists their groups.
         """
-        frozen = {at: self.groups[at] for at, weight in self._weights(model) if not weight.requires_grad}
+        frozen = [cut for cut, weight in self._weights(model) if not weight.requires_grad]
         if frozen:
-            groups = list(dict.fromkeys(name for names in frozen.values() for name in names))
-            tensors = ', '.join(dict.fromkeys(name for name, _ in frozen))
+            groups = list(dict.fromkeys(name for cut in frozen for name in self.groups[cut]))
+            tensors = ', '.join(dict.fromkeys(cut.tensor for cut in frozen))
             raise ValueError(
                 f'groups {groups} cannot be scored, because requires_grad=False on {tensors} (frozen_stages does '
-                'that): train them, put the groups into `ignore`, or score by magnitude'
+                f"that): train them, score by importance='magnitude', or {never_prune(groups)}"
             )
 
     def gradient(self, model: nn.Module) -> Tensor:
@@ -118,13 +138,13 @@ class Gates:
         """
         self.check(model)
         total = torch.zeros(0)
-        for (name, dim), weight in self._weights(model):
+        for cut, weight in self._weights(model):
             if total.numel() == 0:
                 total = weight.new_zeros(self.units, dtype=torch.promote_types(weight.dtype, torch.float32))
             if weight.grad is not None:
-                rows, owners = self.rows(name, dim, total.device)
-                sums = row_dot(weight.detach(), weight.grad, dim).to(total)
-                total.index_add_(0, owners, sums[rows])
+                rows, units = self.rows(cut, total.device)
+                sums = row_dot(weight.detach(), weight.grad, cut.dim).to(total)
+                total.index_add_(0, units, sums[rows])
         return total
 
     @torch.no_grad()
@@ -135,33 +155,38 @@ class Gates:
             model: the model that was combed.
             gates: (units,), one factor a unit.
         """
-        for (name, dim), weight in self._weights(model):
-            rows, owners = self.rows(name, dim, weight.device)
-            factors = torch.ones(weight.shape[dim], dtype=weight.dtype, device=weight.device)
-            factors[rows] = gates[owners].to(weight)
+        for cut, weight in self._weights(model):
+            rows, units = self.rows(cut, weight.device)
+            factors = torch.ones(weight.shape[cut.dim], dtype=weight.dtype, device=weight.device)
+            factors[rows] = gates[units].to(weight)
             shape = [1] * weight.dim()
-            shape[dim] = -1
+            shape[cut.dim] = -1
             weight.mul_(factors.reshape(shape))
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
         """Cut a flat vector (units,) into one tensor per group."""
         return {name: flat[part] for name, part in self.slices.items()}
 
-    def _weights(self, model: nn.Module) -> Iterator[tuple[tuple[str, int], nn.Parameter]]:
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        for name, dim in self.cuts:
-            if name not in parameters:
-                raise ValueError(
-                    f"the model has no parameter '{name}': was it combed as another model, or wrapped since?"
-                )
-            yield (name, dim), parameters[name]
+    def rows(self, cut: Cut, device: torch.device) -> CutRows:
+        """Return the rows of a cut, and the unit that each belongs to, on `device`."""
+        found = self.cuts[cut]
+        if found.rows.device != device:
+            found = self.cuts[cut] = CutRows(found.rows.to(device), found.units.to(device))
+        return found
 
-    def rows(self, name: str, dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return a cut tensor's rows, and the unit that each belongs to, on `device`."""
-        rows, owners = self.cuts[name, dim]
-        if rows.device != device:
-            rows, owners = self.cuts[name, dim] = rows.to(device), owners.to(device)
-        return rows, owners
+    def _weights(self, model: nn.Module) -> Iterator[tuple[Cut, nn.Parameter]]:
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        for cut in self.cuts:
+            if cut.tensor not in parameters:
+                raise ValueError(
+                    f"the model has no parameter '{cut.tensor}': give the very model that was combed, without a wrapper"
+                )
+            yield cut, parameters[cut.tensor]
+
+
+def never_prune(groups: list[str]) -> str:
+    """Say how a user excludes groups from pruning, for the end of a message."""
+    return f'never prune them: ignore={groups} of comb or PruneHook'
 
 
 @contextmanager
@@ -169,6 +194,7 @@ def untouched(*modules: nn.Module) -> Iterator[None]:
     """Give back, bit by bit, parameters, gradients, buffers and torch's random state as they were on entry.
 
     Example:
+        >>> from mmcpd.prune.gates import untouched
         >>> with untouched(model):
         ...     model(images).sum().backward()    # batch norm statistics and .grad are as before afterwards
     """

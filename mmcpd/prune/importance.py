@@ -1,23 +1,22 @@
-"""How much a unit matters: scores by name.
+"""How much a unit matters: what a score is, and the table of scores by name.
 
 A score is fed at the optimizer's step, where gradients are accumulated, averaged and un-scaled. It is
-asked for when units have to go. To add one: a subclass, `@register_importance("name")`, and a row in the tests.
+read when units are to be removed. To add one: a subclass in `scores.py`, `@register_importance('name')`, and a row in
+the tests.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..names import look_up
-from .gates import Gates, untouched
-from .per_sample import SampleTaps
-
-if TYPE_CHECKING:
-    from ..coupling import Group
+from ..coupling import Group
+from ..names import look_up, near
+from .gates import Gates
 
 Closure = Callable[[], None]
 
@@ -31,9 +30,13 @@ def register_importance(name: str) -> Callable[[type[Importance]], type[Importan
         ValueError: the name is taken.
 
     Example:
-        >>> @register_importance("constant")
-        ... class Constant(Importance):
-        ...     def scores(self): return {g.name: torch.ones(g.units) for g in self.groups}
+        >>> from mmcpd.prune import IMPORTANCES, Importance, register_importance
+        >>> @register_importance('taylor')
+        ... class Taylor(Importance):
+        ...     def accumulate(self, model, *, closure=None, loss_scale=1.0):
+        ...         self.add(self.gates.gradient(model).abs())
+        >>> IMPORTANCES.pop('taylor').__name__    # this example leaves no trace
+        'Taylor'
     """
 
     def enter(cls: type[Importance]) -> type[Importance]:
@@ -45,28 +48,52 @@ def register_importance(name: str) -> Callable[[type[Importance]], type[Importan
     return enter
 
 
-def build_importance(spec: str | dict[str, Any], groups: Sequence[Group]) -> Importance:
-    """Build an importance from its name, or from a dict of `type` and options.
+def build_importance(spec: str | Mapping[str, object], groups: Sequence[Group], *, seed: int = 0) -> Importance:
+    """Build an importance from its name, or from a mapping of `type` and options.
+
+    Args:
+        spec: `'hessian'`, or `dict(type='curvature', probes=2)`.
+        groups: those of a `Coupling`.
+        seed: of its random numbers, unless the options name another.
 
     Raises:
-        ValueError: unknown name or option.
+        ValueError: unknown name or option, or a value that makes no sense.
 
     Example:
-        >>> build_importance(dict(type="curvature", probes=2), comb(model, images).groups)
+        >>> from mmcpd.prune import build_importance
+        >>> build_importance(dict(type='curvature', probes=2), coupling.groups).probes
+        2
     """
-    options = {'type': spec} if isinstance(spec, str) else dict(spec)
-    cls = look_up(IMPORTANCES, options.pop('type', None), 'importance')
-    try:
-        return cls(groups, **options)
-    except TypeError as error:
-        raise ValueError(f"importance '{spec}': {error}") from error
+    options = dict(spec) if isinstance(spec, Mapping) else {'type': spec}
+    kind = options.pop('type', None)
+    cls: Callable[..., Importance] = look_up(IMPORTANCES, kind, 'importance')
+    known = [name for name in inspect.signature(cls).parameters if name != 'groups']
+    for name in options:
+        if name not in known:
+            raise ValueError(f"importance '{kind}' has no option '{name}': did you mean {near(name, known)}?")
+    return cls(groups, **{'seed': seed, **options})
+
+
+def check_importance(spec: str | Mapping[str, object]) -> None:
+    """Refuse an importance that cannot be built; that takes no model.
+
+    Raises:
+        ValueError: as `build_importance`.
+
+    Example:
+        >>> from mmcpd.prune import check_importance
+        >>> check_importance('hesian')
+        Traceback (most recent call last):
+        ValueError: unknown importance 'hesian': did you mean hessian?
+    """
+    build_importance(spec, ())
 
 
 class Importance:
     """Scores of the units of some groups, added up over iterations since `reset`.
 
     Args:
-        groups: those of a comb that may be pruned; names in them are those of the model that `accumulate` gets.
+        groups: those of a `Coupling`; names in them are those of the model that `accumulate` gets.
         seed: of whatever is random, the same on all processes.
 
     Attributes:
@@ -81,7 +108,7 @@ class Importance:
     needs_batches: ClassVar[bool] = False
     every_iteration: ClassVar[bool] = True
 
-    def __init__(self, groups: Sequence[Group], seed: int = 0) -> None:
+    def __init__(self, groups: Sequence[Group], *, seed: int = 0) -> None:
         self.groups = groups
         self.generator = torch.Generator().manual_seed(seed)
         self.gates = Gates(groups)
@@ -113,7 +140,7 @@ class Importance:
     def next_batch(self) -> None:
         """Say that another batch follows before the optimizer's step (gradient accumulation)."""
 
-    def accumulate(self, model: nn.Module, closure: Closure | None = None, loss_scale: float = 1.0) -> None:
+    def accumulate(self, model: nn.Module, *, closure: Closure | None = None, loss_scale: float = 1.0) -> None:
         """Add one optimizer step's evidence: call it before the step, with gradients averaged and un-scaled.
 
         Args:
@@ -144,14 +171,14 @@ class Importance:
         """Take a state from `state_dict`.
 
         Raises:
-            ValueError: it belongs to another comb.
+            ValueError: it is of another model.
         """
         if state['total'].shape != self.total.shape:
             raise ValueError(f'saved scores are of {len(state["total"])} units, the model has {len(self.total)}')
         self.total, self._counts = state['total'].clone(), state['counts'].clone()
         self.generator.set_state(state['generator'].cpu())
 
-    def _add(self, evidence: Tensor) -> None:
+    def add(self, evidence: Tensor) -> None:
         """Add (units,) to the total, unless anything in it is not finite; without waiting for the device."""
         finite = torch.isfinite(evidence).all()
         if self.total.device != evidence.device or self.total.dtype != evidence.dtype:
@@ -159,190 +186,3 @@ class Importance:
             self._counts = self._counts.to(evidence.device)
         self.total = self.total + torch.where(finite, evidence, torch.zeros_like(evidence))
         self._counts = self._counts + torch.stack([finite, ~finite])
-
-
-@register_importance('hessian')
-class Hessian(Importance):
-    """Squared gradient of the unit's gate, summed over iterations.
-
-    Source: CPD (arXiv 2408.03046), I_j = (sum over e of w_e * dL/dw_e)^2, here on one cut through the unit.
-
-    Example:
-        >>> score = Hessian(comb(model, images).groups)
-        >>> loss.backward()
-        >>> score.accumulate(model)
-        >>> score.scores()
-    """
-
-    def accumulate(self, model: nn.Module, closure: Closure | None = None, loss_scale: float = 1.0) -> None:
-        self._add(self.gates.gradient(model).square())
-
-
-@register_importance('curvature')
-class Curvature(Importance):
-    """Squared Hessian-vector product on the gates, by a finite difference along random directions.
-
-    Args:
-        groups: those that may be pruned.
-        probes: directions z ~ N(0, I) per step, averaged; each costs one more forward and backward.
-        step: h in (grad(1 + h z) - grad(1)) / h.
-
-    Source: CPD: ||H||_F^2 = E_z ||H z||^2, taken per unit on the gates instead of the weights.
-    """
-
-    needs_closure = True
-
-    def __init__(self, groups: Sequence[Group], probes: int = 1, step: float = 1e-2, seed: int = 0) -> None:
-        super().__init__(groups, seed)
-        if probes < 1 or step <= 0:
-            raise ValueError(f'curvature needs probes >= 1 and step > 0, got {probes} and {step}')
-        self.probes, self.step = probes, step
-
-    def accumulate(self, model: nn.Module, closure: Closure | None = None, loss_scale: float = 1.0) -> None:
-        if closure is None:
-            raise ValueError(
-                "importance 'curvature' runs more forward and backward passes: give accumulate() a closure"
-            )
-        base = self.gates.gradient(model)
-        found = torch.zeros_like(base)
-        for _ in range(self.probes):
-            z = torch.randn(self.gates.units, generator=self.generator, dtype=base.dtype).to(base.device)
-            with untouched(model):
-                moved = self._gradient_at(model, 1 + self.step * z, closure)
-            found += ((moved - base) / self.step).square()
-        self._add(found / self.probes)
-
-    def _gradient_at(self, model: nn.Module, gates: Tensor, closure: Closure) -> Tensor:
-        """Return dL/dm at `gates`, (units,); weights stay scaled and gradients overwritten."""
-        for parameter in model.parameters():
-            parameter.grad = None
-        self.gates.scale_(model, gates)
-        closure()
-        # sum of w' * dL/dw' is m * dL/dm, whatever other gates the same weight has.
-        return self.gates.gradient(model) / gates
-
-
-@register_importance('group_fisher')
-class GroupFisher(Importance):
-    """Squared gradient of the unit's gate sample by sample, summed over samples and iterations.
-
-    `attach` it before the first forward; call `next_batch` between batches where gradients are accumulated
-    over several. Processes see different samples: add their scores up before they choose.
-
-    Source: Liu et al., Group Fisher Pruning, ICML 2021, equation 4.
-
-    Example:
-        >>> score = GroupFisher(comb(model, images).groups)
-        >>> score.attach(model)
-        >>> model(images).sum().backward()
-        >>> score.accumulate(model)
-    """
-
-    needs_batches = True
-
-    def __init__(self, groups: Sequence[Group], seed: int = 0) -> None:
-        super().__init__(groups, seed)
-        self._taps: SampleTaps | None = None
-        self._pending: Tensor | None = None
-
-    def check(self, model: nn.Module) -> None:
-        super().check(model)
-        SampleTaps(self.gates, model).remove()
-
-    def attach(self, model: nn.Module) -> None:
-        self.detach()
-        self._taps = SampleTaps(self.gates, model)
-
-    def detach(self) -> None:
-        if self._taps is not None:
-            self._taps.remove()
-        self._taps = self._pending = None
-
-    def next_batch(self) -> None:
-        found = self._taps.pop() if self._taps is not None else None
-        if found is not None:
-            squares = found.square().sum(0)
-            self._pending = squares if self._pending is None else self._pending + squares
-
-    def accumulate(self, model: nn.Module, closure: Closure | None = None, loss_scale: float = 1.0) -> None:
-        if self._taps is None:
-            raise ValueError("importance 'group_fisher' watches forward passes: call attach(model) before them")
-        self.next_batch()
-        self._taps.check(model)
-        if self._pending is not None:
-            self._add(self._pending / loss_scale**2)
-            self._pending = None
-
-
-@register_importance('magnitude')
-class Magnitude(Importance):
-    """Norm of the unit's weights over all members with one of `roles`, the higher the more important.
-
-    Args:
-        groups: those that may be pruned.
-        p: 1 for the sum of absolute values, 2 for the sum of squares.
-        roles: members that count; statistics of a norm never do.
-
-    Source: Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017 (roles=('out',) is theirs).
-    """
-
-    every_iteration = False
-
-    def __init__(
-        self,
-        groups: Sequence[Group],
-        p: int = 1,
-        roles: Sequence[str] = ('out', 'in', 'affine', 'free'),
-        seed: int = 0,
-    ) -> None:
-        super().__init__(groups, seed)
-        if p not in (1, 2):
-            raise ValueError(f'magnitude takes p=1 or p=2, got {p}')
-        self.p, self.roles = p, tuple(roles)
-
-    def check(self, model: nn.Module) -> None:
-        """Refuse nothing: weights are there, with or without a gradient."""
-
-    @torch.no_grad()
-    def accumulate(self, model: nn.Module, closure: Closure | None = None, loss_scale: float = 1.0) -> None:
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        device = next(iter(parameters.values())).device
-        norms: dict[tuple[str, int], Tensor] = {}
-        found = []
-        for group in self.groups:
-            size = torch.zeros(group.units, device=device)
-            for member in group.members:
-                if member.role in self.roles and member.tensor in parameters:
-                    at = (member.tensor, member.dim)
-                    if at not in norms:
-                        others = [d for d in range(parameters[at[0]].dim()) if d != at[1]]
-                        powers = parameters[at[0]].abs() if self.p == 1 else parameters[at[0]].square()
-                        norms[at] = powers.sum(others) if others else powers
-                    size = size + norms[at][member.index.to(device)].sum(1)
-            found.append(size)
-        self.reset()
-        self._add(torch.cat(found))
-
-
-@register_importance('random')
-class Random(Importance):
-    """Uniform noise, drawn anew after each `reset`: the control that every score has to beat."""
-
-    every_iteration = False
-
-    def __init__(self, groups: Sequence[Group], seed: int = 0) -> None:
-        super().__init__(groups, seed)
-        self._draw()
-
-    def check(self, model: nn.Module) -> None:
-        """Refuse nothing."""
-
-    def _draw(self) -> None:
-        self.total = torch.rand(self.gates.units, generator=self.generator)
-
-    def accumulate(self, model: nn.Module, closure: Closure | None = None, loss_scale: float = 1.0) -> None:
-        self._counts[0] += 1
-
-    def reset(self) -> None:
-        self._draw()
-        self._counts[0] = 0

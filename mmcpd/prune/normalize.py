@@ -2,57 +2,54 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
+from ..cost import Cost
+from ..coupling import Coupling
 from ..names import look_up
 
-if TYPE_CHECKING:
-    from ..comb.groups import Coupling
-
-# Name -> field of what `Coupling.marginal` gives, and whether the units that stay in the group multiply it.
-NORMALIZERS: dict[str, tuple[str, bool] | None] = {
-    'memory': ('memory', True),
-    'channel_memory': ('memory', False),
-    'macs': ('macs', False),
-    'params': ('params', False),
-    'none': None,
+# Name -> divisor, from what removing one unit saves now and the number of kept units of its group.
+NORMALIZERS: dict[str, Callable[[Cost, int], int]] = {
+    'memory': lambda saved, kept: saved.memory * kept,
+    'channel_memory': lambda saved, _: saved.memory,
+    'macs': lambda saved, _: saved.macs,
+    'params': lambda saved, _: saved.params,
+    'none': lambda *_: 1,
 }
 
 
 def normalize(
-    scores: dict[str, Tensor], comb: Coupling, keep: dict[str, Tensor], by: str = 'memory'
+    scores: Mapping[str, Tensor], coupling: Coupling, keep: Mapping[str, Tensor], *, by: str = 'memory'
 ) -> dict[str, Tensor]:
     """Divide scores by what the unit's removal saves now, in float64 on the CPU.
 
     Args:
         scores: one tensor (units,) per group.
-        comb: what belongs together.
-        keep: the units that stay now.
-        by: `memory` (bytes of the group's outputs over all units that stay), `channel_memory` (bytes of this
-            unit's outputs), `macs`, `params` or `none`.
+        coupling: what combing found.
+        keep: the kept units now.
+        by: `memory` (bytes of the group's outputs over all kept units), `channel_memory` (bytes of this unit's
+            outputs), `macs`, `params` or `none`.
 
     Returns:
         One float64 tensor (units,) per group; infinite where removal saves nothing.
 
-    Source: CPD, the memory regularisation I / M with M = dM * (units that stay); `channel_memory` is I / dM
-    of Group Fisher Pruning.
+    Source: CPD, the memory regularisation I / M with M = dM * (kept units); `channel_memory` is I / dM of Group
+    Fisher Pruning.
 
     Example:
-        >>> normalize(score.scores(), c, c.keep(), by="macs")
+        >>> from mmcpd.prune import normalize
+        >>> scores = {'conv1': torch.ones(8), 'conv2': torch.ones(4)}
+        >>> normalize(scores, coupling, coupling.keep(), by='none')['conv2'].tolist()
+        [1.0, 1.0, 1.0, 1.0]
     """
-    saving = look_up(NORMALIZERS, by, 'normalizer')
-    doubles = {name: score.detach().double().cpu() for name, score in scores.items()}
-    if saving is None:
-        return doubles
-    field, times_live = saving
-    marginal = comb.marginal(keep)
+    divisor = look_up(NORMALIZERS, by, 'normalizer')
+    marginal = coupling.marginal(keep)
     result = {}
-    for name, score in doubles.items():
-        saved = torch.as_tensor(getattr(marginal[name], field), dtype=torch.float64)
-        if times_live:
-            saved = saved * int(keep[name].sum())
-        result[name] = torch.where(saved > 0, score / saved, torch.full_like(score, torch.inf))
+    for name, score in scores.items():
+        saved = divisor(marginal[name], int(keep[name].sum()))
+        score = score.detach().double().cpu()
+        result[name] = score / saved if saved > 0 else torch.full_like(score, torch.inf)
     return result

@@ -6,20 +6,28 @@ channel: the second form is known for each sample of a batch, the first only for
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .gates import Gates
+from .gates import Cut, Gates, never_prune
 
-# Module class -> {cut dimension of its weight: side of the module that shows it, dimension there}.
-# The input side needs one group, where a column of the weight is a channel of the input.
-_CONV = {0: ('output', 1), 1: ('input', 1)}
-_CONV_TRANSPOSE = {0: ('input', 1), 1: ('output', 1)}
-PLACES: dict[type[nn.Module], dict[int, tuple[str, int]]] = {
-    nn.Linear: {0: ('output', -1), 1: ('input', -1)},
+
+class Place(NamedTuple):
+    """Where a module shows the channels of a cut: in its input or in its output, and in which dimension."""
+
+    in_input: bool
+    channel: int
+
+
+# Module class -> {cut dimension of its weight: where the module shows it}.
+# An input needs a convolution of one group, where a column of the weight is a channel of the input.
+_CONV = {0: Place(False, 1), 1: Place(True, 1)}
+_CONV_TRANSPOSE = {0: Place(True, 1), 1: Place(False, 1)}
+PLACES: dict[type[nn.Module], dict[int, Place]] = {
+    nn.Linear: {0: Place(False, -1), 1: Place(True, -1)},
     nn.Conv1d: _CONV,
     nn.Conv2d: _CONV,
     nn.Conv3d: _CONV,
@@ -40,7 +48,7 @@ class _Tap(torch.autograd.Function):
         channel: int,
         copy: bool,
         taps: SampleTaps,
-        cut: tuple[str, int],
+        cut: Cut,
     ) -> Tensor:
         ctx.save_for_backward(x, offset)
         ctx.channel, ctx.taps, ctx.cut = channel % x.dim(), taps, cut
@@ -67,8 +75,8 @@ class SampleTaps:
     Samples lie along the first dimension; windows or tokens that are folded into it must be its inner part.
 
     Args:
-        gates: the gates of the model's comb.
-        model: the model itself; hooks stay on it until `remove`.
+        gates: the gates of the model's groups.
+        model: the model itself; hooks stay on it until `remove`. A deep copy of it is not watched.
 
     Raises:
         ValueError: a tensor of the cut belongs to a module that cannot be tapped.
@@ -76,17 +84,17 @@ class SampleTaps:
 
     def __init__(self, gates: Gates, model: nn.Module) -> None:
         self.gates = gates
-        self._batch: dict[tuple[str, int], Tensor] = {}
-        self._seen: set[tuple[str, int]] = set()
-        places = {cut: self._place(model, *cut) for cut in gates.cuts if not self._with_weight(*cut)}
-        self._handles = [self._tap(model, cut, side, channel) for cut, (side, channel) in places.items()]
+        self._batch: dict[Cut, Tensor] = {}
+        self._seen: set[Cut] = set()
+        places = {cut: self._place(model, cut) for cut in gates.cuts if not self._with_weight(cut)}
+        self._handles = [self._tap(model, cut, place) for cut, place in places.items()]
 
     def remove(self) -> None:
         """Take the hooks off the model."""
         for handle in self._handles:
             handle.remove()
 
-    def receive(self, cut: tuple[str, int], found: Tensor) -> None:
+    def receive(self, cut: Cut, found: Tensor) -> None:
         """Add one call's (N, C); a module called several times in one pass adds up sample by sample."""
         self._seen.add(cut)
         before = self._batch.get(cut)
@@ -103,14 +111,14 @@ class SampleTaps:
         samples = min(len(found) for found in self._batch.values())
         first = next(iter(self._batch.values()))
         total = first.new_zeros(samples, self.gates.units)
-        for (name, dim), found in self._batch.items():
+        for cut, found in self._batch.items():
             if len(found) % samples:
                 raise ValueError(
-                    f"'{name}' sees {len(found)} samples where others see {samples}: {self._hint(name, dim)}"
+                    f"'{cut.tensor}' sees {len(found)} samples where others see {samples}: {self._hint(cut)}"
                 )
-            rows, owners = self.gates.rows(name, dim, total.device)
+            rows, units = self.gates.rows(cut, total.device)
             folded = found.reshape(samples, -1, found.shape[1]).sum(1)  # (N * windows, C) -> (N, C)
-            total.index_add_(1, owners, folded[:, rows].to(total))
+            total.index_add_(1, units, folded[:, rows].to(total))
         self._batch.clear()
         return total
 
@@ -121,61 +129,58 @@ class SampleTaps:
             ValueError: a module's weight has a gradient but its forward was not called.
         """
         parameters = dict(model.named_parameters(remove_duplicate=False))
-        for name, dim in self.gates.cuts:
-            grad = parameters[name].grad
-            seen = (name, dim) in self._seen or self._with_weight(name, dim)
+        for cut in self.gates.cuts:
+            grad = parameters[cut.tensor].grad
+            seen = cut in self._seen or self._with_weight(cut)
             if not seen and grad is not None and bool(grad.any()):
                 raise ValueError(
-                    f"group_fisher cannot score '{name}': its module is never called with a tensor that has "
-                    f'a gradient (as inside nn.MultiheadAttention); {self._hint(name, dim)}'
+                    f"group_fisher cannot score '{cut.tensor}': its module is never called with a tensor that has "
+                    f'a gradient (as inside nn.MultiheadAttention): {self._hint(cut)}'
                 )
         self._seen.clear()
 
-    def _hint(self, name: str, dim: int) -> str:
-        return f"use importance='hessian', or put {self.gates.groups[name, dim]} into `ignore`"
+    def _hint(self, cut: Cut) -> str:
+        return f"use importance='hessian', or {never_prune(self.gates.groups[cut])}"
 
-    def _with_weight(self, name: str, dim: int) -> bool:
+    def _with_weight(self, cut: Cut) -> bool:
         """Tell whether a bias of the cut is seen together with its weight, at the module's output."""
-        path, _, leaf = name.rpartition('.')
-        return leaf == 'bias' and (f'{path}.weight' if path else 'weight', dim) in self.gates.cuts
+        path, _, leaf = cut.tensor.rpartition('.')
+        return leaf == 'bias' and Cut(f'{path}.weight' if path else 'weight', cut.dim) in self.gates.cuts
 
-    def _place(self, model: nn.Module, name: str, dim: int) -> tuple[str, int]:
-        """Return the side of the module that shows this dimension, and the channel's dimension there."""
-        path, _, leaf = name.rpartition('.')
+    def _place(self, model: nn.Module, cut: Cut) -> Place:
+        path, _, leaf = cut.tensor.rpartition('.')
         module = model.get_submodule(path)
         places = next((table for cls, table in PLACES.items() if isinstance(module, cls)), {})
-        if leaf != 'weight' or dim not in places:
+        if leaf != 'weight' or cut.dim not in places:
             raise ValueError(
-                f"group_fisher cannot score '{name}' of a {type(module).__name__}: {self._hint(name, dim)}"
+                f"group_fisher cannot score '{cut.tensor}' of a {type(module).__name__}: {self._hint(cut)}"
             )
-        side, channel = places[dim]
-        if side == 'input' and getattr(module, 'groups', 1) != 1:
+        place = places[cut.dim]
+        if place.in_input and getattr(module, 'groups', 1) != 1:
             raise ValueError(
-                f"group_fisher cannot score the grouped convolution '{path}' by its input: {self._hint(name, dim)}"
+                f"group_fisher cannot score the grouped convolution '{path}' by its input: {self._hint(cut)}"
             )
-        return side, channel
+        return place
 
-    def _tap(self, model: nn.Module, cut: tuple[str, int], side: str, channel: int) -> RemovableHandle:
-        """Put the hook on."""
-        path = cut[0].rpartition('.')[0]
-        module = model.get_submodule(path)
-        gated_bias = (f'{path}.bias' if path else 'bias', 0) in self.gates.cuts
+    def _tap(self, model: nn.Module, cut: Cut, place: Place) -> RemovableHandle:
+        path = cut.tensor.rpartition('.')[0]
+        tapped = model.get_submodule(path)
+        gated_bias = Cut(f'{path}.bias' if path else 'bias', 0) in self.gates.cuts
 
-        def watched(x: object) -> bool:
-            return torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad
+        def watched(module: nn.Module, x: object) -> bool:
+            # A deep copy of the model (a teacher, an average) carries these hooks too.
+            return module is tapped and torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad
 
-        def on_input(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            if not args or not watched(args[0]):
+        def on_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            if not args or not watched(module, args[0]):
                 return None
-            return _Tap.apply(args[0], None, channel, False, self, cut), *args[1:]
+            return _Tap.apply(args[0], None, place.channel, False, self, cut), *args[1:]
 
         def on_output(module: nn.Module, _: tuple[Any, ...], output: Any) -> Any:
-            if not watched(output):
+            if not watched(module, output):
                 return None
             bias = getattr(module, 'bias', None)
             offset = None if bias is None or gated_bias else bias.detach()
-            return _Tap.apply(output, offset, channel, True, self, cut)
+            return _Tap.apply(output, offset, place.channel, True, self, cut)
 
-        return (
-            module.register_forward_pre_hook(on_input) if side == 'input' else module.register_forward_hook(on_output)
-        )
+        return tapped.register_forward_pre_hook(on_input) if place.in_input else tapped.register_forward_hook(on_output)

@@ -1,101 +1,159 @@
-"""Prune one model inside any training loop: score and mask at each optimizer step, remove when it is time."""
+"""Prune one model inside any training loop: score and mask at each optimizer step, remove units when it is time."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TypedDict
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..names import look_up, match, near
+from ..coupling import Coupling, Keep
+from ..names import look_up
 from ..slim.mask import Masker
-from .importance import IMPORTANCES, Closure, build_importance
+from .importance import Closure, build_importance
 from .normalize import NORMALIZERS, normalize
-from .schedule import METRICS, Keep, Schedule, check_reachable, select, share
+from .schedule import Schedule
+from .selection import check_reachable, select, shares
 
-if TYPE_CHECKING:
-    from ..comb.groups import Coupling
+
+class PrunerState(TypedDict):
+    """What a run resumes from: plain tensors, integers and one flag."""
+
+    keep: Keep
+    importance: dict[str, Tensor]
+    iteration: int
+    last: int
+    waiting: bool
 
 
 class Pruner:
-    """Bring a model down along a schedule, from `start` on.
+    """Bring a model down along a schedule, inside any training loop: call `step` after each optimizer step.
+
+    Scoring and masking begin by themselves after `schedule.begin` iterations, or at once where that is 0.
 
     Args:
-        model: the bare model that was combed.
-        comb: what belongs together in it.
+        model: the very model that was combed, without a data-parallel wrapper.
+        coupling: what combing found.
         optimizer: the one that steps its parameters.
-        iterations: length of the run, for `begin` and `end` that are shares of it.
-        begin, end, interval, target, metric, curve, units_per_event: as in `Schedule`.
-        importance: a name in `IMPORTANCES`, or a dict of `type` and options.
+        schedule: when units are removed and what remains, in iterations.
+        importance: a name in `IMPORTANCES`, or a mapping of `type` and options.
         normalize: a name in `NORMALIZERS`.
-        min_units, round_to, ignore: what must stay, as in `select`.
+        min_units, round_to: the floors of each group, as in `select`.
         seed: of the importance's random numbers.
 
     Attributes:
-        keep: the units that stay now.
+        keep: the kept units now.
+        iteration: how many iterations are finished.
         closure: runs a step's forward and backward once more, for importances that ask for it.
         loss_scale: what losses are multiplied by before backward (mixed precision).
 
     Raises:
-        ValueError: an option that makes no sense, or groups that the importance cannot score.
+        ValueError: an option that makes no sense, a schedule in shares of the run, or groups that the importance
+            cannot score.
         PruneError: nothing can be pruned, or not as far as the target.
 
     Example:
-        >>> c = comb(model, images)
-        >>> pruner = Pruner(model, c, optimizer, 400, begin=100, end=300, interval=10, target=0.5)
-        >>> for iteration, (x, y) in enumerate(batches):
-        ...     if iteration == pruner.schedule.begin:
-        ...         pruner.start()
-        ...     loss_of(model(x), y).backward()
+        >>> from mmcpd.prune import Pruner, Schedule
+        >>> model = build()
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        >>> coupling = comb(model, images)
+        >>> schedule = Schedule(target=dict(macs=0.5, params=0.8)).resolve(20)    # a run of 20 iterations
+        >>> pruner = Pruner(model, coupling, optimizer, schedule)
+        >>> for iteration in range(20):
+        ...     optimizer.zero_grad()
+        ...     model(images).square().mean().backward()
         ...     optimizer.step()
-        ...     pruner.after(iteration + 1)
-        >>> small = slim(model, c, pruner.keep)
+        ...     chosen = pruner.step()
+        >>> pruner.left()['macs'] <= 0.5 and pruner.left()['params'] <= 0.8
+        True
+        >>> small = slim(model, coupling, pruner.keep)
     """
 
     def __init__(
         self,
         model: nn.Module,
-        comb: Coupling,
+        coupling: Coupling,
         optimizer: torch.optim.Optimizer,
-        iterations: int,
+        schedule: Schedule,
         *,
-        begin: int | float,
-        end: int | float,
-        interval: int,
-        target: float,
-        metric: str = 'macs',
-        curve: str = 'cubic',
-        units_per_event: int | None = None,
-        importance: str | Mapping[str, Any] = 'hessian',
+        importance: str | Mapping[str, object] = 'hessian',
         normalize: str = 'memory',
         min_units: int = 1,
-        round_to: int = 1,
-        ignore: Sequence[str] = (),
+        round_to: int = 8,
         seed: int = 0,
     ) -> None:
         look_up(NORMALIZERS, normalize, 'normalizer')
-        self.schedule = Schedule(begin, end, interval, target, metric, curve, units_per_event).resolve(iterations)
-        check_reachable(comb, self.schedule, min_units, round_to, ignore)
-        self.model, self.comb, self.optimizer, self.normalizer = model, comb, optimizer, normalize
-        self.min_units, self.round_to, self.ignore = min_units, round_to, tuple(ignore)
-        left_alone = match(ignore, [group.name for group in comb.groups])
-        pruned = [group for group in comb.groups if group.name not in left_alone]
-        self.importance = build_importance(_with_seed(importance, seed), pruned)
+        self._begin, self._end = schedule.span()
+        check_reachable(coupling, schedule, min_units=min_units, round_to=round_to)
+        self.model, self.coupling, self.optimizer, self.schedule = model, coupling, optimizer, schedule
+        self.normalizer, self.min_units, self.round_to = normalize, min_units, round_to
+        self.importance = build_importance(importance, coupling.groups, seed=seed)
         self.importance.check(model)
-        self.masker = Masker(model, comb)
-        self.keep: Keep = comb.keep()
+        self.masker = Masker(model, coupling)
+        self.keep = coupling.keep()
         self.closure: Closure | None = None
         self.loss_scale = 1.0
+        self.iteration = 0
         self._handles: list[RemovableHandle] = []
-        self._last = 0  # finished iterations when units went last
+        self._last = 0  # finished iterations when units were removed last
         self._waiting = False  # it was time, but nothing had been scored
+        self.skip_to(0)
+
+    @property
+    def begun(self) -> bool:
+        """Tell whether the iterations before pruning are over."""
+        return self.iteration >= self._begin
+
+    @property
+    def done(self) -> bool:
+        """Tell whether the last units were removed: masks stay, nothing is scored any more."""
+        return self._last >= self._end
+
+    def step(self) -> bool:
+        """Count an iteration, and remove units if it is time; call it at the end of each iteration.
+
+        Where no gradient of an interval was finite, or none was applied, units are removed as soon as one was.
+
+        Returns:
+            Whether units were chosen.
+        """
+        self.iteration += 1
+        if self.iteration == self._begin:
+            self.start()
+        if not self._handles or self.done:
+            return False
+        self._waiting = self._waiting or self.schedule.due(self.iteration)
+        if not self._waiting:
+            return False
+        if not self.importance.every_iteration:
+            self.importance.accumulate(self.model)
+        scores = self._scores()
+        if scores is None:
+            return False
+        self.keep = select(
+            normalize(scores, self.coupling, self.keep, by=self.normalizer),
+            self.coupling,
+            self.keep,
+            self.schedule.ratios(self.iteration),
+            min_units=self.min_units,
+            round_to=self.round_to,
+            limit=self.schedule.units_per_event,
+        )
+        self.importance.reset()
+        self._last, self._waiting = self.iteration, False
+        if self.done:
+            self.importance.detach()
+        self._mask()
+        return True
 
     def start(self) -> None:
-        """Mask by the keep as it is, and from now on watch the model's passes and the optimizer's steps."""
+        """Mask by the keep as it is, and watch the model's passes and the optimizer's steps from now on.
+
+        `step` does this when pruning begins; call it to go on after `stop`.
+        """
         self.stop()
         self._handles = [
             self.optimizer.register_step_pre_hook(self._before_step),
@@ -106,89 +164,61 @@ class Pruner:
         self._mask()
 
     def stop(self) -> None:
-        """Stop watching; the model stays masked."""
+        """Stop watching, until `start`; the model stays masked."""
         self.importance.detach()
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
-    @property
-    def started(self) -> bool:
-        return bool(self._handles)
+    def skip_to(self, iteration: int) -> None:
+        """Count on from so many finished iterations of a run that has not been pruned yet.
 
-    @property
-    def done(self) -> bool:
-        """Tell whether the last units went: masks stay, nothing is scored any more."""
-        return self._last >= self.schedule.end
-
-    def after(self, iteration: int) -> bool:
-        """Remove units if it is time; call it after each iteration.
-
-        Where no gradient of an interval was finite, or none was applied, the units go as soon as one was.
-
-        Args:
-            iteration: the number of finished ones.
-
-        Returns:
-            Whether units were chosen.
+        Raises:
+            ValueError: pruning began earlier, so that its state is needed.
         """
-        if not self.started or self.done:
-            return False
-        self._waiting = self._waiting or self.schedule.due(iteration)
-        if not self._waiting:
-            return False
-        if not self.importance.every_iteration:
-            self.importance.accumulate(self.model)
-        if self.importance.iterations == 0:
-            return False
-        scores = self._averaged(self.importance.scores())
-        self.keep = select(
-            normalize(scores, self.comb, self.keep, self.normalizer),
-            self.comb,
-            self.keep,
-            self.schedule.ratio(iteration),
-            self.schedule.metric,
-            self.min_units,
-            self.round_to,
-            self.ignore,
-            self.schedule.units_per_event,
-        )
-        self.importance.reset()
-        self._last, self._waiting = iteration, False
-        if self.done:
-            self.importance.detach()
-        self._mask()
-        return True
+        if iteration > self._begin:
+            raise ValueError(
+                f'{iteration} iterations are finished and there is no pruning state, but pruning begins at '
+                f'{self._begin}: begin later, load the state of a run that was pruned, or start a new run from its '
+                'weights'
+            )
+        self.iteration = iteration
+        if self.begun:
+            self.start()
 
     def left(self) -> dict[str, float]:
-        """Return what is left of each metric, as a share of the dense model's."""
-        return {metric: share(self.comb, self.keep, metric) for metric in METRICS}
+        """Return what remains of each quantity, as a share of the dense model's."""
+        return shares(self.coupling, self.keep)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return keep and scores as plain tensors."""
+    def state_dict(self) -> PrunerState:
+        """Return keep, scores and iteration, which `torch.load(weights_only=True)` reads."""
         return {
-            'keep': {name: k.clone() for name, k in self.keep.items()},
+            'keep': {name: kept.clone() for name, kept in self.keep.items()},
             'importance': self.importance.state_dict(),
+            'iteration': self.iteration,
             'last': self._last,
             'waiting': self._waiting,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state; call it before `start`.
+    def load_state_dict(self, state: PrunerState) -> None:
+        """Go on from a state: where pruning had begun, mask and watch. Load the model and the optimizer first.
 
         Raises:
             ValueError: it is of another model.
         """
-        self.comb.check(state['keep'])
-        self.keep = {group.name: state['keep'][group.name].cpu() for group in self.comb.groups}
+        self.coupling.check(state['keep'])
+        self.stop()
+        self.keep = {group.name: state['keep'][group.name].cpu() for group in self.coupling.groups}
         self.importance.load_state_dict(state['importance'])
-        self._last, self._waiting = int(state['last']), bool(state['waiting'])
+        self.iteration, self._last, self._waiting = state['iteration'], state['last'], state['waiting']
+        if self.begun:
+            self.start()
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         if getattr(optimizer, 'grad_scale', None) is not None:
             raise ValueError('a fused optimizer sees scaled gradients in mixed precision: set fused=False to prune')
         if self.importance.every_iteration and not self.done:
-            self.importance.accumulate(self.model, self.closure, self.loss_scale)
+            self.importance.accumulate(self.model, closure=self.closure, loss_scale=self.loss_scale)
         # Weights and state of removed rows are zero. Without a gradient they stay so, whatever the optimizer makes of
         # each element, and one product does for the weight, its momentum and its second moment.
         for tensor, factor in self._factors():
@@ -196,14 +226,14 @@ class Pruner:
                 tensor.grad.mul_(factor)
 
     @torch.no_grad()
-    def _after_step(self, *_: Any) -> None:
+    def _after_step(self, *_: object) -> None:
         for tensor, factor in self._factors():
             if not isinstance(tensor, nn.Parameter):  # statistics
                 tensor.mul_(factor)
 
     def _factors(self) -> list[tuple[Tensor, Tensor]]:
         """Return what is masked, and its factors of 0 and 1."""
-        if all(bool(k.all()) for k in self.keep.values()):
+        if all(bool(kept.all()) for kept in self.keep.values()):
             return []
         with torch.no_grad():
             return self.masker.factors(self.keep)
@@ -214,52 +244,14 @@ class Pruner:
             self.masker.apply_(self.keep)
             self.masker.apply_state_(self.keep, self.optimizer)
 
-    def _averaged(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Average over processes, so that all choose the same units."""
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-            return scores
-        flat = torch.cat(list(scores.values())).to(next(self.model.parameters()).device)
-        dist.all_reduce(flat)
-        parts = (flat / dist.get_world_size()).split([len(s) for s in scores.values()])
-        return dict(zip(scores, parts, strict=True))
-
-
-def check_options(options: Mapping[str, Any]) -> None:
-    """Check a pruner's options as far as that is possible without a model.
-
-    Args:
-        options: keyword arguments of `Pruner`.
-
-    Raises:
-        ValueError: an unknown option or name, a missing one, or a value that makes no sense.
-
-    Example:
-        >>> check_options({"begin": 0, "end": 100, "interval": 10, "target": 1.5})
-        Traceback (most recent call last):
-        ValueError: target is the share of macs that remains, between 0 and 1: got 1.5
-    """
-    known = {
-        name: p for name, p in inspect.signature(Pruner).parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY
-    }
-    for name in options:
-        if name not in known:
-            raise ValueError(f"pruning has no option '{name}': did you mean {near(name, known)}?")
-    missing = [name for name, p in known.items() if p.default is inspect.Parameter.empty and name not in options]
-    if missing:
-        raise ValueError(f'pruning needs {", ".join(missing)}')
-    fields = inspect.signature(Schedule).parameters
-    Schedule(**{name: value for name, value in options.items() if name in fields})
-    look_up(NORMALIZERS, options.get('normalize', 'memory'), 'normalizer')
-    spec = _with_seed(options.get('importance', 'hessian'), 0)
-    arguments = inspect.signature(look_up(IMPORTANCES, spec.pop('type', None), 'importance')).parameters
-    for name in spec:
-        if name not in arguments:
-            raise ValueError(f"importance has no option '{name}': did you mean {near(name, arguments)}?")
-    for name in ('min_units', 'round_to'):
-        if options.get(name, 1) < 1:
-            raise ValueError(f'{name} is at least 1: got {options[name]}')
-
-
-def _with_seed(importance: str | Mapping[str, Any], seed: int) -> dict[str, Any]:
-    spec = {'type': importance} if isinstance(importance, str) else dict(importance)
-    return {'seed': seed, **spec}
+    def _scores(self) -> dict[str, Tensor] | None:
+        """Return the scores averaged over processes, so that all choose the same units; None where none scored."""
+        scores, iterations = self.importance.scores(), self.importance.iterations
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            device = next(self.model.parameters()).device
+            flat = torch.cat([torch.tensor([iterations], device=device), *(s.to(device) for s in scores.values())])
+            flat = flat.double()
+            dist.all_reduce(flat)
+            iterations, parts = int(flat[0]), flat[1:].split([len(s) for s in scores.values()])
+            scores = {name: part / dist.get_world_size() for name, part in zip(scores, parts, strict=True)}
+        return scores if iterations else None

@@ -174,22 +174,15 @@ def planned_sizes(
     changes, failed = solve([*equations, *compared], attributes, live)
     new = {**attributes, **changes}
     unsolved = [sizes[n] for n in failed if n < len(sizes)]
-    for rule in unsolved:
-        if rule.site is None:
-            target = _target(rule, live)
-            message = f'no attribute makes {show(rule.expression)} equal {target}'
-            raise SizeConflict(message, _rivals(rule, sizes, live))
+    if lost := [rule for rule in unsolved if rule.site is None]:
+        message = f'no attribute makes {show(lost[0].expression)} equal {_target(lost[0], live)}'
+        raise SizeConflict(message, [pair for rule in lost for pair in _rivals(rule, sizes, live)])
     unsolved += [rule for rule in constants if evaluate(rule.expression, new, live) != rule.target]
     rewrites = _rewrites({rule.site for rule in unsolved if rule.site is not None}, [*sizes, *constants], live)
-    for pair in pairs:
-        if evaluate(pair.left, new, live) != evaluate(pair.right, new, live):
-            message = f'the forward compares {show(pair.left)} with {show(pair.right)}, which no longer agree'
-            axes = (
-                [(pair.left.axis, pair.right.axis)]
-                if isinstance(pair.left, Live) and isinstance(pair.right, Live)
-                else []
-            )
-            raise SizeConflict(message, axes)
+    if apart := [pair for pair in pairs if evaluate(pair.left, new, live) != evaluate(pair.right, new, live)]:
+        left, right = show(apart[0].left), show(apart[0].right)
+        axes = [(p.left.axis, p.right.axis) for p in apart if isinstance(p.left, Live) and isinstance(p.right, Live)]
+        raise SizeConflict(f'the forward compares {left} with {right}, which no longer agree', axes)
     return changes, rewrites
 
 

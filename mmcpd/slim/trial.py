@@ -36,7 +36,7 @@ _FAILURES = (
 
 
 def random_keep(
-    coupling: Coupling, ratio: float, seed: int, among: set[str] | None = None, awkward: bool = False
+    coupling: Coupling, ratio: float, seed: int, *, among: set[str] | None = None, awkward: bool = False
 ) -> Keep:
     """Return a keep in which units stay at random, always one at least.
 
@@ -71,7 +71,8 @@ def _fault(model: nn.Module, coupling: Coupling, among: list[str]) -> str | None
     """Return why pruning these groups fails, or None where it does not."""
     try:
         gap = max(
-            compare(model, coupling, random_keep(coupling, share, seed, set(among), True)) for share, seed in KEEPS
+            compare(model, coupling, random_keep(coupling, share, seed, among=set(among), awkward=True))
+            for share, seed in KEEPS
         )
     except _FAILURES as error:
         text = (str(error).strip().splitlines() or [''])[0][:160]

@@ -39,7 +39,11 @@ TOYS = {
             'a': {'a.weight:0': rows(6), 'a.bias:0': rows(6), 'b.weight:1': rows(6)},
             'b': {'b.weight:0': rows(4), 'b.bias:0': rows(4), 'fc.weight:1': rows(4)},
         },
-        {'a.weight:2': 'kernel size', 'a.weight:1': "the model's input channels (read by a)", 'fc.weight:0': 'model output'},
+        {
+            'a.weight:2': 'kernel size',
+            'a.weight:1': "the model's input channels (read by a)",
+            'fc.weight:0': 'model output',
+        },
     ),
     'conv without bias': Toy(
         lambda: Net(

@@ -110,7 +110,10 @@ FROZEN = {  # function of the channels that notices when one is gone -> the reas
     'sorted channels': (lambda x: x.sort(1).values, 'sort over channels'),
     'best channels': (lambda x: x * x.topk(3, 1).values.sum(1, keepdim=True), 'topk over channels'),
     'sum of a fixed pattern': (lambda x: x * PATTERN[:, None, None], 'mul with channels that no layer produces'),
-    'added to a fixed pattern': (lambda x: x + PATTERN[:, None, None].repeat(1, 4, 4), 'add with channels that no layer produces'),
+    'added to a fixed pattern': (
+        lambda x: x + PATTERN[:, None, None].repeat(1, 4, 4),
+        'add with channels that no layer produces',
+    ),
     'reversed into itself': (lambda x: x[:, [5, 4, 3, 2, 1, 0]], 'picked by a fixed index'),
     'one channel for all': (lambda x: x * x[:, 2:3], ''),
     'one channel by number': (lambda x: x * x[:, 2, None], 'picked by a fixed index'),

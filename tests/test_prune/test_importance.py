@@ -12,8 +12,15 @@ from torch.nn import functional as F
 
 from mmcpd.comb import comb
 from mmcpd.prune.gates import Gates, row_dot, untouched
-from mmcpd.prune.importance import IMPORTANCES, Hessian, Importance, build_importance, register_importance
+from mmcpd.prune.importance import (
+    IMPORTANCES,
+    Importance,
+    build_importance,
+    check_importance,
+    register_importance,
+)
 from mmcpd.prune.normalize import NORMALIZERS, normalize
+from mmcpd.prune.scores import Hessian
 
 Gate = dict[str, Tensor]
 
@@ -137,9 +144,9 @@ def built(cls, seed=0):
     net = cls().double()
     x = torch.randn(*cls.inputs, dtype=torch.float64)
     target = torch.randint(4, (cls.inputs[0],))
-    c = comb(net, (x[:1], {}))
-    assert {g.name: g.units for g in c.groups} == cls.sites, c
-    return net.train(), c, x, target
+    coupling = comb(net, (x[:1], {}))
+    assert {g.name: g.units for g in coupling.groups} == cls.sites, coupling
+    return net.train(), coupling, x, target
 
 
 def loss_of(net, x, target, gates=None):
@@ -164,18 +171,18 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], rtol=1e-
 
 @pytest.mark.parametrize('cls', NETS)
 def test_gate_gradient_is_that_of_autograd(cls):
-    net, c, x, target = built(cls)
+    net, coupling, x, target = built(cls)
     gates = ones(net)
     expected = torch.autograd.grad(loss_of(net, x, target, gates), list(gates.values()))
     step(net, x, target)
-    found = Gates(c.groups)
+    found = Gates(coupling.groups)
     assert_close(found.split(found.gradient(net)), dict(zip(gates, expected, strict=True)), rtol=1e-9)
 
 
 @pytest.mark.parametrize('cls', NETS)
 def test_hessian_sums_squares_over_iterations(cls):
-    net, c, x, target = built(cls)
-    score = build_importance('hessian', c.groups)
+    net, coupling, x, target = built(cls)
+    score = build_importance('hessian', coupling.groups)
     expected = dict.fromkeys(net.sites, 0)
     for batch in (x, x.flip(-1) + 1):
         gates = ones(net)
@@ -193,14 +200,14 @@ def test_hessian_sums_squares_over_iterations(cls):
 
 @pytest.mark.parametrize('cls', NETS)
 def test_curvature_is_the_hessian_vector_product(cls):
-    net, c, x, target = built(cls)
-    score = build_importance({'type': 'curvature', 'probes': 2, 'step': 1e-6, 'seed': 3}, c.groups)
+    net, coupling, x, target = built(cls)
+    score = build_importance({'type': 'curvature', 'probes': 2, 'step': 1e-6, 'seed': 3}, coupling.groups)
     step(net, x, target)
     score.accumulate(net, closure=lambda: loss_of(net, x, target).backward())
 
     generator = torch.Generator().manual_seed(3)
     expected = dict.fromkeys(net.sites, 0)
-    order = [g.name for g in c.groups]
+    order = [g.name for g in coupling.groups]
     for _ in range(2):
         z = score.gates.split(torch.randn(score.gates.units, generator=generator, dtype=torch.float64))
         gates = ones(net)
@@ -213,10 +220,10 @@ def test_curvature_is_the_hessian_vector_product(cls):
 
 @pytest.mark.parametrize('cls', NETS)
 def test_group_fisher_squares_sample_by_sample(cls):
-    net, c, x, target = built(cls)
+    net, coupling, x, target = built(cls)
     gates = ones(net, len(x))
     expected = torch.autograd.grad(loss_of(net, x, target, gates), list(gates.values()))
-    score = build_importance('group_fisher', c.groups)
+    score = build_importance('group_fisher', coupling.groups)
     score.attach(net)
     step(net, x, target)
     score.accumulate(net)
@@ -224,8 +231,8 @@ def test_group_fisher_squares_sample_by_sample(cls):
 
 
 def test_group_fisher_counts_accumulated_batches_as_samples_and_undoes_the_loss_scale():
-    net, c, x, target = built(Concat)
-    whole, parts = build_importance('group_fisher', c.groups), build_importance('group_fisher', c.groups)
+    net, coupling, x, target = built(Concat)
+    whole, parts = build_importance('group_fisher', coupling.groups), build_importance('group_fisher', coupling.groups)
     whole.attach(net)
     step(net, x[:4], target[:4])
     whole.accumulate(net)
@@ -242,19 +249,19 @@ def test_group_fisher_counts_accumulated_batches_as_samples_and_undoes_the_loss_
 
 
 def test_group_fisher_says_what_it_cannot_see():
-    net, c, x, target = built(Residual)
-    score = build_importance('group_fisher', c.groups)
+    net, coupling, x, target = built(Residual)
+    score = build_importance('group_fisher', coupling.groups)
     with pytest.raises(ValueError, match=r'attach\(model\)'):
         score.accumulate(net)
     score.attach(net)
     net.fc.__class__ = type('Uncalled', (nn.Linear,), {'__call__': nn.Linear.forward})  # hooks do not run
     step(net, x, target)
-    with pytest.raises(ValueError, match=r"cannot score 'fc\.weight'.*ignore"):
+    with pytest.raises(ValueError, match=r"cannot score 'fc\.weight'.*ignore=\['stem'\] of comb"):
         score.accumulate(net)
 
 
 def test_curvature_leaves_no_trace():
-    net, c, x, target = built(ConvBNReLU)
+    net, coupling, x, target = built(ConvBNReLU)
     net.drop = nn.Dropout(0.5)
     step(net, x, target)
     before = copy.deepcopy(net.state_dict())
@@ -264,14 +271,14 @@ def test_curvature_leaves_no_trace():
     def closure():
         F.cross_entropy(net.drop(net(x, {})), target).backward()
 
-    build_importance('curvature', c.groups).accumulate(net, closure)
+    build_importance('curvature', coupling.groups).accumulate(net, closure=closure)
     assert torch.equal(torch.get_rng_state(), state)
     for name, value in net.state_dict().items():
         assert torch.equal(value, before[name]), name
     for name, parameter in net.named_parameters():
         assert parameter.grad is grads[name][0] and torch.equal(parameter.grad, grads[name][1]), name
     with pytest.raises(ValueError, match='closure'):
-        build_importance('curvature', c.groups).accumulate(net)
+        build_importance('curvature', coupling.groups).accumulate(net)
 
 
 def test_untouched_restores_after_an_exception():
@@ -287,31 +294,33 @@ def test_untouched_restores_after_an_exception():
 @pytest.mark.parametrize('bad', [torch.nan, torch.inf])
 @pytest.mark.parametrize('name', ['hessian', 'group_fisher', 'curvature'])
 def test_a_gradient_that_is_not_finite_never_enters(name, bad):
-    net, c, x, target = built(ConvBNReLU)
-    score = build_importance(name, c.groups)
+    net, coupling, x, target = built(ConvBNReLU)
+    score = build_importance(name, coupling.groups)
     score.attach(net)
 
     def closure(scale=1.0):
         (loss_of(net, x, target) * scale).backward()
 
     closure()
-    score.accumulate(net, closure)
+    score.accumulate(net, closure=closure)
     good = {n: s.clone() for n, s in score.scores().items()}
     net.zero_grad()
     closure(bad)
-    score.accumulate(net, closure)
+    score.accumulate(net, closure=closure)
     assert (score.iterations, score.skipped) == (1, 1)
     assert all(torch.equal(s, good[n]) for n, s in score.scores().items())
 
 
 def test_a_frozen_consumer_is_refused_and_an_unused_one_adds_nothing():
-    net, c, x, target = built(ConvBNReLU)
-    score = Hessian(c.groups)
+    net, coupling, x, target = built(ConvBNReLU)
+    score = Hessian(coupling.groups)
     score.accumulate(net)  # no backward yet: no gradient at all
     assert not any(s.any() for s in score.scores().values())
     net.conv2.weight.requires_grad_(False)
     step(net, x, target)
-    with pytest.raises(ValueError, match=r"groups \['conv1'\].*requires_grad=False on conv2\.weight"):
+    with pytest.raises(
+        ValueError, match=r"groups \['conv1'\].*requires_grad=False on conv2\.weight.*ignore=\['conv1'\] of comb"
+    ):
         score.accumulate(net)
     with pytest.raises(ValueError, match=r"no parameter 'conv2\.weight'"):
         score.accumulate(nn.Sequential(net))
@@ -319,8 +328,8 @@ def test_a_frozen_consumer_is_refused_and_an_unused_one_adds_nothing():
 
 @pytest.mark.parametrize(('p', 'roles'), [(1, ('out',)), (2, ('out', 'in'))])
 def test_magnitude_adds_up_members(p, roles):
-    net, c, _, _ = built(ConvBNReLU)
-    score = build_importance({'type': 'magnitude', 'p': p, 'roles': roles}, c.groups)
+    net, coupling, _, _ = built(ConvBNReLU)
+    score = build_importance({'type': 'magnitude', 'p': p, 'roles': roles}, coupling.groups)
     for _ in range(2):  # the newest counts, not the sum
         score.accumulate(net)
     expected = net.conv1.weight.abs().pow(p).sum((1, 2, 3))
@@ -330,8 +339,8 @@ def test_magnitude_adds_up_members(p, roles):
 
 
 def test_random_repeats_with_its_seed_and_draws_anew_after_reset():
-    _, c, _, _ = built(ConvBNReLU)
-    a, b, other = (build_importance({'type': 'random', 'seed': s}, c.groups) for s in (1, 1, 2))
+    _, coupling, _, _ = built(ConvBNReLU)
+    a, b, other = (build_importance({'type': 'random', 'seed': s}, coupling.groups) for s in (1, 1, 2))
     state = torch.get_rng_state()
     first = a.scores()['conv1']
     assert torch.equal(first, b.scores()['conv1']) and not torch.equal(first, other.scores()['conv1'])
@@ -342,13 +351,13 @@ def test_random_repeats_with_its_seed_and_draws_anew_after_reset():
 
 @pytest.mark.parametrize('name', sorted(IMPORTANCES))
 def test_a_score_goes_on_from_its_state(name):
-    net, c, x, target = built(Concat)
-    whole, resumed = build_importance(name, c.groups), build_importance(name, c.groups)
+    net, coupling, x, target = built(Concat)
+    whole, resumed = build_importance(name, coupling.groups), build_importance(name, coupling.groups)
 
     def feed(score):
         score.attach(net)
         step(net, x, target)
-        score.accumulate(net, lambda: loss_of(net, x, target).backward())
+        score.accumulate(net, closure=lambda: loss_of(net, x, target).backward())
         score.detach()
 
     feed(whole)
@@ -364,14 +373,49 @@ def test_a_score_goes_on_from_its_state(name):
         resumed.load_state_dict({**whole.state_dict(), 'total': torch.zeros(13)})
 
 
-def test_registry_rejects_duplicates_and_lists_near_names():
-    _, c, _, _ = built(Concat)
+def test_the_table_takes_each_name_once():
     with pytest.raises(ValueError, match='already registered, by Hessian'):
         register_importance('hessian')(Importance)
-    with pytest.raises(ValueError, match="unknown importance 'hesian': did you mean hessian"):
-        build_importance('hesian', c.groups)
-    with pytest.raises(ValueError, match='probe'):
-        build_importance({'type': 'curvature', 'probe': 1}, c.groups)
+
+
+@pytest.mark.parametrize(
+    ('spec', 'message'),
+    [
+        ('hesian', "unknown importance 'hesian': did you mean hessian"),
+        (None, "unknown importance 'None'"),
+        ({'probes': 2}, "unknown importance 'None'"),
+        ({'type': 'curvature', 'probe': 1}, "importance 'curvature' has no option 'probe': did you mean probes"),
+        ({'type': 'hessian', 'groups': ()}, "importance 'hessian' has no option 'groups'"),
+        ({'type': 'curvature', 'probes': 0}, 'probes >= 1'),
+        ({'type': 'magnitude', 'p': 3}, 'p=1 or p=2, got 3'),
+        ({'type': 'magnitude', 'roles': ('outt',)}, "unknown role 'outt': did you mean out"),
+    ],
+)
+def test_an_importance_is_checked_before_there_is_a_model(spec, message):
+    with pytest.raises(ValueError, match=message):
+        check_importance(spec)
+
+
+def test_the_options_may_name_a_seed_of_their_own():
+    _, coupling, _, _ = built(Concat)
+    specs = (('random', 1), ({'type': 'random', 'seed': 1}, 2), ('random', 2))
+    a, b, other = (build_importance(spec, coupling.groups, seed=seed).scores()['left'] for spec, seed in specs)
+    assert torch.equal(a, b) and not torch.equal(a, other)
+
+
+def test_group_fisher_does_not_watch_a_copy_of_the_model():
+    net, coupling, x, target = built(Residual)
+    found = []
+    for batches_of_a_copy in (0, 1):
+        score = build_importance('group_fisher', coupling.groups)
+        score.attach(net)
+        step(net, x, target)
+        for _ in range(batches_of_a_copy):
+            loss_of(copy.deepcopy(net), x + 1, target).backward()
+        score.accumulate(net)
+        score.detach()
+        found.append(score.scores())
+    assert_close(found[1], found[0])
 
 
 @pytest.mark.parametrize('shape', [(7,), (5, 7), (300, 400), (9, 5, 3, 3), (2, 3, 4, 5, 6)])
@@ -392,13 +436,13 @@ def test_row_dot(shape, dtype):
 
 
 def test_normalizers_divide_by_what_removal_saves():
-    net, c, x, target = built(ConvBNReLU)
+    net, coupling, x, target = built(ConvBNReLU)
     step(net, x, target)
-    score = Hessian(c.groups)
+    score = Hessian(coupling.groups)
     score.accumulate(net)
-    keep = c.keep()
+    keep = coupling.keep()
     keep['conv1'][:2] = False
-    saved = c.marginal(keep)['conv1']
+    saved = coupling.marginal(keep)['conv1']
     raw = score.scores()['conv1']
     divisor = {
         'none': 1,
@@ -409,8 +453,8 @@ def test_normalizers_divide_by_what_removal_saves():
     }
     assert divisor.keys() == NORMALIZERS.keys()
     for by, value in divisor.items():
-        torch.testing.assert_close(normalize(score.scores(), c, keep, by)['conv1'], raw / value)
+        torch.testing.assert_close(normalize(score.scores(), coupling, keep, by=by)['conv1'], raw / value)
     # 6x6 positions of conv1, 4 bytes each: worked out by hand
     assert saved.memory == 6 * 6 * 4
     with pytest.raises(ValueError, match="unknown normalizer 'memry': did you mean memory"):
-        normalize(score.scores(), c, keep, 'memry')
+        normalize(score.scores(), coupling, keep, by='memry')

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import copy
+import io
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,11 +16,12 @@ from torch.nn.parallel import DistributedDataParallel
 from mmcpd.comb import comb
 from mmcpd.errors import PruneError
 from mmcpd.prune.importance import IMPORTANCES
-from mmcpd.prune.pruner import Pruner, check_options
+from mmcpd.prune.pruner import Pruner
+from mmcpd.prune.schedule import Schedule
 from mmcpd.slim import slim
 from tests.helpers import on_two_processes
 
-OPTIONS = {'begin': 2, 'end': 12, 'interval': 2, 'target': 0.5}
+SCHEDULE = Schedule({'macs': 0.5}, begin=2, end=12, interval=2)
 
 
 def net():
@@ -46,8 +49,6 @@ def backward(model, iteration, scale=1.0):
 
 def train(model, optimizer, pruner, begin, end):
     for iteration in range(begin, end):
-        if iteration == pruner.schedule.begin:
-            pruner.start()
         optimizer.zero_grad()
 
         def closure(iteration=iteration):
@@ -56,14 +57,16 @@ def train(model, optimizer, pruner, begin, end):
         pruner.closure = closure
         closure()
         optimizer.step()
-        pruner.after(iteration + 1)
+        assert pruner.iteration == iteration
+        pruner.step()
 
 
-def built(kind='sgd', iterations=16, **options):
-    model = net()
+def built(kind='sgd', ignore=(), model=None, importance='hessian', seed=0, **schedule):
+    model = model or net()
     optimizer = optimizer_of(model, kind)
-    c = comb(model, batch(0)[0][:1])
-    return model, optimizer, Pruner(model, c, optimizer, iterations, **{**OPTIONS, **options})
+    coupling = comb(model, batch(0)[0][:1], ignore=ignore)
+    plan = replace(SCHEDULE, **schedule)
+    return model, optimizer, Pruner(model, coupling, optimizer, plan, importance=importance, seed=seed)
 
 
 @pytest.mark.parametrize('kind', ['sgd', 'adam'])
@@ -78,7 +81,7 @@ def test_the_target_is_met_and_masks_hold_through_momentum(kind):
         assert value.shape != model[0].weight.shape or not value[gone].any()
     model.eval()
     x = batch(99)[0]
-    torch.testing.assert_close(slim(model, pruner.comb, pruner.keep)(x), model(x), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(slim(model, pruner.coupling, pruner.keep)(x), model(x), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize('kind', ['sgd', 'adam', 'rmsprop'])
@@ -91,8 +94,7 @@ def test_no_step_revives_a_removed_row(kind):
     optimizer = kinds[kind](
         model.parameters(), lr=0.01, weight_decay=0.1, **({} if kind == 'adam' else {'momentum': 0.9})
     )
-    pruner = Pruner(model, comb(model, batch(0)[0][:1]), optimizer, 16, **{**OPTIONS, 'begin': 0})
-    pruner.start()
+    pruner = Pruner(model, comb(model, batch(0)[0][:1]), optimizer, replace(SCHEDULE, begin=0))
     leaked = 0
     for iteration in range(16):
         optimizer.zero_grad()
@@ -104,7 +106,7 @@ def test_no_step_revives_a_removed_row(kind):
         for tensor, dim in rows:
             for value in (tensor, *(v for v in optimizer.state[tensor].values() if v.shape == tensor.shape)):
                 assert not value.transpose(0, dim)[gone].any()
-        pruner.after(iteration + 1)
+        pruner.step()
     assert pruner.left()['macs'] <= 0.5 and leaked > 5
 
 
@@ -120,29 +122,120 @@ def test_without_the_hook_momentum_revives_weights():
 
 
 @pytest.mark.parametrize('importance', sorted(IMPORTANCES))
-@pytest.mark.parametrize('stop', [1, 5, 14])
-def test_a_resumed_run_chooses_the_same_units(importance, stop):
-    model, optimizer, pruner = built(importance=importance)
+@pytest.mark.parametrize(('begin', 'stop'), [(2, 1), (2, 2), (2, 5), (2, 14), (0, 1), (0, 5)])
+def test_a_resumed_run_is_the_same_bit_for_bit(importance, begin, stop):
+    model, optimizer, pruner = built(importance=importance, begin=begin)
     train(model, optimizer, pruner, 0, stop)
-    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), pruner.state_dict()))
+    file = io.BytesIO()
+    torch.save((model.state_dict(), optimizer.state_dict(), pruner.state_dict()), file)
     train(model, optimizer, pruner, stop, 16)
 
-    again, second, resumed = built(importance=importance, seed=7)  # its random numbers come from the state
-    again.load_state_dict(saved[0])
-    second.load_state_dict(saved[1])
-    resumed.load_state_dict(saved[2])
-    if stop > pruner.schedule.begin:
-        resumed.start()
+    again, second, resumed = built(importance=importance, begin=begin, seed=7)  # random numbers come from the state
+    saved = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+    for part, state in zip((again, second, resumed), saved, strict=True):
+        part.load_state_dict(state)
     train(again, second, resumed, stop, 16)
-    assert all(torch.equal(pruner.keep[n], resumed.keep[n]) for n in pruner.keep)
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+    assert not all(bool(kept.all()) for kept in pruner.keep.values()) and pruner.done
+    assert_same(pruner.state_dict(), resumed.state_dict())
+    assert_same(model.state_dict(), again.state_dict())
+    assert_same(optimizer.state_dict()['state'], second.state_dict()['state'])
+
+
+def assert_same(left, right):
+    """Compare nested states bit for bit."""
+    if isinstance(left, Mapping):
+        assert left.keys() == right.keys()
+        for key in left:
+            assert_same(left[key], right[key])
+    else:
+        assert torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
+
+
+@pytest.mark.parametrize('importance', ['hessian', 'group_fisher'])
+@pytest.mark.parametrize('begin', [0, 3])
+def test_the_pruner_begins_by_itself_after_exactly_so_many_iterations(importance, begin):
+    model, optimizer, pruner = built(importance=importance, begin=begin)
+    fed = []
+    for iteration in range(begin + 4):
+        assert pruner.begun == (iteration >= begin)
+        assert bool(model[3]._forward_pre_hooks) == (pruner.begun and importance == 'group_fisher')
+        train(model, optimizer, pruner, iteration, iteration + 1)
+        fed.append(pruner.importance.iterations)
+    assert fed == [0] * begin + [1, 0, 1, 0], 'scored from the first iteration on, and reset at each event'
+
+
+def test_step_removes_units_when_the_schedule_says():
+    model, optimizer, pruner = built(begin=2, end=9, interval=3)
+    chosen, scores = [], []
+    for iteration in range(12):
+        optimizer.zero_grad()
+        backward(model, iteration)
+        optimizer.step()
+        before, scored = pruner.keep, pruner.importance.iterations
+        if pruner.step():
+            chosen.append(iteration + 1)
+            scores.append(scored)
+            assert pruner.left()['macs'] <= pruner.schedule.ratios(iteration + 1)['macs']
+        else:
+            assert pruner.keep is before
+    assert chosen == [5, 8, 9] and scores == [3, 3, 1]
+
+
+def test_every_target_holds_at_the_end():
+    targets = {'macs': 0.7, 'params': 0.5, 'memory': 0.8, 'units': 0.9}
+    model, optimizer, pruner = built(target=targets)
+    train(model, optimizer, pruner, 0, 16)
+    left = pruner.left()
+    assert pruner.done and all(left[quantity] <= target for quantity, target in targets.items())
+    assert left['params'] > 0.4, 'the one that binds is met, and not more'
+
+
+def test_large_groups_keep_multiples_of_eight_unless_told_otherwise():
+    def sizes(**options):
+        model = nn.Sequential(nn.Conv2d(3, 80, 1), nn.ReLU(), nn.Conv2d(80, 20, 1), nn.AdaptiveAvgPool2d(1))
+        model = nn.Sequential(*model, nn.Flatten(), nn.Linear(20, 4)).double()
+        optimizer = optimizer_of(model)
+        pruner = Pruner(model, comb(model, batch(0)[0][:1]), optimizer, SCHEDULE, **options)
+        found = set()
+        for iteration in range(12):
+            train(model, optimizer, pruner, iteration, iteration + 1)
+            found.add(int(pruner.keep['0'].sum()))
+        return found
+
+    assert all(size % 8 == 0 for size in sizes()) and any(size % 8 for size in sizes(round_to=1))
+
+
+def test_a_stopped_pruner_counts_and_does_nothing_until_started():
+    model, optimizer, pruner = built(importance='group_fisher')
+    train(model, optimizer, pruner, 0, 5)
+    gone = ~pruner.keep['0']
+    assert gone.any()
+    pruner.stop()
+    keep, fed = pruner.keep, pruner.importance.iterations
+    train(model, optimizer, pruner, 5, 9)
+    assert pruner.keep is keep and pruner.importance.iterations == fed and pruner.iteration == 9
+    model[0].weight.data[gone] = 1.0
+    pruner.start()
+    assert not model[0].weight[gone].any()
+    train(model, optimizer, pruner, 9, 16)
+    assert pruner.done and pruner.left()['macs'] <= 0.5
+
+
+def test_a_run_that_was_not_pruned_yet_goes_on_from_its_iteration():
+    for iteration in (1, 2):
+        model, optimizer, pruner = built(importance='group_fisher')
+        pruner.skip_to(iteration)
+        assert pruner.begun == (iteration == 2)
+        train(model, optimizer, pruner, iteration, 16)
+        assert pruner.done
+    with pytest.raises(ValueError, match=r'3 iterations are finished and there is no pruning state.*begins at 2'):
+        built()[2].skip_to(3)
 
 
 def test_scores_are_the_same_with_a_scaled_loss():
     found = []
     for scale in (1.0, 2.0**13):
-        model, optimizer, pruner = built()
-        pruner.start()
+        model, optimizer, pruner = built(begin=0)
         scaler = torch.amp.GradScaler('cpu', init_scale=scale)
         optimizer.zero_grad()
         x, y = batch(0)
@@ -153,8 +246,7 @@ def test_scores_are_the_same_with_a_scaled_loss():
 
 
 def test_a_step_that_the_scaler_skips_enters_no_score():
-    model, optimizer, pruner = built()
-    pruner.start()
+    model, optimizer, pruner = built(begin=0)
     scaler = torch.amp.GradScaler('cpu')
     backward(model, 0, scale=torch.inf)
     scaler.scale(torch.ones(()))  # it has to have scaled something
@@ -163,8 +255,7 @@ def test_a_step_that_the_scaler_skips_enters_no_score():
 
 
 def test_fused_optimizers_that_see_scaled_gradients_are_refused():
-    model, optimizer, pruner = built()
-    pruner.start()
+    model, optimizer, _ = built(begin=0)
     optimizer.grad_scale = torch.ones(())
     backward(model, 0)
     with pytest.raises(ValueError, match='fused=False'):
@@ -173,75 +264,52 @@ def test_fused_optimizers_that_see_scaled_gradients_are_refused():
 
 def test_units_wait_for_evidence():
     model, optimizer, pruner = built()
-    pruner.start()
-    assert [pruner.after(i) for i in range(1, 6)] == [False] * 5  # no optimizer step at all
-    assert all(k.all() for k in pruner.keep.values())
+    assert [pruner.step() for _ in range(6)] == [False] * 6  # no optimizer step at all
+    assert all(kept.all() for kept in pruner.keep.values())
     backward(model, 0)
     optimizer.step()
-    assert pruner.after(7), 'between two events, as soon as something is known'
-    assert pruner.left()['macs'] <= pruner.schedule.ratio(7)
-    assert not pruner.after(9) and not pruner.after(10)
+    assert pruner.step(), 'between two events, as soon as something is known'
+    assert pruner.left()['macs'] <= pruner.schedule.ratios(7)['macs']
+    assert [pruner.step() for _ in range(3)] == [False] * 3
 
 
-def test_what_cannot_be_reached_is_refused_at_once():
-    with pytest.raises(PruneError, match=r'target=0\.001 of macs cannot be reached, only 0\.0'):
-        built(target=0.001)
-    with pytest.raises(ValueError, match='does not fit into a run of 10'):
-        built(iterations=10)
-    with pytest.raises(ValueError, match=r"ignore pattern 'backbone\.\*' fits no group: near are 0, 3"):
-        built(ignore=['backbone.*'])
-
-
-@pytest.mark.parametrize(
-    ('change', 'message'),
-    [
-        ({'target': 1.5}, 'between 0 and 1: got 1.5'),
-        ({'targt': 0.5}, "no option 'targt': did you mean target"),
-        ({'importance': 'taylor'}, "unknown importance 'taylor'"),
-        ({'importance': {'type': 'curvature', 'probe': 2}}, "no option 'probe': did you mean probes"),
+def test_what_cannot_be_pruned_is_refused_at_once():
+    with pytest.raises(PruneError, match=r'macs cannot go down to 0\.0010 of the dense model, only to 0\.0'):
+        built(target={'macs': 0.001})
+    with pytest.raises(ValueError, match=r'end=0\.6 hold a share of the run: call schedule\.resolve\(iterations\)'):
+        built(end=0.6)
+    with pytest.raises(ValueError, match="unknown importance 'taylor'"):
+        built(importance='taylor')
+    model, optimizer, pruner = built()
+    for change, message in (
         ({'normalize': 'flops'}, "unknown normalizer 'flops'"),
-        ({'min_units': 0}, 'min_units is at least 1'),
-        ({'round_to': 0}, 'round_to is at least 1'),
-        ({'interval': 0}, 'interval counts iterations'),
-    ],
-)
-def test_options_are_checked_before_there_is_a_model(change, message):
-    check_options(OPTIONS)
-    with pytest.raises(ValueError, match=message):
-        check_options({**OPTIONS, **change})
+        ({'min_units': 0}, 'min_units counts units, at least 1: got 0'),
+        ({'round_to': 0}, 'round_to counts units, at least 1: got 0'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Pruner(model, pruner.coupling, optimizer, SCHEDULE, **change)
 
 
 @pytest.mark.parametrize('importance', ['hessian', 'curvature', 'group_fisher'])
 def test_frozen_stages_are_refused_before_training_unless_they_are_left_alone(importance):
     model = net()
     model[3].weight.requires_grad_(False)  # where the gates of group 0 are read
-    c, options = comb(model, batch(0)[0][:1]), {**OPTIONS, 'importance': importance}
-    with pytest.raises(ValueError, match=r"groups \['0'\] cannot be scored.*requires_grad=False on 3\.weight"):
-        Pruner(model, c, optimizer_of(model), 16, **options)
-    pruner = Pruner(model, c, optimizer_of(model), 16, **options, ignore=['0'])
-    assert pruner.importance.gates.slices.keys() == {'3'}
-    assert Pruner(model, c, optimizer_of(model), 16, **{**options, 'importance': 'magnitude'}).keep.keys() == {'0', '3'}
+    message = r"groups \['0'\] cannot be scored.*requires_grad=False on 3\.weight.*ignore=\['0'\] of comb or PruneHook"
+    with pytest.raises(ValueError, match=message):
+        built(model=model, importance=importance)
+    assert built(model=model, importance=importance, ignore=['0'])[2].keep.keys() == {'3'}
+    assert built(model=model, importance='magnitude')[2].keep.keys() == {'0', '3'}
 
 
-def test_what_is_left_alone_stays_whole():
+def test_groups_that_comb_ignores_stay_whole():
     model = net()
     model[3].weight.requires_grad_(False)
-    c, optimizer = comb(model, batch(0)[0][:1]), optimizer_of(model)
-    pruner = Pruner(model, c, optimizer, 16, **OPTIONS, ignore=['0'])
-    pruner.start()
-    for iteration in range(16):
-        optimizer.zero_grad()
-        x, y = batch(iteration)
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
-        pruner.after(iteration + 1)
-    assert pruner.keep['0'].all() and pruner.left()['macs'] <= 0.5
-    assert torch.allclose(slim(model, c, pruner.keep)(x), model(x))
-
-
-def test_a_missing_option_is_named():
-    with pytest.raises(ValueError, match='pruning needs interval, target'):
-        check_options({'begin': 0, 'end': 10})
+    model, optimizer, pruner = built(model=model, ignore=['0'])
+    train(model, optimizer, pruner, 0, 16)
+    assert model[0].weight.flatten(1).any(1).all() and pruner.left()['macs'] <= 0.5
+    x = batch(99)[0]
+    model.eval()
+    torch.testing.assert_close(slim(model, pruner.coupling, pruner.keep)(x), model(x), rtol=1e-9, atol=1e-12)
 
 
 def test_a_state_of_another_model_is_refused():
@@ -251,31 +319,45 @@ def test_a_state_of_another_model_is_refused():
         pruner.load_state_dict({**state, 'keep': {'0': state['keep']['0']}})
 
 
-def train_on(rank, folder, importance):
-    """Prune on one of two processes, each with batches of its own; write what was scored and what was kept."""
-    model = net()
-    optimizer = optimizer_of(model)
-    pruner = Pruner(model, comb(model, batch(0)[0][:1]), optimizer, 16, **OPTIONS, importance=importance)
+def on_one_of_two(rank, folder):
+    """Prune on one of two processes in three ways; write what was scored first, when units went, and what was kept."""
+    results = {name: list(train_in_parallel(rank, name)) for name in ('hessian', 'group_fisher')}
+    results['one scores'] = list(train_where_only_one_scores(rank))
+    (folder / f'{rank}.json').write_text(json.dumps(results))
+
+
+def train_in_parallel(rank, importance):
+    """Train data-parallel, each process with batches of its own."""
+    model, optimizer, pruner = built(importance=importance)
     wrapped = DistributedDataParallel(model)
-    own = []
     for iteration in range(16):
-        if iteration == 2:
-            pruner.start()
         optimizer.zero_grad()
         x, y = batch(100 * rank + iteration)
         F.cross_entropy(wrapped(x), y).backward()
         optimizer.step()
         if iteration == 3:
-            own = pruner.importance.scores()['0'].tolist()
-        pruner.after(iteration + 1)
-    keep = {name: keep.tolist() for name, keep in pruner.keep.items()}
-    (folder / f'{rank}.json').write_text(json.dumps([own, keep]))
+            yield pruner.importance.scores()['0'].tolist()
+        pruner.step()
+    yield {name: keep.tolist() for name, keep in pruner.keep.items()}
 
 
-@pytest.mark.parametrize('importance', ['hessian', 'group_fisher'])
-def test_processes_with_different_batches_choose_the_same_units(importance, tmp_path):
-    on_two_processes(train_on, tmp_path, importance)
-    results = [json.loads((tmp_path / f'{rank}.json').read_text()) for rank in range(2)]
-    (first, keep), (second, other) = results
-    assert keep == other and not all(keep['0'])
-    assert (first == second) == (importance != 'group_fisher'), 'samples differ, averaged gradients do not'
+def train_where_only_one_scores(rank):
+    """Train alone; the optimizer steps once, on the first process."""
+    model, optimizer, pruner = built(begin=0, end=3, interval=1)
+    for iteration in range(3):
+        backward(model, iteration)
+        if rank == 0 and iteration == 1:
+            optimizer.step()
+        yield pruner.step()
+    yield {name: keep.tolist() for name, keep in pruner.keep.items()}
+
+
+def test_processes_choose_the_same_units(tmp_path):
+    on_two_processes(on_one_of_two, tmp_path)
+    first, second = (json.loads((tmp_path / f'{rank}.json').read_text()) for rank in range(2))
+    for importance in ('hessian', 'group_fisher'):
+        (score, keep), (other_score, other_keep) = first[importance], second[importance]
+        assert keep == other_keep and not all(keep['0'])
+        assert (score == other_score) == (importance == 'hessian'), 'samples differ, averaged gradients do not'
+    assert first['one scores'] == second['one scores']
+    assert first['one scores'][:3] == [False, True, False] and not all(first['one scores'][3]['0'])

@@ -115,7 +115,7 @@ def test_only_an_attention_that_loses_something_is_replaced():
     found = comb(model, sample((2, 5, 3)))
     assert type(slim(model, found, found.keep()).attention) is nn.MultiheadAttention
     for name in ('stem', 'attention.in_proj'):
-        small = slim(model, found, random_keep(found, 0.5, 0, {name}))
+        small = slim(model, found, random_keep(found, 0.5, 0, among={name}))
         assert type(small.attention) is SlimMultiheadAttention
     assert type(model.attention) is nn.MultiheadAttention
 

@@ -125,7 +125,7 @@ def test_random_keep():
     assert all(torch.equal(k, random_keep(found, 0.5, 0)[n]) for n, k in keep.items())
     assert any(not torch.equal(k, random_keep(found, 0.5, 1)[n]) for n, k in keep.items())
     assert {int(k.sum()) for k in random_keep(found, 0.0, 0).values()} == {1}
-    some = random_keep(found, 0.5, 0, {'layers.3'})
+    some = random_keep(found, 0.5, 0, among={'layers.3'})
     assert [n for n, k in some.items() if not bool(k.all())] == ['layers.3']
     awkward = [int(k.sum()) for k in random_keep(found, 0.5, 0, awkward=True).values()]
     assert all(n % 2 for n in awkward)
