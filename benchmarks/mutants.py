@@ -4,9 +4,10 @@
     python benchmarks/mutants.py --only trial     # those whose name holds this text
     python benchmarks/mutants.py --list
 
-Each mutant of `mutants_list.py` is one changed line in a copy of the library. The tests that should notice run against
-that copy: first the likely killer, and where it passes the whole folder. A test must fail, which is more than an import
-that breaks. The exit status is 1 where a mutant survives, does not apply, or breaks something else than a test.
+Each mutant (`mutants_comb.py`, `mutants_slim.py`, `mutants_prune.py`) is one changed line in a copy of the library. The
+tests that should notice run against that copy: first the likely killer, and where it passes the whole folder. A test
+must fail, which is more than an import that breaks. The exit status is 1 where a mutant survives, does not apply, or
+breaks something else than a test.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ from enum import StrEnum
 from pathlib import Path
 from queue import SimpleQueue
 
-if __package__:
-    from .mutants_list import MUTANTS, Mutant
-else:
-    from mutants_list import MUTANTS, Mutant  # type: ignore[import-not-found,no-redef]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, installed or not
 
+from benchmarks import mutants_comb, mutants_prune, mutants_slim
+from benchmarks.mutant import Mutant
+
+MUTANTS = (*mutants_comb.MUTANTS, *mutants_slim.MUTANTS, *mutants_prune.MUTANTS)
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ('mmcpd', 'tests', 'benchmarks', 'pyproject.toml')
 PASSED, FAILED = 0, 1  # pytest's exit statuses
@@ -189,7 +191,10 @@ def judge_all(mutants: list[Mutant], jobs: int, limit: float, unchecked: bool) -
 def table(results: list[Result]) -> str:
     """Return one line a mutant: what became of it, what it claims, and the first test that failed."""
     width = max(len(result.mutant.name) for result in results)
-    rows = [f'{r.outcome:8}  {r.mutant.name:{width}}  {r.mutant.claim}\n{"":10}{"":{width}}  {r.detail}' for r in results]
+    rows = []
+    for result in results:
+        rows.append(f'{result.outcome:8}  {result.mutant.name:{width}}  {result.mutant.claim}')
+        rows.append(f'{"":8}  {"":{width}}  {result.detail}')
     counts = ', '.join(f'{sum(r.outcome is kind for r in results)} {kind}' for kind in Outcome)
     return '\n'.join([*rows, f'{len(results)} mutants: {counts}'])
 

@@ -169,20 +169,6 @@ def test_the_size_that_varies_is_left_to_torch():
 
 
 # -- statistics --------------------------------------------------------------------------------------------------------
-def test_one_line_over_channels_and_over_as_many_positions_freezes():
-    def run(m, x):
-        x = m.a(x).tanh()
-        over = [t.mean(-1) for t in (x, x.transpose(1, 2))]  # (N, 6 tokens), (N, 6 channels)
-        return m.fc(x * over[0][:, :, None] * over[1][:, None])
-
-    model = randomise_(Net(run, a=nn.Linear(3, 6), fc=nn.Linear(6, 2)))
-    found = comb(model, sample((2, 6, 3)))
-    assert not found.groups
-    (reason,) = {f.reason for f in found.frozen if f.tensor == 'a.bias'}
-    assert reason.startswith('one line takes a statistic over channels and over 6 other positions')
-    assert [(g.name, g.units) for g in comb(model, sample((2, 5, 3))).groups] == [('a', 6)]  # told apart by their number
-
-
 def test_one_line_over_two_sets_of_channels_cannot_be_masked():
     """Combing couples or freezes these, so that the two are put into one line by hand."""
 

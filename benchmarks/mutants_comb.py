@@ -1,57 +1,15 @@
-"""The library's claims, each with one changed line that breaks it: what `mutants.py` runs."""
+"""Claims of combing, of what is coupled and of its cost."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """One changed line.
-
-    Attributes:
-        name: short and unique.
-        file: what is changed, below the repository.
-        killer: the tests that are likely to notice, below `tests`: a file, or one test of it.
-        claim: what is no longer true.
-        old: a fragment that occurs once in the file.
-        new: what stands there instead.
-    """
-
-    name: str
-    file: str
-    killer: str
-    claim: str
-    old: str
-    new: str
-
-    @property
-    def folder(self) -> str:
-        """The tests that must notice, below `tests`."""
-        return self.killer.partition('/')[0]
-
-    def applied(self, text: str) -> str:
-        """Return the file's text with the change.
-
-        Raises:
-            ValueError: if the fragment does not occur exactly once.
-        """
-        if (count := text.count(self.old)) != 1:
-            raise ValueError(f'{self.old!r} occurs {count} times in {self.file}, not once: mend the mutant {self.name}')
-        return text.replace(self.old, self.new)
-
+from .mutant import Mutant
 
 _ATOMS, _TRACE, _OBSERVE = 'mmcpd/comb/atoms.py', 'mmcpd/comb/trace.py', 'mmcpd/comb/observe.py'
 _GROUPING, _CONFLICTS, _API = 'mmcpd/comb/grouping.py', 'mmcpd/comb/conflicts.py', 'mmcpd/comb/api.py'
 _PRODUCTS, _POINTWISE = 'mmcpd/comb/rules/products.py', 'mmcpd/comb/rules/pointwise.py'
 _MOVEMENT, _STATISTICS = 'mmcpd/comb/rules/movement.py', 'mmcpd/comb/rules/statistics.py'
 _INT, _ARGUMENTS = 'mmcpd/comb/traced_int.py', 'mmcpd/comb/size_arguments.py'
-_MASK, _SLIMMING, _STRUCTURE = 'mmcpd/slim/mask.py', 'mmcpd/slim/slimming.py', 'mmcpd/slim/structure.py'
-_TRIAL, _COMPARE, _ATTENTION = 'mmcpd/slim/trial.py', 'mmcpd/slim/compare.py', 'mmcpd/slim/attention.py'
-_EXPRESSIONS, _SITES, _SHAPES = (
-    f'mmcpd/slim/{name}.py' for name in ('size_expressions', 'call_sites', 'shape_attributes')
-)
-_COUPLING, _COST = 'mmcpd/coupling.py', 'mmcpd/cost.py'
+_COUPLING, _COST, _COMPARE = 'mmcpd/coupling.py', 'mmcpd/cost.py', 'mmcpd/slim/compare.py'
 
 # fmt: off
 MUTANTS: tuple[Mutant, ...] = (
@@ -207,7 +165,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant('sum-of-zeros', _STATISTICS, 'test_comb/test_pointwise.py',
            'a sum over channels that are not zero is one over the kept channels',
            'elif not (safe and axis.zero):', 'elif not safe:'),
-    Mutant('bare-statistic', _STATISTICS, 'test_slim/test_claims.py',
+    Mutant('bare-statistic', _STATISTICS, 'test_comb/test_conflicts.py',
            'one line that reduces channels and other positions of one number freezes',
            'run.statistic(None, d - source.dim(), source.shape[d])', 'pass'),
     Mutant('softmax-zero', _STATISTICS, 'test_comb/test_pointwise.py',
@@ -247,7 +205,8 @@ MUTANTS: tuple[Mutant, ...] = (
            '    _require_producer(record, rows, component, why)\n', '    pass\n'),
     Mutant('role-last', _GROUPING, 'test_comb/test_claims.py',
            'rows that produce and are read in one layer keep the role that was met last',
-           'for made in record.roles:\n            self.role', 'for made in reversed(record.roles):\n            self.role'),
+           'for made in record.roles:\n            self.role',
+           'for made in reversed(record.roles):\n            self.role'),
     Mutant('single-unit', _GROUPING, 'test_comb/test_movement.py',
            'a group of one unit is frozen',
            'single = {found.name: SINGLE for found in groups if found.units == 1}', 'single: dict[str, str] = {}'),
@@ -263,10 +222,10 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant('tied-weights', _OBSERVE, 'test_comb/test_api.py',
            'a parameter that two modules share has one set of atoms',
            'if not hasattr(tensor, AXES):', 'if True:'),
-    Mutant('inference-inside', _OBSERVE, 'test_comb/test_claims.py',
+    Mutant('inference-inside', _OBSERVE, 'test_comb/test_conflicts.py',
            'a forward under inference mode is seen as any other',
            'if torch.is_inference_mode_enabled():', 'if False:'),
-    Mutant('inference-outside', _COMPARE, 'test_comb/test_claims.py',
+    Mutant('inference-outside', _COMPARE, 'test_comb/test_conflicts.py',
            'combing under inference mode sees what it sees without',
            'with torch.inference_mode(False), torch.no_grad():', 'with torch.no_grad():'),
     Mutant('overwritten', _OBSERVE, 'test_comb/test_pointwise.py',
@@ -276,10 +235,10 @@ MUTANTS: tuple[Mutant, ...] = (
            'a weight that a forward cached is tried',
            'run.record.notes.add(Note.CACHED)', 'pass'),
     # -- conflicts, and sizes that are computed with
-    Mutant('conflicts', _CONFLICTS, 'test_slim/test_slimming.py',
+    Mutant('conflicts', _CONFLICTS, 'test_comb/test_conflicts.py',
            'widths that one attribute or line would hold both of are coupled',
            'yield from conflict.axes', 'yield from ()'),
-    Mutant('statistics-one-set', _CONFLICTS, 'test_slim/test_mask.py',
+    Mutant('statistics-one-set', _CONFLICTS, 'test_comb/test_conflicts.py',
            'one line takes its statistic of one length over one set of channels',
            '    _separate_statistics_(record)\n', '    pass\n'),
     Mutant('statistics-width', _CONFLICTS, 'test_slim/test_mask.py',
@@ -325,137 +284,5 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant('cost-like-terms', _COST, 'test_comb/test_known_answers.py',
            'layers of the same axes add up',
            'merged[key] = merged.get(key, 0) + term.constant', 'merged[key] = term.constant'),
-    # -- masking
-    Mutant('mask-scatter', _MASK, 'test_comb/test_pointwise.py',
-           'a softmax over the kept channels is put back where they are',
-           'y.new_zeros(input.shape).index_copy(*scatter, y) if softmax and scatter else y',
-           'F.pad(y, [0] * (2 * (-1 - scatter[0])) + [0, input.shape[scatter[0]] - len(scatter[1])])'
-           ' if softmax and scatter else y'),
-    Mutant('mask-scatter-norm', _MASK, 'test_slim/test_mask.py',
-           'a norm over the kept channels is put back where they are',
-           'return y.new_zeros(x.shape).index_copy(dim, kept, y)',
-           'return F.pad(y, [0] * (2 * (-1 - dim)) + [0, x.shape[dim] - len(kept)])'),
-    Mutant('mask-parameters', _MASK, 'test_slim/test_mask.py',
-           'a masked norm scales each kept channel by its own weight',
-           'p if p is None else p.index_select(max(dim, -p.dim()), kept)',
-           'p if p is None else p.narrow(max(dim, -p.dim()), 0, len(kept))'),
-    Mutant('mask-inner-module', _MASK, 'test_slim/test_mask.py',
-           'a masked forward leaves the norms of its children alone',
-           'if module is not self.module:', 'if False:'),
-    Mutant('mask-conflict', _MASK, 'test_slim/test_claims.py',
-           'one line over two sets of channels is an error',
-           'if not torch.equal(sites.setdefault(site, kept), kept):', 'if sites.setdefault(site, kept) is None:'),
-    Mutant('mask-nan', _MASK, 'test_slim/test_mask.py',
-           'a removed row is zero whatever it was',
-           'tensor.index_fill_(dim, (~live)', 'tensor.index_select(dim, (~live)'),
-    Mutant('mask-off', _MASK, 'test_slim/test_mask.py',
-           'a full keep gives the norms back',
-           '            else:\n                MaskedForward.take_off(module)', '            else:\n                pass'),
-    Mutant('mask-state', _MASK, 'test_slim/test_mask.py',
-           "the optimizer's momentum of removed rows is cleared",
-           'value.mul_(factor.to(value.device, value.dtype))', 'pass'),
-    # -- slimming
-    Mutant('scale-factor', _SLIMMING, 'test_slim/test_slimming.py',
-           'softmax(q k / sqrt(d)) stays what it was',
-           'factor = math.sqrt(live[scale.axis] / width)', 'factor = 1.0'),
-    Mutant('scale-replaced', _SLIMMING, 'test_comb/test_attention.py',
-           'an attention that was replaced keeps its scale by itself',
-           'if scale.module in replaced or live[scale.axis] == width:', 'if live[scale.axis] == width:'),
-    Mutant('describe-again', _SLIMMING, 'test_comb/test_convolution.py',
-           "a convolution's channels follow from its groups",
-           "    describe()  # again: a convolution's channels follow from its groups\n", ''),
-    Mutant('compared-attribute', _SLIMMING, 'test_slim/test_slimming.py',
-           'an attribute that is held against a width follows it',
-           'solve([*equations, *compared], attributes, live)', 'solve(equations, attributes, live)'),
-    Mutant('compared-refused', _SLIMMING, 'test_slim/test_slimming.py',
-           'two sizes that a forward finds equal are equal afterwards',
-           'if evaluate(pair.left, new, live) != evaluate(pair.right, new, live):', 'if False:'),
-    Mutant('infer-one', _SLIMMING, 'test_slim/test_claims.py',
-           'a call has one -1',
-           "if inferred.get((place.module, place.method, place.text)) != place:", 'if not place.inferable:'),
-    Mutant('infer-varying', _SLIMMING, 'test_slim/test_claims.py',
-           'the size that varies is the one that is left to torch',
-           'key=lambda p: (not _varies(at[p], live), p.index)', 'key=lambda p: -p.index'),
-    Mutant('infer-none', _SLIMMING, 'test_slim/test_claims.py',
-           'a size is left to torch where a call has no -1 yet',
-           'in sorted((p for p in places if p.inferable),', 'in sorted((p for p in places if False),'),
-    Mutant('number-of-input', _SLIMMING, 'test_slim/test_traps.py',
-           'a size that depends on the input is never a number in the source',
-           'if leaves(rule.expression, Input):', 'if False:'),
-    Mutant('number-twice', _SLIMMING, 'test_slim/test_slimming.py',
-           'a line that runs with two widths is not written',
-           'if len(numbers) > 1:', 'if False:'),
-    Mutant('statistics-slim', _SLIMMING, 'test_slim/test_mask.py',
-           'a slim model has its own forwards',
-           '    unmask_statistics_(small)\n', ''),
-    Mutant('solve-order', _EXPRESSIONS, 'test_slim/test_claims.py',
-           'what names one attribute decides it before a product does',
-           'for number in sorted(range(len(equations)), key=order):', 'for number in range(len(equations)):'),
-    Mutant('solve-known', _EXPRESSIONS, 'test_slim/test_claims.py',
-           'an attribute that was decided is not decided again',
-           'values, target, live) if name not in known else None', 'values, target, live)'),
-    Mutant('solve-satisfied', _EXPRESSIONS, 'test_slim/test_claims.py',
-           'an attribute that is right already is decided',
-           '                known.update(names)\n', '                pass\n'),
-    Mutant('solve-search', _EXPRESSIONS, 'test_slim/test_claims.py',
-           'the value of an attribute is searched for where it is not the target itself',
-           'for candidate in (target, *range(values[name] - 1, 0, -1)):', 'for candidate in (target,):'),
-    Mutant('solve-live', _EXPRESSIONS, 'test_slim/test_call_sites.py',
-           'what reads a width as well decides no attribute',
-           'for name in names if not leaves(expr, Live) else ():', 'for name in names:'),
-    Mutant('rewrite-twice', _SITES, 'test_slim/test_call_sites.py',
-           'one place is not asked to have two values',
-           'if by_place.setdefault(rewrite.place, rewrite) != rewrite:', 'if False:'),
-    Mutant('rewrite-found', _SITES, 'test_slim/test_call_sites.py',
-           'a call that is not in the source is an error',
-           '        if missing:\n', '        if False:\n'),
-    Mutant('structure-shape', _STRUCTURE, 'test_slim/test_slimming.py',
-           'a structure of another model is refused by its shapes',
-           'tensor.dim() != len(shape) or any(s > o', 'tensor.dim() != len(shape) or any(False and s > o'),
-    Mutant('structure-shared', _STRUCTURE, 'test_slim/test_slimming.py',
-           'shared parameters stay shared in a model that is restructured',
-           'if id(tensor) not in shared:', 'if True:'),
-    Mutant('structure-attribute', _STRUCTURE, 'test_slim/test_slimming.py',
-           'a structure sets no attribute that a model has not',
-           'if not hasattr(module, name):', 'if False:'),
-    Mutant('attention-scale', _ATTENTION, 'test_slim/test_attention.py',
-           'the scale of a slimmed attention is that of the dense one',
-           'return cls(source, num_heads or source.num_heads, scale or source.head_dim**-0.5)',
-           'heads, width = num_heads or source.num_heads, source.out_proj.weight.shape[1]\n'
-           '        return cls(source, heads, scale or (width / heads) ** -0.5)'),
-    Mutant('attention-fused', _ATTENTION, 'test_slim/test_traps.py',
-           "torch's fused encoder passes a slimmed attention by",
-           '_qkv_same_embed_dim = False', '_qkv_same_embed_dim = True'),
-    Mutant('describe-transposed', _SHAPES, 'test_comb/test_convolution.py',
-           'a transposed convolution has its inputs first',
-           '(wide, narrow) if transposed else (narrow, wide)', '(narrow, wide)'),
-    # -- the trial
-    Mutant('trial-keep-first', _TRIAL, 'test_slim/test_claims.py',
-           'a trial removes about half of the units',
-           'KEEPS = ((0.5, 0), (0.8, 1))', 'KEEPS = ((0.8, 1),)'),
-    Mutant('trial-keep-second', _TRIAL, 'test_slim/test_claims.py',
-           'a trial removes a few of the units',
-           'KEEPS = ((0.5, 0), (0.8, 1))', 'KEEPS = ((0.5, 0),)'),
-    Mutant('trial-random', _TRIAL, 'test_slim/test_traps.py',
-           'a trial sees behind branches that start at zero',
-           'tensor.copy_((mine - 0.5)', 'torch.clone((mine - 0.5)'),
-    Mutant('trial-double', _TRIAL, 'test_slim/test_claims.py',
-           'what depends on the last bit of float32 is tried in float64',
-           'twin, tried = _in_double(twin, coupling)', 'twin, tried = twin, coupling'),
-    Mutant('trial-bisection', _TRIAL, 'test_slim/test_trial.py',
-           'groups that are not at fault stay free',
-           'reason = _fault(twin, tried, good + half)', 'reason = why'),
-    Mutant('trial-good', _TRIAL, 'test_slim/test_claims.py',
-           'a fault that needs two groups is found with the good ones gone too',
-           'reason = _fault(twin, tried, good + half)', 'reason = _fault(twin, tried, half)'),
-    Mutant('trial-tolerance', _TRIAL, 'test_slim/test_claims.py',
-           'a small difference in float64 is a fault',
-           'torch.float64: 1e-9', 'torch.float64: 1e-3'),
-    Mutant('trial-finite', _TRIAL, 'test_comb/test_api.py',
-           'an output that is not finite is an error',
-           '    if not _is_finite(model, coupling):\n', '    if False:\n'),
-    Mutant('trial-awkward', _TRIAL, 'test_slim/test_trial.py',
-           'no two groups of one size keep equally many units',
-           'taken[group.units, count] += 1', 'pass'),
 )
 # fmt: on
