@@ -24,7 +24,7 @@ MUTANTS: tuple[Mutant, ...] = (
            'a masked norm scales each kept channel by its own weight',
            'p if p is None else p.index_select(max(dim, -p.dim()), kept)',
            'p if p is None else p.narrow(max(dim, -p.dim()), 0, len(kept))'),
-    Mutant('mask-inner-module', _MASK, 'test_slim/test_mask.py',
+    Mutant('mask-inner-module', _MASK, 'test_slim/test_claims.py',
            'a masked forward leaves the norms of its children alone',
            'if module is not self.module:', 'if False:'),
     Mutant('mask-conflict', _MASK, 'test_slim/test_claims.py',

@@ -16,15 +16,18 @@ TOKENS = ((2, 5, 3),)
 PATTERN = torch.linspace(0.1, 1, 6, dtype=torch.float64)
 
 
-def net(run, **parts) -> Toy:
+def net(run, width=6, **parts) -> Toy:
     """Return a toy in which only `b` may lose channels: `a`, a function, `b`, a classifier."""
-    build = lambda: Net(  # noqa: E731
-        lambda m, x: m.fc(pooled(m.b(run(m, m.a(x))).tanh())),
-        a=nn.Conv2d(3, 6, 1),
-        b=nn.Conv2d(parts.get('width', 6), 4, 1),
-        fc=nn.Linear(4, 2),
-        **{name: part() for name, part in parts.items() if name != 'width'},
-    )
+
+    def build():
+        return Net(
+            lambda m, x: m.fc(pooled(m.b(run(m, m.a(x))).tanh())),
+            a=nn.Conv2d(3, 6, 1),
+            b=nn.Conv2d(width, 4, 1),
+            fc=nn.Linear(4, 2),
+            **{name: part() for name, part in parts.items()},
+        )
+
     return Toy(build, IMAGE, {'b': 4})
 
 
@@ -67,8 +70,13 @@ def test_the_entries_of_an_embedding_stay_where_a_product_sums_over_them():
         return m.fc(F.linear(x, m.embed.weight).relu() @ m.embed.weight)
 
     tokens = torch.arange(10).reshape(2, 5)
-    build = lambda: Net(run, embed=nn.Embedding(10, 6), fc=nn.Linear(6, 2))  # noqa: E731
-    check_toy(Toy(build, (tokens,), {'embed': 6}, frozen={'embed.weight:0': 'the entries of an embedding'}))
+    toy = Toy(
+        lambda: Net(run, embed=nn.Embedding(10, 6), fc=nn.Linear(6, 2)),
+        (tokens,),
+        {'embed': 6},
+        frozen={'embed.weight:0': 'the entries of an embedding'},
+    )
+    check_toy(toy)
 
 
 @pytest.mark.parametrize('bias', [True, False])

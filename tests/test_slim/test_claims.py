@@ -187,3 +187,25 @@ def test_one_line_over_two_sets_of_channels_cannot_be_masked():
     with pytest.raises(SlimError, match='takes statistics over two different sets of 6 channels'):
         mask_(model, replace(found, fixes=one_line), keep)
     assert gap(call(found, masked(model, found, keep)), call(found, slim(model, found, keep))) < 1e-9
+
+
+class Nested(nn.Module):
+    """A module with another one of its own class inside: the same line takes a statistic of both."""
+
+    def __init__(self, inner: nn.Module | None = None):
+        super().__init__()
+        self.grow, self.back, self.inner = nn.Linear(3, 6), nn.Linear(6, 3), inner
+
+    def forward(self, x):
+        x = self.grow(x)
+        x = self.back(x / (1 + x.square().mean(-1, keepdim=True)))
+        return x if self.inner is None else self.inner(x)
+
+
+@pytest.mark.parametrize('name', ['grow', 'inner.grow'])
+def test_a_masked_module_leaves_those_inside_alone(name):
+    model = randomise_(Nested(Nested()))
+    found = comb(model, X)
+    assert {g.name: g.units for g in found.groups} == {'grow': 6, 'back': 3, 'inner.grow': 6}
+    keep = random_keep(found, 0.5, 0, among={name})
+    assert gap(call(found, masked(model, found, keep)), call(found, slim(model, found, keep))) < 1e-9
