@@ -48,6 +48,9 @@ class Outcome(StrEnum):
     ERROR = 'error'
 
 
+OUTCOMES: dict[int | None, Outcome] = {FAILED: Outcome.KILLED, PASSED: Outcome.SURVIVED}
+
+
 @dataclass(frozen=True)
 class Result:
     """What became of a mutant, and the first test that failed, or what else there is to say."""
@@ -146,7 +149,7 @@ class Tree:
                     tests = self.run(f'tests/{mutant.folder}')
         except ValueError as error:
             return Result(mutant, Outcome.ERROR, str(error), 0.0)
-        outcome = {FAILED: Outcome.KILLED, PASSED: Outcome.SURVIVED}.get(tests.status, Outcome.ERROR)
+        outcome = OUTCOMES.get(tests.status, Outcome.ERROR)
         return Result(mutant, outcome, tests.failed or tests.last, time.perf_counter() - start)
 
 

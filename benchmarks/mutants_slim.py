@@ -89,7 +89,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant('solve-search', _EXPRESSIONS, 'test_slim/test_claims.py',
            'the value of an attribute is searched for where it is not the target itself',
            'for candidate in (target, *range(values[name] - 1, 0, -1)):', 'for candidate in (target,):'),
-    Mutant('solve-live', _EXPRESSIONS, 'test_slim/test_call_sites.py',
+    Mutant('solve-live', _EXPRESSIONS, 'test_slim/test_claims.py',
            'what reads a width as well decides no attribute',
            'for name in names if not leaves(expr, Live) else ():', 'for name in names:'),
     Mutant('rewrite-twice', _SITES, 'test_slim/test_call_sites.py',

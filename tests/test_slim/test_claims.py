@@ -11,7 +11,7 @@ from torch import nn
 
 from mmcpd.comb import comb
 from mmcpd.errors import SlimError
-from mmcpd.fixes import Attr, Op
+from mmcpd.fixes import Attr, Live, Op
 from mmcpd.slim import mask_, slim
 from mmcpd.slim.compare import compare
 from mmcpd.slim.size_expressions import solve
@@ -97,6 +97,12 @@ def test_what_is_decided_is_not_decided_again():
     assert solve([(HEADS, 4), (product, 24)], attributes, []) == ({WIDTH: 6}, [])
     assert solve([(WIDTH, 8), (product, 24)], attributes, []) == ({HEADS: 3}, [])
     assert solve([(WIDTH, 6), (HEADS, 4), (product, 12)], attributes, []) == ({WIDTH: 6}, [2])
+
+
+def test_what_reads_a_width_as_well_decides_no_attribute():
+    """A divisor of 2 would do as well: but these are the heads, and the width is what has to change."""
+    assert solve([(Op('//', Live(0), HEADS), 6)], {HEADS: 4}, [12]) == ({}, [0])
+    assert solve([(Op('//', Live(0), HEADS), 3)], {HEADS: 4}, [12]) == ({}, [])
 
 
 def test_the_value_of_an_attribute_is_searched_for():
