@@ -14,7 +14,7 @@ _COUPLING, _COST, _COMPARE = 'mmcpd/coupling.py', 'mmcpd/cost.py', 'mmcpd/slim/c
 # fmt: off
 MUTANTS: tuple[Mutant, ...] = (
     # -- products: convolutions, matrix products, attention
-    Mutant('contract-zero', _PRODUCTS, 'test_comb/test_pointwise.py',
+    Mutant('contract-zero', _PRODUCTS, 'test_comb/test_claims.py',
            'a sum over channels that are not zero where a unit is removed freezes them',
            'if not left.zero and not right.zero:', 'if False:'),
     Mutant('contract-equal', _PRODUCTS, 'test_comb/test_convolution.py',

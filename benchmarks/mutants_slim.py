@@ -115,7 +115,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant('attention-fused', _ATTENTION, 'test_slim/test_traps.py',
            "torch's fused encoder passes a slimmed attention by",
            '_qkv_same_embed_dim = False', '_qkv_same_embed_dim = True'),
-    Mutant('describe-transposed', _SHAPES, 'test_comb/test_convolution.py',
+    Mutant('describe-transposed', _SHAPES, 'test_slim/test_claims.py',
            'a transposed convolution has its inputs first',
            '(wide, narrow) if transposed else (narrow, wide)', '(narrow, wide)'),
     # -- the trial

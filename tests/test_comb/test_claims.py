@@ -79,6 +79,24 @@ def test_the_entries_of_an_embedding_stay_where_a_product_sums_over_them():
     check_toy(toy)
 
 
+@pytest.mark.parametrize(
+    ('left', 'right', 'groups'),
+    [
+        (torch.sigmoid, torch.cos, {}),
+        (torch.sigmoid, torch.tanh, {'q': 6}),
+        (torch.tanh, torch.sigmoid, {'q': 6}),
+    ],
+)
+def test_a_product_of_activations_sums_over_channels_of_which_one_factor_is_zero(left, right, groups):
+    def run(m, x):
+        return m.fc((left(m.q(x)) @ right(m.k(x)).mT).softmax(-1) @ x)
+
+    toy = Toy(lambda: Net(run, q=nn.Linear(3, 6), k=nn.Linear(3, 6), fc=nn.Linear(3, 2)), TOKENS, groups)
+    if not groups:
+        toy.frozen = dict.fromkeys(('q.weight:0', 'k.weight:0'), 'sums over channels that are not zero')
+    check_toy(toy)
+
+
 @pytest.mark.parametrize('bias', [True, False])
 def test_a_linear_layer_that_arrives_whole(bias):
     """As it does on devices with a kernel of their own; on a CPU only where autograd is passed by."""

@@ -123,6 +123,19 @@ def test_the_value_of_an_attribute_is_searched_for():
     check_equal(model, found)
 
 
+@pytest.mark.parametrize('groups', [1, 3])
+def test_a_transposed_convolution_says_its_own_widths(groups):
+    parts = dict(a=nn.Conv2d(3, 6, 1), up=nn.ConvTranspose2d(6, 12, 2, groups=groups), last=nn.Conv2d(12, 2, 1))
+    model = randomise_(Net(lambda m, x: m.last(m.up(m.a(x)).relu()), **parts))
+    found = comb(model, sample((1, 3, 4, 4)))
+    keep = found.keep()
+    for kept in keep.values():
+        kept[0] = False
+    up = slim(model, found, keep).up
+    assert (up.in_channels, up.out_channels, up.groups) == ((5, 11, 1) if groups == 1 else (4, 8, 2))
+    assert tuple(up.weight.shape[:2]) == (up.in_channels, up.out_channels // up.groups)
+
+
 # -- sizes in the source -----------------------------------------------------------------------------------------------
 class Lines(nn.Module):
     """One call with three literal widths, two of which are pruned apart: torch can work out one of them."""
