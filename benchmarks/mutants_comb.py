@@ -62,7 +62,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant('attention-heads', _PRODUCTS, 'test_comb/test_attention.py',
            'queries that share a key go with it',
            '        run.tie(shared)\n', '        pass\n'),
-    Mutant('attention-values', _PRODUCTS, 'test_comb/test_attention.py',
+    Mutant('attention-values', _PRODUCTS, 'test_comb/test_claims.py',
            'a head of queries goes with its head of values',
            '_heads(run, x, z)', 'pass'),
     Mutant('attention-tokens', _PRODUCTS, 'test_comb/test_claims.py',
@@ -75,7 +75,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant('convolution-cost', _PRODUCTS, 'test_comb/test_convolution.py',
            'the MACs of a convolution grow with its kernel',
            'constant *= size if axis is None or dim > 1 else 1', 'constant *= size if axis is None or dim > 2 else 1'),
-    Mutant('convolution-batch-cost', _PRODUCTS, 'test_comb/test_convolution.py',
+    Mutant('convolution-batch-cost', _PRODUCTS, 'test_comb/test_claims.py',
            'channels that were folded into the batch cost, and go',
            'run.cost(constant, *w_axes[:2], batch)', 'run.cost(constant, *w_axes[:2])'),
     # -- point-wise: where a result is zero

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -95,6 +97,42 @@ def test_a_product_of_activations_sums_over_channels_of_which_one_factor_is_zero
     if not groups:
         toy.frozen = dict.fromkeys(('q.weight:0', 'k.weight:0'), 'sums over channels that are not zero')
     check_toy(toy)
+
+
+def test_heads_of_values_go_with_their_heads_of_queries():
+    def run(m, x):
+        q, k, v = (layer(x).unflatten(-1, (m.heads, -1)).transpose(1, 2) for layer in (m.q, m.k, m.v))
+        return m.fc(F.scaled_dot_product_attention(q, k, v, scale=0.6).transpose(1, 2).flatten(2))
+
+    parts = dict(q=(3, 8), k=(3, 8), v=(3, 12), fc=(12, 2))
+    toy = Toy(
+        lambda: Net(run, heads=4, **{name: nn.Linear(*size) for name, size in parts.items()}),
+        TOKENS,
+        {'q': 4},
+        {
+            'q': {
+                'q.weight:0': rows(4, 2),
+                'q.bias:0': rows(4, 2),
+                'k.weight:0': rows(4, 2),
+                'k.bias:0': rows(4, 2),
+                'v.weight:0': rows(4, 3),
+                'v.bias:0': rows(4, 3),
+                'fc.weight:1': rows(4, 3),
+            }
+        },
+        heads='head',
+    )
+    check_toy(toy)
+
+
+def test_channels_that_were_folded_into_the_batch_cost_and_go():
+    def run(m, x):
+        n, _, h, w = x.shape
+        y = m.one(m.a(x).reshape(-1, 1, h, w)).tanh()
+        return m.fc(pooled(y.reshape(n, -1, h, w)))
+
+    parts = dict(a=nn.Conv2d(3, 6, 1), one=nn.Conv2d(1, 1, 3, padding=1), fc=nn.Linear(6, 2))
+    check_toy(Toy(lambda: Net(run, **copy.deepcopy(parts)), IMAGE, {'a': 6}))
 
 
 @pytest.mark.parametrize('bias', [True, False])
