@@ -50,7 +50,22 @@ setup(
     license='Apache-2.0',
     keywords='pruning, distillation, model compression, OpenMMLab',
     python_requires='>=3.11',
+    classifiers=[
+        'Development Status :: 4 - Beta',
+        'Intended Audience :: Developers',
+        'Intended Audience :: Science/Research',
+        'License :: OSI Approved :: Apache Software License',
+        'Operating System :: OS Independent',
+        'Programming Language :: Python :: 3 :: Only',
+        'Programming Language :: Python :: 3.11',
+        'Programming Language :: Python :: 3.12',
+        'Topic :: Scientific/Engineering :: Artificial Intelligence',
+        'Topic :: Scientific/Engineering :: Image Recognition',
+        'Typing :: Typed',
+    ],
     packages=find_packages(include=['mmcpd', 'mmcpd.*']),
+    package_data={'mmcpd': ['py.typed']},
+    entry_points={'console_scripts': ['mmcpd = mmcpd.__main__:main']},
     # No bounds: installing mmcpd must never replace the torch that somebody's mmcv was compiled against.
     # `import mmcpd` checks the versions and names the command that mends them.
     install_requires=['torch', 'numpy', 'scipy'],

@@ -4,7 +4,7 @@
     python benchmarks/latency.py --only seaformer --time-limit 60
 
 The models are those of `configs/cpd/vit_prune_ade20k.py` and `seaformer_prune_ade20k.py` with random weights: latency
-hangs on the structure alone. Each unit gets a random score, divided by what `--normalize` says: `memory` as in the
+depends on the structure alone. Each unit gets a random score, divided by what `--normalize` says: `memory` as in the
 configs, or `none`, which thins all groups evenly. The lowest go, in eights (`round_to=8`), until 40 % (DeiT-S) and 20 %
 (SeaFormer-L) of the parameters are gone; the paper reports -47 % and -26 % of the latency, with trained scores.
 Results go to `benchmarks/results/latency.json`.
@@ -26,13 +26,12 @@ from mmcpd.deploy import deploy
 from mmcpd.deploy.latency import progress_line
 from mmcpd.engine.build import as_config, build_dense
 from mmcpd.engine.compat import mend_scopes
-from mmcpd.prune.normalize import NORMALIZERS, normalize
-from mmcpd.prune.schedule import select
+from mmcpd.prune import NORMALIZERS, normalize, select
 from mmcpd.slim import slim
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / 'benchmarks' / 'results' / 'latency.json'
-MODELS = {  # name -> config, share of the parameters that stays
+MODELS = {  # name -> config, share of the parameters that remains
     'deit-s': ('configs/cpd/vit_prune_ade20k.py', 0.6),
     'seaformer-l': ('configs/cpd/seaformer_prune_ade20k.py', 0.8),
 }
@@ -45,13 +44,13 @@ def measure(config: str, share: float, args: argparse.Namespace) -> dict[str, An
     cfg = as_config(str(ROOT / config))
     dense = build_dense(cfg).eval()
     x = torch.randn(1, 3, args.size, args.size)
-    found = comb(dense, x)
+    coupling = comb(dense, x)
     generator = torch.Generator().manual_seed(0)
-    scores = {group.name: torch.rand(group.units, generator=generator) for group in found.groups}
-    keep = found.keep()
-    keep = select(normalize(scores, found, keep, args.normalize), found, keep, share, 'params', round_to=8)
-    small = slim(dense, found, keep).eval()
-    before, after = found.cost(found.keep()), found.cost(keep)
+    scores = {group.name: torch.rand(group.units, generator=generator) for group in coupling.groups}
+    scores = normalize(scores, coupling, coupling.keep(), by=args.normalize)
+    keep = select(scores, coupling, coupling.keep(), {'params': share})
+    small = slim(dense, coupling, keep).eval()
+    before, after = coupling.cost(coupling.keep()), coupling.cost(keep)
     with tempfile.TemporaryDirectory() as folder:
         report = deploy(
             {'dense': dense, 'slim': small},

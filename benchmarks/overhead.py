@@ -30,7 +30,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, installed or not
 
 from mmcpd.comb import comb
-from mmcpd.prune.pruner import Pruner
+from mmcpd.prune import Pruner, Schedule
 
 RESULTS = Path(__file__).resolve().parent / 'results' / 'overhead.json'
 SIZES = {32: 64, 224: 8}  # pixels -> batch
@@ -75,13 +75,13 @@ def measure(size: int, batch: int, args: argparse.Namespace) -> dict[str, Any]:
     model = torchvision.models.resnet50(num_classes=1000)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
     x, y = torch.randn(batch, 3, size, size), torch.randint(1000, (batch,))
-    found = comb(model, x[:1])
-    options = {'begin': 0, 'end': 2 * INTERVAL, 'interval': INTERVAL, 'target': 0.5, 'curve': 'linear'}
-    pruner = Pruner(model, found, optimizer, 2 * INTERVAL, **options, importance=args.importance)
-    pruner.start()
+    schedule = Schedule({'macs': 0.5}, end=2 * INTERVAL, interval=INTERVAL, curve='linear')
+    pruner = Pruner(model, comb(model, x[:1]), optimizer, schedule, importance=args.importance)
+    for _ in range(INTERVAL - 1):
+        pruner.step()
     step(model, optimizer, x, y)
     start = clock()
-    pruner.after(INTERVAL)  # halfway: three quarters of the MACs are left from here on
+    pruner.step()  # halfway: three quarters of the MACs remain from here on
     event = since(start)
 
     def iteration(pruning: bool) -> tuple[float, float]:

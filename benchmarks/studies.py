@@ -38,8 +38,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 from benchmarks import study_report
 from mmcpd.datasets import DigitScenesDataset
 from mmcpd.engine.build import build_dense
-from mmcpd.engine.hooks import bare_model
-from mmcpd.engine.slimmed import fill, load_slim, read_slim
+from mmcpd.engine.checkpoints import fill, load_slim, read_slim
+from mmcpd.engine.wrappers import bare_model
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / 'configs' / 'cpd'
@@ -47,7 +47,7 @@ RESULTS = ROOT / 'benchmarks' / 'results' / 'distillation.json'
 DISTILLERS = ('none', 'KD', 'CWD', 'CIRKD')
 DENSE = {'dense': 1.0, 'large': 1.5}  # unpruned models, and how wide they are
 LARGE_DIGITS = {'count': (1, 2), 'scale': (0.6, 0.9)}  # so that small models learn them in minutes
-TARGET = 0.35  # of the MACs stay, where a study does not vary it
+TARGET = 0.35  # of the MACs remain, where a study does not vary it
 PACKAGES = ('torch', 'mmengine', 'mmcv', 'mmseg', 'numpy')
 Row = dict[str, Any]
 
@@ -149,10 +149,12 @@ def config_of(case: Case, scale: Scale, out: Path) -> Config:
     ]
     cfg.optim_wrapper.optimizer.lr = 3e-3 if case.kind in DENSE else 1e-3
     if case.kind in DENSE:
-        cfg.model, cfg.custom_hooks = cfg.model.student, []  # Config.update would merge them
+        cfg.model = cfg.model.student  # Config.update would merge the two
+        cfg.default_hooks.pop('prune')
         return cfg
     cfg.load_from = str(out / Case(case.seed, 'dense').name / 'model.pth')
-    cfg.prune.update(begin=0, end=0.5, target=case.target, interval=max(1, scale.iters // 40), round_to=1)
+    options = dict(target=dict(macs=case.target), begin=0, end=0.5, interval=max(1, scale.iters // 40), round_to=1)
+    cfg.default_hooks.prune.update(options)
     if case.kind == 'none':
         cfg.model.update(teacher=None, losses=[])
     elif case.teacher == 'large':
@@ -279,7 +281,7 @@ def run_all(cases: Sequence[Case], scale: Scale, out: Path, results: Path) -> li
 
 
 def save(rows: Sequence[Row], file: Path) -> None:
-    """Put results into the file that the report is made from; others of the same scale stay."""
+    """Put results into the file that the report is made from; others of the same scale are kept."""
     known = json.loads(file.read_text()) if file.is_file() else []
     scales = [row['scale'] for row in rows]
     merged = {json.dumps(row['case']): row for row in (*known, *rows) if row['scale'] in scales}

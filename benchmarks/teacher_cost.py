@@ -1,10 +1,10 @@
-"""What a teacher adds to a training iteration, measured in pairs: none, float32, bfloat16, compiled.
+"""What a teacher adds to a training iteration, measured in pairs: none, and the unpruned model itself.
 
     OMP_NUM_THREADS=1 python benchmarks/teacher_cost.py
     python benchmarks/teacher_cost.py --only seaformer --rounds 15
     python benchmarks/teacher_cost.py --report      # the table again, from the results
 
-In each round every mode does one iteration (teacher, student, losses, backward, optimizer) on the same batch with the
+In each round both modes do one iteration (teacher, student, losses, backward, optimizer) on the same batch with the
 same student, in an order that changes; its time is divided by that of the mode without a teacher in the same round.
 Reported: medians of times and of ratios. Results go to `benchmarks/results/teacher_cost.json`.
 """
@@ -38,19 +38,13 @@ from mmcpd.engine.build import build_dense
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / 'benchmarks' / 'results' / 'teacher_cost.json'
 CONFIGS = {'seaformer': 'seaformer_prune_cwd.py', 'resnet50': 'resnet50_prune.py'}
-MODES: dict[str, dict[str, Any]] = {
-    'none': {},
-    'float32': {},
-    'bfloat16': {'teacher_dtype': 'bfloat16'},
-    'compile': {'teacher_compile': True},
-}
+MODES = ('none', 'self')
 Row = dict[str, Any]
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--only', choices=CONFIGS, nargs='+', default=list(CONFIGS))
-    parser.add_argument('--modes', choices=MODES, nargs='+', default=list(MODES))
     parser.add_argument('--rounds', type=int, default=9)
     parser.add_argument('--warm-up', type=int, default=2, metavar='ROUNDS')
     parser.add_argument('--batch', type=int, help="default: the config's")
@@ -60,7 +54,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def iterations(cfg: Config, modes: Sequence[str]) -> dict[str, Callable[[], None]]:
+def iterations(cfg: Config) -> dict[str, Callable[[], None]]:
     """Return a training iteration for each mode, all of one student on one batch."""
     torch.manual_seed(0)
     student = build_dense(cfg)
@@ -70,9 +64,9 @@ def iterations(cfg: Config, modes: Sequence[str]) -> dict[str, Callable[[], None
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         batch = next(iter(Runner.build_dataloader(cfg.train_dataloader, seed=0)))
         data = student.data_preprocessor(batch, training=True)
-        for mode in modes:
+        for mode in MODES:
             teacher = None if mode == 'none' else copy.deepcopy(student)
-            wrapped = {**cfg.model, 'student': student, 'teacher': teacher, **MODES[mode]}
+            wrapped = {**cfg.model, 'student': student, 'teacher': teacher}
             model = MODELS.build(wrapped).train()
 
             def iterate(model: torch.nn.Module = model) -> None:
@@ -90,12 +84,10 @@ def measure(name: str, args: argparse.Namespace) -> list[Row]:
     cfg = Config.fromfile(ROOT / 'configs' / 'cpd' / CONFIGS[name])
     if args.batch:
         cfg.train_dataloader.batch_size = args.batch
-    modes = list(dict.fromkeys(['none', *args.modes]))
-    steps = iterations(cfg, modes)
-    times: dict[str, list[float]] = {mode: [] for mode in modes}
+    steps = iterations(cfg)
+    times: dict[str, list[float]] = {mode: [] for mode in MODES}
     for number in range(args.warm_up + args.rounds):
-        turn = number % len(modes)
-        for mode in modes[turn:] + modes[:turn]:
+        for mode in MODES if number % 2 else reversed(MODES):
             start = time.perf_counter()
             steps[mode]()
             times[mode].append(time.perf_counter() - start)

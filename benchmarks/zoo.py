@@ -107,7 +107,7 @@ def stage(row: Row, name: str) -> Iterator[None]:
 
 
 def sweep_ours(model: Deployed, x: Tensor, seed: int) -> tuple[Row, nn.Module | None]:
-    """Coupling, mask, slim, compare and count; return the row and the slimmed model."""
+    """Comb, mask, slim, compare and count; return the row and the slimmed model."""
     from mmcpd.comb import comb
     from mmcpd.slim import mask_, slim
 
@@ -254,7 +254,7 @@ def classifiers(model: Deployed, x: Tensor) -> list[nn.Module]:
     return [m for n, m in layers.items() if m is ran[-1] or ('head' in n and m.weight.shape[0] in widths)]
 
 
-def child(family: Family, seed: int, gigabytes: float) -> None:
+def child(family: Family, seed: int, gigabytes: float, peer: bool) -> None:
     """Sweep one family and print each part of its row when it is known."""
     resource.setrlimit(resource.RLIMIT_AS, (int(gigabytes * 2**30),) * 2)
     torch.set_num_threads(1)
@@ -267,19 +267,25 @@ def child(family: Family, seed: int, gigabytes: float) -> None:
     with stage(row, 'build'):
         model, x = build(family, seed)
     if 'error' in row:
-        return tell({'build': row})
+        tell({'build': row})
+        return
     ours, small = sweep_ours(model, x, seed)
     tell({'ours': ours})
     if small is not None:
         tell({'onnx': sweep_onnx(copy.deepcopy(model), small, x)})
     del small
-    return tell({'peer': sweep_peer(model, x)})
+    if peer:
+        tell({'peer': sweep_peer(model, x)})
 
 
 # -- the sweep ---------------------------------------------------------------------------------------------------------
-def run_child(family: Family, seconds: float, gigabytes: float, seed: int) -> Row:
-    """Run one family in its own process within limits; what it told before it died counts."""
+def run_child(family: Family, seconds: float, gigabytes: float, seed: int, peer: Row | None = None) -> Row:
+    """Run one family in its own process within limits; what it told before it died counts.
+
+    `peer` is what an earlier sweep found for Torch-Pruning; None: run it.
+    """
     command = [sys.executable, __file__, '--child', family.key, '--limit-gb', str(gigabytes), '--seed', str(seed)]
+    command += ['--keep-peer'] if peer is not None else []
     environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
     start = time.perf_counter()
     row: Row = {'family': family.key, 'config': family.config, 'input': [1, family.channels, *family.size]}
@@ -299,6 +305,8 @@ def run_child(family: Family, seconds: float, gigabytes: float, seed: int) -> Ro
             part = json.loads(line.removeprefix(MARK))
             last = part.pop('stage', last)
             row |= part
+    if peer is not None:
+        row['peer'] = peer
     row['seconds'] = round(time.perf_counter() - start, 1)
     if died:
         row['died'] = f'{last}: {died}'
@@ -380,10 +388,14 @@ def sweep(args: argparse.Namespace) -> dict[str, Row]:
     partial = args.resume or args.failed or args.only
     rows: dict[str, Row] = json.loads(args.out.read_text())['families'] if partial and args.out.exists() else {}
     families = choose(args, rows)
-    about = meta(f'--jobs {args.jobs} --seed {args.seed}')
+    about = meta(f'--jobs {args.jobs} --seed {args.seed}' + (' --keep-peer' if args.keep_peer else ''))
+    earlier = json.loads(RESULTS.read_text())['families'] if args.keep_peer else {}
     start = time.perf_counter()
     with ThreadPoolExecutor(args.jobs) as pool:
-        jobs = [pool.submit(run_child, f, args.limit_seconds, args.limit_gb, args.seed) for f in families]
+        jobs = [
+            pool.submit(run_child, f, args.limit_seconds, args.limit_gb, args.seed, earlier.get(f.key, {}).get('peer'))
+            for f in families
+        ]
         for done, job in enumerate(as_completed(jobs), 1):
             row = job.result()
             rows[row['family']] = row
@@ -503,10 +515,15 @@ def main() -> None:
     parser.add_argument('--table', type=Path, default=TABLE)
     parser.add_argument('--list', action='store_true', help='print the families and what is out')
     parser.add_argument('--report', action='store_true', help='write the table from the results as they are')
+    parser.add_argument(
+        '--keep-peer',
+        action='store_true',
+        help="take Torch-Pruning's column from the results: it does not depend on mmcpd",
+    )
     parser.add_argument('--child', help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        child(next(f for f in FAMILIES if f.key == args.child), args.seed, args.limit_gb)
+        child(next(f for f in FAMILIES if f.key == args.child), args.seed, args.limit_gb, not args.keep_peer)
         return
     if args.list:
         print('\n'.join(f'{f.key:32} {f.config or "written out"}' for f in FAMILIES))

@@ -1,15 +1,19 @@
 """mmcpd's nodes in MMEngine's registry tree, where MMEngine looks for them by this file's name.
 
-Without them each component that a config inherits by `mmcpd::` would be built with a warning that its scope is unknown.
-The nodes stay empty: what is not found in them is looked for in the root, where mmcpd registers.
+`type='mmcpd.PruneHook'` in a config makes MMEngine import this file, in any process, and then the modules in
+`LOCATIONS`, which register what mmcpd adds. Each registry has a node, also those to which mmcpd adds nothing: what a
+config inherits by `_base_ = 'mmcpd::...'` is built in the scope `mmcpd`, and looked for in its parent, the root.
 """
 
 from __future__ import annotations
 
 import mmengine.registry as root
+from mmengine.registry import Registry
 
-NODES = [
-    root.Registry(node.name, parent=node, scope='mmcpd')
-    for node in list(vars(root).values())
-    if isinstance(node, root.Registry) and node.parent is None
-]
+LOCATIONS = ['mmcpd.engine']
+NODES = {
+    parent.name: Registry(parent.name, parent=parent, scope='mmcpd', locations=LOCATIONS)
+    for parent in list(vars(root).values())
+    if isinstance(parent, Registry) and parent.parent is None
+}
+DATASETS, HOOKS, MODELS = (NODES[parent.name] for parent in (root.DATASETS, root.HOOKS, root.MODELS))

@@ -79,7 +79,9 @@ def test_distillers_begin_with_the_dense_model_and_their_teacher(ran):
     none = studies.config_of(Case(0, 'none'), SCALE, out)
     assert none.model.teacher is None
     assert none.model.losses == []
-    assert none.prune == cwd.prune
+    assert none.default_hooks == cwd.default_hooks
+    assert cwd.default_hooks.prune.target == {'macs': studies.TARGET}
+    assert 'prune' not in studies.config_of(Case(0, 'dense'), SCALE, out).default_hooks
     assert none.optim_wrapper == cwd.optim_wrapper
 
 
@@ -155,11 +157,11 @@ def test_a_document_without_a_place_for_a_table_is_refused(document):
 
 
 def test_the_cost_of_a_teacher_is_measured_in_pairs(tmp_path, document, capsys):
-    arguments = '--only seaformer --modes none float32 bfloat16 --rounds 2 --warm-up 0 --batch 2'.split()
+    arguments = '--only seaformer --rounds 2 --warm-up 0 --batch 2'.split()
     files = ['--results', str(tmp_path / 'cost.json'), '--docs', str(document)]
     teacher_cost.main(teacher_cost.parse_args([*arguments, *files]))
     rows = json.loads((tmp_path / 'cost.json').read_text())['results']
-    assert [row['mode'] for row in rows] == ['none', 'float32', 'bfloat16']
+    assert [row['mode'] for row in rows] == ['none', 'self']
     assert rows[0]['ratio'] == 1
     assert rows[1]['seconds'] > 0
-    assert '| seaformer, 2 | float32 |' in document.read_text()
+    assert '| seaformer, 2 | self |' in document.read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shutil
@@ -17,13 +18,10 @@ from mmengine.config import Config
 from mmengine.registry import HOOKS, MODELS, DefaultScope
 from torch import nn
 
-import mmcpd.engine
-from mmcpd.comb import comb
 from mmcpd.engine.build import build_dense
-from mmcpd.engine.inputs import example_inputs
-from mmcpd.engine.slimmed import read_slim
-from mmcpd.prune.pruner import Schedule
-from mmcpd.prune.schedule import check_reachable, reachable, select, share
+from mmcpd.engine.checkpoints import read_slim
+from mmcpd.engine.combing import comb_by_config
+from mmcpd.prune import check_reachable, reachable, select, shares
 from mmcpd.slim import slim
 from tests.helpers import count
 from tests.test_tools.conftest import tool  # noqa: F401
@@ -44,12 +42,11 @@ def code_lines(text: str) -> list[str]:
 
 
 def combed(name: str):
-    """Return a config, its dense model with random weights, and the comb."""
+    """Return the PruneHook of a config, its dense model with random weights, and the coupling."""
     cfg = read(name)
-    cfg.comb.input_shape = SHAPES.get(name)
     torch.manual_seed(0)
     model = build_dense(cfg).eval()
-    return cfg, model, comb(model, example_inputs(cfg))
+    return HOOKS.build(cfg.default_hooks.prune), model, comb_by_config(model, cfg, input_shape=SHAPES.get(name))
 
 
 @pytest.fixture
@@ -65,42 +62,46 @@ def nowhere(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize('name', NAMES)
 def test_it_builds_and_combs_and_its_target_is_within_reach(nowhere, name):
-    cfg, model, found = combed(name)
+    hook, model, coupling = combed(name)
+    cfg = read(name)
     teacher = cfg.model.get('teacher', 'self')
     given = {'data_preprocessor': cfg.get('data_preprocessor'), 'teacher': 'self'}  # another's weights are not here
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         distiller = MODELS.build({**cfg.model, **given})
-        hooks = [HOOKS.build(dict(hook)) for hook in cfg.custom_hooks]
     assert teacher == 'self' or teacher.keys() == {'config', 'checkpoint'}
-    assert distiller.lessons
+    assert distiller.loss_configs
     assert [key for key in distiller.state_dict() if not key.startswith('distill.')] == list(model.state_dict())
-    assert [type(hook) for hook in hooks][-2:] == [mmcpd.engine.CombHook, mmcpd.engine.PruneHook]
-    prunable, total = found.prunable()
-    assert prunable / total > 0.95, found.reasons().most_common(3)
-    assert not found.unsupported
-    prune = cfg.prune
-    plan = Schedule(prune.begin, prune.end, prune.interval, prune.target, prune.metric)
-    check_reachable(found, plan, prune.min_units, prune.round_to, prune.ignore)
+    prunable, total = coupling.prunable()
+    assert prunable / total > 0.95, coupling.reasons().most_common(3)
+    assert not coupling.unsupported
+    check_reachable(coupling, hook.schedule.resolve(100_000), min_units=hook.min_units, round_to=hook.round_to)
 
 
 @pytest.mark.parametrize('name', NAMES)
-def test_it_inherits_what_it_does_not_say(name):
+def test_it_inherits_what_it_does_not_say(name, tmp_path):
     text = (FOLDER / f'{name}.py').read_text()
     if re.search(r"^_base_ = '\./\w+_prune\.py'$", text, re.MULTILINE):  # it differs from its base by a few lines
         assert len(code_lines(text)) <= 6
         return
-    assert re.search(r"'(\.\.|mmcpd::)/?_base_/cpd\.py'", text)
-    defaults = Config.fromfile(FOLDER.parent / '_base_' / 'cpd.py')
-    cfg = read(name)
-    assert cfg.comb == defaults.comb
-    assert {key: value for key, value in cfg.prune.items() if key not in text} == {
-        key: value for key, value in defaults.prune.items() if key not in text
+    bases = next(
+        ast.literal_eval(node.value) for node in ast.parse(text).body if ast.unparse(node.targets[0]) == '_base_'
+    )
+    bases = [bases] if isinstance(bases, str) else bases
+    paths = [str(FOLDER / base) if base.startswith('.') else base for base in bases]
+    (tmp_path / 'bases.py').write_text(f'_base_ = {paths!r}\n')
+    cfg, inherited = read(name), Config.fromfile(tmp_path / 'bases.py')
+    kinds = {key: hook.type for key, hook in inherited.get('default_hooks', {}).items() if 'type' in hook}
+    assert {key: hook.type for key, hook in cfg.default_hooks.items() if 'type' in hook} == {
+        **kinds,
+        'prune': 'mmcpd.PruneHook',
     }
+    assert cfg.get('custom_hooks') == inherited.get('custom_hooks')
+    assert not {'prune', 'comb'} & cfg.keys()
     assert len(code_lines(text)) <= (32 if name in FULL_SCALE else 20)
 
 
-def test_a_user_s_own_config_is_ten_lines():
-    assert len(code_lines((FOLDER / 'mobilevit_prune.py').read_text())) == 10
+def test_a_user_s_own_config_is_eight_lines():
+    assert len(code_lines((FOLDER / 'mobilevit_prune.py').read_text())) == 8
 
 
 @pytest.mark.parametrize('name', FULL_SCALE)
@@ -110,7 +111,7 @@ def test_full_scale_starts_from_the_checkpoint_that_openmmlab_lists_for_its_base
         assert '://' not in cfg.load_from  # OpenMMLab has none
         assert 'OpenMMLab publishes no SeaFormer' in text
         return
-    package, base = re.search(r"_base_ = \['(\w+)::(.+?\.py)'", text).groups()
+    package, base = re.search(r"_base_ = '(\w+)::(.+?\.py)'", text).groups()
     configs = Path(find_spec(package).origin).parent / '.mim' / 'configs'
     (metafile,) = (configs / base).parent.glob('metafile.y*ml')
     (listed,) = [m for m in yaml.safe_load(metafile.read_text())['Models'] if m['Config'] == f'configs/{base}']
@@ -134,20 +135,20 @@ def test_without_a_checkpoint_seaformer_says_so_before_it_trains(tool, tmp_path)
 @pytest.mark.parametrize(('name', 'fewer'), [('resnext50_prune_in1k', 4.31), ('mobilenetv2_prune_in1k', 2)])
 @torch.no_grad()
 def test_structure_alone_reaches_the_target_with_every_layer_alive(name, fewer):
-    cfg, model, found = combed(name)
-    prune = cfg.prune
-    assert prune.target == pytest.approx(1 / fewer)
-    assert reachable(found, prune.metric, prune.min_units, prune.round_to) < 0.2 / fewer
+    hook, model, coupling = combed(name)
+    target, floors = hook.schedule.target, {'min_units': hook.min_units, 'round_to': hook.round_to}
+    assert target == {'macs': pytest.approx(1 / fewer)}
+    assert reachable(coupling, **floors)['macs'] < 0.2 / fewer
     generator = torch.Generator().manual_seed(0)
-    scores = {name: torch.rand(len(keep), generator=generator) for name, keep in found.keep().items()}
-    keep = select(scores, found, found.keep(), prune.target, prune.metric, prune.min_units, prune.round_to)
-    assert 0.95 / fewer < share(found, keep, 'macs') <= 1 / fewer
-    small = slim(model, found, keep)
+    scores = {name: torch.rand(len(keep), generator=generator) for name, keep in coupling.keep().items()}
+    keep = select(scores, coupling, coupling.keep(), target, **floors)
+    assert 0.95 / fewer < shares(coupling, keep)['macs'] <= 1 / fewer
+    small = slim(model, coupling, keep)
     layers = {n: m for n, m in small.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     assert layers.keys() == {n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     assert min(min(layer.weight.shape[:2]) for layer in layers.values()) >= 1
     assert all(len(layer.weight) % getattr(layer, 'groups', 1) == 0 for layer in layers.values())
-    assert count(found, model)[0] > fewer * count(found, small)[0]  # counted while they run
+    assert count(coupling, model)[0] > fewer * count(coupling, small)[0]  # counted while they run
 
 
 # The embedded configs in miniature: a few batches of few pictures, narrower where weights would fill the disk.
@@ -159,8 +160,8 @@ DIGITS = [
     'train_dataloader.dataset.indices=32',
     'val_dataloader.dataset.indices=16',
     'test_dataloader.dataset.indices=16',
-    'prune.interval=2',
-    'prune.round_to=2',
+    'default_hooks.prune.interval=2',
+    'default_hooks.prune.round_to=2',
 ]
 ITERATIONS = [
     'train_cfg.max_iters=20',
@@ -171,7 +172,7 @@ ITERATIONS = [
     'param_scheduler.1.begin=2',
     'param_scheduler.1.periods=[8,10]',
     'train_dataloader.batch_size=4',
-    'prune.interval=2',
+    'default_hooks.prune.interval=2',
 ]
 SCENES = [*ITERATIONS, 'val_dataloader.dataset.length=4', 'test_dataloader.dataset.length=4']
 RESNET = ['model.student.backbone.stem_channels=16', 'model.student.backbone.base_channels=16']
@@ -254,8 +255,8 @@ def run(tool, request, tmp_path, name):  # noqa: F811
     code, _, err = tool('train', config, '--work-dir', 'w', *options)
     assert code == 0, err[-3000:]
     meta = read_slim(tmp_path / 'w/slim.pth')['meta']
-    prune = read(name).prune
-    assert 0.5 * prune.target < meta['slim'][prune.metric] / meta['dense'][prune.metric] <= prune.target
+    ((quantity, target),) = read(name).default_hooks.prune.target.items()
+    assert 0.5 * target < meta['slim'][quantity] / meta['dense'][quantity] <= target
     (log,) = (tmp_path / 'w').glob('*/*.log')
     assert 'loss_distill_' in log.read_text()
 

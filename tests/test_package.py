@@ -9,9 +9,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
-import mmcpd
-from mmcpd import compat
+from mmcpd import compat, version
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCKED = ('mmengine', 'mmcv', 'mmpretrain', 'mmseg')
@@ -31,8 +31,8 @@ def run_blocked(code: str) -> subprocess.CompletedProcess:
 
 def test_pure_folders_import_without_openmmlab():
     result = run_blocked(
-        'import pkgutil, importlib, mmcpd.comb, mmcpd.prune, mmcpd.distill\n'
-        'for package in (mmcpd.comb, mmcpd.prune, mmcpd.distill):\n'
+        'import pkgutil, importlib, mmcpd.comb, mmcpd.slim, mmcpd.prune, mmcpd.distill\n'
+        'for package in (mmcpd.comb, mmcpd.slim, mmcpd.prune, mmcpd.distill):\n'
         '    for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):\n'
         '        importlib.import_module(module.name)\n'
         'print("imported")'
@@ -50,16 +50,6 @@ def test_importing_mmcpd_imports_no_heavy_package():
     code = f'import sys, mmcpd; print([m for m in ("torch", "scipy", *{BLOCKED}) if m in sys.modules])'
     result = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout.strip() == '[]', result.stderr
-
-
-def test_config_names_are_found_on_the_package():
-    from mmcpd.models import SeaFormer
-
-    assert mmcpd.SeaFormer is SeaFormer
-    with pytest.raises(AttributeError, match='no attribute'):
-        _ = mmcpd.nothing
-    with pytest.raises(AttributeError, match='no attribute'):
-        _ = mmcpd.Nothing
 
 
 @pytest.mark.parametrize(
@@ -145,14 +135,24 @@ def build(tmp_path: Path) -> zipfile.ZipFile:
     return zipfile.ZipFile(wheel)
 
 
-def test_the_wheel_carries_configs_and_tools_and_replaces_nothing(tmp_path):
+def test_the_wheel_carries_a_command_configs_and_tools_and_replaces_nothing(tmp_path):
     with build(tmp_path) as wheel:
         names = set(wheel.namelist())
+        commands = wheel.read(next(name for name in names if name.endswith('entry_points.txt'))).decode()
         metadata = wheel.read(next(name for name in names if name.endswith('METADATA'))).decode()
     for name in ('model-index.yml', 'configs/cpd/metafile.yml', 'tools/train.py', 'tools/dist_train.sh'):
         assert f'mmcpd/.mim/{name}' in names
+    assert {'mmcpd/py.typed', 'mmcpd/cli/train.py'} <= names
+    assert commands == '[console_scripts]\nmmcpd = mmcpd.__main__:main\n'
     assert not [name for name in names if name.startswith(('tests', 'configs', 'tools'))]
     required = [line for line in metadata.splitlines() if line.startswith('Requires-Dist')]
     hard = {line.split(': ')[1] for line in required if 'extra ==' not in line}
     assert hard == {'torch', 'numpy', 'scipy'}
     assert 'Requires-Dist: onedl-mmcv==2.3.6; extra == "openmmlab"' in required
+
+
+def test_the_citation_names_the_paper_of_the_package_and_its_version():
+    citation = yaml.safe_load((ROOT / 'CITATION.cff').read_text())
+    assert citation['version'] == version.__version__
+    assert citation['license'] == 'Apache-2.0'
+    assert citation['preferred-citation']['url'] == 'https://arxiv.org/abs/2408.03046'

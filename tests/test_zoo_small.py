@@ -58,9 +58,9 @@ SMALL = {
         patch_bias=True,
     ),
     'seaformer': segmentor(
-        dict(type='mmcpd.models.LightHead', channels=16, embed_dims=[16, 16], norm_cfg=BN),
+        dict(type='mmcpd.LightHead', channels=16, embed_dims=[16, 16], norm_cfg=BN),
         [32, 128, 160],
-        type='mmcpd.models.SeaFormer',
+        type='mmcpd.SeaFormer',
         arch='tiny',
         norm_cfg=BN,
     ),

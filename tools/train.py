@@ -1,82 +1,8 @@
-"""Train a model by its config: comb, prune and distil if the config says so."""
+"""Train a model by its config: this is `mmcpd train`."""
 
-from __future__ import annotations
+import sys
 
-import argparse
-
-from mmengine.config import Config
-from mmengine.device import get_device
-from mmengine.runner import find_latest_checkpoint
-
-from mmcpd.engine import cli
-from mmcpd.engine.checkpoints import check_start
-from mmcpd.engine.compat import leave, start_processes
-
-
-def parse_args() -> argparse.Namespace:
-    parser = cli.parser(__doc__)
-    cli.add_runner_options(parser)
-    parser.add_argument(
-        '--resume',
-        nargs='?',
-        const='auto',
-        metavar='CHECKPOINT',
-        help='go on from this checkpoint; without a name, from the last one in the work dir',
-    )
-    parser.add_argument('--amp', action='store_true', help='train in automatic mixed precision')
-    parser.add_argument('--seed', type=int, help="seed of everything random; default: the config's")
-    parser.add_argument('--no-validate', action='store_true', help='do not evaluate while training')
-    parser.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate with the batch size')
-    parser.add_argument(
-        '--no-persistent-workers', action='store_true', help="start the loaders' workers anew each epoch"
-    )
-    return parser.parse_args()
-
-
-def merge_args(cfg: Config, args: argparse.Namespace) -> None:
-    """Write the options into the config, in place; `--cfg-options` was merged when it was read."""
-    cli.set_runner_options(cfg, args)
-    if args.no_validate:
-        cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
-    if args.amp:
-        cfg.optim_wrapper.type = 'AmpOptimWrapper'
-        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
-    if args.seed is not None:
-        cfg.randomness = {**cfg.get('randomness', {}), 'seed': args.seed}
-    if args.resume == 'auto':
-        # Without a checkpoint yet this is the first run, and load_from is where it begins.
-        if find_latest_checkpoint(cfg.work_dir) is not None:
-            cfg.resume, cfg.load_from = True, None
-    elif args.resume:
-        cfg.resume, cfg.load_from = True, args.resume
-    if args.auto_scale_lr:
-        if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
-            raise cli.UserError(f'--auto-scale-lr: {args.config} has no auto_scale_lr.base_batch_size')
-        cfg.auto_scale_lr.enable = True
-    if args.no_persistent_workers:
-        for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
-            if cfg.get(name) is not None:
-                cfg[name].persistent_workers = False
-
-
-def main(args: argparse.Namespace) -> None:
-    cfg = cli.read_config(args)
-    merge_args(cfg, args)
-    if args.amp and get_device() == 'cpu':
-        raise cli.UserError('--amp needs an accelerator, and torch finds none here; leave it out')
-    cli.check_folder(cfg.work_dir, '--work-dir')
-    cli.check_data(cfg, ('train_dataloader', 'val_dataloader'))
-    cli.check_checkpoint(cfg.get('load_from'), '--resume' if args.resume else 'load_from')
-    cli.check_hooks(cfg)
-    if cfg.get('load_from') and '://' not in cfg.load_from:
-        check_start(cfg, cfg.load_from)
-    start_processes(cfg)
-    try:
-        cli.run(cli.build_runner(cfg), lambda runner: runner.train())
-    except KeyboardInterrupt as error:
-        raise KeyboardInterrupt(cli.resume_hint(cfg, args)) from error
-
+from mmcpd.__main__ import main
 
 if __name__ == '__main__':
-    arguments = parse_args()
-    leave(cli.guard(main, arguments))
+    main(['train', *sys.argv[1:]])

@@ -5,8 +5,6 @@ _base_ = [
     '../_base_/models/mobilenetv2_light.py',
     '../_base_/datasets/camvid.py',
     '../_base_/schedules/scenes.py',
-    '../_base_/cpd.py',
-    '../_base_/cwd.py',
 ]
 _base_.train_pipeline[2].scale = (240, 180)
 _base_.train_pipeline[3].crop_size = (176, 240)
@@ -17,7 +15,6 @@ test_pipeline = [_base_.test_pipeline[0], halve, *_base_.test_pipeline[1:]]
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
-model = dict(_delete_=True, type='mmcpd.Distiller', student=_base_.model, losses=_base_.losses)
-custom_hooks = [dict(type='mmcpd.CombHook'), dict(type='mmcpd.PruneHook')]
-prune = dict(begin=0.5, end=0.75, target=0.5, interval=20, round_to=8)
+model = dict(_delete_=True, type='mmcpd.Distiller', student=_base_.model, losses=[dict(type='mmcpd.CWDLoss')])
+default_hooks = dict(prune=dict(type='mmcpd.PruneHook', target=dict(macs=0.5), begin=0.5, end=0.75, interval=20))
 optim_wrapper = dict(optimizer=dict(lr=1e-3))

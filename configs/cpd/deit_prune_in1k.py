@@ -2,12 +2,14 @@
 # at a low rate, then the 300 epochs that mmpretrain trains it for, as fine-tuning. For 4 GPUs x 256:
 #     tools/dist_train.sh configs/cpd/deit_prune_in1k.py 4
 # ImageNet is looked for in data/imagenet/{train,val}/<class>/*.JPEG.
-_base_ = ['mmpretrain::deit/deit-small_4xb256_in1k.py', '../_base_/cpd.py', '../_base_/kd.py']
+_base_ = 'mmpretrain::deit/deit-small_4xb256_in1k.py'
 load_from = 'https://download.openmmlab.com/mmclassification/v0/deit/deit-small_pt-4xb256_in1k_20220218-9425b9bb.pth'
-model = dict(_delete_=True, type='mmcpd.Distiller', student=_base_.model, losses=_base_.losses)
+model = dict(_delete_=True, type='mmcpd.Distiller', student=_base_.model, losses=[dict(type='mmcpd.KDLoss')])
 
-custom_hooks = [dict(type='mmcpd.CombHook'), dict(type='mmcpd.PruneHook')]
-prune = dict(begin=0, end=1 / 16, interval=25, target=0.5, round_to=8)
+default_hooks = dict(
+    prune=dict(type='mmcpd.PruneHook', target=dict(macs=0.5), begin=0, end=1 / 16, interval=25),
+    checkpoint=dict(max_keep_ckpts=3),
+)
 
 param_scheduler = [
     dict(type='ConstantLR', factor=0.04, by_epoch=True, begin=0, end=20),
@@ -15,4 +17,3 @@ param_scheduler = [
     dict(type='CosineAnnealingLR', eta_min=1e-5, by_epoch=True, begin=40, end=320),
 ]
 train_cfg = dict(max_epochs=320)
-default_hooks = dict(checkpoint=dict(max_keep_ckpts=3))

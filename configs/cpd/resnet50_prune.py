@@ -3,12 +3,9 @@ _base_ = [
     'mmpretrain::_base_/models/resnet50.py',
     '../_base_/datasets/digits.py',
     '../_base_/schedules/digits.py',
-    '../_base_/cpd.py',
-    '../_base_/kd.py',
 ]
 _base_.model.head.num_classes = 10
 _base_.model.head.topk = (1,)
-model = dict(_delete_=True, type='mmcpd.Distiller', student=_base_.model, losses=_base_.losses)
+model = dict(_delete_=True, type='mmcpd.Distiller', student=_base_.model, losses=[dict(type='mmcpd.KDLoss')])
 
-custom_hooks = [dict(type='mmcpd.CombHook'), dict(type='mmcpd.PruneHook')]
-prune = dict(begin=0.45, end=0.7, target=0.5, interval=6, round_to=8)
+default_hooks = dict(prune=dict(type='mmcpd.PruneHook', target=dict(macs=0.5), begin=0.45, end=0.7, interval=6))

@@ -5,13 +5,13 @@ _base_ = [
     'mmpretrain::_base_/schedules/cifar10_bs128.py',
     'mmpretrain::_base_/default_runtime.py',
     '../_base_/datasets/cifar10_folders.py',
-    '../_base_/cpd.py',
-    '../_base_/kd.py',
 ]
-model = dict(_delete_=True, type='mmcpd.Distiller', student=_base_.model, losses=_base_.losses)
+model = dict(_delete_=True, type='mmcpd.Distiller', student=_base_.model, losses=[dict(type='mmcpd.KDLoss')])
 
-custom_hooks = [dict(type='mmcpd.CombHook'), dict(type='mmcpd.PruneHook')]
-prune = dict(begin=0.5, end=0.7, target=0.5, interval=25, round_to=8)
+default_hooks = dict(
+    prune=dict(type='mmcpd.PruneHook', target=dict(macs=0.5), begin=0.5, end=0.7, interval=25),
+    checkpoint=dict(interval=10, max_keep_ckpts=2),
+)
 
 # The dense phase ends at a low rate, so that a good model teaches; the second cycle begins at a fifth.
 param_scheduler = dict(
@@ -22,4 +22,3 @@ param_scheduler = dict(
     restart_weights=[1, 0.2],
     eta_min=1e-4,
 )
-default_hooks = dict(checkpoint=dict(interval=10, max_keep_ckpts=2))

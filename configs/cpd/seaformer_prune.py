@@ -4,11 +4,8 @@ _base_ = [
     '../_base_/models/seaformer_scenes.py',
     '../_base_/datasets/digit_scenes.py',
     '../_base_/schedules/scenes.py',
-    '../_base_/cpd.py',
-    '../_base_/cwd.py',
 ]
 _base_.model.decode_head.loss_decode.class_weight = _base_.class_weight
-model = dict(_delete_=True, type='mmcpd.Distiller', student=_base_.model, losses=_base_.losses)
+model = dict(_delete_=True, type='mmcpd.Distiller', student=_base_.model, losses=[dict(type='mmcpd.CWDLoss')])
 
-custom_hooks = [dict(type='mmcpd.CombHook'), dict(type='mmcpd.PruneHook')]
-prune = dict(begin=0.5, end=0.75, target=0.5, interval=20, round_to=8)
+default_hooks = dict(prune=dict(type='mmcpd.PruneHook', target=dict(macs=0.5), begin=0.5, end=0.75, interval=20))

@@ -8,14 +8,14 @@ _base_ = [
     'mmseg::_base_/datasets/ade20k.py',
     'mmseg::_base_/default_runtime.py',
     'mmseg::_base_/schedules/schedule_80k.py',
-    '../_base_/cpd.py',
-    '../_base_/cwd.py',
 ]
 load_from = 'data/seaformer_l_ade20k.pth'
-model = dict(_delete_=True, type='mmcpd.Distiller', student=_base_.model, losses=_base_.losses)
+model = dict(_delete_=True, type='mmcpd.Distiller', student=_base_.model, losses=[dict(type='mmcpd.CWDLoss')])
 
-custom_hooks = [dict(type='mmcpd.CombHook'), dict(type='mmcpd.PruneHook')]
-prune = dict(begin=0, end=0.5, interval=50, target=0.8, metric='params', round_to=8)
+default_hooks = dict(
+    prune=dict(type='mmcpd.PruneHook', target=dict(params=0.8), begin=0, end=0.5, interval=50),
+    checkpoint=dict(interval=2000, max_keep_ckpts=3),
+)
 
 # The authors' optimizer, at half of its rate for half of its batch.
 optim_wrapper = dict(
@@ -33,4 +33,3 @@ param_scheduler = [
 ]
 train_dataloader = dict(batch_size=2)
 train_cfg = dict(val_interval=2000)
-default_hooks = dict(checkpoint=dict(interval=2000, max_keep_ckpts=3))

@@ -3,18 +3,19 @@
 # 4 GPUs x 2:
 #     tools/dist_train.sh configs/cpd/vit_prune_ade20k.py 4
 # ADE20K is looked for in data/ade/ADEChallengeData2016/{images,annotations}/{training,validation}.
-_base_ = ['mmseg::vit/vit_deit-s16_upernet_8xb2-80k_ade20k-512x512.py', '../_base_/cpd.py', '../_base_/cwd.py']
+_base_ = 'mmseg::vit/vit_deit-s16_upernet_8xb2-80k_ade20k-512x512.py'
 load_from = (
     'https://download.openmmlab.com/mmsegmentation/v0.5/vit/upernet_deit-s16_512x512_80k_ade20k/'
     'upernet_deit-s16_512x512_80k_ade20k_20210624_095228-afc93ec2.pth'
 )
 # What is loaded is trained. The auxiliary head is no part of what is tested, slimmed and exported.
 _base_.model.update(pretrained=None, auxiliary_head=None)
-model = dict(_delete_=True, type='mmcpd.Distiller', student=_base_.model, losses=_base_.losses)
+model = dict(_delete_=True, type='mmcpd.Distiller', student=_base_.model, losses=[dict(type='mmcpd.CWDLoss')])
 
-custom_hooks = [dict(type='mmcpd.CombHook'), dict(type='mmcpd.PruneHook')]
-prune = dict(begin=0, end=0.5, interval=50, target=0.6, metric='params', round_to=8)
+default_hooks = dict(
+    prune=dict(type='mmcpd.PruneHook', target=dict(params=0.6), begin=0, end=0.5, interval=50),
+    checkpoint=dict(interval=2000, max_keep_ckpts=3),
+)
 
 optim_wrapper = dict(optimizer=dict(lr=3e-5))
 train_cfg = dict(val_interval=2000)
-default_hooks = dict(checkpoint=dict(interval=2000, max_keep_ckpts=3))

@@ -9,7 +9,8 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 from mmengine.dataset import BaseDataset
-from mmengine.registry import DATASETS
+
+from mmcpd.registry import DATASETS
 
 Split = Literal['train', 'test']
 

@@ -8,9 +8,9 @@ from typing import Any, Literal, NamedTuple
 import cv2
 import numpy as np
 from mmengine.dataset import BaseDataset
-from mmengine.registry import DATASETS
 
 from mmcpd.datasets.digits import digits
+from mmcpd.registry import DATASETS
 
 STREAMS = {'train': 0, 'val': 1}  # each split draws its scenes from its own random stream
 INK = 0.5  # a pixel belongs to a digit where at least half of it is ink

@@ -1,4 +1,4 @@
-"""What the teacher says: distillation losses over named module outputs, pure torch.
+"""Compare a student with a teacher: distillation losses over named module outputs, in pure torch.
 
 Example:
     >>> import torch

@@ -6,20 +6,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-EPS = 1e-8  # a norm below it says nothing about a correlation
+EPS = 1e-8  # a norm below it gives no correlation
 
 
 class DistillLoss(nn.Module):
     """Hold what all distillation losses share; a subclass writes `compare`.
 
-    The teacher is detached, half precision becomes float32 and autocast is off inside, so that the result is
-    finite whatever the precision of the models. A teacher's map `(N, C, H, W)` of another size is resized
-    (bilinear) to the student's.
+    The teacher is detached, half precision becomes float32 and autocast is off inside, so that the result is finite
+    whatever the precision of the models. A teacher's map `(N, C, H, W)` of another size is resized (bilinear).
 
     Args:
         loss_weight: Factor of the result.
-        ignore_index: Positions whose label has this value do not count; labels must then be given. None:
-            labels are not looked at, and every position counts.
+        ignore_index: Positions whose label has this value do not count; labels must then be given. None: all count.
+
+    Example:
+        >>> class L1Loss(DistillLoss):
+        ...     def compare(self, student, teacher, labels, valid):
+        ...         return (student - teacher).abs().mean()
+        >>> L1Loss(loss_weight=2.0)(torch.zeros(1, 3, 4, 4), torch.ones(1, 3, 4, 4))
+        tensor(2.)
     """
 
     same_channels = True  # whether `compare` needs as many channels in the student as in the teacher
@@ -229,8 +234,7 @@ class FeatureLoss(DistillLoss):
         ignore_index: int | None = None,
     ) -> None:
         super().__init__(loss_weight, ignore_index)
-        self.student_channels = student_channels
-        self.teacher_channels = teacher_channels or student_channels
+        self.student_channels, self.teacher_channels = student_channels, teacher_channels or student_channels
         # A linear layer on rows is the 1x1 convolution, and takes vectors and tokens too.
         self.projection = (
             nn.Identity()
@@ -242,9 +246,8 @@ class FeatureLoss(DistillLoss):
         s, t = _rows(student, valid), _rows(teacher, valid)  # (rows, C)
         if (s.shape[1], t.shape[1]) != (self.student_channels, self.teacher_channels):
             raise ValueError(
-                f'FeatureLoss({self.student_channels}, {self.teacher_channels}) got a student of '
-                f'{s.shape[1]} and a teacher of {t.shape[1]} channels: set student_channels and '
-                'teacher_channels to these'
+                f'FeatureLoss({self.student_channels}, {self.teacher_channels}) got a student of {s.shape[1]} and a '
+                f'teacher of {t.shape[1]} channels: set student_channels and teacher_channels to these'
             )
         if isinstance(self.projection, nn.Linear):
             s = self.projection(s.to(self.projection.weight.dtype))

@@ -31,6 +31,10 @@ class Tap:
 
     Written as `'backbone.layer4'` (its output, of several the last), `'backbone:0'` (output 0 of several), or
     `'decode_head.conv_seg:in'` (its first input). `'logits'` is the last layer of the usual classifiers.
+
+    Example:
+        >>> Tap.parse('fc:in', model)
+        Tap(module='fc', part='in')
     """
 
     module: str
@@ -104,23 +108,17 @@ class Taps:
 
     def __enter__(self) -> Taps:
         self.seen.clear()
-        self.attach()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.detach()
-
-    def attach(self) -> None:
         modules = dict(self.model.named_modules())
         for name, tap in self.taps.items():
             module, hook = modules[tap.module], partial(self._see, name, tap)
             self._handles.append(
                 module.register_forward_pre_hook(hook) if tap.part == 'in' else module.register_forward_hook(hook)
             )
+        return self
 
-    def detach(self) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

@@ -15,11 +15,11 @@ with warnings.catch_warnings():
     # OneDL's mmcv comes without compiled operators, and says so at each start.
     warnings.filterwarnings('ignore', message='Fail to import ``MultiScaleDeformableAttention``')
     from mmcpd import datasets, models
-    from mmcpd.engine import slimmed
+    from mmcpd.engine.checkpoints import load_slim, slimmed
     from mmcpd.engine.compat import mend_scopes
     from mmcpd.engine.distillers import Distiller
     from mmcpd.engine.hooks import CombHook, PruneHook
 
 mend_scopes()
 
-__all__ = ['CombHook', 'Distiller', 'PruneHook', 'datasets', 'models', 'slimmed']
+__all__ = ['CombHook', 'Distiller', 'PruneHook', 'datasets', 'load_slim', 'models', 'slimmed']

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
@@ -12,39 +11,15 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 
-# Types that wrap a model, and the key of what they wrap.
-WRAPPERS = {'Distiller': 'student', 'slimmed': 'model'}
+from mmcpd.engine.wrappers import student_config, type_name
 
+HOOKS_OF_OURS = ('PruneHook', 'CombHook')
 ConfigLike: TypeAlias = Config | str | os.PathLike
 
 
 def as_config(config: ConfigLike) -> Config:
     """Return a config, read from a file if a path is given."""
     return config if isinstance(config, Config) else Config.fromfile(os.fspath(config))
-
-
-def type_name(config: Mapping[str, Any]) -> str:
-    """Return the class name that a config's `type` names, without its scope."""
-    kind = config.get('type', '')
-    return kind.rsplit('.', 1)[-1] if isinstance(kind, str) else kind.__name__
-
-
-def student_config(config: ConfigLike) -> ConfigDict:
-    """Return a copy of the config of the bare model inside a distiller or `slimmed`, with its preprocessor.
-
-    Example:
-        >>> student_config('configs/cpd/resnet50_prune.py').type
-        'ImageClassifier'
-    """
-    cfg = as_config(config)
-    model = copy.deepcopy(cfg.model)
-    preprocessor = model.get('data_preprocessor') or cfg.get('data_preprocessor')
-    while type_name(model) in WRAPPERS:
-        model = model[WRAPPERS[type_name(model)]]
-        preprocessor = model.get('data_preprocessor') or preprocessor
-    if preprocessor is not None:  # as Runner does
-        model.setdefault('data_preprocessor', copy.deepcopy(preprocessor))
-    return model
 
 
 def build_dense(config: ConfigLike) -> nn.Module:
@@ -74,7 +49,7 @@ def whole_forward(model: nn.Module, inputs: Tensor) -> list[Any]:
         The model's output, then that of each auxiliary head.
 
     Example:
-        >>> c = comb(model, images, forward=whole_forward)
+        >>> coupling = comb(model, images, forward=whole_forward)
     """
     heads = getattr(model, 'auxiliary_head', None)
     if not heads:
@@ -100,3 +75,15 @@ def datasets(config: Mapping[str, Any] | None) -> Iterator[ConfigDict]:
                 yield from datasets(part)
             else:
                 yield part
+
+
+def hook_options(cfg: Config) -> dict[str, Any]:
+    """Return the options that a config gives to its PruneHook, or to its CombHook where it does not prune.
+
+    Example:
+        >>> hook_options(Config({'default_hooks': {'prune': {'type': 'mmcpd.PruneHook', 'heads': 'head'}}}))['heads']
+        'head'
+    """
+    hooks = [*(cfg.get('default_hooks') or {}).values(), *(cfg.get('custom_hooks') or ())]
+    ours = {type_name(hook): dict(hook) for hook in hooks if hook and type_name(hook) in HOOKS_OF_OURS}
+    return next((ours[name] for name in HOOKS_OF_OURS if name in ours), {})

@@ -7,39 +7,156 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.config import Config
+from mmengine.runner.checkpoint import CheckpointLoader
 from torch import nn
 
-from mmcpd.comb import comb
-from mmcpd.coupling import Coupling
-from mmcpd.engine.build import build_dense, student_config, type_name, whole_forward
-from mmcpd.engine.finish import costs, finish
-from mmcpd.engine.hooks import STATE
-from mmcpd.engine.inputs import example_inputs, noise
-from mmcpd.engine.options import comb_options
-from mmcpd.engine.slimmed import fill, is_slim, load_slim, read_checkpoint
-from mmcpd.engine.teachers import student_weights
+from mmcpd.coupling import Coupling, Keep
+from mmcpd.engine.build import HOOKS_OF_OURS, ConfigLike, build_dense
+from mmcpd.engine.combing import comb_by_config
+from mmcpd.engine.report import comparison as comparison
+from mmcpd.engine.report import costs
+from mmcpd.engine.slim_file import PathLike, is_slim, read_slim, readable, save_slim
+from mmcpd.engine.wrappers import student_config, student_weights, type_name
 from mmcpd.errors import SlimError
-from mmcpd.slim import mask_
+from mmcpd.registry import MODELS
+from mmcpd.slim import mask_, restructure_, slim, structure
+from mmcpd.slim.compare import compare
 
-OUR_HOOKS = ('CombHook', 'PruneHook')
-PathLike = str | os.PathLike
+STATE = 'mmcpd'  # where the pruning state is in a training checkpoint
+TOLERANCE = 1e-3  # of the largest output, in float32
 
 
-def load_dense(cfg: Config, path: PathLike) -> nn.Module:
+# -- weights into a model ----------------------------------------------------------------------------------------------
+def read_checkpoint(path: PathLike) -> dict[str, Any]:
+    """Read any checkpoint as MMEngine does: training checkpoints hold more than weights.
+
+    Raises:
+        SlimError: The file is missing, truncated, or no checkpoint.
+
+    Example:
+        >>> read_checkpoint('there/is/no/such.pth')
+        Traceback (most recent call last):
+        mmcpd.errors.SlimError: there/is/no/such.pth: there is no such checkpoint
+    """
+    with readable(path):
+        content = CheckpointLoader.load_checkpoint(os.fspath(path), map_location='cpu', logger='silent')
+    if not isinstance(content, dict):
+        raise SlimError(f'{path} is not a checkpoint: it holds a {type(content).__name__}')
+    return content if 'state_dict' in content else {'state_dict': content}
+
+
+def fill(model: nn.Module, state_dict: Mapping[str, torch.Tensor], where: PathLike) -> None:
+    """Load weights strictly, in place; `where` names their origin in errors.
+
+    Raises:
+        SlimError: A tensor is missing, left over, or of another shape; the message names the first.
+
+    Example:
+        >>> fill(build(), model.state_dict(), 'weights.pth')
+    """
+    own = model.state_dict()
+    kind = type(model).__name__
+    # Weights from before torch 0.4.1 have no counters; only a norm without momentum reads them.
+    counters = {name: value for name, value in own.items() if name.endswith('num_batches_tracked')}
+    state_dict = {**counters, **state_dict}
+    for name, tensor in own.items():
+        if name not in state_dict:
+            raise SlimError(f'{where} is of another model: it lacks {name}, which {kind} has')
+        if state_dict[name].shape != tensor.shape:
+            raise SlimError(
+                f'{where} is of another model: {name} is {tuple(state_dict[name].shape)} there and '
+                f'{tuple(tensor.shape)} in {kind}'
+            )
+    for name in state_dict:
+        if name not in own:
+            raise SlimError(f'{where} is of another model: it has {name}, which {kind} has not')
+    model.load_state_dict(state_dict, strict=True)
+
+
+def load_dense(cfg: ConfigLike, path: PathLike) -> nn.Module:
     """Build a config's dense model with a checkpoint's weights, loaded strictly, in eval mode.
 
     Raises:
         SlimError: The checkpoint is unreadable or of another model.
-
-    Example:
-        >>> model = load_dense(cfg, 'work_dirs/resnet50_prune/dense.pth')
     """
+    weights = student_weights(read_checkpoint(path))
     model = build_dense(cfg)
-    fill(model, student_weights(read_checkpoint(path)), path)
+    fill(model, weights, path)
     return model.eval()
 
 
+def load_slim(config: ConfigLike, checkpoint: PathLike, device: str | torch.device = 'cpu') -> nn.Module:
+    """Build the slim model of a config and its checkpoint: the original class, really smaller, in eval mode.
+
+    Args:
+        config: The config that was pruned, or its path; its model may be bare or inside a distiller.
+        checkpoint: A `slim.pth`.
+        device: Where the model goes.
+
+    Raises:
+        SlimError: The checkpoint is unreadable, not a slim one, or of another model.
+
+    Example:
+        >>> model = load_slim('configs/cpd/resnet50_prune.py', 'slim.pth')  # doctest: +SKIP
+        >>> model(torch.rand(1, 3, 32, 32), mode='tensor').shape            # doctest: +SKIP
+        torch.Size([1, 10])
+    """
+    content = read_slim(checkpoint)
+    model = _cut_to(build_dense(config), content['structure'], checkpoint)
+    fill(model, content['state_dict'], checkpoint)
+    return model.to(device).eval()
+
+
+def load_any(cfg: ConfigLike, path: PathLike) -> nn.Module:
+    """Build the model that a checkpoint is of, slim or dense, with its weights, in eval mode.
+
+    Raises:
+        SlimError: The checkpoint is unreadable or of another model.
+    """
+    return load_slim(cfg, path) if is_slim(path) else load_dense(cfg, path)
+
+
+@MODELS.register_module()
+def slimmed(
+    model: Mapping[str, Any], structure: PathLike, data_preprocessor: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """Build a slim model of the dense one's class, for a config: to test, fine-tune and deploy like any other.
+
+    Args:
+        model: The config of the dense model.
+        structure: A `slim.pth`; its weights survive `init_weights`, and `load_from` wins over them.
+        data_preprocessor: Given by the Runner, used where `model` has none.
+
+    Raises:
+        SlimError: The checkpoint is unreadable, not a slim one, or of another model.
+
+    Example:
+        >>> model = dict(type='mmcpd.slimmed', model=dict(type='ImageClassifier'), structure='slim.pth')
+    """
+    config = dict(model)
+    if data_preprocessor is not None:
+        config.setdefault('data_preprocessor', data_preprocessor)
+    content = read_slim(structure)
+    small: Any = _cut_to(MODELS.build(config), content['structure'], structure)
+    fill(small, content['state_dict'], structure)
+    # MMEngine initialises a model when training starts; a pretrained init_cfg comes last.
+    small.init_cfg = {'type': 'Pretrained', 'checkpoint': os.fspath(structure)}
+    return small
+
+
+def _cut_to(model: nn.Module, structure: Mapping[str, Any], where: PathLike) -> nn.Module:
+    """Cut a dense model to a structure, in place; `where` names the structure's origin in errors."""
+    if not structure.keys() >= {'tensors', 'attributes', 'replaced'}:
+        raise SlimError(f'{where} holds no structure of a slim model')
+    try:
+        return restructure_(model, structure)
+    except SlimError as error:
+        raise SlimError(f'{where} does not fit {type(model).__name__}: {error}') from error
+
+
+# -- training checkpoints ----------------------------------------------------------------------------------------------
 def check_start(cfg: Config, path: PathLike) -> None:
     """See that training may start from a checkpoint: MMEngine passes over what does not fit, up to everything.
 
@@ -47,17 +164,14 @@ def check_start(cfg: Config, path: PathLike) -> None:
 
     Raises:
         SlimError: The checkpoint is unreadable, slim for a dense model, or of another model.
-
-    Example:
-        >>> check_start(cfg, 'resnet50_8xb32_in1k_20210831-ea4938fc.pth')
     """
     weights = student_weights(read_checkpoint(path))
     if type_name(cfg.model) == 'slimmed':
-        return  # built from a slim.pth, or fitted strictly by whoever wrote the structure
+        return  # built from a slim.pth, whose weights fitted strictly
     if is_slim(path):
         raise SlimError(
             f"{path} is a slim checkpoint and the config's model is dense; to train it further write "
-            f"model = dict(type='slimmed', model=..., structure='{path}')"
+            f"model = dict(type='mmcpd.slimmed', model=..., structure='{path}')"
         )
     own = build_dense(cfg).state_dict()
     misfits = [name for name, value in own.items() if name not in weights or weights[name].shape != value.shape]
@@ -69,48 +183,58 @@ def check_start(cfg: Config, path: PathLike) -> None:
         )
 
 
-def removed_units(checkpoint: Mapping[str, Any]) -> int:
-    """Return how many units the keep inside a training checkpoint removes; 0 where it has none."""
-    keep = checkpoint.get(STATE, {}).get('keep', {})
-    return sum(int((~units).sum()) for units in keep.values())
+def save_checked(model: nn.Module, coupling: Coupling, keep: Keep, path: Path, meta: Mapping[str, Any]) -> None:
+    """Cut a masked model, compare the two, and write the slim one if they agree.
 
+    Args:
+        model: the bare model, masked by `keep`.
+        coupling: what it was combed into.
+        keep: the kept units.
+        path: where the slim checkpoint goes.
+        meta: what its reader should know, plain values.
 
-def comb_by_config(model: nn.Module, cfg: Config, **given: Any) -> Coupling:
-    """Coupling a bare model as training by this config would; options that are given win.
+    Raises:
+        SlimError: the two models do not compute the same; then nothing is written.
 
     Example:
-        >>> print(comb_by_config(build_dense(cfg), cfg, heads='head'))
+        >>> from tempfile import mkdtemp
+        >>> mask_(model, coupling, keep)
+        >>> save_checked(model, coupling, keep, Path(mkdtemp(), 'slim.pth'), {'epoch': 30})
     """
-    options = {**comb_options(cfg), **given}
-    options.pop('save', None)
-    shape = options.pop('input_shape', None)
-    example = noise(1, shape) if shape else example_inputs(cfg)
-    return comb(model, example, forward=whole_forward, **options)
+    small = slim(model, coupling, keep)
+    off = compare(model, coupling, keep, small)
+    if off > TOLERANCE:
+        raise SlimError(
+            f'the slim model is off the masked one by {off:.1e} of the largest output, so {path} is not written: '
+            'the forward does something that combing does not see. tools/comb.py lists the groups; name those of '
+            'the module at fault in ignore=[...] of PruneHook and train again'
+        )
+    save_slim(path, small, structure(model, small), meta)
 
 
 def slim_checkpoint(cfg: Config, path: PathLike, out: PathLike) -> dict[str, Any]:
     """Cut a slim.pth from a training checkpoint that has its keep inside, and return its `meta`.
 
+    The model is combed with an input of the shape that training combed it with.
+
     Raises:
         SlimError: The checkpoint is unreadable, of another model, or nothing was pruned in it yet.
-
-    Example:
-        >>> slim_checkpoint(cfg, 'work_dirs/resnet50_prune/epoch_30.pth', 'slim.pth')['slim']['macs']
     """
     checkpoint = read_checkpoint(path)
     if removed_units(checkpoint) == 0:
         reason = 'no unit is removed in it yet' if STATE in checkpoint else 'it holds no pruning state'
         raise SlimError(f'{path} cannot be slimmed: {reason}. Give a checkpoint from after pruning began')
-    model, keep = load_dense(cfg, path), checkpoint[STATE]['keep']
-    found = comb_by_config(model, cfg)
+    model, state = load_dense(cfg, path), checkpoint[STATE]
+    keep, shape = state['pruner']['keep'], state['input_shape']
+    coupling = comb_by_config(model, cfg, input_shape=shape)
     try:
-        mask_(model, found, keep)
+        mask_(model, coupling, keep)
     except ValueError as error:
         raise SlimError(f'{path} does not fit what combing finds in {cfg.filename}: {error}') from error
-    told = checkpoint.get('meta', {})
-    meta = {key: told[key] for key in ('cfg', 'epoch', 'iter', 'dataset_meta') if key in told}
-    meta |= {'dense': costs(found, found.keep()), 'slim': costs(found, keep)}
-    finish(model, found, keep, Path(out), meta)
+    written = checkpoint.get('meta', {})
+    meta = {key: written[key] for key in ('cfg', 'epoch', 'iter', 'dataset_meta') if key in written}
+    meta |= {'input_shape': shape, 'dense': costs(coupling, coupling.keep()), 'slim': costs(coupling, keep)}
+    save_checked(model, coupling, keep, Path(out), meta)
     return meta
 
 
@@ -122,14 +246,10 @@ def use_checkpoint(cfg: Config, path: PathLike, folder: Path) -> None:
     Args:
         cfg: The config; a distiller around its model and the hooks that prune are dropped.
         path: A slim.pth, a training checkpoint, or bare weights; it is read and checked now.
-        folder: Where a slim.pth may be put, to stay until the model is built.
+        folder: Where a slim.pth may be written, and must not be removed until the model is built.
 
     Raises:
         SlimError: The checkpoint is unreadable or of another model.
-
-    Example:
-        >>> use_checkpoint(cfg, 'work_dirs/resnet50_prune/slim.pth', Path('/tmp'))
-        >>> Runner.from_cfg(cfg).test()
     """
     student = student_config(cfg)
     if not is_slim(path):
@@ -140,9 +260,18 @@ def use_checkpoint(cfg: Config, path: PathLike, folder: Path) -> None:
             load_dense(cfg, path)
     if is_slim(path):
         load_slim(cfg, path)
-        cfg.model = {'type': 'slimmed', 'model': student, 'structure': os.fspath(path)}
+        cfg.model = {'type': 'mmcpd.slimmed', 'model': student, 'structure': os.fspath(path)}
         cfg.load_from = None
     else:
         cfg.model, cfg.load_from = student, os.fspath(path)
     cfg.resume = False
-    cfg.custom_hooks = [hook for hook in cfg.get('custom_hooks') or () if type_name(hook) not in OUR_HOOKS]
+    hooks = cfg.get('default_hooks') or {}
+    for name in [name for name, hook in hooks.items() if hook and type_name(hook) in HOOKS_OF_OURS]:
+        hooks.pop(name)
+    cfg.custom_hooks = [hook for hook in cfg.get('custom_hooks') or () if type_name(hook) not in HOOKS_OF_OURS]
+
+
+def removed_units(checkpoint: Mapping[str, Any]) -> int:
+    """Return how many units the keep inside a training checkpoint removes; 0 where it has none."""
+    keep = checkpoint[STATE]['pruner']['keep'] if STATE in checkpoint else {}
+    return sum(int((~units).sum()) for units in keep.values())

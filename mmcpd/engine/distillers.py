@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from mmengine.dist import broadcast, is_distributed
 from mmengine.model import BaseModel
-from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from mmcpd.distill import Taps
-from mmcpd.engine.loss_configs import Lesson, labels_of, read_lesson
-from mmcpd.engine.teachers import DISTILL, DTYPES, FrozenTeacher, check_same_input, load_teacher
-
-STUDENT = 'student.'  # what nn.Module puts before the student's names, and nobody else sees
+from mmcpd.engine.loss_configs import LossConfig, labels_of
+from mmcpd.engine.teachers import FrozenTeacher, check_same_input, load_teacher
+from mmcpd.engine.wrappers import DISTILL, StudentWrapper
+from mmcpd.registry import MODELS
 
 
 @MODELS.register_module()
-class Distiller(BaseModel):
-    """Train a student on its own losses and on what a teacher says about the same batch.
+class Distiller(StudentWrapper):
+    """Train a student on its own losses, and to match a teacher on the same batch.
 
     Its predictions, parameter names and state dict are those of the bare student; losses that have a state of their
     own (queues, projections) add `distill.*` to the state dict. Attributes it lacks are the student's.
@@ -36,8 +35,6 @@ class Distiller(BaseModel):
             `name` (in the log: `loss_distill_<name>`), and the arguments of the loss. It is called as
             `loss(student, teacher)`, or `(student, teacher, labels)` if its `needs_labels` is True.
         data_preprocessor: For a student whose config has none; the Runner gives the config's own here.
-        teacher_dtype: None: as the student (mixed precision included); or 'bfloat16', 'float16'.
-        teacher_compile: Run the teacher through `torch.compile`.
         init_cfg: As for any MMEngine module, over the student and the losses.
 
     Raises:
@@ -45,10 +42,10 @@ class Distiller(BaseModel):
 
     Example:
         >>> model = dict(
-        ...     type='Distiller',
-        ...     student=dict(type='mmpretrain.ImageClassifier', ...),
+        ...     type='mmcpd.Distiller',
+        ...     student=dict(type='mmpretrain.ImageClassifier', backbone=dict(type='mmpretrain.ResNet', depth=50)),
         ...     teacher='self',
-        ...     losses=[dict(type='KDLoss', tap='head.fc', tau=1.0, loss_weight=1.0)],
+        ...     losses=[dict(type='mmcpd.KDLoss', tap='head.fc', tau=1.0, loss_weight=1.0)],
         ... )
     """
 
@@ -58,32 +55,20 @@ class Distiller(BaseModel):
         teacher: str | Mapping[str, Any] | nn.Module | None = 'self',
         losses: Sequence[Mapping[str, Any]] = (),
         data_preprocessor: Mapping[str, Any] | nn.Module | None = None,
-        teacher_dtype: str | None = None,
-        teacher_compile: bool = False,
         init_cfg: Mapping[str, Any] | list | None = None,
     ) -> None:
-        model = _build_student(student, data_preprocessor)
-        super().__init__(model.data_preprocessor, init_cfg)
-        del self._modules['data_preprocessor']  # it stays the student's, found there as other attributes are
-        self.student = model
-        self.distill = nn.ModuleDict()
-        self.lessons: dict[str, Lesson] = {}
-        for config in losses:
-            lesson = read_lesson(config, self.lessons)
-            self.distill[lesson.name] = lesson.build(self.student)
-            self.lessons[lesson.name] = lesson
-        if teacher_dtype not in DTYPES:
-            known = ', '.join(map(repr, DTYPES))
-            raise ValueError(f'teacher_dtype must be one of {known}, got {teacher_dtype!r}')
-        self.teacher_dtype, self.teacher_compile = teacher_dtype, teacher_compile
+        super().__init__(_build_student(student, data_preprocessor), init_cfg)
+        self.loss_configs: dict[str, LossConfig] = {}
+        for each in losses:
+            config = LossConfig.read(each, self.loss_configs)
+            self.distill[config.name] = config.build(self.student)
+            self.loss_configs[config.name] = config
         # Queues are the same on all processes by themselves, and too large to be sent at each forward.
         self._ddp_params_and_buffers_to_ignore = [
             f'{DISTILL}{name}.{buffer}'
             for name, loss in self.distill.items()
             for buffer in getattr(loss, 'local_buffers', ())
         ]
-        self._register_state_dict_hook(_as_student)
-        self.register_load_state_dict_post_hook(_report_as_student)
         self._teacher: FrozenTeacher | None = None
         self.teaches_itself = isinstance(teacher, str)
         if isinstance(teacher, Mapping):
@@ -93,15 +78,20 @@ class Distiller(BaseModel):
         elif teacher != 'self':
             raise ValueError(f"teacher must be 'self', a dict of config and checkpoint, a model or None: {teacher!r}")
 
-    # The teacher ------------------------------------------------------------------------------------------
-
+    # -- the teacher ---------------------------------------------------------------------------------------------------
     @property
     def teacher(self) -> nn.Module | None:
         """The frozen model that teaches now, if there is one."""
         return None if self._teacher is None else self._teacher.module
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == 'teacher':  # nn.Module would make it a part of the model
+            self.set_teacher(value)
+        else:
+            super().__setattr__(name, value)
+
     def set_teacher(self, module: nn.Module | None) -> None:
-        """Let a model teach from now on; it is frozen and put into eval mode, in place. None: nobody teaches.
+        """Let a model teach from now on, or none; it is frozen and put into eval mode, in place.
 
         Raises:
             ValueError: If a tap's name is not known there, or its pictures are normalised otherwise.
@@ -110,9 +100,9 @@ class Distiller(BaseModel):
             self._teacher = None
             return
         check_same_input(self.student, module)
-        taps = dict.fromkeys(lesson.teacher_tap for lesson in self.lessons.values())
+        taps = dict.fromkeys(config.teacher_tap for config in self.loss_configs.values())
         try:
-            self._teacher = FrozenTeacher(module, taps, DTYPES[self.teacher_dtype], self.teacher_compile)
+            self._teacher = FrozenTeacher(module, taps)
         except ValueError as error:
             raise ValueError(f'teacher: {error}') from error
         device = next(self.student.parameters()).device
@@ -122,7 +112,7 @@ class Distiller(BaseModel):
         """Let a copy of the student, as it is now, teach from now on, and return it.
 
         Args:
-            state_dict: Weights for the copy, as when a run goes on that took its snapshot long ago.
+            state_dict: Weights for the copy, where a run is resumed that took its snapshot before.
         """
         module = copy.deepcopy(self.student)
         if state_dict is not None:
@@ -144,8 +134,7 @@ class Distiller(BaseModel):
             self._teacher.apply_(fn)
         return self
 
-    # The losses -------------------------------------------------------------------------------------------
-
+    # -- the losses ----------------------------------------------------------------------------------------------------
     def forward(
         self, inputs: Tensor, data_samples: list | None = None, mode: str = 'tensor'
     ) -> dict[str, Tensor] | list | Tensor | tuple:
@@ -162,120 +151,23 @@ class Distiller(BaseModel):
         if mode != 'loss':
             return self.student(inputs, data_samples, mode=mode)
         if self._teacher is None or not self.distill:
-            return dict(self.student(inputs, data_samples, mode='loss')) | self._untaught()
-        said = self._teacher(inputs)  # before the student: its activations are gone by then
-        with Taps(self.student, {lesson.tap for lesson in self.lessons.values()}) as taps:
+            return dict(self.student(inputs, data_samples, mode='loss')) | self._zero_losses()
+        taught = self._teacher(inputs)  # before the student: its activations are freed by then
+        with Taps(self.student, {config.tap for config in self.loss_configs.values()}) as taps:
             losses = dict(self.student(inputs, data_samples, mode='loss'))
         for name, loss in self.distill.items():
-            lesson = self.lessons[name]
+            config = self.loss_configs[name]
             labels = [labels_of(data_samples, name)] if getattr(loss, 'needs_labels', False) else []
-            losses[f'loss_distill_{name}'] = loss(taps[lesson.tap], said[lesson.teacher_tap], *labels)
+            losses[f'loss_distill_{name}'] = loss(taps[config.tap], taught[config.teacher_tap], *labels)
         return losses
 
-    def _untaught(self) -> dict[str, Tensor]:
+    def _zero_losses(self) -> dict[str, Tensor]:
         """Return a zero for each loss with parameters: several processes expect a gradient for every one."""
         return {
             f'loss_distill_{name}': torch.stack([p.sum() * 0 for p in loss.parameters()]).sum()
             for name, loss in self.distill.items()
             if any(p.requires_grad for p in loss.parameters())
         }
-
-    # Everything else is the student's ---------------------------------------------------------------------
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            student = self.__dict__.get('_modules', {}).get('student')
-            if student is None or name.startswith('_'):
-                raise
-            return getattr(student, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == 'teacher':  # nn.Module would make it a part of the model
-            self.set_teacher(value)
-        else:
-            super().__setattr__(name, value)
-
-    def val_step(self, data: dict | tuple | list) -> list:
-        return self.student.val_step(data)
-
-    def test_step(self, data: dict | tuple | list) -> list:
-        return self.student.test_step(data)
-
-    def parse_losses(self, losses: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.student.parse_losses(losses)
-
-    def named_parameters(
-        self, prefix: str = '', recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Parameter]]:
-        """Name the parameters as the bare student does: rules about names (learning rates by layer) still apply."""
-        for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
-            yield _bare(name, prefix), parameter
-
-    def named_buffers(
-        self, prefix: str = '', recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, Tensor]]:
-        for name, buffer in super().named_buffers(prefix, recurse, remove_duplicate):
-            yield _bare(name, prefix), buffer
-
-    def get_layer_depth(self, param_name: str, *args: Any) -> tuple[int, int]:
-        """Answer mmpretrain's layer-wise learning rates, which walk the modules and so see `student.`."""
-        return self.student.get_layer_depth(param_name.removeprefix(STUDENT), *args)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Tensor],
-        prefix: str,
-        local_metadata: dict,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Take the bare student's names; torch's and MMEngine's loaders both come by here, with a copy."""
-        for key in [k for k in state_dict if k.startswith(prefix) and not k.startswith(prefix + DISTILL)]:
-            state_dict[prefix + STUDENT + key.removeprefix(prefix)] = state_dict.pop(key)
-        for key, own in self.distill.state_dict().items():
-            state_dict.setdefault(prefix + DISTILL + key, own)  # a bare student's checkpoint has none: keep ours
-        versions = getattr(state_dict, '_metadata', None)
-        added = {} if versions is None else {f'{STUDENT}{k}'.rstrip('.'): v for k, v in versions.items()}
-        if versions is not None:
-            versions.update(added)
-        self._loading = (prefix, versions, added, error_msgs)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-
-
-def _as_student(module: Distiller, state_dict: Any, prefix: str, _: dict) -> None:
-    """Rename a state dict's entries, and their versions, to the bare student's names, in place and in order."""
-    for key in [k for k in state_dict if k.startswith(prefix)]:
-        state_dict[_bare(key, prefix.rstrip('.'))] = state_dict.pop(key)
-    versions = state_dict._metadata
-    inner = prefix + STUDENT
-    stateless = not any(key.startswith(prefix + DISTILL) for key in state_dict)
-    for key in list(versions):
-        if f'{key}.'.startswith(inner):
-            versions[(prefix + f'{key}.'.removeprefix(inner)).rstrip('.')] = versions.pop(key)
-        elif stateless and f'{key}.'.startswith(prefix + DISTILL):
-            del versions[key]
-
-
-def _report_as_student(module: Distiller, keys: Any) -> None:
-    """Name what did not fit as the bare student would, and leave the caller's versions as they were."""
-    prefix, versions, added, error_msgs = module.__dict__.pop('_loading')
-    for names in (keys.missing_keys, keys.unexpected_keys):
-        names[:] = [_bare(name, prefix.rstrip('.')) for name in names]
-    error_msgs[:] = [message.replace(f' {prefix}{STUDENT}', f' {prefix}') for message in error_msgs]
-    for key in added:
-        versions.pop(key, None)
-
-
-def _bare(name: str, prefix: str) -> str:
-    """Drop `student.` after the prefix: `('a.student.fc.weight', 'a')` gives `'a.fc.weight'`."""
-    before = f'{prefix}.' if prefix else ''
-    return before + name.removeprefix(before).removeprefix(STUDENT)
 
 
 def _build_student(

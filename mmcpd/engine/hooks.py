@@ -1,105 +1,144 @@
-"""When to comb, prune and slim in a training run; the work is done by `mmcpd.comb` and `mmcpd.prune`."""
+"""When to comb, prune and slim in a training run; the work is done by `mmcpd.comb`, `mmcpd.prune` and `mmcpd.slim`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from mmengine.dist import is_main_process
 from mmengine.hooks import EMAHook, Hook
-from mmengine.model import is_model_wrapper
-from mmengine.optim import AmpOptimWrapper, OptimWrapper
-from mmengine.registry import HOOKS
+from mmengine.optim import AmpOptimWrapper, OptimWrapper, OptimWrapperDict
 from mmengine.runner import Runner
-from torch import Tensor, nn
 
-from mmcpd.comb import comb
-from mmcpd.coupling import Coupling
-from mmcpd.engine.build import whole_forward
-from mmcpd.engine.closure import Replay, random_state, set_random_state
+from mmcpd.comb.api import HEADS
+from mmcpd.engine.checkpoints import STATE, save_checked
+from mmcpd.engine.closure import StepClosure
+from mmcpd.engine.combing import comb_runner, shape_combed
 from mmcpd.engine.distillers import Distiller
-from mmcpd.engine.finish import comparison, costs, finish
-from mmcpd.engine.inputs import example_inputs, noise
-from mmcpd.engine.options import comb_options, prune_options
-from mmcpd.engine.slimmed import save_whole
-from mmcpd.prune.pruner import Pruner
+from mmcpd.engine.examples import check_shape
+from mmcpd.engine.plan import plan
+from mmcpd.engine.report import comparison, costs
+from mmcpd.engine.slim_file import save_whole
+from mmcpd.engine.wrappers import bare_model, unwrapped
+from mmcpd.names import look_up, near
+from mmcpd.prune import NORMALIZERS, Pruner, Schedule, check_floors, check_importance
+from mmcpd.registry import HOOKS
 
-STATE = 'mmcpd'  # where the pruning state sits in a checkpoint
-DENSE, SLIM = 'dense.pth', 'slim.pth'
-
-
-def bare_model(model: nn.Module) -> nn.Module:
-    """Return the model inside a data-parallel wrapper and a distiller: the one that is combed, pruned and slimmed."""
-    model = unwrapped(model)
-    return model.student if isinstance(model, Distiller) else model
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside a data-parallel wrapper."""
-    return cast(nn.Module, model.module) if is_model_wrapper(model) else model
+DENSE, SLIM, TABLE = 'dense.pth', 'slim.pth', 'coupling.txt'
 
 
 @HOOKS.register_module()
 class CombHook(Hook):
-    """Coupling the bare model before training: show what belongs together, and why the rest is frozen.
+    """Comb the bare model before training: show what belongs together, and why the rest is frozen.
+
+    A look at a model that nothing prunes; PruneHook combs by itself.
 
     Args:
-        **options: `heads`, `ignore`, `strict` of `mmcpd.comb.comb`; `input_shape`, (C, H, W) of the example that runs
-            through the model, by default the size in the config, or the first training picture's; `save`, a file
-            name in the work dir, or None. They win over the config's `comb = dict(...)`.
+        heads: what an attention gives up: 'dim', the same index in each head, or 'head', whole heads.
+        ignore: groups that are never pruned, by patterns of their names: ['backbone.conv1', 'backbone.layer1.*'].
+        strict: True: an operation without a rule is an error; False: what goes through it is frozen.
+        input_shape: (C, H, W) of the input that is combed with, see `mmcpd.engine.examples.input_shape`.
+        save: a file name in the work dir, or None.
 
     Raises:
-        ValueError: an unknown option.
+        ValueError: an unknown option, or a value that makes no sense.
 
     Example:
-        >>> custom_hooks = [dict(type='mmcpd.CombHook', heads='head'), dict(type='mmcpd.PruneHook')]
+        >>> CombHook(head='dim')
+        Traceback (most recent call last):
+        ValueError: CombHook has no option 'head': did you mean heads?
     """
 
-    priority = 'ABOVE_NORMAL'  # before PruneHook, which needs the comb
-
-    def __init__(self, **options: Any) -> None:
-        self.options = comb_options({}, options)
-        self.comb: Coupling | None = None
+    def __init__(
+        self,
+        heads: str = 'dim',
+        ignore: Sequence[str] = (),
+        strict: bool = False,
+        input_shape: Sequence[int] | None = None,
+        save: str | None = 'coupling.json',
+        **unknown: object,
+    ) -> None:
+        _refuse(unknown, self)
+        self.options = _comb_options(heads, ignore, strict, input_shape)
+        self.save = save
 
     def before_train(self, runner: Runner) -> None:
-        options = comb_options(runner.cfg, self.options)
-        shape, file = options.pop('input_shape', None), options.pop('save', None)
-        model = bare_model(runner.model)
-        example = _example(runner, shape).to(next(model.parameters()).device)
-        self.comb = comb(model, example, forward=whole_forward, **options)
-        runner.logger.info(f'combed:\n{self.comb}')
-        if file is not None and is_main_process():
-            self.comb.to_json(Path(runner.work_dir) / file)
+        coupling = comb_runner(runner, **self.options)
+        runner.logger.info(f'combed:\n{coupling}')
+        if self.save is not None and is_main_process():
+            coupling.to_json(Path(runner.work_dir) / self.save)
 
 
 @HOOKS.register_module()
 class PruneHook(Hook):
-    """Prune while training, from a share of the run to another, and save the slim model at the end.
+    """Comb the model, prune it while it trains, and save the slim model at the end.
 
     When pruning begins the dense model becomes the teacher (where a `Distiller` teaches itself) and goes to
-    `dense.pth`; at the end `slim.pth` and a table, dense beside slim. Needs a `CombHook`.
+    `dense.pth`; at the end come `slim.pth` and a table, dense beside slim. In a config:
+
+        default_hooks = dict(prune=dict(type='mmcpd.PruneHook', target=dict(macs=0.5)))
+
+    and on the command line `--cfg-options default_hooks.prune.target.macs=0.4`.
 
     Args:
-        **options: those of `mmcpd.prune.Pruner`: `begin`, `end`, `interval`, `target`, `metric`, `curve`,
-            `units_per_event`, `importance`, `normalize`, `min_units`, `round_to`, `ignore`, `seed`; they win over the
-            config's `prune = dict(...)`, whose defaults and comments are in `configs/_base_/cpd.py`.
+        target: how far: the share of the dense model's quantity that **remains**, between 0 and 1, by the names `macs`,
+            `params`, `memory` (bytes of activations), `units`; where there are several, all of them hold.
+        begin: when pruning begins, an iteration (int) or a share of the run (float); dense training before it.
+        end: when the last units go, likewise; fine-tuning after it.
+        interval: iterations of scoring between two removals.
+        curve: from 1 to the target: 'cubic' (fast first), 'linear', 'cosine', or 'paper': `units_per_event` each time.
+        units_per_event: for the curve 'paper' alone.
+        importance: 'hessian', 'curvature', 'group_fisher', 'magnitude' or 'random'; with options it is a dict:
+            dict(type='curvature', probes=2).
+        normalize: what the score is divided by: 'memory', 'channel_memory', 'macs', 'params' or 'none'.
+        round_to: groups of at least 64 units keep a multiple of it; 8 suits most hardware.
+        min_units: units that each group keeps.
+        heads, ignore, strict, input_shape: as in `CombHook`.
+        seed: of importances that draw random numbers.
 
     Raises:
-        ValueError: an unknown option, or groups that the importance cannot score: frozen stages, for one.
-        PruneError: nothing can be pruned, or not as far as the target; before training starts.
+        ValueError: an unknown option, or a value that makes no sense, when the hook is built; groups that the
+            importance cannot score (those of frozen stages), before training.
+        PruneError: nothing can be pruned, or not as far as the target, before training.
 
     Example:
-        >>> prune = dict(target=0.4, metric='params')
-        >>> custom_hooks = [dict(type='mmcpd.CombHook'), dict(type='mmcpd.PruneHook')]
+        >>> PruneHook(target=dict(macs=0.4), importance='curvature').schedule.target
+        {'macs': 0.4}
     """
 
-    def __init__(self, **options: Any) -> None:
-        self.options = options
+    def __init__(
+        self,
+        target: Mapping[str, float] = dict(macs=0.5),
+        begin: int | float = 0,
+        end: int | float = 0.6,
+        interval: int = 10,
+        curve: str = 'cubic',
+        units_per_event: int | None = None,
+        importance: str | Mapping[str, object] = 'hessian',
+        normalize: str = 'memory',
+        round_to: int = 8,
+        min_units: int = 1,
+        heads: str = 'dim',
+        ignore: Sequence[str] = (),
+        seed: int = 0,
+        input_shape: Sequence[int] | None = None,
+        strict: bool = False,
+        **unknown: object,
+    ) -> None:
+        _refuse(unknown, self)
+        self.schedule = Schedule(target, begin, end, interval, curve, units_per_event)
+        check_importance(importance)
+        look_up(NORMALIZERS, normalize, 'normalizer')
+        check_floors(min_units=min_units, round_to=round_to)
+        self.importance, self.normalize, self.seed = importance, normalize, seed
+        self.round_to, self.min_units = round_to, min_units
+        self.comb_options = _comb_options(heads, ignore, strict, input_shape)
         self._pruner: Pruner | None = None
-        self.replay: Replay | None = None
+        self.closure: StepClosure | None = None
         self.begun = False
         self.dense_metrics: dict[str, float] = {}
         self._loaded: dict[str, Any] | None = None
@@ -113,35 +152,46 @@ class PruneHook(Hook):
             RuntimeError: training has not started.
         """
         if self._pruner is None:
-            raise RuntimeError('PruneHook starts with training; there is nothing to ask before')
+            raise RuntimeError('PruneHook makes its pruner when training starts: read it after that')
         return self._pruner
 
     def before_train(self, runner: Runner) -> None:
-        options = prune_options(runner.cfg, self.options)
-        model = bare_model(runner.model)
         if any(isinstance(hook, EMAHook) for hook in runner.hooks):
             raise ValueError('EMAHook averages over weights that PruneHook removes: take one of them out of the hooks')
-        if not isinstance(runner.optim_wrapper, OptimWrapper):
+        if not isinstance(runner.optim_wrapper, OptimWrapper) or isinstance(runner.optim_wrapper, OptimWrapperDict):
             raise ValueError('PruneHook reads the gradients of one optimizer: OptimWrapperDict is not supported')
         runner.model.train()  # some backbones freeze their first stages only here
-        self._pruner = Pruner(model, _comb_of(runner), runner.optim_wrapper.optimizer, runner.max_iters, **options)
-        if self.pruner.importance.needs_closure:
-            self.replay = self.pruner.closure = Replay(runner.model, model, runner.optim_wrapper)
-        plan = self.pruner.schedule
-        runner.logger.info(
-            f'pruning to {plan.target} of the {plan.metric} from iteration {plan.begin} to {plan.end} of '
-            f'{runner.max_iters}, {plan.events()} times by {type(self.pruner.importance).__name__} / '
-            f'{self.pruner.normalizer}'
+        loaded = self._loaded if runner.iter > 0 else None
+        if loaded is not None:
+            self._resume(runner, loaded)
+        coupling = comb_runner(runner, **self.comb_options)
+        self._pruner = Pruner(
+            bare_model(runner.model),
+            coupling,
+            runner.optim_wrapper.optimizer,
+            self.schedule.resolve(runner.max_iters),
+            importance=self.importance,
+            normalize=self.normalize,
+            min_units=self.min_units,
+            round_to=self.round_to,
+            seed=self.seed,
         )
-        if runner.iter > 0:
-            self._resume(runner)
+        if self.pruner.importance.needs_closure:
+            self.closure = self.pruner.closure = StepClosure(runner.model, runner.optim_wrapper)
+        if is_main_process():
+            (Path(runner.work_dir) / TABLE).write_text(f'{coupling}\n', encoding='utf-8')
+        runner.logger.info(f'this run:\n{plan(runner, self.pruner)}')
+        if loaded is not None:
+            self.pruner.load_state_dict(loaded['pruner'])
+        else:
+            self.pruner.skip_to(runner.iter)
         self._log(runner)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        if not self.begun and runner.iter >= self.pruner.schedule.begin:
+        if self.pruner.begun and not self.begun:
             self._begin(runner)
-        if self.replay is not None:
-            self.replay.record(data_batch)
+        if self.closure is not None:
+            self.closure.record(data_batch)
         if self.pruner.importance.needs_batches:
             self.pruner.importance.next_batch()
             if isinstance(runner.optim_wrapper, AmpOptimWrapper):
@@ -150,7 +200,7 @@ class PruneHook(Hook):
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
     ) -> None:
-        if self.pruner.after(runner.iter + 1):
+        if self.pruner.step():
             self._log(runner)
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
@@ -163,33 +213,39 @@ class PruneHook(Hook):
             runner.logger.info(
                 f'{self.pruner.importance.skipped} iterations entered no score: a gradient was not finite'
             )
-        comb, keep = self.pruner.comb, self.pruner.keep
-        dense = {**costs(comb, comb.keep()), 'metrics': self.dense_metrics}
-        small = {**costs(comb, keep), 'metrics': self._metrics(runner)}  # masked and slim compute the same
+        coupling, keep = self.pruner.coupling, self.pruner.keep
+        dense = {**costs(coupling, coupling.keep()), 'metrics': self.dense_metrics}
+        small = {**costs(coupling, keep), 'metrics': self._metrics(runner)}  # masked and slim compute the same
         if is_main_process():
             path = Path(runner.work_dir) / SLIM
             meta = {'cfg': runner.cfg.pretty_text, 'epoch': runner.epoch, 'iter': runner.iter}
             data = getattr(runner.train_dataloader.dataset, 'metainfo', None)
-            meta |= {'dense': dense, 'slim': small, **({'dataset_meta': data} if data is not None else {})}
-            finish(self.pruner.model, comb, keep, path, meta)
+            meta |= {'input_shape': shape_combed(coupling), 'dense': dense, 'slim': small}
+            meta |= {'dataset_meta': data} if data is not None else {}
+            save_checked(self.pruner.model, coupling, keep, path, meta)
             runner.logger.info(f'saved {path}\n{comparison(dense, small)}')
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         if self._pruner is not None:
-            state = {'begun': self.begun, 'dense_metrics': self.dense_metrics}
-            checkpoint[STATE] = {**self._pruner.state_dict(), **state}
+            checkpoint[STATE] = {
+                'pruner': self._pruner.state_dict(),
+                'begun': self.begun,
+                'dense_metrics': self.dense_metrics,
+                'input_shape': shape_combed(self._pruner.coupling),
+            }
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         self._loaded = checkpoint.get(STATE)
 
     def _begin(self, runner: Runner) -> None:
-        """Keep the dense model, as a file and as the teacher, and start to score."""
+        """Keep the dense model, as a file and as the teacher, before anything is scored."""
         self.begun = True
         if runner.iter == 0 and runner.cfg.get('load_from') is None:
             runner.logger.warning(
                 'pruning begins at iteration 0 and nothing was loaded: an untrained model is pruned. Set load_from, '
                 'or a later begin'
             )
+        self.pruner.stop()  # its hooks are no part of the teacher, which is a copy
         self.dense_metrics = self._metrics(runner)
         model = unwrapped(runner.model)
         if isinstance(model, Distiller):
@@ -197,29 +253,19 @@ class PruneHook(Hook):
         if is_main_process():
             save_whole(Path(runner.work_dir) / DENSE, {'state_dict': self.pruner.model.state_dict()})
         self.pruner.start()
-        runner.logger.info(f'pruning begins; the dense model is in {DENSE}: {_shown(self.dense_metrics)}')
+        metrics = ', '.join(f'{name} {value:.2f}' for name, value in self.dense_metrics.items())
+        runner.logger.info(f'pruning begins; the dense model is in {DENSE}: {metrics or "not validated"}')
 
-    def _resume(self, runner: Runner) -> None:
-        """Go on where the checkpoint left."""
-        if self._loaded is None:
-            if runner.iter > self.pruner.schedule.begin:
-                raise ValueError(
-                    f'the checkpoint is of iteration {runner.iter} and has no pruning state, but pruning begins at '
-                    f'{self.pruner.schedule.begin}: start from it by load_from, or resume one that was pruned'
-                )
-            return
-        self.pruner.load_state_dict(self._loaded)
-        self.begun, self.dense_metrics = self._loaded['begun'], self._loaded['dense_metrics']
-        if not self.begun:
-            return
+    def _resume(self, runner: Runner, loaded: Mapping[str, Any]) -> None:
+        """Bring back what was known of the dense model, and the teacher, which is a copy without the pruner's hooks."""
+        self.begun, self.dense_metrics = loaded['begun'], loaded['dense_metrics']
+        self.comb_options['input_shape'] = loaded['input_shape']
         model = unwrapped(runner.model)
-        if isinstance(model, Distiller) and model.teaches_itself:
+        if self.begun and isinstance(model, Distiller) and model.teaches_itself:
             path = Path(runner.work_dir) / DENSE
             if not path.is_file():
                 raise ValueError(f'{path} is missing: it holds the teacher of the run that is resumed')
-            weights = torch.load(path, map_location='cpu', weights_only=True)['state_dict']
-            model.snapshot_teacher(weights)  # before the norms are masked: it is a copy of the student
-        self.pruner.start()
+            model.snapshot_teacher(torch.load(path, map_location='cpu', weights_only=True)['state_dict'])
 
     def _metrics(self, runner: Runner) -> dict[str, float]:
         """Return the validation's metrics at this iteration; validate if that was not just done."""
@@ -232,30 +278,21 @@ class PruneHook(Hook):
         return self._validated[1]
 
     def _log(self, runner: Runner) -> None:
-        for metric, left in self.pruner.left().items():
-            runner.message_hub.update_scalar(f'train/prune_{metric}', left)
+        for quantity, left in self.pruner.left().items():
+            runner.message_hub.update_scalar(f'train/prune_{quantity}', left)
 
 
-def _example(runner: Runner, shape: Sequence[int] | None) -> Tensor:
-    """Return the input that is combed with, (1, C, H, W): of this shape, the config's, or the first picture's."""
-    if shape is None and 'model' in runner.cfg:
-        try:
-            return example_inputs(runner.cfg)
-        except ValueError as error:
-            runner.logger.info(f'combing at the size of the first training picture: {error}')
-    if shape is None:
-        before = random_state()
-        shape = runner.train_dataloader.dataset[0]['inputs'].shape
-        set_random_state(before)
-    return noise(1, shape)
+def _comb_options(heads: str, ignore: Sequence[str], strict: bool, input_shape: Sequence[int] | None) -> dict[str, Any]:
+    """Check the options of combing, as far as that is possible without a model, and return them by name."""
+    look_up(dict.fromkeys(HEADS), heads, 'heads')
+    if isinstance(ignore, str) or not all(isinstance(pattern, str) for pattern in ignore):
+        raise ValueError(f"ignore is a list of patterns of group names, as ['backbone.layer1.*']: got {ignore!r}")
+    shape = None if input_shape is None else check_shape(input_shape)
+    return {'heads': heads, 'ignore': list(ignore), 'strict': strict, 'input_shape': shape}
 
 
-def _comb_of(runner: Runner) -> Coupling:
-    for hook in runner.hooks:
-        if isinstance(hook, CombHook) and hook.comb is not None:
-            return hook.comb
-    raise ValueError("PruneHook prunes what CombHook found: add dict(type='mmcpd.CombHook') to custom_hooks")
-
-
-def _shown(metrics: Mapping[str, float]) -> str:
-    return ', '.join(f'{name} {value:.2f}' for name, value in metrics.items()) or 'not validated'
+def _refuse(unknown: Iterable[str], hook: Hook) -> None:
+    """Refuse options that are not in the hook's signature: MMEngine would raise a TypeError without near names."""
+    known = [name for name in inspect.signature(type(hook)).parameters if name != 'unknown']
+    for name in unknown:
+        raise ValueError(f"{type(hook).__name__} has no option '{name}': did you mean {near(name, known)}?")

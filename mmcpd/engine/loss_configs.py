@@ -21,24 +21,63 @@ LOSSES: dict[str, type[nn.Module]] = {
     for name, loss in vars(distill).items()
     if isinstance(loss, type) and issubclass(loss, DistillLoss) and loss is not DistillLoss
 }
-# Attributes of torch's layers: the width of what they give, and of what they take.
-WIDTHS = {False: ('out_channels', 'out_features', 'num_features'), True: ('in_channels', 'in_features', 'num_features')}
+# Attributes of torch's layers that hold the width of their output, and of their input.
+OUTPUT_WIDTHS = ('out_channels', 'out_features', 'num_features')
+INPUT_WIDTHS = ('in_channels', 'in_features', 'num_features')
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """One loss: a tap on the student compared with one on the teacher."""
+class LossConfig:
+    """One distillation loss: a tap on the student compared with one on the teacher.
 
-    name: str  # in the log: loss_distill_<name>
+    Attributes:
+        name: in the log it is `loss_distill_<name>`.
+        kind: the loss's class, or its name.
+        arguments: of the class.
+        tap, teacher_tap: module outputs as in `mmcpd.distill.Tap`.
+    """
+
+    name: str
     kind: str | type[nn.Module]
-    args: dict[str, Any]
+    arguments: dict[str, Any]
     tap: str
     teacher_tap: str
+
+    @staticmethod
+    def read(config: Mapping[str, Any], taken: Collection[str] = ()) -> LossConfig:
+        """Read one loss's dict; what is not about the taps or the name are the loss's own arguments.
+
+        Args:
+            config: `type`, and what it needs of `tap` ('logits'), `teacher_tap` (as `tap`), `name` (of the type).
+            taken: Names that other losses have.
+
+        Raises:
+            ValueError: If there is no type, or the name is taken or no identifier.
+
+        Example:
+            >>> LossConfig.read({'type': 'CWDLoss', 'tap': 'decode_head.conv_seg', 'tau': 4.0}).name
+            'cwd'
+        """
+        arguments = dict(config)
+        kind = arguments.pop('type', None)
+        if kind is None:
+            raise ValueError(f'losses: {config} has no type; known: {", ".join(LOSSES)}')
+        tap = arguments.pop('tap', 'logits')
+        teacher_tap = arguments.pop('teacher_tap', tap)
+        name = arguments.pop('name', None)
+        if name is None:
+            label = _short(kind)
+            name = label.removesuffix('Loss').lower() or label.lower()
+            if name in taken:
+                name = f'{name}_{len(taken)}'
+        if name in taken or not name.isidentifier() or hasattr(nn.ModuleDict, name):
+            raise ValueError(f'losses: {name!r} cannot be the name of {_short(kind)}, or is taken; set another name')
+        return LossConfig(name, kind, arguments, tap, teacher_tap)
 
     def build(self, student: nn.Module) -> nn.Module:
         """Build the loss: one of ours, with or without 'mmcpd.' before its name, or any that MMEngine knows.
 
-        Ours take `student_channels` and `num_classes` from the student, where they need them and are not told.
+        Ours take `student_channels` and `num_classes` from the student, where they need them and have none given.
 
         Raises:
             ValueError: If the student has no such tap, there is no such loss, or it does not take the arguments.
@@ -48,55 +87,25 @@ class Lesson:
         try:
             if isinstance(self.kind, str):
                 if self.kind.removeprefix('mmcpd.').removeprefix('distill.') in LOSSES:
-                    return LOSSES[short](**{**_sizes(LOSSES[short], student, tap), **self.args})
+                    return LOSSES[short](**{**_sizes(LOSSES[short], student, tap), **self.arguments})
                 with MODELS.switch_scope_and_registry(None) as registry:
                     if registry.get(self.kind) is None:
                         raise ValueError(f'losses: no loss is called {self.kind!r}; near: {near(short, LOSSES)}')
-            return MODELS.build({'type': self.kind, **self.args})
+            return MODELS.build({'type': self.kind, **self.arguments})
         except TypeError as error:
             raise ValueError(f'losses: {short}: {error}') from error
 
 
-def read_lesson(config: Mapping[str, Any], taken: Collection[str] = ()) -> Lesson:
-    """Read one loss's dict; what is not about the taps or the name are the loss's own arguments.
-
-    Args:
-        config: `type`, and what it needs of `tap` ('logits'), `teacher_tap` (as `tap`), `name` (of the type).
-        taken: Names that other losses have.
-
-    Raises:
-        ValueError: If there is no type, or the name is taken or no identifier.
-
-    Example:
-        >>> read_lesson({'type': 'CWDLoss', 'tap': 'decode_head.conv_seg', 'tau': 4.0}).name
-        'cwd'
-    """
-    args = dict(config)
-    kind = args.pop('type', None)
-    if kind is None:
-        raise ValueError(f'losses: {config} has no type; known: {", ".join(LOSSES)}')
-    tap = args.pop('tap', 'logits')
-    teacher_tap = args.pop('teacher_tap', tap)
-    name = args.pop('name', None)
-    if name is None:
-        label = _short(kind)
-        name = label.removesuffix('Loss').lower() or label.lower()
-        if name in taken:
-            name = f'{name}_{len(taken)}'
-    if name in taken or not name.isidentifier() or hasattr(nn.ModuleDict, name):
-        raise ValueError(f'losses: {name!r} cannot be the name of {_short(kind)}, or is taken; set another name')
-    return Lesson(name, kind, args, tap, teacher_tap)
-
-
 def _sizes(loss: type[nn.Module], student: nn.Module, tap: Tap) -> dict[str, int]:
-    """Return those of a loss's sizes that the student tells: of its head, and of the module under the tap."""
+    """Return those arguments of a loss that are sizes of the student: of its head, and of the module under the tap."""
     module = student.get_submodule(tap.module)
-    told = {
+    widths = INPUT_WIDTHS if tap.part == 'in' else OUTPUT_WIDTHS
+    sizes = {
         'num_classes': getattr(getattr(student, 'decode_head', None), 'num_classes', None),
-        'student_channels': next((getattr(module, n) for n in WIDTHS[tap.part == 'in'] if hasattr(module, n)), None),
+        'student_channels': next((getattr(module, name) for name in widths if hasattr(module, name)), None),
     }
     wanted = inspect.signature(loss).parameters
-    return {name: size for name, size in told.items() if name in wanted and isinstance(size, int)}
+    return {name: size for name, size in sizes.items() if name in wanted and isinstance(size, int)}
 
 
 def _short(kind: str | type) -> str:

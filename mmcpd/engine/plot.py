@@ -16,7 +16,7 @@ ROLES = {
 ALIAS = {'stat': 'affine', 'free': 'affine'}
 
 
-def plot(comb: Coupling, path: str | os.PathLike, title: str = '') -> None:
+def plot(coupling: Coupling, path: str | os.PathLike, title: str = '') -> None:
     """Write a picture of the groups, modules from left to right in the order of the state dict.
 
     Raises:
@@ -24,17 +24,17 @@ def plot(comb: Coupling, path: str | os.PathLike, title: str = '') -> None:
         ValueError: `path` has an ending that matplotlib does not know.
 
     Example:
-        >>> plot(c, 'resnet50.png')
+        >>> plot(coupling, 'resnet50.png')
     """
     require('demo')
     from matplotlib.figure import Figure
 
-    modules = list(dict.fromkeys(name.rpartition('.')[0] or name for name in comb.tensors))
+    modules = list(dict.fromkeys(name.rpartition('.')[0] or name for name in coupling.tensors))
     place = {module: number for number, module in enumerate(modules)}
-    size = (3 + 0.11 * len(modules), 1.5 + 0.2 * len(comb.groups))
+    size = (3 + 0.11 * len(modules), 1.5 + 0.2 * len(coupling.groups))
     figure = Figure(figsize=(min(size[0], 60), min(size[1], 60)), layout='constrained')
     axes = figure.add_subplot()
-    for row, group in enumerate(comb.groups):
+    for row, group in enumerate(coupling.groups):
         roles: dict[str, set[int]] = {role: set() for role in ROLES}
         for member in group.members:
             module = member.tensor.rpartition('.')[0] or member.tensor
@@ -47,8 +47,8 @@ def plot(comb: Coupling, path: str | os.PathLike, title: str = '') -> None:
     for marker, area, label in ROLES.values():
         axes.scatter([], [], area, color='0.3', marker=marker, label=label)
     axes.legend(loc='upper right', fontsize=8)
-    axes.set_yticks(range(len(comb.groups)), [f'{g.name} ({g.units})' for g in comb.groups], fontsize=7)
+    axes.set_yticks(range(len(coupling.groups)), [f'{g.name} ({g.units})' for g in coupling.groups], fontsize=7)
     axes.set_xticks(range(len(modules)), modules, fontsize=5, rotation=90)
     axes.invert_yaxis()
-    axes.set_title(title or f'{len(comb.groups)} coupling groups, {comb.units} units', fontsize=10)
+    axes.set_title(title or f'{len(coupling.groups)} coupling groups, {coupling.units} units', fontsize=10)
     figure.savefig(path, dpi=110)

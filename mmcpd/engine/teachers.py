@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,51 +13,34 @@ from mmengine.model import BaseModel
 from torch import Tensor, nn
 
 from mmcpd.distill import Taps
-from mmcpd.engine.build import as_config, build_dense
-from mmcpd.engine.slimmed import fill, is_slim, load_slim, read_checkpoint
+from mmcpd.engine.build import as_config
+from mmcpd.engine.checkpoints import load_any
 from mmcpd.errors import SlimError
-
-DTYPES = {None: None, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
-# What the distiller adds to a student's checkpoint: no part of a teacher made from it.
-DISTILL = 'distill.'
 
 
 class FrozenTeacher:
     """Run a frozen model on the student's batches, and return what its taps see.
 
     It is no `nn.Module`, so that a distiller may hold it without its weights being parameters, saved, broadcast or
-    put into training mode. Copies of the distiller (an EMA's) share it.
+    put into training mode. Copies of the distiller (an EMA's) share it. It runs no further than its last tap.
 
     Args:
         module: The teacher; frozen and put into eval mode, in place.
         taps: Names of module outputs, as in `mmcpd.distill.Tap`.
-        dtype: Run in this precision instead of the student's: half the memory. For hardware that computes in it: a
-            CPU without bfloat16 instructions is several times slower.
-        compiled: Run through `torch.compile`; the first batch of each size then takes longer. An ordinary
-            teacher runs no further than its last tap, a compiled one to its end.
 
     Raises:
         ValueError: If a tap's name is not known.
+
+    Example:
+        >>> FrozenTeacher(model, ['fc'])(images)['fc'].requires_grad
+        False
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        taps: Iterable[str],
-        dtype: torch.dtype | None = None,
-        compiled: bool = False,
-    ) -> None:
+    def __init__(self, module: nn.Module, taps: Iterable[str]) -> None:
         self.taps = Taps(module, taps)
         self.module = module.requires_grad_(False).eval()
-        self.dtype = dtype
         # MMEngine's models return what a plain module would only in this mode.
         self.options = {'mode': 'tensor'} if isinstance(module, BaseModel) else {}
-        if dtype is not None:
-            self.module.to(dtype)
-        self.compiled: Callable[..., Any] | None = None
-        if compiled:
-            self.taps.attach()
-            self.compiled = torch.compile(self.module)
 
     def __call__(self, inputs: Tensor) -> dict[str, Tensor]:
         """Return what each tap sees for a preprocessed batch `(N, C, H, W)`.
@@ -66,36 +48,17 @@ class FrozenTeacher:
         Raises:
             ValueError: If a tap's module is not called, or gives no tensor.
         """
-        own_precision: AbstractContextManager = nullcontext()
-        if self.dtype is not None:
-            inputs = inputs.to(self.dtype)
-            own_precision = torch.autocast(inputs.device.type, enabled=False)
-        with torch.inference_mode(), own_precision:
-            seen = self._run(inputs)
+        with torch.inference_mode():
+            seen = self.taps.run(inputs, **self.options)
         # Autograd may not save inference tensors; their copies are ordinary ones.
         return {name: tensor.clone() for name, tensor in seen.items()}
 
-    def _run(self, inputs: Tensor) -> dict[str, Tensor]:
-        if self.compiled is None:
-            return self.taps.run(inputs, **self.options)
-        self.taps.seen.clear()
-        self.compiled(inputs, **self.options)
-        return {name: self.taps[name] for name in self.taps.taps}
-
     def apply_(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Follow the student to another device; the precision stays, if it was given."""
+        """Follow the student to another device or precision."""
         self.module._apply(change)
-        if self.dtype is not None:
-            self.module.to(self.dtype)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FrozenTeacher:
         return self
-
-
-def student_weights(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return a training checkpoint's weights under the bare student's names."""
-    weights = {name.removeprefix('module.'): value for name, value in checkpoint['state_dict'].items()}
-    return {name: value for name, value in weights.items() if not name.startswith(DISTILL)}
 
 
 def load_teacher(teacher: Mapping[str, Any]) -> nn.Module:
@@ -109,6 +72,8 @@ def load_teacher(teacher: Mapping[str, Any]) -> nn.Module:
 
     Example:
         >>> load_teacher({'config': 'mmpretrain::resnet/resnet101_8xb32_in1k.py', 'checkpoint': 'r101.pth'})
+        Traceback (most recent call last):
+        ValueError: teacher: r101.pth: there is no such checkpoint
     """
     keys = {'config', 'checkpoint', 'cfg_options'}
     if not {'config', 'checkpoint'} <= teacher.keys() <= keys or teacher.get('checkpoint') is None:
@@ -118,15 +83,10 @@ def load_teacher(teacher: Mapping[str, Any]) -> nn.Module:
         )
     cfg = _read_config(teacher['config'])
     cfg.merge_from_dict(dict(teacher.get('cfg_options') or {}))
-    path = os.fspath(teacher['checkpoint'])
     try:
-        if is_slim(path):
-            return load_slim(cfg, path)
-        model = build_dense(cfg)
-        fill(model, student_weights(read_checkpoint(path)), path)
+        return load_any(cfg, os.fspath(teacher['checkpoint']))
     except SlimError as error:
         raise ValueError(f'teacher: {error}') from error
-    return model
 
 
 def _read_config(config: Config | str | os.PathLike) -> Config:

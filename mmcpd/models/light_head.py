@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from mmcv.cnn import ConvModule
-from mmengine.registry import MODELS
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from mmseg.models.utils import resize
 from torch import Tensor, nn
+
+from mmcpd.registry import MODELS
 
 
 class FusionBlock(nn.Module):

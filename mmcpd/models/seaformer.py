@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
 from mmcv.cnn.bricks import DropPath
 from mmengine.model import BaseModule, PretrainedInit, initialize
-from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from mmcpd.models.convert import load_backbone
+from mmcpd.registry import MODELS
 
 NORM_CFG: dict[str, Any] = dict(type='BN', requires_grad=True)
 

@@ -102,6 +102,15 @@ class Importance:
         every_iteration: scores are a sum over iterations; otherwise only the newest `accumulate` counts.
         iterations: how many entered the scores since `reset`.
         skipped: how many were left out since training began, because a gradient was not finite.
+
+    Example:
+        >>> class Bias(Importance):
+        ...     def accumulate(self, model, *, closure=None, loss_scale=1.0):
+        ...         self.add(torch.cat([model.get_parameter(f'{g.name}.bias').detach().abs() for g in self.groups]))
+        >>> score = Bias(coupling.groups)
+        >>> score.accumulate(model)
+        >>> score.iterations
+        1
     """
 
     needs_closure: ClassVar[bool] = False

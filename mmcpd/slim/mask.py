@@ -261,17 +261,17 @@ def mask_(model: nn.Module, coupling: Coupling, keep: Mapping[str, Tensor]) -> N
     Args:
         model: the model that was combed, or a copy of it.
         coupling: what combing found.
-        keep: `{group name: BoolTensor(units)}`, True = stays.
+        keep: `{group name: BoolTensor(units)}`, True = kept.
 
     Raises:
         ValueError: if the keep does not fit.
-        SlimError: if one module takes statistics over two different sets of channels, in one dimension and of one
-            width; `comb` freezes these unless `trial=False`.
 
     Example:
-        >>> keep = c.keep()
-        >>> keep['layer1.0.conv1'][::2] = False
-        >>> mask_(model, c, keep)
+        >>> keep = coupling.keep()
+        >>> keep['conv1'][::2] = False
+        >>> mask_(model, coupling, keep)
+        >>> float(model.conv1.weight[::2].detach().abs().sum())
+        0.0
     """
     coupling.check(keep)
     Masker(model, coupling).apply_(dict(keep))

@@ -63,6 +63,11 @@ def restructure_(model: nn.Module, plan: Mapping[str, Any]) -> nn.Module:
 
     Raises:
         SlimError: if the plan names what the model has not, so that it is another model's.
+
+    Example:
+        >>> twin = restructure_(build(), structure(model, small))
+        >>> twin.conv1.out_channels
+        4
     """
     shared: dict[int, Tensor] = {}
     for name, shape in plan['tensors'].items():

@@ -3,7 +3,6 @@
 import copy
 import logging
 import os
-from functools import partial
 from pathlib import Path
 
 import mmpretrain.models  # noqa: F401 - registers
@@ -185,43 +184,15 @@ def test_teacher_runs_once_in_inference_mode_no_further_than_its_taps():
     assert calls == [True]
 
 
-def test_teacher_follows_the_student_and_keeps_its_precision():
-    model = distiller(teacher=MODELS.build(classifier()), teacher_dtype='bfloat16')
-    assert next(model.teacher.parameters()).dtype == torch.bfloat16
-    model.double().float()
-    assert next(model.teacher.parameters()).dtype == torch.bfloat16
-    plain = distiller(teacher=MODELS.build(classifier()))
-    plain.to('meta')
-    assert next(plain.teacher.parameters()).device.type == 'meta'
+def test_teacher_follows_the_student():
+    model = distiller(teacher=MODELS.build(classifier()))
+    assert next(model.double().teacher.parameters()).dtype == torch.float64
+    model.to('meta')
+    assert next(model.teacher.parameters()).device.type == 'meta'
 
 
-def test_bfloat16_teacher_says_nearly_the_same():
-    teacher = MODELS.build(classifier())
-    values = []
-    for dtype in (None, 'bfloat16'):
-        model = distiller(teacher=copy.deepcopy(teacher), teacher_dtype=dtype).train()
-        values.append(losses_of(model, pictures())['loss_distill_kd'])
-    assert values[1].dtype == torch.float32
-    torch.testing.assert_close(*values, rtol=0.05, atol=1e-3)
-    assert values[0] != values[1]
-
-
-def test_compiled_teacher_says_the_same(monkeypatch):
-    # The capture is what can go wrong; generating code for it would take a minute.
-    monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend='eager', fullgraph=True))
-    teacher = MODELS.build(classifier())
-    losses = [KD, {'type': 'FeatureLoss', 'tap': 'backbone.layer1', 'student_channels': 8}]
-    plain, compiled = (
-        distiller(losses=losses, teacher=copy.deepcopy(teacher), teacher_compile=c).train() for c in (False, True)
-    )
-    for seed in range(3):  # also not what an earlier batch left behind
-        data = pictures(seed=seed)
-        torch.testing.assert_close(losses_of(compiled, data), losses_of(plain, data))
-
-
-@pytest.mark.parametrize('dtype', [None, 'bfloat16'])
-def test_under_autocast(dtype):
-    model = distiller(teacher=MODELS.build(classifier()), teacher_dtype=dtype).train()
+def test_under_autocast():
+    model = distiller(teacher=MODELS.build(classifier())).train()
     with torch.autocast('cpu', torch.bfloat16):
         losses = losses_of(model, pictures())
     sum(losses.values()).backward()
@@ -277,23 +248,17 @@ def test_segmentation_with_labels():
 
 
 @pytest.mark.parametrize(
-    ('base', 'student', 'names'),
+    ('config', 'student', 'names'),
     [
-        ('kd', classifier, ['kd']),
-        ('kd', segmentor, ['kd']),
-        ('cwd', segmentor, ['cwd']),
-        ('cirkd', segmentor, ['kd', 'cirkd']),
+        ('resnet50_prune', classifier, ['kd']),
+        ('seaformer_prune_kd', segmentor, ['kd']),
+        ('seaformer_prune', segmentor, ['cwd']),
+        ('seaformer_prune_cirkd', segmentor, ['kd', 'cirkd']),
     ],
 )
-def test_configs_fit_any_model(tmp_path, base, student, names):
-    (tmp_path / 'model.py').write_text(f'model = {student()!r}')
-    (tmp_path / 'mine.py').write_text(
-        f"_base_ = ['model.py', {str(ROOT / 'configs/_base_' / base) + '.py'!r}]\n"
-        "model = dict(_delete_=True, type='mmcpd.Distiller', student={{_base_.model}}, losses={{_base_.losses}})"
-    )
-    cfg = Config.fromfile(tmp_path / 'mine.py')
-    model = MODELS.build(cfg.model).train()
-    assert isinstance(model, Distiller)
+def test_the_losses_of_the_configs_fit_any_model(config, student, names):
+    losses = Config.fromfile(ROOT / 'configs' / 'cpd' / f'{config}.py').model.losses
+    model = MODELS.build({'type': 'mmcpd.Distiller', 'student': student(), 'losses': losses}).train()
     model.begin_distillation()
     found = losses_of(model, scenes() if student is segmentor else pictures())
     assert [k for k in found if 'distill' in k] == [f'loss_distill_{n}' for n in names]
@@ -490,7 +455,6 @@ def test_labels_that_are_not_there():
         ({'teacher': 'other'}, "must be 'self'"),
         ({'teacher': {'config': 'x.py'}}, 'needs config and checkpoint'),
         ({'teacher': {'config': 'no/such.py', 'checkpoint': 'x.pth'}}, 'no config no/such.py'),
-        ({'teacher_dtype': 'int8'}, 'teacher_dtype must be one of'),
         ({'student': nn.Linear(1, 1)}, 'must be an MMEngine model'),
     ],
 )
@@ -525,7 +489,7 @@ def test_teacher_of_a_config_and_checkpoint(tmp_path):
 
 def test_teacher_from_a_distillers_config_and_checkpoint(tmp_path):
     trained = distiller(segmentor(), [CIRKD])
-    config = {'type': 'Distiller', 'student': segmentor(), 'losses': [CIRKD]}
+    config = {'type': 'mmcpd.Distiller', 'student': segmentor(), 'losses': [CIRKD]}
     model = distiller(segmentor(), teacher=teacher_files(tmp_path, config, trained.state_dict()), losses=[CIRKD])
     assert type(model.teacher).__name__ == 'EncoderDecoder'
     assert torch.equal(model.teacher.decode_head.conv_seg.weight, trained.student.decode_head.conv_seg.weight)
@@ -556,7 +520,7 @@ class InMemory(Dataset):
 def run(folder, student, losses, data, **kwargs):
     cfg = Config(
         {
-            'model': {'type': 'Distiller', 'student': student, 'losses': list(losses), **kwargs.pop('model', {})},
+            'model': {'type': 'mmcpd.Distiller', 'student': student, 'losses': list(losses), **kwargs.pop('model', {})},
             'work_dir': str(folder),
             'train_dataloader': {
                 'batch_size': 4,

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import copy
+import json
+import re
 
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.hooks import Hook
-from mmengine.registry import DefaultScope
+from mmengine.hooks import CheckpointHook, Hook
+from mmengine.registry import HOOKS, TRANSFORMS, DefaultScope
 from mmengine.runner import Runner
 
+from mmcpd.engine.build import build_dense
+from mmcpd.engine.checkpoints import load_slim, read_slim, slim_checkpoint
+from mmcpd.engine.combing import comb_by_config, shape_combed
 from mmcpd.engine.distillers import Distiller
-from mmcpd.engine.hooks import CombHook, PruneHook, bare_model
-from mmcpd.engine.options import comb_options, prune_options
-from mmcpd.engine.slimmed import load_slim, read_slim
+from mmcpd.engine.hooks import PruneHook
+from mmcpd.engine.wrappers import bare_model
 from mmcpd.errors import PruneError
-from mmcpd.prune.importance import IMPORTANCES
+from mmcpd.prune import IMPORTANCES, Schedule
 
 torch.set_num_threads(1)
 EPOCH = 4  # iterations
@@ -57,9 +62,8 @@ def config(work_dir, *, distil=True, epochs=4, **changes):
             'optim_wrapper': {'optimizer': {'type': 'SGD', 'lr': 0.02, 'momentum': 0.9}},
             'train_cfg': {'by_epoch': True, 'max_epochs': epochs, 'val_interval': 1},
             'val_cfg': {},
-            'custom_hooks': [{'type': 'mmcpd.CombHook', 'save': 'comb.json'}, {'type': 'mmcpd.PruneHook'}],
-            'prune': {'begin': 4, 'end': 12, 'interval': 2, 'target': 0.5},
             'default_hooks': {
+                'prune': {'type': 'mmcpd.PruneHook', 'begin': 4, 'end': 12, 'interval': 2, 'target': {'macs': 0.5}},
                 'checkpoint': {'type': 'CheckpointHook', 'interval': 1},
                 'logger': {'type': 'LoggerHook', 'interval': 2},
             },
@@ -69,7 +73,7 @@ def config(work_dir, *, distil=True, epochs=4, **changes):
             'log_level': 'INFO',
         }
     )
-    cfg.merge_from_dict(changes)
+    cfg.merge_from_dict({name.replace('prune.', 'default_hooks.prune.'): value for name, value in changes.items()})
     return cfg
 
 
@@ -146,10 +150,19 @@ def test_a_run_from_dense_to_slim(runner_of, tmp_path):
     masked = bare_model(runner.model).eval()
     torch.testing.assert_close(small(x), masked(x), rtol=1e-4, atol=1e-5)
     assert sum(p.numel() for p in small.parameters()) == content['meta']['slim']['params']
-    assert (work / 'comb.json').is_file()
+    assert content['meta']['input_shape'] == [3, 32, 32]
+    assert (work / 'coupling.txt').read_text().startswith('12 groups')
     log = next(work.glob('*/*.log')).read_text()
-    for text in ('12 groups', 'pruning to 0.5 of the macs from iteration 4 to 12 of 16, 4 times', 'slim / dense'):
-        assert text in log
+    assert 'slim / dense' in log
+    (lines,) = re.findall(r'this run:\n((?:\w+ .+\n)+)', log)
+    for text in (
+        '12 groups',
+        '50.0% of the MACs',
+        'iterations 4 to 12 of 16, every 2, by Hessian / memory',
+        'KDLoss at logits',
+    ):
+        assert text in lines
+    assert len(lines.splitlines()) <= 10
 
 
 @pytest.mark.parametrize(('importance', 'stop'), [('hessian', 1), ('hessian', 2), ('random', 2), ('curvature', 2)])
@@ -192,7 +205,7 @@ def test_resuming_without_the_teacher_or_the_state_is_refused(runner_of, tmp_pat
     content = torch.load(checkpoint, weights_only=False)
     assert content.pop('mmcpd')['begun']
     torch.save(content, checkpoint)
-    with pytest.raises(ValueError, match='of iteration 8 and has no pruning state'):
+    with pytest.raises(ValueError, match='8 iterations are finished and there is no pruning state'):
         runner_of(resume=True, load_from=str(checkpoint)).train()
 
 
@@ -211,9 +224,31 @@ def test_load_from_and_begin_0_prune_at_once(runner_of, tmp_path):
 @pytest.mark.parametrize('importance', sorted(IMPORTANCES))
 def test_every_importance_runs_with_accumulated_gradients_and_without_a_distiller(runner_of, importance):
     changes = {'prune.importance': importance, 'optim_wrapper.accumulative_counts': 2}
-    watch = train(runner_of(distil=False, **changes))
+    runner = runner_of(distil=False, **changes)
+    watch = train(runner)
     assert watch.left[-1] <= 0.5
     assert watch.taught == [False] * 16
+    assert not hooks_on(runner.model)
+    assert not runner.optim_wrapper.optimizer._optimizer_step_pre_hooks
+
+
+def hooks_on(model):
+    return [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks]
+
+
+@pytest.mark.parametrize('begin', [0, 4])
+def test_the_hooks_of_the_importance_are_no_part_of_the_teacher(runner_of, begin):
+    seen = []
+
+    class Look(Hook):
+        def after_train_iter(self, runner, *_, **__):
+            seen.append(len(hooks_on(bare_model(runner.model))))
+
+    runner = runner_of(epochs=3, **{'prune.importance': 'group_fisher', 'prune.begin': begin})
+    runner.register_hook(Look())
+    runner.train()
+    assert seen[begin] > 0, 'it watches the student'
+    assert not hooks_on(runner.model.teacher)
 
 
 @pytest.mark.parametrize('importance', ['curvature', 'group_fisher'])
@@ -228,8 +263,8 @@ def test_looking_does_not_change_what_is_trained(runner_of, importance, counts):
     assert losses[0] == losses[1]
 
 
-def test_curvature_replays_the_step_it_probes(runner_of):
-    """With the gates left at one the replayed gradient is the step's own, accumulated or not."""
+def test_the_closure_repeats_the_step_it_probes(runner_of):
+    """With the gates left at one the repeated gradient is the step's own, accumulated or not."""
     seen = []
 
     class Compare(Hook):
@@ -241,7 +276,7 @@ def test_curvature_replays_the_step_it_probes(runner_of):
                 before = {n: p.grad.clone() for n, p in model.named_parameters()}
                 for parameter in model.parameters():
                     parameter.grad = None
-                hook.replay()
+                hook.closure()
                 for name, parameter in model.named_parameters():
                     torch.testing.assert_close(parameter.grad, before[name], rtol=1e-5, atol=1e-7, msg=name)
                 seen.append(runner.iter)
@@ -258,13 +293,10 @@ def test_curvature_replays_the_step_it_probes(runner_of):
 @pytest.mark.parametrize(
     ('changes', 'error', 'message'),
     [
-        ({'prune.target': 0.0001}, PruneError, r'target=0\.0001 of macs cannot be reached, only 0\.0'),
-        ({'prune.ignore': ['backbone*']}, PruneError, 'nothing can be pruned: 12 groups'),
+        ({'prune.target': {'macs': 0.0001}}, PruneError, r'macs.*0\.0001'),
+        ({'prune.ignore': ['backbone*']}, PruneError, 'nothing can be pruned'),
         ({'prune.ignore': ['neck']}, ValueError, "ignore pattern 'neck' fits no group"),
         ({'prune.end': 99}, ValueError, 'does not fit into a run of 16'),
-        ({'prune.importance': 'hesian'}, ValueError, 'did you mean hessian'),
-        ({'comb': {'heads': 'tail'}}, ValueError, 'heads must be one of'),
-        ({'custom_hooks': [{'type': 'mmcpd.PruneHook'}]}, ValueError, r"add dict\(type='mmcpd.CombHook'\)"),
         ({'default_hooks.ema': {'type': 'EMAHook'}}, ValueError, 'EMAHook averages over weights'),
     ],
 )
@@ -275,24 +307,125 @@ def test_refusals_come_before_training(runner_of, tmp_path, changes, error, mess
     assert runner.iter == 0 and not list(tmp_path.glob('run/*.pth'))
 
 
-def test_arguments_of_a_hook_win_over_the_config():
-    cfg = Config(
-        {
-            'comb': {'heads': 'head', 'strict': True},
-            'prune': {'begin': 0, 'end': 10, 'interval': 2, 'target': 0.5},
-            'custom_hooks': [
-                {'type': 'mmcpd.CombHook', 'heads': 'dim', 'priority': 'HIGH'},
-                {'type': PruneHook, 'target': 0.3},
-            ],
-        }
-    )
-    assert comb_options(cfg) == {'heads': 'dim', 'strict': True}
-    assert prune_options(cfg) == {'begin': 0, 'end': 10, 'interval': 2, 'target': 0.3}
-    assert prune_options(cfg, {'interval': 5})['interval'] == 5
-    with pytest.raises(ValueError, match="comb has no option 'head': did you mean heads"):
-        CombHook(head='dim')
-    with pytest.raises(ValueError, match=r'pruning needs begin, end.*configs/_base_/cpd\.py'):
-        prune_options(Config({}))
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'targt': {'macs': 0.5}}, "PruneHook has no option 'targt': did you mean target"),
+        ({'metric': 'macs'}, "PruneHook has no option 'metric'"),
+        ({'target': 0.5}, r'target=dict\(macs=0\.5\); got 0\.5'),
+        ({'target': {'mac': 0.5}}, "'mac': did you mean macs"),
+        ({'target': {'macs': 50}}, 'between 0 and 1'),
+        ({'begin': 0.7}, 'begins at 0.7, so it cannot end at 0.6'),
+        ({'interval': 0}, 'interval counts iterations'),
+        ({'curve': 'cubik'}, 'did you mean cubic'),
+        ({'units_per_event': 3}, "units_per_event belongs to curve='paper'"),
+        ({'importance': 'hesian'}, 'did you mean hessian'),
+        ({'importance': {'type': 'curvature', 'probs': 2}}, 'did you mean probes'),
+        ({'normalize': 'mem'}, 'did you mean memory'),
+        ({'round_to': 0}, 'round_to counts units'),
+        ({'min_units': 0}, 'min_units counts units'),
+        ({'heads': 'heads'}, 'did you mean head'),
+        ({'ignore': 'backbone'}, 'ignore is a list of patterns'),
+        ({'input_shape': [32, 32]}, r'input_shape is \(C, H, W\)'),
+    ],
+)
+def test_a_wrong_option_is_refused_when_the_hook_is_built(options, message):
+    with pytest.raises(ValueError, match=message):
+        HOOKS.build({'type': 'mmcpd.PruneHook', **options})
+
+
+@pytest.mark.parametrize(('options', 'message'), [({'head': 'dim'}, 'did you mean heads'), ({'heads': 'd'}, 'dim')])
+def test_comb_hook_refuses_likewise(options, message):
+    with pytest.raises(ValueError, match=message):
+        HOOKS.build({'type': 'mmcpd.CombHook', **options})
+
+
+def test_the_defaults_are_those_of_the_signature():
+    hook = HOOKS.build({'type': 'mmcpd.PruneHook'})
+    assert hook.schedule == Schedule({'macs': 0.5})
+    twin = HOOKS.build({'type': 'mmcpd.PruneHook', 'target': {'params': 0.3, 'macs': 0.6}})
+    assert (twin.schedule.target, hook.schedule.target) == ({'params': 0.3, 'macs': 0.6}, {'macs': 0.5})
+
+
+def test_comb_hook_alone_shows_and_saves_and_prunes_nothing(runner_of, tmp_path):
+    changes = {'default_hooks.prune': {'_delete_': True, 'type': 'mmcpd.CombHook', 'ignore': ['backbone.conv1']}}
+    runner = runner_of(distil=False, epochs=1, **changes)
+    runner.train()
+    saved = json.loads((tmp_path / 'run' / 'coupling.json').read_text())
+    names = [group['name'] for group in saved['groups']]
+    assert len(names) == 11 and 'backbone.conv1' not in names
+    log = next((tmp_path / 'run').glob('*/*.log')).read_text()
+    assert '11 groups' in log and 'ignored by the user' in log
+    assert not (tmp_path / 'run' / 'slim.pth').exists()
+    assert 'mmcpd' not in torch.load(tmp_path / 'run' / 'epoch_1.pth', weights_only=False)
+
+
+THREE_STATEMENTS = """
+_base_ = './base.py'
+model = dict(_delete_=True, type='mmcpd.Distiller', student=_base_.model, losses=[dict(type='mmcpd.KDLoss')])
+default_hooks = dict(prune=dict(type='mmcpd.PruneHook', target=dict(macs=0.5)))
+"""
+
+
+def test_three_statements_keep_the_inherited_hooks_and_the_command_line_overrides(tmp_path):
+    base = config(tmp_path / 'run', distil=False)
+    base.default_hooks.pop('prune')
+    base.custom_hooks = [{'type': 'EmptyCacheHook'}]
+    base.dump(tmp_path / 'base.py')
+    (tmp_path / 'mine.py').write_text(THREE_STATEMENTS)
+    cfg = Config.fromfile(tmp_path / 'mine.py')
+    cfg.merge_from_dict({'default_hooks.prune.target.macs': 0.4})  # as --cfg-options does
+    runner = Runner.from_cfg(cfg)
+    kinds = [type(hook).__name__ for hook in runner.hooks]
+    assert {'EmptyCacheHook', 'CheckpointHook', 'LoggerHook', 'IterTimerHook', 'PruneHook'} <= set(kinds)
+    assert next(hook for hook in runner.hooks if isinstance(hook, CheckpointHook)).interval == 1
+    assert hook_of(runner).schedule.target == {'macs': 0.4}
+    DefaultScope._instance_dict.clear()
+
+
+@TRANSFORMS.register_module()
+class RandomPad:
+    """Make pictures larger by a number of pixels that is drawn: no config fixes their size."""
+
+    def __call__(self, results):
+        pad = int(np.random.randint(4, 20))
+        return {**results, 'img': np.pad(results['img'], ((0, pad), (0, pad), (0, 0)))}
+
+
+def test_a_run_that_was_combed_by_its_first_picture_is_cut_later(runner_of, tmp_path):
+    pipeline = [{'type': 'RandomPad'}, {'type': 'PackInputs'}]
+    changes = {'train_dataloader.dataset.pipeline': pipeline, 'train_dataloader.batch_size': 1}
+    changes |= {'train_dataloader.dataset.indices': 4, 'data_preprocessor.pad_size_divisor': 1}
+    runner = runner_of(**changes)
+    torch.manual_seed(1)
+    runner.train()
+    written = read_slim(tmp_path / 'run' / 'slim.pth')['meta']
+    channels, height, width = written['input_shape']
+    assert channels == 3 and 36 <= height == width < 52, 'as the first training picture, not as those of the test'
+    checkpoint = tmp_path / 'run' / 'epoch_4.pth'
+    assert torch.load(checkpoint, weights_only=False)['mmcpd']['input_shape'] == written['input_shape']
+
+    cfg = config(tmp_path / 'run', **changes)
+    model = build_dense(cfg)
+    assert shape_combed(comb_by_config(model, cfg)) == written['input_shape'], 'drawn alike by the tools'
+    cfg.train_dataloader = None  # nor do they need the data
+    meta = slim_checkpoint(cfg, checkpoint, tmp_path / 'later.pth')
+    assert meta['input_shape'] == written['input_shape']
+    assert {key: meta['slim'][key] for key in ('macs', 'units')} == {
+        key: written['slim'][key] for key in ('macs', 'units')
+    }
+    with pytest.raises(ValueError, match='give PruneHook input_shape'):
+        comb_by_config(model, cfg)
+
+
+def test_the_input_shape_of_the_hook_wins_in_training_and_in_the_tools(runner_of, tmp_path):
+    change = {'prune.input_shape': [3, 64, 48]}
+    train(runner_of(epochs=3, **change))
+    meta = read_slim(tmp_path / 'run' / 'slim.pth')['meta']
+    assert meta['input_shape'] == [3, 64, 48]
+    cfg = config(tmp_path / 'run', **change)
+    coupling = comb_by_config(build_dense(cfg), cfg)
+    assert coupling.cost(coupling.keep()).macs == meta['dense']['macs']
 
 
 def test_an_untrained_model_is_pruned_with_a_warning(runner_of, tmp_path):

@@ -31,15 +31,12 @@ randomness = dict(seed=0)
 PRUNE = """
 _base_ = './tiny.py'
 model = dict(
-    _delete_=True,
-    type='mmcpd.Distiller',
-    student={{_base_.model}},
-    teacher='self',
-    losses=[dict(type='mmcpd.KDLoss', tap='head.fc')],
+    _delete_=True, type='mmcpd.Distiller', student=_base_.model, losses=[dict(type='mmcpd.KDLoss', tap='head.fc')]
 )
 train_cfg = dict(max_epochs=4, val_interval=4)
-prune = dict(begin=0.25, end=0.75, interval=2, target=0.5, metric='macs')
-custom_hooks = [dict(type='mmcpd.CombHook'), dict(type='mmcpd.PruneHook')]
+default_hooks = dict(
+    prune=dict(type='mmcpd.PruneHook', target=dict(macs=0.5), begin=0.25, end=0.75, interval=2)
+)
 """
 
 

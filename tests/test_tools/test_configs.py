@@ -9,7 +9,7 @@ import yaml
 from mmengine.config import Config
 from mmengine.hub import get_config
 
-from mmcpd.engine.options import comb_options, prune_options
+from mmcpd.cli.checks import check_hooks
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(path.name for path in (ROOT / 'configs' / 'cpd').glob('*.py'))
@@ -18,10 +18,9 @@ CONFIGS = sorted(path.name for path in (ROOT / 'configs' / 'cpd').glob('*.py'))
 @pytest.mark.parametrize('name', CONFIGS)
 def test_it_is_read_and_its_options_make_sense(name):
     cfg = Config.fromfile(ROOT / 'configs' / 'cpd' / name)
-    comb_options(cfg)
-    assert 0 < prune_options(cfg)['target'] < 1
+    check_hooks(cfg)
     assert cfg.model.type == 'mmcpd.Distiller'
-    assert [hook.type for hook in cfg.custom_hooks][-2:] == ['mmcpd.CombHook', 'mmcpd.PruneHook']
+    assert cfg.default_hooks.prune.type == 'mmcpd.PruneHook'
 
 
 def test_mim_lists_every_config():
@@ -30,8 +29,8 @@ def test_mim_lists_every_config():
 
 
 def test_other_people_s_configs_can_inherit_ours():
-    cfg = get_config('mmcpd::_base_/cpd.py')
-    assert cfg.prune.importance == 'hessian'
+    cfg = get_config('mmcpd::cpd/resnet50_prune.py')
+    assert cfg.default_hooks.prune.type == 'mmcpd.PruneHook'
 
 
 @pytest.mark.parametrize(
@@ -45,7 +44,7 @@ def test_without_its_data_a_config_says_what_is_missing(tool, tmp_path, name, fo
     code, _, err = tool('train', ROOT / 'configs' / 'cpd' / name)
     assert code == 1
     (line,) = err.strip().splitlines()
-    for word in (folder, layout, 'configs/cpd/resnet50_prune.py'):
+    for word in (folder, layout, 'mmcpd::cpd/resnet50_prune.py'):
         assert word in line
     assert not (tmp_path / 'work_dirs').exists()
 

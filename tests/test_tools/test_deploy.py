@@ -11,8 +11,8 @@ from mmengine.config import Config
 
 from mmcpd.comb import comb
 from mmcpd.engine.build import build_dense
-from mmcpd.engine.inputs import example_inputs
-from mmcpd.engine.slimmed import save_slim
+from mmcpd.engine.checkpoints import save_slim
+from mmcpd.engine.examples import example_inputs
 from mmcpd.slim import slim, structure
 
 
@@ -22,11 +22,11 @@ def checkpoint(tiny):
     torch.manual_seed(1)
     cfg = Config.fromfile(tiny)
     dense = build_dense(cfg)
-    c = comb(dense, example_inputs(cfg))
-    keep = c.keep()
+    coupling = comb(dense, example_inputs(cfg))
+    keep = coupling.keep()
     for units in keep.values():
         units[len(units) // 2 :] = False
-    small = slim(dense, c, keep)
+    small = slim(dense, coupling, keep)
     path = tiny.parent / 'run' / 'slim.pth'
     save_slim(path, small, structure(dense, small), {})
     return path

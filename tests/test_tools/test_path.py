@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmcpd.engine import slimmed
 from mmcpd.engine.build import build_dense
+from mmcpd.engine.checkpoints import read_slim
 
 
 def top1(out: str) -> float:
@@ -22,7 +22,7 @@ def test_from_training_to_a_slim_model_that_tools_use(tool, pruning, tmp_path):
     code, out, err = tool('train', pruning)
     assert code == 0, err
     work = tmp_path / 'work_dirs' / 'prune'
-    meta = slimmed.read_slim(work / 'slim.pth')['meta']
+    meta = read_slim(work / 'slim.pth')['meta']
     assert meta['slim']['macs'] <= 0.5 * meta['dense']['macs']
     assert meta['dataset_meta']['classes'][3] == '3'
 
@@ -45,7 +45,7 @@ def test_from_training_to_a_slim_model_that_tools_use(tool, pruning, tmp_path):
     code, out, err = tool('slim', pruning, work / 'epoch_4.pth', '--out', 'again/slim.pth')
     assert code == 0, err
     assert 'slim / dense' in out
-    ours, theirs = (slimmed.read_slim(path) for path in (work / 'slim.pth', tmp_path / 'again' / 'slim.pth'))
+    ours, theirs = (read_slim(path) for path in (work / 'slim.pth', tmp_path / 'again' / 'slim.pth'))
     assert theirs['structure'] == ours['structure']
     assert all(torch.equal(value, theirs['state_dict'][name]) for name, value in ours['state_dict'].items())
     assert theirs['meta']['dataset_meta'] == ours['meta']['dataset_meta']
@@ -65,13 +65,13 @@ def fine_tune(tool, pruning: Path, slim: Path, tmp_path: Path) -> None:
     file = pruning.with_name('tune.py')
     file.write_text(
         "_base_ = './tiny.py'\n"
-        f"model = dict(_delete_=True, type='slimmed', model={{{{_base_.model}}}}, structure={str(slim)!r})\n"
+        f"model = dict(_delete_=True, type='mmcpd.slimmed', model=_base_.model, structure={str(slim)!r})\n"
         'train_cfg = dict(max_epochs=1, val_interval=1)\n'
     )
     code, _, err = tool('train', file)
     assert code == 0, err
     tuned = torch.load(tmp_path / 'work_dirs/tune/epoch_1.pth', weights_only=False)['state_dict']
-    before = slimmed.read_slim(slim)['state_dict']
+    before = read_slim(slim)['state_dict']
     assert {name: value.shape for name, value in tuned.items()} == {n: v.shape for n, v in before.items()}
     assert not torch.equal(tuned['head.fc.weight'], before['head.fc.weight'])
 
@@ -79,15 +79,20 @@ def fine_tune(tool, pruning: Path, slim: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ('option', 'message'),
     [
-        ('prune.target=0', 'target is the share of macs that remains'),
-        ('prune.target=1.5', 'target is the share of macs that remains'),
-        ('prune.importance=hesian', 'did you mean hessian?'),
-        ('prune.metric=flops', 'flops'),
-        ('comb.head=dim', "no option 'head': did you mean heads"),
+        ('target.macs=0', 'macs'),
+        ('target.macs=1.5', 'macs'),
+        ('target.flops=0.5', 'flops'),
+        ('target=0.5', 'target'),
+        ('importance=hesian', 'did you mean hessian?'),
+        ('head=dim', "no option 'head': did you mean heads"),
+        ('heads=dims', 'dims'),
+        ('begin=0.9', 'begin'),
+        ('type=mmcpd.PrunHook', "no hook 'PrunHook': did you mean PruneHook"),
     ],
 )
-def test_a_wrong_option_stops_before_anything_is_written(tool, pruning, tmp_path, option, message):
-    code, _, err = tool('train', pruning, '--cfg-options', option)
+def test_a_wrong_option_of_a_hook_stops_before_any_data_set_is_touched(tool, pruning, tmp_path, option, message):
+    options = [f'default_hooks.prune.{option}', 'train_dataloader.dataset.data_root=nowhere']
+    code, _, err = tool('train', pruning, '--cfg-options', *options)
     assert code == 1
     (line,) = err.strip().splitlines()
     assert line.startswith('error: ')
@@ -95,15 +100,23 @@ def test_a_wrong_option_stops_before_anything_is_written(tool, pruning, tmp_path
     assert not (tmp_path / 'work_dirs').exists()
 
 
+def test_hooks_in_a_list_are_checked_too_and_other_people_s_are_left_alone(tool, pruning):
+    hooks = '[dict(type="EMAHook", nonsense=1), dict(type="mmcpd.CombHook", save=None, head="dim", priority="LOW")]'
+    pruning.write_text(f'{pruning.read_text()}\ncustom_hooks = {hooks}\n')
+    code, _, err = tool('train', pruning)
+    assert code == 1
+    assert "error: CombHook has no option 'head'" in err
+
+
 @pytest.mark.parametrize(
     ('option', 'message'),
     [
-        ('prune.ignore=[nothing.*]', 'nothing.*'),
-        ('prune.target=0.0001', 'cannot be reached'),
+        ('ignore=[nothing.*]', 'nothing.*'),
+        ('target.macs=0.0001', 'cannot go down to'),
     ],
 )
 def test_what_the_model_cannot_do_stops_before_training(tool, pruning, tmp_path, option, message):
-    code, _, err = tool('train', pruning, '--cfg-options', option)
+    code, _, err = tool('train', pruning, '--cfg-options', f'default_hooks.prune.{option}')
     assert code == 1
     line = err.strip().splitlines()[-1]
     assert line.startswith('error: ')
@@ -128,13 +141,11 @@ def test_test_refuses_what_does_not_fit(tool, pruning, tmp_path):
 
 
 def test_comb_shows_groups_reasons_and_writes_them(tool, pruning, tmp_path):
-    code, out, err = tool('comb', pruning, '--json', 'out/comb.json', '--plot', 'out/comb.png')
+    code, out, err = tool('comb', pruning, '--json', 'out/coupling.json', '--plot', 'out/comb.png')
     assert code == 0, err
     assert 'backbone.layer1.0.conv1' in out
     assert 'model output' in out
-    from mmcpd.coupling import Coupling
-
-    assert len(Coupling.from_json(tmp_path / 'out/comb.json').groups) == 12
+    assert len(json.loads((tmp_path / 'out/coupling.json').read_text())['groups']) == 12
     assert (tmp_path / 'out/comb.png').read_bytes()[:4] == b'\x89PNG'
 
 

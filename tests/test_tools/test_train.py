@@ -14,10 +14,9 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from mmcpd.engine import cli
+from mmcpd.cli.runner import run
 from mmcpd.engine.build import build_dense
-from mmcpd.engine.checkpoints import check_start
-from mmcpd.engine.slimmed import save_slim
+from mmcpd.engine.checkpoints import check_start, save_slim
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -61,9 +60,10 @@ def test_options_reach_the_config(tool, tiny, tmp_path):
 def test_resume_without_a_checkpoint_starts_from_load_from(tool, tiny, tmp_path):
     assert tool('train', tiny, '--work-dir', 'a', '--cfg-options', 'train_cfg.max_epochs=1')[0] == 0
     start = tmp_path / 'a' / 'epoch_1.pth'
-    code, out, err = tool('train', tiny, '--work-dir', 'b', '--resume', '--cfg-options', f'load_from={start}')
-    assert code == 0
-    assert f'Load checkpoint from {start}' in out + err
+    code, _, err = tool('train', tiny, '--work-dir', 'b', '--resume', '--cfg-options', f'load_from={start}')
+    assert code == 0, err
+    (log,) = (tmp_path / 'b').glob('*/*.log')
+    assert f'Load checkpoint from {start}' in log.read_text()
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def with_data(tiny: Path, dataset: str) -> Path:
     [
         (
             "type='ImageNet', data_root='data/imagenet', split='train', pipeline=[]",
-            ['data/imagenet does not exist', 'data/imagenet/train/<class>/*.JPEG', 'configs/cpd/resnet50_prune.py'],
+            ['data/imagenet does not exist', 'data/imagenet/train/<class>/*.JPEG', 'mmcpd::cpd/resnet50_prune.py'],
         ),
         (
             "type='RepeatDataset', times=2, dataset=dict(type='mmseg.ADE20KDataset', data_root='data/ade')",
@@ -219,5 +219,5 @@ def test_an_interruption_that_somebody_caught_is_one(tmp_path):
 
     runner = SimpleNamespace(log_dir=str(tmp_path))
     with pytest.raises(KeyboardInterrupt):
-        cli.run(runner, format_config)
+        run(runner, format_config)
     assert not list(tmp_path.iterdir())

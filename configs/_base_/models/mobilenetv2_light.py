@@ -23,7 +23,7 @@ model = dict(
         ),
     ),
     decode_head=dict(
-        type='mmcpd.models.LightHead',
+        type='mmcpd.LightHead',
         in_channels=[32, 96, 320],
         in_index=[0, 1, 2],
         embed_dims=[96, 128],

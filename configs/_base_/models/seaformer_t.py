@@ -11,9 +11,9 @@ model = dict(
         seg_pad_val=255,
         size=(512, 512),
     ),
-    backbone=dict(type='mmcpd.models.SeaFormer', arch='tiny', drop_path_rate=0.1, norm_cfg=norm_cfg),
+    backbone=dict(type='mmcpd.SeaFormer', arch='tiny', drop_path_rate=0.1, norm_cfg=norm_cfg),
     decode_head=dict(
-        type='mmcpd.models.LightHead',
+        type='mmcpd.LightHead',
         in_channels=[32, 128, 160],
         in_index=[0, 1, 2],
         embed_dims=[64, 96],

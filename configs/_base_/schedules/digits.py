@@ -1,5 +1,5 @@
 # A short run on the digits, 22 iterations an epoch: 9 epochs dense with a rate that falls to nothing, then a second
-# fall from half the rate over 11 epochs in which units go and the rest recovers (prune = dict(begin=0.45, end=0.7)).
+# fall from half the rate over 11 epochs in which units go and the rest recovers (PruneHook's begin=0.45, end=0.7).
 _base_ = 'mmpretrain::_base_/default_runtime.py'
 optim_wrapper = dict(
     optimizer=dict(type='SGD', lr=0.05, momentum=0.9, weight_decay=1e-4, nesterov=True),

@@ -1,5 +1,5 @@
 # A short run of a segmentor: 1200 iterations dense with a rate that falls to nothing, then a second fall from half the
-# rate over 1200 in which units go and the rest recovers (prune = dict(begin=0.5, end=0.75)).
+# rate over 1200 in which units go and the rest recovers (PruneHook's begin=0.5, end=0.75).
 _base_ = 'mmseg::_base_/default_runtime.py'
 optim_wrapper = dict(
     type='OptimWrapper',

@@ -11,9 +11,11 @@ from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS, DefaultScope
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import Dataset
 
-from mmcpd.engine.build import ConfigLike, as_config, datasets, student_config, type_name
-from mmcpd.engine.options import comb_options
+from mmcpd.engine.build import ConfigLike, as_config, datasets, hook_options
+from mmcpd.engine.random_state import seeded
+from mmcpd.engine.wrappers import student_config, type_name
 
 # Transforms that fix the size of a picture, and the key of the size: (W, H) as in mmcv, (H, W) for crops.
 SIZES = {
@@ -29,12 +31,53 @@ def noise(number: int, shape: Sequence[int]) -> Tensor:
     return torch.randn(number, *shape, generator=torch.Generator().manual_seed(0))
 
 
-def example_inputs(config: ConfigLike) -> Tensor:
-    """Return one random input, (1, C, H, W), of the size that the config's model is tested at.
+def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape of an example input as a tuple (C, H, W).
 
-    The size is the config's `comb.input_shape` (C, H, W) if it has one; else the first of: the preprocessor's
-    `size`, the last transform of the test pipeline that fixes one, the config's `crop_size`, the training
-    pipeline, the first sample of the test data.
+    Raises:
+        ValueError: it is not three positive integers.
+
+    Example:
+        >>> check_shape([3, 32, 32])
+        (3, 32, 32)
+    """
+    if isinstance(shape, str) or len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
+        raise ValueError(f'input_shape is (C, H, W), three positive integers: got {shape}')
+    return tuple(shape)
+
+
+def input_shape(cfg: Config, given: Sequence[int] | None = None, pictures: Dataset | None = None) -> tuple[int, ...]:
+    """Decide the shape of the input that a model is combed with, (C, H, W), for training and for every tool.
+
+    It is the first of: `given`; the `input_shape` of the config's PruneHook or CombHook; the size in the config (the
+    preprocessor's `size`, the last transform of the test pipeline that fixes one, `crop_size`, the training pipeline);
+    the first training picture. Reading the picture leaves all random numbers as they were.
+
+    Args:
+        cfg: the config.
+        given: wins over everything else: an option of a tool, or what a checkpoint was combed with.
+        pictures: the data set that is trained on, where it is built already.
+
+    Raises:
+        ValueError: nothing gives a size, or it is not (C, H, W).
+
+    Example:
+        >>> input_shape(Config({'crop_size': (48, 64), 'model': {}}))
+        (3, 48, 64)
+    """
+    explicit = given or hook_options(cfg).get('input_shape')
+    if explicit is not None:
+        return check_shape(explicit)
+    if 'model' in cfg:
+        preprocessor = student_config(cfg).get('data_preprocessor') or {}
+        size = _config_size(cfg, preprocessor)
+        if size is not None:
+            return (len(preprocessor.get('mean') or (0, 0, 0)), *size)
+    return _first_picture(cfg, pictures)
+
+
+def example_inputs(config: ConfigLike, given: Sequence[int] | None = None) -> Tensor:
+    """Return one random input, (1, C, H, W), of the shape that `input_shape` decides.
 
     Raises:
         ValueError: The config tells no size.
@@ -43,12 +86,7 @@ def example_inputs(config: ConfigLike) -> Tensor:
         >>> example_inputs('configs/cpd/resnet50_prune.py').shape
         torch.Size([1, 3, 32, 32])
     """
-    cfg = as_config(config)
-    shape = comb_options(cfg).get('input_shape')
-    if shape is None:
-        preprocessor = student_config(cfg).get('data_preprocessor') or {}
-        shape = (_channels(preprocessor), *_size(cfg, preprocessor))
-    return noise(1, shape)
+    return noise(1, input_shape(as_config(config), given))
 
 
 def data_batches(
@@ -68,7 +106,9 @@ def data_batches(
         ValueError: The config has no test data, or the data set is empty.
 
     Example:
-        >>> [len(x) for x in data_batches('configs/cpd/resnet50_prune.py', model, (1, 3))]
+        >>> from mmcpd.engine.build import build_dense
+        >>> config = 'configs/cpd/resnet50_prune.py'
+        >>> [len(x) for x in data_batches(config, build_dense(config), (1, 3))]  # doctest: +SKIP
         [1, 3]
     """
     cfg = as_config(config)
@@ -105,18 +145,14 @@ def _preprocessed(sample: dict, model: nn.Module, shape: tuple[int, int]) -> Ten
     return F.interpolate(picture, size=shape, mode='bilinear', align_corners=False)
 
 
-def _channels(preprocessor: Mapping[str, Any]) -> int:
-    return len(preprocessor.get('mean') or (0, 0, 0))
-
-
-def _size(cfg: Config, preprocessor: Mapping[str, Any]) -> tuple[int, int]:
-    found = [
+def _config_size(cfg: Config, preprocessor: Mapping[str, Any]) -> tuple[int, int] | None:
+    found = (
         _pair(preprocessor.get('size')),
         _pipeline_size(cfg, 'test_dataloader'),
         _pair(cfg.get('crop_size')),
         _pipeline_size(cfg, 'train_dataloader'),
-    ]
-    return next((size for size in found if size), None) or _sample_size(cfg)
+    )
+    return next((size for size in found if size), None)
 
 
 def _pair(size: Any) -> tuple[int, int] | None:
@@ -136,12 +172,21 @@ def _pipeline_size(cfg: Config, loader: str) -> tuple[int, int] | None:
     return None
 
 
-def _sample_size(cfg: Config) -> tuple[int, int]:
-    for dataset in datasets(cfg.get('test_dataloader')):
+def _first_picture(cfg: Config, pictures: Dataset | None) -> tuple[int, ...]:
+    """Return the shape of the first picture to train on, or to test on where nothing is trained."""
+    advice = 'give PruneHook input_shape=(3, H, W)'
+    configs = (each for name in ('train_dataloader', 'test_dataloader') for each in datasets(cfg.get(name)))
+    if pictures is None:
+        config = next(configs, None)
+        if config is None:
+            raise ValueError(f'{cfg.filename}: no transform fixes the size of the pictures, and no data: {advice}')
         with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmengine')):
-            height, width = DATASETS.build(dataset)[0]['inputs'].shape[-2:]
-        return height, width
-    raise ValueError(
-        f'{cfg.filename}: no transform fixes the size of the pictures and there is no test data to look at; '
-        'write comb = dict(input_shape=(3, H, W)) into the config, or add --cfg-options comb.input_shape=3,H,W'
-    )
+            pictures = DATASETS.build(config)
+    with seeded(0):  # the same size each time, whatever the pipeline draws
+        sample: Any = pictures[0]
+    try:
+        return check_shape(tuple(sample['inputs'].shape))
+    except (TypeError, KeyError, IndexError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"the first sample of {type(pictures).__name__} has no 'inputs' (C, H, W): {advice}"
+        ) from error

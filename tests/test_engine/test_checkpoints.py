@@ -12,10 +12,10 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import load_checkpoint
 
-from mmcpd.comb import comb
-from mmcpd.engine import slimmed
-from mmcpd.engine.build import build_dense, student_config
-from mmcpd.engine.inputs import example_inputs
+from mmcpd.engine import checkpoints
+from mmcpd.engine.build import build_dense
+from mmcpd.engine.combing import comb_by_config
+from mmcpd.engine.wrappers import student_config
 from mmcpd.errors import SlimError
 from mmcpd.slim import slim, structure
 
@@ -35,7 +35,7 @@ def config(depth: int = 18, classes: int = 10, **entries) -> Config:
             model=model,
             default_scope='mmpretrain',
             data_preprocessor=preprocessor,
-            comb=dict(input_shape=(3, SIZE, SIZE)),
+            default_hooks=dict(prune=dict(type='mmcpd.PruneHook', input_shape=(3, SIZE, SIZE))),
         )
         | entries
     )
@@ -56,12 +56,12 @@ def cut(cfg: Config, seed: int = 0):
     """Return the dense model, a slim one at a random keep, and the structure."""
     torch.manual_seed(seed)
     dense = build_dense(cfg).eval()
-    c = comb(dense, example_inputs(cfg))
+    coupling = comb_by_config(dense, cfg)
     generator = torch.Generator().manual_seed(seed)
-    keep = {name: torch.rand(len(units), generator=generator) < 0.6 for name, units in c.keep().items()}
+    keep = {name: torch.rand(len(units), generator=generator) < 0.6 for name, units in coupling.keep().items()}
     for units in keep.values():
         units[0] = True
-    small = slim(dense, c, keep)
+    small = slim(dense, coupling, keep)
     return dense, small, structure(dense, small)
 
 
@@ -74,7 +74,7 @@ def written(tmp_path):
     cfg = config()
     dense, small, plan = cut(cfg)
     path = tmp_path / 'deep' / 'slim.pth'
-    slimmed.save_slim(path, small, plan, {'dataset_meta': {'classes': ('a', 'b')}, 'slim': {'macs': 12}})
+    checkpoints.save_slim(path, small, plan, {'dataset_meta': {'classes': ('a', 'b')}, 'slim': {'macs': 12}})
     return cfg, dense, small, path
 
 
@@ -83,8 +83,8 @@ def test_a_round_trip_gives_the_same_function_and_the_same_class(tmp_path, make)
     cfg = make()
     dense, small, plan = cut(cfg)
     path = tmp_path / 'slim.pth'
-    slimmed.save_slim(path, small, plan, {})
-    again = slimmed.load_slim(cfg, path)
+    checkpoints.save_slim(path, small, plan, {})
+    again = checkpoints.load_slim(cfg, path)
     x = torch.randn(2, 3, SIZE, SIZE)
     assert type(again) is type(dense)
     assert not again.training
@@ -95,7 +95,7 @@ def test_a_round_trip_gives_the_same_function_and_the_same_class(tmp_path, make)
 def test_the_file_holds_plain_values_only(written):
     *_, path = written
     content = torch.load(path, weights_only=True)
-    assert set(content) == {'state_dict', 'structure', 'meta'}
+    assert set(content) == {'state_dict', 'structure', 'meta', 'version'}
     assert json.loads(content['structure'])['tensors']
     assert content['meta']['dataset_meta'] == {'classes': ['a', 'b']}
     assert content['meta']['mmcpd_version']
@@ -112,7 +112,7 @@ def test_a_failed_write_leaves_the_old_file(written, monkeypatch):
 
     monkeypatch.setattr(torch, 'save', fail)
     with pytest.raises(OSError, match='disk full'):
-        slimmed.save_slim(path, small, {}, {})
+        checkpoints.save_slim(path, small, {}, {})
     assert path.read_bytes() == before
     assert os.listdir(path.parent) == ['slim.pth']
 
@@ -120,14 +120,14 @@ def test_a_failed_write_leaves_the_old_file(written, monkeypatch):
 def test_meta_that_is_not_plain_is_refused(written):
     _, _, small, path = written
     with pytest.raises(ValueError, match=r'meta\.a\[1\] of a slim checkpoint must be plain values, not object'):
-        slimmed.save_slim(path, small, {}, {'a': [1, object()]})
+        checkpoints.save_slim(path, small, {}, {'a': [1, object()]})
 
 
 def test_scalars_of_torch_become_numbers(written, tmp_path):
     _, _, small, _ = written
     path = tmp_path / 'scalar.pth'
-    slimmed.save_slim(path, small, {}, {'loss': torch.tensor(0.5), 'flag': True})
-    assert slimmed.read_slim(path)['meta'] | {'mmcpd_version': ''} == {
+    checkpoints.save_slim(path, small, {}, {'loss': torch.tensor(0.5), 'flag': True})
+    assert checkpoints.read_slim(path)['meta'] | {'mmcpd_version': ''} == {
         'loss': 0.5,
         'flag': True,
         'mmcpd_version': '',
@@ -144,13 +144,13 @@ def test_a_stranger_s_checkpoint_runs_no_code(tmp_path):
 
     torch.save({'state_dict': {}, 'structure': '{}', 'meta': Evil()}, path)
     with pytest.raises(SlimError, match='holds more than weights'):
-        slimmed.read_slim(path)
+        checkpoints.read_slim(path)
     assert not ran.exists()
 
 
 def test_a_missing_file(tmp_path):
     with pytest.raises(SlimError, match='there is no such checkpoint'):
-        slimmed.read_slim(tmp_path / 'none.pth')
+        checkpoints.read_slim(tmp_path / 'none.pth')
 
 
 @pytest.mark.parametrize('share', [0.0, 0.01, 0.5, 0.99])
@@ -159,32 +159,46 @@ def test_a_truncated_checkpoint(written, share):
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
     with pytest.raises(SlimError, match='truncated or not a checkpoint'):
-        slimmed.load_slim(cfg, path)
+        checkpoints.load_slim(cfg, path)
     with pytest.raises(SlimError, match='truncated or not a checkpoint'):
-        slimmed.read_checkpoint(path)
-    assert not slimmed.is_slim(path)
+        checkpoints.read_checkpoint(path)
+    assert not checkpoints.is_slim(path)
 
 
 def test_a_file_that_is_no_checkpoint(tmp_path):
     path = tmp_path / 'readme.txt'
     path.write_text('hello')
     with pytest.raises(SlimError, match='truncated or not a checkpoint'):
-        slimmed.read_slim(path)
+        checkpoints.read_slim(path)
 
 
 def test_an_ordinary_checkpoint_is_not_a_slim_one(tmp_path):
     path = tmp_path / 'epoch_1.pth'
     torch.save({'state_dict': build_dense(config()).state_dict()}, path)
     with pytest.raises(SlimError, match=r'not a slim checkpoint: it has no structure.*tools/slim\.py'):
-        slimmed.load_slim(config(), path)
-    assert not slimmed.is_slim(path)
-    assert 'head.fc.weight' in slimmed.read_checkpoint(path)['state_dict']
+        checkpoints.load_slim(config(), path)
+    assert not checkpoints.is_slim(path)
+    assert 'head.fc.weight' in checkpoints.read_checkpoint(path)['state_dict']
+
+
+def test_a_file_of_another_version_gets_one_line(written):
+    cfg, *_, path = written
+    content = torch.load(path, weights_only=True)
+    assert content['version'] == 1
+    for version in (2, None):
+        torch.save({**content, 'version': version}, path)
+        with pytest.raises(
+            SlimError, match=rf'slim\.pth is a slim checkpoint of version {version}, .* cut it again'
+        ) as error:
+            checkpoints.load_slim(cfg, path)
+        assert '\n' not in str(error.value)
+        assert checkpoints.is_slim(path)  # so that no tool takes it for a training checkpoint
 
 
 def test_a_bare_state_dict_is_read_as_a_checkpoint(tmp_path):
     path = tmp_path / 'weights.pth'
     torch.save({'head.fc.bias': torch.ones(3)}, path)
-    assert slimmed.read_checkpoint(path)['state_dict']['head.fc.bias'].tolist() == [1, 1, 1]
+    assert checkpoints.read_checkpoint(path)['state_dict']['head.fc.bias'].tolist() == [1, 1, 1]
 
 
 def test_a_pickle_of_something_else(tmp_path):
@@ -192,22 +206,22 @@ def test_a_pickle_of_something_else(tmp_path):
     with path.open('wb') as file:
         pickle.dump([1, 2], file)
     with pytest.raises(SlimError):
-        slimmed.read_slim(path)
+        checkpoints.read_slim(path)
 
 
 def test_a_checkpoint_of_another_model_names_the_first_mismatch(written):
     *_, path = written
     with pytest.raises(SlimError, match=r'slim\.pth.*another model'):
-        slimmed.load_slim(vit(), path)
+        checkpoints.load_slim(vit(), path)
     with pytest.raises(SlimError, match=r'slim\.pth does not fit ImageClassifier: head\.fc\.weight is \(7, 64\)'):
-        slimmed.load_slim(config(classes=7), path)
+        checkpoints.load_slim(config(classes=7), path)
     with pytest.raises(SlimError, match=r'it lacks backbone\.layer1\.\d\.conv\d\.weight, which ImageClassifier has'):
-        slimmed.load_slim(config(depth=34), path)
+        checkpoints.load_slim(config(depth=34), path)
 
 
 def test_the_builder_gives_the_trained_model_to_stock_tools(written):
     cfg, _, small, path = written
-    wrapped = dict(type='slimmed', model=cfg.model, structure=str(path), data_preprocessor=cfg.data_preprocessor)
+    wrapped = dict(type='mmcpd.slimmed', model=cfg.model, structure=str(path), data_preprocessor=cfg.data_preprocessor)
     with DefaultScope.overwrite_default_scope('mmpretrain'):
         model = MODELS.build(wrapped).eval()
     x = torch.randn(1, 3, SIZE, SIZE)
@@ -217,33 +231,27 @@ def test_the_builder_gives_the_trained_model_to_stock_tools(written):
     torch.testing.assert_close(model(x, mode='tensor'), small(x, mode='tensor'), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize('kind', ['dict', 'json'])
-def test_the_builder_takes_a_bare_structure(written, tmp_path, kind):
+def test_load_from_wins_over_the_weights_in_the_structure(written, tmp_path):
     cfg, _, small, path = written
-    plan = slimmed.read_slim(path)['structure']
-    file = tmp_path / 'structure.json'
-    file.write_text(json.dumps(plan))
-    wrapped = dict(type='slimmed', model=cfg.model, structure=plan if kind == 'dict' else str(file))
     with DefaultScope.overwrite_default_scope('mmpretrain'):
-        model = MODELS.build(wrapped)
-    load_checkpoint(model, str(path), strict=True)
-    x = torch.randn(1, 3, SIZE, SIZE)
-    torch.testing.assert_close(model.eval()(x, mode='tensor'), small(x, mode='tensor'), rtol=0, atol=0)
+        model = MODELS.build(dict(type='mmcpd.slimmed', model=cfg.model, structure=str(path)))
+    torch.save({name: value + 1 for name, value in small.state_dict().items()}, tmp_path / 'tuned.pth')
+    load_checkpoint(model, str(tmp_path / 'tuned.pth'), strict=True)
+    torch.testing.assert_close(model.head.fc.weight, small.head.fc.weight + 1)
 
 
-@pytest.mark.parametrize('text', ['{', '{}', None])
-def test_a_bad_json_structure(tmp_path, text):
-    file = tmp_path / 'structure.json'
-    if text is not None:
-        file.write_text(text)
-    with DefaultScope.overwrite_default_scope('mmpretrain'), pytest.raises(SlimError, match=r'structure\.json'):
-        MODELS.build(dict(type='slimmed', model=config().model, structure=str(file)))
+@pytest.mark.parametrize(('text', 'message'), [('{', 'is not JSON'), ('{}', 'holds no structure')])
+def test_a_structure_that_is_none(written, text, message):
+    cfg, *_, path = written
+    torch.save({**torch.load(path, weights_only=True), 'structure': text}, path)
+    with pytest.raises(SlimError, match=rf'slim\.pth.*{message}'):
+        checkpoints.load_slim(cfg, path)
 
 
 def test_the_student_of_a_distiller_is_found_with_its_preprocessor():
     bare = config()
     inside = config(model=dict(type='mmcpd.Distiller', student=bare.model, teacher='self'))
-    twice = config(model=dict(type='slimmed', model=bare.model, structure='slim.pth'))
+    twice = config(model=dict(type='mmcpd.slimmed', model=bare.model, structure='slim.pth'))
     for cfg in (bare, inside, twice):
         student = student_config(cfg)
         assert student.type == 'ImageClassifier'
@@ -256,7 +264,7 @@ def test_the_student_of_a_distiller_is_found_with_its_preprocessor():
 def test_weights_without_batch_norm_s_counters_fit():
     model = build_dense(config())
     weights = {name: torch.rand(value.shape) for name, value in model.state_dict().items() if 'tracked' not in name}
-    slimmed.fill(model, weights, 'old.pth')
+    checkpoints.fill(model, weights, 'old.pth')
     assert torch.equal(model.head.fc.weight, weights['head.fc.weight'])
     with pytest.raises(SlimError, match=r'old\.pth is of another model: it lacks head\.fc\.bias'):
-        slimmed.fill(model, {name: value for name, value in weights.items() if name != 'head.fc.bias'}, 'old.pth')
+        checkpoints.fill(model, {name: value for name, value in weights.items() if name != 'head.fc.bias'}, 'old.pth')

@@ -12,7 +12,7 @@ from mmengine.config import Config
 
 from mmcpd.datasets.digits import DigitsDataset
 from mmcpd.engine.build import build_dense
-from mmcpd.engine.inputs import data_batches, example_inputs, random_batches
+from mmcpd.engine.examples import data_batches, example_inputs, input_shape, random_batches
 
 BASE = Path(__file__).resolve().parents[2] / 'configs' / '_base_' / 'datasets' / 'digits.py'
 
@@ -78,7 +78,8 @@ def loader(*transforms) -> dict:
 @pytest.mark.parametrize(
     ('entries', 'shape'),
     [
-        (dict(comb=dict(input_shape=(1, 20, 30))), (1, 1, 20, 30)),
+        (dict(default_hooks=dict(a=None, b=dict(type='mmcpd.PruneHook', input_shape=(1, 20, 30)))), (1, 1, 20, 30)),
+        (dict(custom_hooks=[dict(type='CombHook', input_shape=[1, 9, 8])], crop_size=7), (1, 1, 9, 8)),
         (dict(crop_size=(48, 64)), (1, 3, 48, 64)),
         (dict(test_dataloader=loader(dict(type='Resize', scale=(64, 48)), dict(type='Pack'))), (1, 3, 48, 64)),
         (
@@ -103,8 +104,26 @@ def test_example_inputs_have_the_size_of_the_test(cfg, entries, shape):
 
 
 def test_a_config_without_any_size_says_how_to_give_one(cfg):
-    with pytest.raises(ValueError, match=r'comb\.input_shape=3,H,W'):
+    with pytest.raises(ValueError, match=r'give PruneHook input_shape=\(3, H, W\)'):
         example_inputs(Config({'model': cfg.model}))
+
+
+def test_the_first_picture_decides_last_and_reading_it_draws_nothing(cfg):
+    class Noisy(torch.utils.data.Dataset):
+        def __getitem__(self, index):
+            height, width = torch.randint(8, 1000, (2,)).tolist()
+            return {'inputs': torch.zeros(3, height, width)}
+
+    bare = Config({'model': cfg.model})
+    before = torch.get_rng_state()
+    shape = input_shape(bare, None, Noisy())
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(5)
+    assert input_shape(bare, None, Noisy()) == shape, 'the same picture each time'
+    assert input_shape(Config({'model': cfg.model, 'crop_size': 20}), None, Noisy()) == (3, 20, 20)
+    assert input_shape(bare, (1, 5, 6), Noisy()) == (1, 5, 6)
+    with pytest.raises(ValueError, match=r"no 'inputs' \(C, H, W\): give PruneHook input_shape"):
+        input_shape(bare, None, [{'inputs': [1, 2]}])
 
 
 def test_a_real_config_is_sized(tmp_path):

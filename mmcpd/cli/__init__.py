@@ -1,0 +1,1 @@
+"""The commands of `mmcpd`: one file each, and what they share."""

@@ -1,0 +1,115 @@
+"""Export a slim model and its dense original to ONNX, check both against torch, and measure them.
+
+Writes slim.onnx, dense.onnx and latency.json. The files hold the model's tensor mode on normalised images: a
+classifier's logits, a segmentor's logits at the resolution of its head.
+
+Example:
+  mmcpd deploy mmcpd::cpd/resnet50_prune.py work_dirs/resnet50_prune/slim.pth
+  mmcpd deploy my_config.py slim.pth --shape 512 512 --runs 200 --random-input
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+from torch import Tensor, nn
+
+from mmcpd.cli.checks import check_checkpoint, check_data, check_folder
+from mmcpd.cli.common import UserError
+from mmcpd.cli.configs import read_config
+from mmcpd.deploy import deploy
+from mmcpd.deploy.latency import progress_line
+from mmcpd.engine.build import build_dense
+from mmcpd.engine.checkpoints import fill, load_slim, read_checkpoint
+from mmcpd.engine.examples import data_batches, random_batches
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('checkpoint', help='a slim.pth')
+    parser.add_argument(
+        '--out', type=Path, help="folder, or the slim model's file (.onnx); default: the checkpoint's folder"
+    )
+    parser.add_argument('--opset', type=int, default=18, help='ONNX operator set; default 18')
+    parser.add_argument(
+        '--shape', type=int, nargs=2, metavar=('H', 'W'), help="size of the input; default: the config's"
+    )
+    parser.add_argument('--batch', type=int, default=1, help='batch size of the measurement; default 1')
+    batch = parser.add_mutually_exclusive_group()
+    batch.add_argument('--batch-dynamic', action='store_true', help='leave the batch size open (the default)')
+    batch.add_argument('--batch-static', '--static', action='store_true', help='fix the batch size to --batch')
+    parser.add_argument('--runs', type=int, default=1000, help='paired runs; default 1000')
+    parser.add_argument('--time-limit', type=float, metavar='S', help='seconds after which no run starts')
+    parser.add_argument('--threads', type=int, help="ONNX Runtime's threads; default: as many as cores")
+    parser.add_argument(
+        '--dense', help="the dense model's weights; default: dense.pth beside the checkpoint, or initial weights"
+    )
+    parser.add_argument('--no-bench', action='store_true', help='export and check only')
+    parser.add_argument(
+        '--random-input', action='store_true', help='check and measure on noise, where there are no test data'
+    )
+
+
+def dense_model(cfg: Config, args: argparse.Namespace) -> tuple[nn.Module, str]:
+    """Return the dense model and where its weights come from; its speed does not depend on them."""
+    torch.manual_seed(0)
+    model = build_dense(cfg)
+    beside = Path(args.checkpoint).with_name('dense.pth')
+    weights = args.dense or (str(beside) if beside.is_file() else None)
+    if weights is None:
+        return model, 'initial, seed 0'
+    fill(model, read_checkpoint(weights)['state_dict'], weights)
+    return model, weights
+
+
+def real_batches(cfg: Config, model: nn.Module, args: argparse.Namespace) -> tuple[list[Tensor], str]:
+    """Return batches of several sizes and where they come from."""
+    sizes = (args.batch,) * 3 if args.batch_static else (args.batch, args.batch + 2, args.batch + 3)
+    shape = tuple(args.shape) if args.shape else None
+    if args.random_input:
+        return random_batches(cfg, sizes, shape), 'normal noise, seed 0 (--random-input)'
+    try:
+        check_data(cfg, ('test_dataloader',))
+    except UserError as error:
+        raise UserError(f'{error}; or add --random-input') from error
+    return data_batches(cfg, model, sizes, shape), f'test data ({cfg.test_dataloader.dataset.type})'
+
+
+def main(args: argparse.Namespace) -> None:
+    cfg = read_config(args)
+    for name in ('batch', 'runs', 'threads', 'time_limit'):
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            raise UserError(f'--{name.replace("_", "-")} must be above 0, not {value}')
+    check_checkpoint(args.checkpoint, 'checkpoint')
+    check_checkpoint(args.dense, '--dense')
+    out = args.out or Path(args.checkpoint).parent
+    folder, name = (out.parent, out.stem) if out.suffix == '.onnx' else (out, 'slim')
+    if name == 'dense':
+        raise UserError(f'--out: {out} is where the dense model goes; choose another name')
+    check_folder(folder, '--out')
+    slim = load_slim(cfg, args.checkpoint)
+    dense, weights = dense_model(cfg, args)
+    batches, source = real_batches(cfg, slim, args)
+    print(f'inputs: {source}; dense weights: {weights}')
+    report = deploy(
+        {'dense': dense, name: slim},
+        [*batches],
+        folder,
+        opset=args.opset,
+        dynamic_batch=not args.batch_static,
+        runs=0 if args.no_bench else args.runs,
+        time_limit=args.time_limit,
+        threads=args.threads,
+        progress=progress_line(),
+        facts={
+            'config': args.config,
+            'checkpoint': args.checkpoint,
+            'dense_weights': weights,
+            'inputs': source,
+            'seed': 0,
+        },
+    )
+    print(f'\n{report}\n\nwrote {folder}/dense.onnx, {folder}/{name}.onnx and {folder}/latency.json')

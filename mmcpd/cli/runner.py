@@ -1,0 +1,96 @@
+"""Build a Runner with a readable screen, and run it."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shlex
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner, find_latest_checkpoint
+
+import mmcpd
+from mmcpd.cli.common import MISTAKES, UserError, was_interrupted
+
+PACKAGE = str(Path(mmcpd.__file__).parent)
+# What MMEngine says in each run and no user can change: CheckpointHook's own use of FileClient, the name of the log's
+# folder at the end of each epoch.
+HIDDEN = ('"FileClient" will be deprecated', '"HardDiskBackend" is the alias', 'Exp name: ')
+
+
+class ScreenFilter(logging.Filter):
+    """Show warnings and mmcpd's own lines until the loop starts, then everything.
+
+    What MMEngine says before (environment, configuration, hooks, initial weights, each parameter's options) is
+    hundreds of lines: they are in the log file, as is what is `HIDDEN`.
+    """
+
+    loop_runs = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.getMessage().startswith(HIDDEN):
+            return False
+        return self.loop_runs or record.levelno > logging.INFO or record.pathname.startswith(PACKAGE)
+
+
+class ScreenRunner(Runner):
+    """A Runner whose screen shows what the user needs; its log file shows everything."""
+
+    screen: ScreenFilter
+
+    def build_logger(self, *args: Any, **kwargs: Any) -> logging.Logger:
+        logger = super().build_logger(*args, **kwargs)
+        self.screen = ScreenFilter()
+        for handler in logger.handlers:
+            if not isinstance(handler, logging.FileHandler):
+                handler.addFilter(self.screen)
+        return logger
+
+    def call_hook(self, fn_name: str, **kwargs: Any) -> None:
+        if fn_name in ('before_train', 'before_test'):
+            self.screen.loop_runs = True
+        super().call_hook(fn_name, **kwargs)
+
+
+def build_runner(cfg: Config) -> Runner:
+    """Build the Runner that a config asks for.
+
+    Raises:
+        UserError: Its `runner_type` is not registered.
+    """
+    kind = cfg.get('runner_type', 'Runner')
+    found = RUNNERS.get(kind) if isinstance(kind, str) else kind
+    if found is None:
+        raise UserError(f'runner_type: no Runner is registered as {kind!r}; name its module in custom_imports')
+    # Before the user's class in the order of methods, and under its name.
+    runner: Any = ScreenRunner if found is Runner else type(found.__name__, (ScreenRunner, found), {})
+    return runner.from_cfg(cfg)
+
+
+def run(runner: Runner, step: Callable[[Runner], Any]) -> Any:
+    """Call `step(runner)`; if it fails by what may be a mistake, its traceback goes beside the log."""
+    try:
+        return step(runner)
+    except MISTAKES as error:
+        if was_interrupted(error):
+            raise KeyboardInterrupt from error
+        file = Path(runner.log_dir) / 'traceback.txt'
+        file.write_text(traceback.format_exc(), encoding='utf-8')
+        raise
+
+
+def resume_hint(cfg: Config, args: argparse.Namespace) -> str:
+    """Return how to go on after an interruption."""
+    if find_latest_checkpoint(cfg.work_dir) is None:
+        return f'{cfg.work_dir} has no checkpoint yet, so the next run starts anew'
+    script = Path(sys.argv[0])
+    program = ['python', '-m', 'mmcpd'] if script.name == '__main__.py' else ['python', sys.argv[0]]
+    program = program if script.suffix == '.py' else [script.name]
+    words = [word for word in sys.argv[1:] if word not in ('--resume', args.resume)]
+    return f'go on from the last checkpoint: {shlex.join([*program, *words])} --resume'

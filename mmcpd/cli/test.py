@@ -1,0 +1,52 @@
+"""Test a config's model with a training checkpoint or a slim.pth, and print the metrics.
+
+Example:
+  mmcpd test mmcpd::cpd/resnet50_prune.py work_dirs/resnet50_prune/slim.pth
+  mmcpd test my_config.py epoch_30.pth --out metrics.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import mmengine
+import numpy as np
+from mmengine.evaluator import DumpResults
+
+from mmcpd.cli.checks import check_checkpoint, check_data, check_folder
+from mmcpd.cli.common import add_runner_options
+from mmcpd.cli.configs import read_config, set_runner_options
+from mmcpd.cli.runner import build_runner, run
+from mmcpd.engine.checkpoints import use_checkpoint
+from mmcpd.engine.compat import start_processes
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('checkpoint', help='a slim.pth, or a checkpoint of the dense model')
+    add_runner_options(parser)
+    parser.add_argument('--out', metavar='FILE', help='write results to a .pkl, or metrics to a .json')
+    parser.add_argument('--out-item', choices=('metrics', 'pred'), help='what --out holds; default: by its ending')
+
+
+def main(args: argparse.Namespace) -> None:
+    cfg = read_config(args)
+    set_runner_options(cfg, args)
+    check_checkpoint(args.checkpoint, 'checkpoint')
+    check_folder(cfg.work_dir, '--work-dir')
+    check_data(cfg, ('test_dataloader',))
+    if args.out:
+        check_folder(Path(args.out).absolute().parent, '--out')
+    with tempfile.TemporaryDirectory() as folder:
+        use_checkpoint(cfg, args.checkpoint, Path(folder))
+        start_processes(cfg)
+        runner = build_runner(cfg)
+        item = args.out_item or ('metrics' if args.out and args.out.endswith('.json') else 'pred')
+        if args.out and item == 'pred':
+            runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
+        metrics = run(runner, lambda runner: runner.test())
+    for name, value in metrics.items():
+        print(f'{name}: {value:.4f}' if isinstance(value, (float, np.floating)) else f'{name}: {value}')
+    if args.out and item == 'metrics':
+        mmengine.dump(metrics, args.out)

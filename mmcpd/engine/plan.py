@@ -1,0 +1,72 @@
+"""Say in ten lines what a run will do."""
+
+from __future__ import annotations
+
+from collections.abc import Sized
+
+from mmengine.runner import Runner
+from torch import nn
+
+from mmcpd.coupling import Coupling
+from mmcpd.engine.combing import shape_combed
+from mmcpd.engine.distillers import Distiller
+from mmcpd.engine.report import ROWS
+from mmcpd.engine.wrappers import unwrapped
+from mmcpd.prune import Pruner
+
+REASONS = 3  # lines about what is frozen
+
+
+def plan(runner: Runner, pruner: Pruner) -> str:
+    """Say in at most ten lines what a run will do: with what, how far, when, and where the results go.
+
+    Args:
+        runner: about to train.
+        pruner: what will prune its model.
+
+    Example:
+        >>> print(plan(runner, pruner).splitlines()[0])  # doctest: +SKIP
+        model    ImageClassifier: 1.3 M MACs, 0.01 M parameters at 3x32x32
+    """
+    coupling, schedule = pruner.coupling, pruner.schedule
+    model = unwrapped(runner.model)
+    cost = coupling.cost(coupling.keep())
+    sizes = ', '.join(f'{cost[key] / unit:,.2f}{sign} {name}' for key, (name, unit, sign) in ROWS.items())
+    prunable, total = coupling.prunable()
+    target = ' and '.join(f'{share:.1%} of the {ROWS.get(key, (key,))[0]}' for key, share in schedule.target.items())
+    lines = [
+        ('model', f'{type(pruner.model).__name__} at {"x".join(map(str, shape_combed(coupling)))}: {sizes}'),
+        ('data', _data(runner)),
+        ('coupling', f'{len(coupling.groups)} groups, {coupling.units} units; {prunable / total:.1%} of the '
+         'parameters can be pruned'),
+        *(('frozen', reason) for reason in _frozen(coupling)),
+        ('target', f'{target} of the dense model remains'),
+        ('pruning', f'iterations {schedule.begin} to {schedule.end} of {runner.max_iters}, every {schedule.interval}, '
+         f'by {type(pruner.importance).__name__} / {pruner.normalizer}'),
+        ('teacher', _teacher(model, int(schedule.begin))),
+        ('results', f'{runner.work_dir}: coupling.txt now, dense.pth when pruning begins, slim.pth at the end'),
+    ]  # fmt: skip
+    return '\n'.join(f'{name:<9}{text}' for name, text in lines)
+
+
+def _data(runner: Runner) -> str:
+    loaders = [runner.train_dataloader, *([] if runner.val_loop is None else [runner.val_dataloader])]
+    sizes = [str(len(loader.dataset)) if isinstance(loader.dataset, Sized) else 'streamed' for loader in loaders]
+    validated = f'{sizes[1]} to validate on' if len(sizes) > 1 else 'not validated'
+    return f'{type(runner.train_dataloader.dataset).__name__}: {sizes[0]} samples to train on, {validated}'
+
+
+def _frozen(coupling: Coupling) -> list[str]:
+    """Return the reasons that freeze most rows, one a line, and how many more there are."""
+    reasons = [f'{rows} rows: {reason}' for reason, rows in coupling.merged_reasons()]
+    more = len(reasons) - REASONS + 1
+    return reasons if more <= 1 else [*reasons[: REASONS - 1], f'{more} more reasons: see coupling.txt']
+
+
+def _teacher(model: nn.Module, begin: int) -> str:
+    if not isinstance(model, Distiller) or not model.loss_configs:
+        return 'none: the losses of the task alone'
+    losses = ', '.join(f'{type(model.distill[name]).__name__} at {c.tap}' for name, c in model.loss_configs.items())
+    if model.teaches_itself:
+        return f'the model itself as it is at iteration {begin}; {losses}'
+    return f'{type(model.teacher).__name__}; {losses}' if model.teacher is not None else 'none'

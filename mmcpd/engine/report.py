@@ -1,0 +1,51 @@
+"""Compare the slim model with the dense one, in numbers and as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mmcpd.cost import COSTS
+from mmcpd.coupling import Coupling, Keep, aligned
+
+# Quantity -> name, unit and its sign.
+ROWS = {
+    'macs': ('MACs', 1e6, ' M'),
+    'params': ('parameters', 1e6, ' M'),
+    'memory': ('activations', 2**20, ' MiB'),
+}
+
+
+def costs(coupling: Coupling, keep: Keep) -> dict[str, int]:
+    """Return MACs, parameters, memory (bytes) and units under a keep, as plain numbers.
+
+    Example:
+        >>> costs(coupling, coupling.keep())['units']
+        12
+    """
+    cost = coupling.cost(keep)
+    return {**{quantity: cost[quantity] for quantity in COSTS}, 'units': sum(int(k.sum()) for k in keep.values())}
+
+
+def comparison(dense: Mapping[str, Any], small: Mapping[str, Any]) -> str:
+    """Return a table of costs and metrics, dense beside slim.
+
+    Args:
+        dense: what `costs` returns, and `metrics` (name to number) where the model was validated.
+        small: the same of the slim model.
+
+    Example:
+        >>> print(comparison(costs(coupling, coupling.keep()), costs(coupling, keep)).splitlines()[0].split())
+        ['dense', 'slim', 'slim', '/', 'dense']
+    """
+    rows: list[tuple[str, ...]] = [('', 'dense', 'slim', 'slim / dense')]
+    for key, (name, unit, sign) in ROWS.items():
+        values = [f'{model[key] / unit:,.2f}{sign}' for model in (dense, small)]
+        rows.append((name, *values, f'{small[key] / dense[key]:.1%}'))
+    rows.append(('units', str(dense['units']), str(small['units']), f'{small["units"] / dense["units"]:.1%}'))
+    before = dense.get('metrics') or {}
+    for name, value in (small.get('metrics') or {}).items():
+        known = name in before
+        change = f'{value - before[name]:+.2f}' if known else ''
+        rows.append((name, f'{before[name]:.2f}' if known else '-', f'{value:.2f}', change))
+    return '\n'.join(aligned(rows))

@@ -1,0 +1,140 @@
+"""The file `slim.pth`: a slim model's weights, and the structure that cuts a config's dense model to its size."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from mmcpd.errors import SlimError
+from mmcpd.version import __version__
+
+VERSION = 1  # of the file; raise it whenever an older mmcpd could not read what is written
+# What unpickling may raise on bytes that are no checkpoint, or half of one.
+GARBAGE = (RuntimeError, EOFError, ValueError, OSError, LookupError, TypeError, AttributeError)
+
+PathLike: TypeAlias = str | os.PathLike
+
+
+def save_slim(path: PathLike, model: nn.Module, structure: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+    """Write a slim model's checkpoint, whole or not at all.
+
+    Args:
+        path: The file to write; its folder is made.
+        model: The slim model.
+        structure: What `mmcpd.slim.structure` returned for the dense model and it.
+        meta: What a reader should know: plain values only. MMEngine's own readers look for `dataset_meta`.
+
+    Raises:
+        ValueError: `meta` or `structure` holds something that is not plain; reading it could run code.
+
+    Example:
+        >>> from tempfile import mkdtemp
+        >>> from mmcpd.slim import structure
+        >>> path = Path(mkdtemp(), 'slim.pth')
+        >>> save_slim(path, small, structure(model, small), {'epoch': 30})
+        >>> read_slim(path)['meta']['epoch']
+        30
+    """
+    path = Path(path)
+    content = {
+        'version': VERSION,
+        'state_dict': {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()},
+        'structure': json.dumps(_plain(structure, 'structure')),
+        'meta': {'mmcpd_version': __version__, **_plain(meta, 'meta')},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_whole(path, content)
+
+
+def save_whole(path: Path, content: dict[str, Any]) -> None:
+    """Write a file of `torch.save` whole or not at all: beside `path`, then renamed."""
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
+    try:
+        torch.save(content, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_slim(path: PathLike) -> dict[str, Any]:
+    """Read a slim checkpoint without running any code from it: `state_dict`, `structure` (parsed), `meta`, `version`.
+
+    Raises:
+        SlimError: The file is missing, truncated, not a slim checkpoint, or of another version.
+
+    Example:
+        >>> read_slim('work_dirs/resnet50_prune/slim.pth')['meta']['slim']['macs']  # doctest: +SKIP
+    """
+    with readable(path):
+        content = torch.load(path, map_location='cpu', weights_only=True)
+    if not isinstance(content, dict) or not {'state_dict', 'structure'} <= content.keys():
+        raise SlimError(
+            f'{path} is not a slim checkpoint: it has no structure. Cut one from a training checkpoint by '
+            'tools/slim.py, or give the slim.pth that training wrote'
+        )
+    if content.get('version') != VERSION:
+        raise SlimError(
+            f'{path} is a slim checkpoint of version {content.get("version")}, and mmcpd {__version__} reads version '
+            f'{VERSION}: cut it again from its training checkpoint by tools/slim.py, or use the mmcpd that wrote it'
+        )
+    try:
+        content['structure'] = json.loads(content['structure'])
+    except (TypeError, ValueError) as error:
+        raise SlimError(f'{path} is not a slim checkpoint: its structure is not JSON ({error})') from error
+    return {'meta': {}, **content}
+
+
+def is_slim(path: PathLike) -> bool:
+    """Say whether a file is a slim checkpoint, of any version; whatever cannot be read is not.
+
+    Example:
+        >>> is_slim('there/is/no/such.pth')
+        False
+    """
+    try:
+        with readable(path):
+            content = torch.load(path, map_location='cpu', weights_only=True)
+    except SlimError:
+        return False
+    return isinstance(content, dict) and {'state_dict', 'structure'} <= content.keys()
+
+
+@contextmanager
+def readable(path: PathLike) -> Iterator[None]:
+    """Turn what torch raises on a bad file into a SlimError that names the file."""
+    if '://' not in str(path) and not Path(path).is_file():
+        raise SlimError(f'{path}: there is no such checkpoint')
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        if zipfile.is_zipfile(path):
+            raise SlimError(f'{path} is not a slim checkpoint: it holds more than weights') from error
+        raise SlimError(f'{path} is truncated or not a checkpoint') from error
+    except GARBAGE as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SlimError(f'{path} is truncated or not a checkpoint: {reason}') from error
+
+
+def _plain(value: Any, where: str) -> Any:
+    """Return the value as dicts, lists, strings and numbers, of exactly those types."""
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    if value is None:
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, f'{where}.{key}') for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, f'{where}[{number}]') for number, item in enumerate(value)]
+    if getattr(value, 'ndim', None) == 0 and hasattr(value, 'item'):  # scalars of numpy and torch
+        return _plain(value.item(), where)
+    raise ValueError(f'{where} of a slim checkpoint must be plain values, not {type(value).__name__}')
