@@ -168,7 +168,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant('bare-statistic', _STATISTICS, 'test_comb/test_conflicts.py',
            'one line that reduces channels and other positions of one number freezes',
            'run.statistic(None, d - source.dim(), source.shape[d])', 'pass'),
-    Mutant('softmax-zero', _STATISTICS, 'test_comb/test_pointwise.py',
+    Mutant('softmax-zero', _STATISTICS, 'test_comb/test_claims.py',
            'a softmax of zeros is not zero',
            'run.set(call.out, tuple(a and a.activation(False) for a in axes))',
            'run.set(call.out, tuple(a and a.activation(True) for a in axes))'),
@@ -181,7 +181,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant('norm-statistic', _STATISTICS, 'test_comb/test_norms.py',
            'a layer norm is over the kept channels',
            'run.statistic(channel, dim, x.shape[dim])', 'pass'),
-    Mutant('norm-zero', _STATISTICS, 'test_comb/test_norms.py',
+    Mutant('norm-zero', _STATISTICS, 'test_comb/test_claims.py',
            'a batch norm without a weight makes of zero what it likes',
            "zero = named.get('weight') is not None or (", 'zero = True or ('),
     # -- atoms and groups

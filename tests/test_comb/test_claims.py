@@ -187,6 +187,25 @@ def test_one_part_that_is_not_zero_is_seen_by_a_sum_over_all_parts():
     assert len(found.fixes.statistics) == 1
 
 
+@pytest.mark.parametrize(
+    'function',
+    [
+        lambda m, x: x.flatten(2).softmax(-1).view_as(x),
+        lambda m, x: m.norm(x.cos()),
+    ],
+    ids=['softmax over space', 'batch norm without a weight'],
+)
+def test_what_is_not_zero_is_seen_by_a_sum_over_the_channels(function):
+    def run(m, x):
+        x = function(m, x)
+        return x * x.sum(1, keepdim=True)
+
+    toy = net(run, norm=lambda: nn.BatchNorm2d(6, affine=False))
+    toy.groups = {'a': 6, 'b': 4}
+    _, found = check_toy(toy)
+    assert len(found.fixes.statistics) == 1
+
+
 def test_a_step_over_padding_freezes_the_neighbours():
     toy = net(lambda m, x: padded(x, 1, 1)[:, 1::2], width=4)
     toy.groups = {'a': 2, 'b': 4}
