@@ -9,7 +9,7 @@ _GROUPING, _CONFLICTS, _API = 'mmcpd/comb/grouping.py', 'mmcpd/comb/conflicts.py
 _PRODUCTS, _POINTWISE = 'mmcpd/comb/rules/products.py', 'mmcpd/comb/rules/pointwise.py'
 _MOVEMENT, _STATISTICS = 'mmcpd/comb/rules/movement.py', 'mmcpd/comb/rules/statistics.py'
 _INT, _ARGUMENTS = 'mmcpd/comb/traced_int.py', 'mmcpd/comb/size_arguments.py'
-_COUPLING, _COST, _COMPARE = 'mmcpd/coupling.py', 'mmcpd/cost.py', 'mmcpd/slim/compare.py'
+_COUPLING, _COST = 'mmcpd/coupling.py', 'mmcpd/cost.py'
 
 # fmt: off
 MUTANTS: tuple[Mutant, ...] = (
@@ -203,10 +203,6 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant('producer', _GROUPING, 'test_comb/test_products.py',
            'what no weight produces stays',
            '    _require_producer(record, rows, component, why)\n', '    pass\n'),
-    Mutant('role-last', _GROUPING, 'test_comb/test_claims.py',
-           'rows that produce and are read in one layer keep the role that was met last',
-           'for made in record.roles:\n            self.role',
-           'for made in reversed(record.roles):\n            self.role'),
     Mutant('single-unit', _GROUPING, 'test_comb/test_movement.py',
            'a group of one unit is frozen',
            'single = {found.name: SINGLE for found in groups if found.units == 1}', 'single: dict[str, str] = {}'),
@@ -219,15 +215,12 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant('model-output', _OBSERVE, 'test_comb/test_convolution.py',
            'the channels of the output stay',
            "run.freeze_all(tensor, 'model output')", 'pass'),
-    Mutant('tied-weights', _OBSERVE, 'test_comb/test_api.py',
+    Mutant('tied-weights', _OBSERVE, 'test_comb/test_claims.py',
            'a parameter that two modules share has one set of atoms',
            'if not hasattr(tensor, AXES):', 'if True:'),
     Mutant('inference-inside', _OBSERVE, 'test_comb/test_conflicts.py',
            'a forward under inference mode is seen as any other',
            'if torch.is_inference_mode_enabled():', 'if False:'),
-    Mutant('inference-outside', _COMPARE, 'test_comb/test_conflicts.py',
-           'combing under inference mode sees what it sees without',
-           'with torch.inference_mode(False), torch.no_grad():', 'with torch.no_grad():'),
     Mutant('overwritten', _OBSERVE, 'test_comb/test_pointwise.py',
            'a view of what was overwritten is tried',
            'self.run.record.notes.add(Note.OVERWRITTEN)', 'pass'),
@@ -241,7 +234,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant('statistics-one-set', _CONFLICTS, 'test_comb/test_conflicts.py',
            'one line takes its statistic of one length over one set of channels',
            '    _separate_statistics_(record)\n', '    pass\n'),
-    Mutant('statistics-width', _CONFLICTS, 'test_slim/test_mask.py',
+    Mutant('statistics-width', _CONFLICTS, 'test_comb/test_conflicts.py',
            'statistics of different lengths in one line are told apart',
            'site = (seen.place, seen.dim, seen.width)', 'site = (seen.place, seen.dim, 0)'),
     Mutant('constant-width', _INT, 'test_slim/test_computed_widths.py',

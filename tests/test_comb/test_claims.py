@@ -268,6 +268,20 @@ def test_the_reason_that_was_met_first_is_given():
     check_toy(toy)
 
 
+# -- tensors -----------------------------------------------------------------------------------------------------------
+def test_a_parameter_that_is_a_buffer_elsewhere_has_one_set_of_atoms():
+    def run(m, x):
+        return m.fc(m.a(x).tanh() + F.linear(x, m.copy.tied))
+
+    model = randomise_(Net(run, a=nn.Linear(3, 6), copy=nn.Module(), fc=nn.Linear(6, 2)))
+    model.copy.register_buffer('tied', model.a.weight)
+    found = comb(model, sample((4, 3)))
+    assert {g.name: g.units for g in found.groups} == {'a': 6}
+    assert members(found, 'a') == {'a.weight:0': rows(6), 'a.bias:0': rows(6), 'fc.weight:1': rows(6)}
+    small = check_equal(model, found)
+    assert small.copy.tied is small.a.weight
+
+
 # -- inference mode ----------------------------------------------------------------------------------------------------
 def test_an_input_that_was_made_under_inference_mode_is_one_like_any_other():
     def run(m, x):
