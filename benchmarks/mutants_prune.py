@@ -47,7 +47,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant('normalize-kept', _NORMALIZE, 'test_prune/test_importance.py',
            'the memory of a group is that of all its kept units',
            "'memory': lambda saved, kept: saved.memory * kept,", "'memory': lambda saved, kept: saved.memory,"),
-    Mutant('normalize-nothing', _NORMALIZE, 'test_prune/test_selection.py',
+    Mutant('normalize-nothing', _NORMALIZE, 'test_prune/test_claims.py',
            'units whose removal saves nothing are removed last',
            'if saved > 0 else torch.full_like(score, torch.inf)', 'if saved > 0 else score'),
     # -- selection

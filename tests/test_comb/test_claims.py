@@ -282,6 +282,19 @@ def test_a_parameter_that_is_a_buffer_elsewhere_has_one_set_of_atoms():
     assert small.copy.tied is small.a.weight
 
 
+def test_an_element_in_a_prunable_row_and_column_counts_once():
+    toy = net(lambda m, x: padded(m.narrow(x), 1, 1) + x, narrow=lambda: nn.Conv2d(6, 4, 1))
+    toy.groups = {'a': 4, 'b': 4}
+    model, found = check_toy(toy)
+    marked = {name: torch.zeros(parameter.shape, dtype=torch.bool) for name, parameter in model.named_parameters()}
+    for group in found.groups:
+        for member in group.members:
+            marked[member.tensor].index_fill_(member.dim, member.index.flatten(), True)
+    assert found.prunable() == (sum(int(m.sum()) for m in marked.values()), sum(m.numel() for m in marked.values()))
+    assert 0 < int(marked['b.weight'].sum()) == 4 * 6 and int(marked['narrow.weight'].sum()) == 4 * 6
+    assert int(marked['a.weight'].sum()) == 4 * 3
+
+
 # -- inference mode ----------------------------------------------------------------------------------------------------
 def test_an_input_that_was_made_under_inference_mode_is_one_like_any_other():
     def run(m, x):

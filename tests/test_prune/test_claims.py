@@ -74,6 +74,19 @@ def test_scores_are_divided_by_what_was_asked_for():
     assert len(set(chosen.values())) > 1, 'all normalizers choose the same units here'
 
 
+def test_units_whose_removal_saves_nothing_score_infinitely():
+    """The outputs of an embedding are no layer's, and a zero score divided by nothing would be removed first."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(10, 6), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+    coupling = comb(model, torch.arange(10).reshape(2, 5))
+    assert {group.name: group.units for group in coupling.groups} == {'0': 6, '1': 5}
+    scores = {'0': torch.zeros(6), '1': torch.ones(5)}
+    found = normalize(scores, coupling, coupling.keep(), by='memory')
+    assert found['0'].tolist() == [torch.inf] * 6 and found['1'].isfinite().all()
+    keep = select(found, coupling, coupling.keep(), {'units': 0.8})
+    assert keep['0'].all() and int(keep['1'].sum()) == 2
+
+
 def test_the_curve_of_the_paper_removes_its_number_at_each_event():
     plan = Schedule({'units': 0.5}, begin=0, end=10, interval=2, curve='paper', units_per_event=3)
     model, optimizer, pruner = built(plan)
