@@ -7,11 +7,11 @@ CONFIG := configs/cpd/resnet50_prune.py
 WORK   := work_dirs/resnet50_prune
 JOBS   ?= 2
 
-.PHONY: help env demo test lint zoo clean
+.PHONY: help env demo test lint mutants zoo clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-6s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' Makefile
 
 env: $(STAMP) ## make the environment in .venv
 
@@ -40,6 +40,9 @@ lint: env ## run ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+mutants: env ## break the library's claims one by one, and see whether its tests notice (some 20 minutes)
+	$(BIN)/python benchmarks/mutants.py --jobs $(JOBS)
 
 zoo: env ## comb and slim one model of every architecture family, Torch-Pruning beside it (about an hour)
 	$(BIN)/python -m pip install --quiet torch-pruning==1.6.1
