@@ -38,10 +38,7 @@ REQUIREMENTS: dict[str, tuple[Requirement, ...]] = {
         Requirement('onnxruntime', ('onnxruntime', 'onnxruntime-gpu'), '1.17'),
         Requirement('onnxscript', ('onnxscript',), '0.1'),
     ),
-    'demo': (
-        Requirement('sklearn', ('scikit-learn',), '1.3'),
-        Requirement('matplotlib', ('matplotlib',), '3.7'),
-    ),
+    'demo': (Requirement('sklearn', ('scikit-learn',), '1.3'), Requirement('matplotlib', ('matplotlib',), '3.7')),
 }
 OPTIONAL = ('mmpretrain', 'mmseg')  # checked when they are there; whose models are pruned brings the one it needs
 

@@ -14,11 +14,7 @@ from mmcpd.registry import DATASETS
 
 Split = Literal['train', 'test']
 
-INTERPOLATIONS = {
-    'nearest': cv2.INTER_NEAREST,
-    'bilinear': cv2.INTER_LINEAR,
-    'bicubic': cv2.INTER_CUBIC,
-}
+INTERPOLATIONS = {'nearest': cv2.INTER_NEAREST, 'bilinear': cv2.INTER_LINEAR, 'bicubic': cv2.INTER_CUBIC}
 TEST_EVERY = 4  # every fourth digit of each class, in scikit-learn's order, is a test digit
 
 

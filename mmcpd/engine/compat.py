@@ -48,10 +48,7 @@ def start_processes(cfg: Config) -> None:
         raise ValueError(f'--launcher {launcher} needs an accelerator; on CPU use --launcher pytorch')
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group('gloo')
-    wrapper = cfg.get('model_wrapper_cfg') or {
-        'type': 'MMDistributedDataParallel',
-        'broadcast_buffers': False,
-    }
+    wrapper = cfg.get('model_wrapper_cfg') or {'type': 'MMDistributedDataParallel', 'broadcast_buffers': False}
     if 'find_unused_parameters' in cfg:
         wrapper.setdefault('find_unused_parameters', cfg.find_unused_parameters)
     cfg.model_wrapper_cfg = {**wrapper, 'device_ids': None}

@@ -18,12 +18,7 @@ from mmcpd.engine.random_state import seeded
 from mmcpd.engine.wrappers import student_config, type_name
 
 # Transforms that fix the size of a picture, and the key of the size: (W, H) as in mmcv, (H, W) for crops.
-SIZES = {
-    'CenterCrop': 'crop_size',
-    'RandomCrop': 'crop_size',
-    'RandomResizedCrop': 'scale',
-    'Resize': 'scale',
-}
+SIZES = {'CenterCrop': 'crop_size', 'RandomCrop': 'crop_size', 'RandomResizedCrop': 'scale', 'Resize': 'scale'}
 
 
 def noise(number: int, shape: Sequence[int]) -> Tensor:

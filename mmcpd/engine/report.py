@@ -9,11 +9,7 @@ from mmcpd.cost import COSTS
 from mmcpd.coupling import Coupling, Keep, aligned
 
 # Quantity -> name, unit and its sign.
-ROWS = {
-    'macs': ('MACs', 1e6, ' M'),
-    'params': ('parameters', 1e6, ' M'),
-    'memory': ('activations', 2**20, ' MiB'),
-}
+ROWS = {'macs': ('MACs', 1e6, ' M'), 'params': ('parameters', 1e6, ' M'), 'memory': ('activations', 2**20, ' MiB')}
 
 
 def costs(coupling: Coupling, keep: Keep) -> dict[str, int]:

@@ -20,12 +20,7 @@ class FusionBlock(nn.Module):
     """
 
     def __init__(
-        self,
-        local_channels: int,
-        global_channels: int,
-        embed_dims: int,
-        align_corners: bool,
-        **conv_kwargs: Any,
+        self, local_channels: int, global_channels: int, embed_dims: int, align_corners: bool, **conv_kwargs: Any
     ) -> None:
         super().__init__()
         self.align_corners = align_corners

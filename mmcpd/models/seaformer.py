@@ -144,12 +144,7 @@ class SqueezeAxialAttention(nn.Module):
     """
 
     def __init__(
-        self,
-        embed_dims: int,
-        key_dim: int,
-        num_heads: int,
-        attn_ratio: int = 2,
-        norm_cfg: dict[str, Any] = NORM_CFG,
+        self, embed_dims: int, key_dim: int, num_heads: int, attn_ratio: int = 2, norm_cfg: dict[str, Any] = NORM_CFG
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
