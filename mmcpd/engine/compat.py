@@ -22,10 +22,6 @@ def mend_scopes() -> None:
     MMEngine maps `mmseg` to the distribution `mmsegmentation`; OneDL's is called `onedl-mmsegmentation`.
     Where the distribution is absent and the module is there, the module's own name takes its place, which
     MMEngine resolves by import. `mmcpd::` is added, so that other people's configs can inherit ours.
-
-    Example:
-        >>> mend_scopes()
-        >>> _ = Config.fromfile('configs/cpd/resnet50_prune_in1k.py')
     """
     MODULE2PACKAGE.setdefault('mmcpd', 'mmcpd')
     for module, package in MODULE2PACKAGE.items():

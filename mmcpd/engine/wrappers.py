@@ -23,12 +23,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def bare_model(model: nn.Module) -> nn.Module:
-    """Return the model inside a data-parallel wrapper and a distiller: the one that is combed, pruned and slimmed.
-
-    Example:
-        >>> bare_model(nn.DataParallel(model)) is model
-        True
-    """
+    """Return the model inside a data-parallel wrapper and a distiller: the one that is combed, pruned and slimmed."""
     model = unwrapped(model)
     return model.student if isinstance(model, StudentWrapper) else model
 
