@@ -18,16 +18,7 @@ REASONS = 3  # lines about what is frozen
 
 
 def plan(runner: Runner, pruner: Pruner) -> str:
-    """Say in at most ten lines what a run will do: with what, how far, when, and where the results go.
-
-    Args:
-        runner: about to train.
-        pruner: what will prune its model.
-
-    Example:
-        >>> print(plan(runner, pruner).splitlines()[0])  # doctest: +SKIP
-        model    ImageClassifier: 1.3 M MACs, 0.01 M parameters at 3x32x32
-    """
+    """Say in at most ten lines what a run will do: with what, how far, when, and where the results go."""
     coupling, schedule = pruner.coupling, pruner.schedule
     model = unwrapped(runner.model)
     cost = coupling.cost(coupling.keep())
