@@ -78,7 +78,7 @@ def load_dense(cfg: ConfigLike, path: PathLike) -> nn.Module:
     return model.eval()
 
 
-def load_slim(config: ConfigLike, checkpoint: PathLike, device: str | torch.device = 'cpu') -> nn.Module:
+def load_slim(config: ConfigLike, checkpoint: PathLike, *, device: str | torch.device = 'cpu') -> nn.Module:
     """Build the slim model of a config and its checkpoint: the original class, really smaller, in eval mode.
 
     Args:

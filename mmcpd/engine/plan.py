@@ -17,7 +17,7 @@ from mmcpd.prune import Pruner
 REASONS = 3  # lines about what is frozen
 
 
-def plan(runner: Runner, pruner: Pruner) -> str:
+def plan(runner: Runner, pruner: Pruner) -> list[str]:
     """Say in at most ten lines what a run will do: with what, how far, when, and where the results go."""
     coupling, schedule = pruner.coupling, pruner.schedule
     model = unwrapped(runner.model)
@@ -37,7 +37,7 @@ def plan(runner: Runner, pruner: Pruner) -> str:
         ('teacher', _teacher(model, int(schedule.begin))),
         ('results', f'{runner.work_dir}: coupling.txt now, dense.pth when pruning begins, slim.pth at the end'),
     ]  # fmt: skip
-    return '\n'.join(f'{name:<9}{text}' for name, text in lines)
+    return [f'{name:<9}{text}' for name, text in lines]
 
 
 def _data(runner: Runner) -> str:
