@@ -11,7 +11,7 @@ from torch import nn
 from ..coupling import Coupling, Example
 from ..errors import SlimError
 from ..slim.attention import replacement
-from ..slim.slimming import SizeConflict, planned_sizes
+from ..slim.slimming import SizeConflict, modules_outside, planned_sizes
 from .grouping import group
 from .trace import CodePlace, Record
 
@@ -24,12 +24,7 @@ def couple_conflicts_(model: nn.Module, record: Record, example: Example) -> Non
     A keep that removes other numbers of units from each group shows them, without running anything.
     """
     _separate_statistics_(record)
-    replaced = [path for path, module in model.named_modules() if replacement(module)]
-    modules = {
-        path: module
-        for path, module in model.named_modules()
-        if not any(path == r or path.startswith(f'{r}.') for r in replaced)
-    }
+    modules = modules_outside(model, [path for path, module in model.named_modules() if replacement(module)])
     # Each round makes at least one pair of widths one, so that there is a last.
     while (record.sizes or record.equalities) and sum(
         _couple_(record, *p) for p in _conflicts(modules, group(model, record, example))

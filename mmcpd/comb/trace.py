@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -218,6 +219,10 @@ class Run:
         if axis is not None:
             self.record.table.freeze(axis.atoms, reason)
 
+    def freeze_each(self, axes: Sequence[Axis | None], what: str) -> None:
+        for axis in axes:
+            self.freeze(axis, f'{what} in {self.where}')
+
     def freeze_all(self, tensor: Tensor, reason: str) -> None:
         for axis in self.axes(tensor):
             self.freeze(axis, reason)
@@ -280,18 +285,17 @@ class Run:
     def unsupported(self, op: str) -> None:
         self.record.unsupported[OperationAt(op, self.where)] += 1
 
-    def cost(self, constant: int, *axes: Axis | None) -> None:
-        self.record.macs.append(self._term(constant, axes))
+    def cost(self, sizes: Sequence[int], axes: Sequence[Axis | None]) -> None:
+        """Count as many multiply-accumulates as the product of these sizes."""
+        self.record.macs.append(self._term(sizes, axes))
 
     def output(self, tensor: Tensor, axes: Sequence[Axis | None]) -> None:
         """Set the axes of an output that is stored for the backward pass, and count its elements."""
         self.set(tensor, axes)
-        constant = 1
-        for size, axis in zip(tensor.shape, axes, strict=True):
-            constant *= 1 if axis is not None else size
-        self.record.elements.append(self._term(constant, axes))
+        self.record.elements.append(self._term(tensor.shape, axes))
 
-    def _term(self, constant: int, axes: Sequence[Axis | None]) -> Term:
+    def _term(self, sizes: Sequence[int], axes: Sequence[Axis | None]) -> Term:
+        constant = math.prod(size for size, axis in zip(sizes, axes, strict=True) if axis is None)
         return Term(constant, tuple(self.record.number(a.atoms) for a in axes if a is not None))
 
     # -- sizes -------------------------------------------------------------------------------------------------------

@@ -74,12 +74,7 @@ class _OverKept(TorchFunctionMode):
         return y.new_zeros(x.shape).index_copy(dim, kept, y)
 
     def layer_norm(
-        self,
-        input: Tensor,
-        shape: Any,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        eps: float = 1e-5,
+        self, input: Tensor, shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
     ) -> Tensor:
         longer = [d for d in range(-len(shape), 0) if shape[d] > 1]
         if len(longer) != 1:
@@ -88,12 +83,7 @@ class _OverKept(TorchFunctionMode):
         return self._norm(input, longer[0], lambda x, w, b: F.layer_norm(x, x.shape[-span:], w, b, eps), weight, bias)
 
     def group_norm(
-        self,
-        input: Tensor,
-        groups: int,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        eps: float = 1e-5,
+        self, input: Tensor, groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
     ) -> Tensor:
         return self._norm(input, 1 - input.dim(), lambda x, w, b: F.group_norm(x, groups, w, b, eps), weight, bias)
 

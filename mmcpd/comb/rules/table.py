@@ -1,7 +1,8 @@
 """The table of operations: what each one says about the axes of its inputs and outputs.
 
-A rule takes the `Run` and the `Call`, and sets the axes of the call's outputs. To add one: a row here, a function in a
-file of this folder where no kind fits, and a toy net whose groups are written by hand (`docs/design.md`, "How to add").
+A rule takes the `Run` and the `Call`, and sets the axes of the call's outputs. To add one: its name in a row here, a
+function in a file of this folder where no kind fits, and a toy net whose groups are written by hand (`docs/design.md`,
+"How to add").
 """
 
 from __future__ import annotations
@@ -45,96 +46,80 @@ class Operation:
 
 
 plain, op = partial(Operation, plain=True), Operation
-OPERATIONS: dict[str, Operation] = {
+_KINDS: list[tuple[Operation, str]] = [
     # -- point-wise, and where the result is zero; what else torch tags as point-wise is `pointwise()`, and needs no row
-    'mul': plain(pointwise(any_factor)), 'div': op(pointwise(numerator)), 'clamp': op(pointwise(within_bounds)),
-    'hardtanh': plain(pointwise(within_bounds)), 'clamp_min': op(pointwise(within_bounds)),
-    'clamp_max': op(pointwise(within_bounds)), 'pow': op(pointwise(positive_power)),
-    'add': plain(pointwise(all_summands)), 'sub': op(pointwise(all_summands)),
-    'rsub': op(pointwise(all_summands)), 'maximum': op(pointwise(all_summands)),
-    'minimum': op(pointwise(all_summands)), 'lerp': op(pointwise(all_summands)),
-    'addcmul': op(pointwise(all_summands)), 'relu': plain(pointwise(stays)), 'gelu': plain(pointwise(stays)),
-    'silu': plain(pointwise(stays)), 'hardswish': plain(pointwise(stays)), 'mish': op(pointwise(stays)),
-    'tanh': op(pointwise(stays)), 'elu': op(pointwise(stays)), 'celu': op(pointwise(stays)),
-    'leaky_relu': op(pointwise(stays)), '_prelu_kernel': op(pointwise(stays)), 'neg': op(pointwise(stays)),
-    'abs': op(pointwise(stays)), 'sqrt': op(pointwise(stays)), 'sin': op(pointwise(stays)),
-    'sinh': op(pointwise(stays)), 'asinh': op(pointwise(stays)), 'atan': op(pointwise(stays)),
-    'erf': op(pointwise(stays)), 'sign': op(pointwise(stays)), 'floor': op(pointwise(stays)),
-    'ceil': op(pointwise(stays)), 'round': op(pointwise(stays)), 'trunc': op(pointwise(stays)),
-    'expm1': op(pointwise(stays)), 'log1p': op(pointwise(stays)), 'native_dropout': op(pointwise(stays)),
-    'nan_to_num': op(pointwise(stays)), 'hardsigmoid': plain(pointwise()), 'softplus': op(pointwise()),
-    'logit': op(pointwise()), 'sigmoid': plain(pointwise()), 'exp': op(pointwise()), 'log': op(pointwise()),
-    'cos': op(pointwise()), 'reciprocal': op(pointwise()), 'rsqrt': op(pointwise()),
-    'log_sigmoid_forward': op(pointwise()), 'copy': op(pointwise()), 'where': op(pointwise()),
-    'masked_fill': op(pointwise()),
+    (plain(pointwise(any_factor)), 'mul'),
+    (op(pointwise(numerator)), 'div'),
+    (op(pointwise(within_bounds)), 'clamp clamp_min clamp_max'),
+    (plain(pointwise(within_bounds)), 'hardtanh'),
+    (op(pointwise(positive_power)), 'pow'),
+    (plain(pointwise(all_summands)), 'add'),
+    (op(pointwise(all_summands)), 'sub rsub maximum minimum lerp addcmul'),
+    (plain(pointwise(stays)), 'relu gelu silu hardswish'),
+    (op(pointwise(stays)),
+     'mish tanh elu celu leaky_relu _prelu_kernel neg abs sqrt sin sinh asinh atan erf sign floor ceil round '
+     'trunc expm1 log1p native_dropout nan_to_num'),
+    (plain(pointwise()), 'hardsigmoid sigmoid'),
+    (op(pointwise()), 'softplus logit exp log cos reciprocal rsqrt log_sigmoid_forward copy where masked_fill'),
     # -- axes pass through
-    'clone': plain(same), 'detach': plain(same), 'alias': plain(same), '_to_copy': op(same),
-    'lift_fresh': op(same), 'lift': op(same), 'view_of': op(same),
+    (plain(same), 'clone detach alias'),
+    (op(same), '_to_copy lift_fresh lift view_of'),
     # -- data movement: the very same operation runs on the atoms
-    'view': plain(movement), '_unsafe_view': plain(movement), '_reshape_alias': op(movement),
-    'permute': op(movement), 'transpose': op(movement), 't': plain(movement), 'expand': op(movement),
-    'unsqueeze': op(movement), 'squeeze': op(movement), 'select': op(movement), 'slice': op(movement),
-    'split': op(movement), 'split_with_sizes': op(movement), 'unsafe_split': op(movement),
-    'unsafe_split_with_sizes': op(movement), 'unbind': op(movement), 'roll': op(movement),
-    'flip': op(movement), 'repeat': op(movement), 'repeat_interleave': op(movement),
-    'constant_pad_nd': op(movement), 'reflection_pad1d': op(movement), 'reflection_pad2d': op(movement),
-    'replication_pad1d': op(movement), 'replication_pad2d': op(movement), 'unfold': op(movement),
-    'diagonal': op(movement), 'rot90': op(movement), 'pixel_shuffle': op(movement),
-    'pixel_unshuffle': op(movement), 'squeeze_copy': op(movement), 'index': op(movement),
-    'index_select': op(movement), 'gather': op(movement),
+    (plain(movement), 'view _unsafe_view t'),
+    (op(movement),
+     '_reshape_alias permute transpose expand unsqueeze squeeze select slice split split_with_sizes '
+     'unsafe_split unsafe_split_with_sizes unbind roll flip repeat repeat_interleave constant_pad_nd '
+     'reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d unfold diagonal rot90 '
+     'pixel_shuffle pixel_unshuffle squeeze_copy index index_select gather'),
     # -- data movement with a rule of its own
-    'channel_shuffle': op(channel_shuffle), 'cat': plain(cat), 'stack': op(cat), 'tril': op(triangle),
-    'triu': op(triangle), 'im2col': op(im2col), 'col2im': op(col2im), 'glu': op(glu),
-    'as_strided': plain(as_strided),
+    (op(channel_shuffle), 'channel_shuffle'),
+    (plain(cat), 'cat'),
+    (op(cat), 'stack'),
+    (op(triangle), 'tril triu'),
+    (op(im2col), 'im2col'),
+    (op(col2im), 'col2im'),
+    (op(glu), 'glu'),
+    (plain(as_strided), 'as_strided'),
     # -- spatial: positions are pooled or sampled, channels stay
-    'avg_pool1d': op(pool(1)), 'avg_pool2d': plain(pool(2)), 'avg_pool3d': op(pool(3)),
-    'max_pool2d_with_indices': plain(pool(2)), 'max_pool3d_with_indices': op(pool(3)),
-    'adaptive_avg_pool1d': op(pool(1)), '_adaptive_avg_pool2d': plain(pool(2)),
-    'adaptive_avg_pool2d': op(pool(2)), 'adaptive_max_pool2d': op(pool(2)),
-    '_adaptive_avg_pool3d': op(pool(3)), 'upsample_nearest1d': op(pool(1)), 'upsample_nearest2d': plain(pool(2)),
-    'upsample_linear1d': op(pool(1)), 'upsample_bilinear2d': plain(pool(2)), 'upsample_bicubic2d': op(pool(2)),
-    '_upsample_bilinear2d_aa': op(pool(2)), '_upsample_bicubic2d_aa': op(pool(2)),
-    '_upsample_nearest_exact2d': op(pool(2)), 'upsample_trilinear3d': op(pool(3)),
-    'grid_sampler_2d': op(grid_sample), 'grid_sampler_3d': op(grid_sample),
+    (op(pool(1)), 'avg_pool1d adaptive_avg_pool1d upsample_nearest1d upsample_linear1d'),
+    (plain(pool(2)), 'avg_pool2d max_pool2d_with_indices _adaptive_avg_pool2d upsample_nearest2d upsample_bilinear2d'),
+    (op(pool(3)), 'avg_pool3d max_pool3d_with_indices _adaptive_avg_pool3d upsample_trilinear3d'),
+    (op(pool(2)),
+     'adaptive_avg_pool2d adaptive_max_pool2d upsample_bicubic2d _upsample_bilinear2d_aa '
+     '_upsample_bicubic2d_aa _upsample_nearest_exact2d'),
+    (op(grid_sample), 'grid_sampler_2d grid_sampler_3d'),
     # -- weights
-    'convolution': plain(convolution, counted=True), '_convolution': op(convolution, counted=True),
-    'cudnn_convolution': op(convolution, counted=True), 'mkldnn_convolution': op(convolution, counted=True),
-    'mm': plain(product, counted=True), 'bmm': op(product, counted=True), 'mv': op(product, counted=True),
-    'dot': op(product, counted=True), 'addmm': plain(add_product, counted=True),
-    'baddbmm': op(add_product, counted=True), 'addmv': op(add_product, counted=True),
-    'linear': op(linear, counted=True), 'embedding': op(embedding),
+    (plain(convolution, counted=True), 'convolution'),
+    (op(convolution, counted=True), '_convolution cudnn_convolution mkldnn_convolution'),
+    (plain(product, counted=True), 'mm'),
+    (op(product, counted=True), 'bmm mv dot'),
+    (plain(add_product, counted=True), 'addmm'),
+    (op(add_product, counted=True), 'baddbmm addmv'),
+    (op(linear, counted=True), 'linear'),
+    (op(embedding), 'embedding'),
     # -- attention
-    '_scaled_dot_product_flash_attention_for_cpu': op(attention, counted=True),
-    '_scaled_dot_product_flash_attention': op(attention, counted=True),
-    '_scaled_dot_product_efficient_attention': op(attention, counted=True),
-    '_scaled_dot_product_cudnn_attention': op(attention, counted=True),
-    '_scaled_dot_product_fused_attention_overrideable': op(attention, counted=True),
+    (op(attention, counted=True),
+     '_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention '
+     '_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention '
+     '_scaled_dot_product_fused_attention_overrideable'),
     # -- statistics
-    'sum': op(reduction(safe=True)), 'linalg_vector_norm': op(reduction(safe=True)),
-    'norm': op(reduction(safe=True)), 'count_nonzero': op(reduction(safe=True)), 'mean': plain(reduction()),
-    'amax': op(reduction()), 'amin': op(reduction()), 'max': op(reduction()), 'min': op(reduction()),
-    'var': op(reduction()), 'std': op(reduction()), 'var_mean': op(reduction()),
-    'std_mean': op(reduction()), 'cumsum': op(reduction()), 'median': op(reduction()),
-    'argmax': op(reduction(zero=False)), 'argmin': op(reduction(zero=False)),
-    'logsumexp': op(reduction(zero=False)), 'prod': op(reduction(zero=False)),
-    'any': op(reduction(zero=False)), 'all': op(reduction(zero=False)),
-    'logcumsumexp': op(reduction(zero=False)), 'cumprod': op(reduction(zero=False)),
-    'sort': op(reduction(zero=False, last=True)), 'topk': op(reduction(zero=False, last=True)),
-    '_softmax': op(softmax), '_log_softmax': op(softmax), 'softmax': op(softmax),
-    'log_softmax': op(softmax), '_safe_softmax': op(softmax),
+    (op(reduction(safe=True)), 'sum linalg_vector_norm norm count_nonzero'),
+    (plain(reduction()), 'mean'),
+    (op(reduction()), 'amax amin max min var std var_mean std_mean cumsum median'),
+    (op(reduction(zero=False)), 'argmax argmin logsumexp prod any all logcumsumexp cumprod'),
+    (op(reduction(zero=False, last=True)), 'sort topk'),
+    (op(softmax), '_softmax _log_softmax softmax log_softmax _safe_softmax'),
     # -- norms
-    'native_batch_norm': plain(batch_norm), '_native_batch_norm_legit_no_training': plain(batch_norm),
-    '_native_batch_norm_legit': op(batch_norm), 'cudnn_batch_norm': plain(batch_norm),
-    'miopen_batch_norm': op(batch_norm), '_batch_norm_no_update': op(batch_norm),
-    '_batch_norm_with_update': op(batch_norm), 'native_layer_norm': op(layer_norm),
-    'native_group_norm': op(group_norm),
+    (plain(batch_norm), 'native_batch_norm _native_batch_norm_legit_no_training cudnn_batch_norm'),
+    (op(batch_norm), '_native_batch_norm_legit miopen_batch_norm _batch_norm_no_update _batch_norm_with_update'),
+    (op(layer_norm), 'native_layer_norm'),
+    (op(group_norm), 'native_group_norm'),
     # -- fresh tensors, sizes and random numbers: no input axis matters
-    'new_zeros': op(fresh), 'new_ones': op(fresh), 'new_empty': op(fresh), 'new_full': op(fresh),
-    'new_empty_strided': op(fresh), 'empty': op(fresh), 'zeros': op(fresh), 'ones': op(fresh),
-    'full': op(fresh), 'arange': op(fresh), 'linspace': op(fresh), 'rand': op(fresh), 'randn': op(fresh),
-    'randint': op(fresh), 'scalar_tensor': op(fresh), 'eye': op(fresh), 'randperm': op(fresh),
-    'empty_strided': op(fresh), 'is_same_size': op(fresh), 'tril_indices': op(fresh),
-    'zeros_like': op(zeros_like), 'zero': op(zeros_like), 'ones_like': op(ones_like),
-    'full_like': op(ones_like), 'empty_like': op(ones_like), 'rand_like': op(ones_like),
-    'randn_like': op(ones_like), 'bernoulli': op(ones_like), 'fill': op(ones_like),
-}  # fmt: skip
+    (op(fresh),
+     'new_zeros new_ones new_empty new_full new_empty_strided empty zeros ones full arange linspace rand randn '
+     'randint scalar_tensor eye randperm empty_strided is_same_size tril_indices'),
+    (op(zeros_like), 'zeros_like zero'),
+    (op(ones_like), 'ones_like full_like empty_like rand_like randn_like bernoulli fill'),
+]  # fmt: skip
+OPERATIONS: dict[str, Operation] = {name: kind for kind, names in _KINDS for name in names.split()}
+assert len(OPERATIONS) == sum(len(names.split()) for _, names in _KINDS), 'an operation stands in two rows'
