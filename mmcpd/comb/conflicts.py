@@ -11,9 +11,10 @@ from torch import nn
 from ..coupling import Coupling, Example
 from ..errors import SlimError
 from ..slim.attention import replacement
+from ..slim.mask import Site
 from ..slim.slimming import SizeConflict, modules_outside, planned_sizes
 from .grouping import group
-from .trace import CodePlace, Record
+from .trace import Record
 
 DRAWS = 6  # of the number of kept units in each group; two that should differ agree by chance in few of them
 
@@ -55,16 +56,15 @@ def _couple_(record: Record, left: int, right: int) -> bool:
 
 def _separate_statistics_(record: Record) -> None:
     """See to it that each line takes its statistic of one length over one set of channels."""
-    first: dict[tuple[CodePlace, int, int], int | None] = {}
+    first: dict[Site, int | None] = {}
     for seen in record.statistics:
-        site = (seen.place, seen.dim, seen.width)
-        other = first.setdefault(site, seen.axis)
+        other = first.setdefault(seen.site, seen.axis)
         if other == seen.axis:
             continue
         if other is not None and seen.axis is not None:
             _couple_(record, other, seen.axis)
             continue
         axis = record.axes[other if other is not None else seen.axis]  # type: ignore[index]
-        where = seen.place.module or 'the model itself'
-        reason = f'one line takes a statistic over channels and over {seen.width} other positions in {where}'
+        where = seen.site.place.module or 'the model itself'
+        reason = f'one line takes a statistic over channels and over {seen.site.width} other positions in {where}'
         record.table.freeze(axis, reason)

@@ -1,7 +1,7 @@
 """What a module says about its own widths, beside what its forward was seen to use.
 
-`comb.sizes` observes the integers that a forward reads. Here stand the attributes that only describe (a convolution
-with `in_channels` runs without it, but it prints and exports wrongly), by class, each computed from the new tensors.
+`comb.size_arguments` observes the integers that a forward reads. Here stand the attributes that only describe (a
+convolution runs without `in_channels`, but prints and exports wrongly), by class, each computed from the new tensors.
 """
 
 from __future__ import annotations

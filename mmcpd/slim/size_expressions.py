@@ -63,15 +63,10 @@ def evaluate(expr: Expression, attributes: Attributes, live: Sequence[int]) -> i
 def solve(
     equations: Sequence[tuple[Expression, int]], attributes: Attributes, live: Sequence[int]
 ) -> tuple[dict[Attr, int], list[int]]:
-    """Find the attributes for which each expression equals its target.
+    """Find the attributes for which each expression equals its target, from their present values.
 
     Only expressions of attributes alone decide an attribute: those that name one first, products are then solved for
     what is left. What reads a tensor's width as well is only checked.
-
-    Args:
-        equations: `(expression, target)`.
-        attributes: the present value of each attribute that occurs.
-        live: the live count of each axis.
 
     Returns:
         The attributes that change, with their new values; and the numbers of the equations that no value satisfies.

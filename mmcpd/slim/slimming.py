@@ -22,15 +22,11 @@ from .size_expressions import evaluate, leaves, read_attribute, show, solve, wri
 
 
 class SizeConflict(SlimError):
-    """Two widths would have to be one number: of an attribute, or of a line that runs twice.
-
-    Attributes:
-        axes: what would have to be equal, pair by pair.
-    """
+    """Two widths would have to be one number: of an attribute, or of a line that runs twice."""
 
     def __init__(self, message: str, axes: Sequence[tuple[int, int]]) -> None:
         super().__init__(message)
-        self.axes = tuple(axes)
+        self.axes = tuple(axes)  # what would have to be equal, pair by pair
 
 
 def slim(model: nn.Module, coupling: Coupling, keep: Mapping[str, Tensor]) -> nn.Module:
@@ -155,10 +151,7 @@ def planned_sizes(
 ) -> tuple[dict[Attr, int], dict[str, list[Rewrite]]]:
     """Work out which attributes change, and which sizes in calls, for the live counts of all axes.
 
-    Args:
-        modules: by path; rules about others (those that were replaced) are left out.
-        coupling: what combing found.
-        live: the live count of each axis.
+    Rules about modules that are not among these (those that were replaced) are left out.
 
     Returns:
         New values of attributes; and by module path what is written into its source.

@@ -64,7 +64,7 @@ def convolution(run: Run, call: Call) -> None:
             _contract(run, channel, into, what, x)
     else:
         widths = x.shape[len(lead) - 1], call.out.shape[len(lead) - 1]
-        out = _grouped(run, x, channel, into, out, groups, transposed, widths)
+        out = _grouped(run, x, channel, w_axes, groups, transposed, widths)
     if out is not None:
         run.role(out, Role.PRODUCER)
         out = out.activation(True)
@@ -78,24 +78,16 @@ def convolution(run: Run, call: Call) -> None:
 
 
 def _grouped(
-    run: Run,
-    x: Tensor,
-    channel: Axis | None,
-    into: Axis | None,
-    out: Axis | None,
-    groups: int,
-    transposed: bool,
-    widths: tuple[int, int],
+    run: Run, x: Tensor, channel: Axis | None, weight: Axes, groups: int, transposed: bool, widths: tuple[int, int]
 ) -> Axis | None:
     """Tie the channels of each convolution group, inputs and outputs, so that it stays or goes whole.
 
-    `into` and `out` are the weight's axes: (O, I / groups) or, transposed, (I, O / groups); `widths` are I and O.
+    `weight` has the axes (O, I / groups) or, transposed, (I, O / groups); `widths` are I and O.
     """
     if run.module in run.policy.narrowed:
-        return _inside(run, x, channel, into, out, groups, transposed)
-    reason = f'channels inside a convolution group in {run.where}'
-    rows, inside = (into, out) if transposed else (out, into)  # `inside` is O / groups or I / groups
-    run.freeze(inside, reason)
+        return _inside(run, x, channel, weight, groups, transposed)
+    rows = weight[0]
+    run.freeze(weight[1], f'channels inside a convolution group in {run.where}')
     if rows is None:
         return None
     run.role(rows, Role.PRODUCER)
@@ -114,11 +106,9 @@ def _grouped(
     return Axis(np.repeat(per_row[:, 0], widths[1] // groups)) if transposed else rows
 
 
-def _inside(
-    run: Run, x: Tensor, channel: Axis | None, into: Axis | None, out: Axis | None, groups: int, transposed: bool
-) -> Axis | None:
+def _inside(run: Run, x: Tensor, channel: Axis | None, weight: Axes, groups: int, transposed: bool) -> Axis | None:
     """Tie the same channel of each convolution group, so that the groups stay equally wide; axes as in `_grouped`."""
-    rows, columns = (into, out) if transposed else (out, into)
+    rows, columns = weight[:2]
     if rows is not None:
         run.tie(rows.atoms.reshape(groups, -1).T)
     read, made = (rows, columns) if transposed else (columns, rows)

@@ -17,14 +17,13 @@ from .pointwise import (
     any_factor,
     as_strided,
     fresh,
+    like,
     numerator,
-    ones_like,
     pointwise,
     positive_power,
     same,
     stays,
     within_bounds,
-    zeros_like,
 )  # fmt: skip
 from .products import add_product, attention, convolution, embedding, grid_sample, linear, pool, product
 from .statistics import batch_norm, group_norm, layer_norm, reduction, softmax
@@ -32,17 +31,11 @@ from .statistics import batch_norm, group_norm, layer_norm, reduction, softmax
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation, by aten's name; in-place and out-of-place forms share it.
+    """One operation, by aten's name; in-place and out-of-place forms share it."""
 
-    Attributes:
-        rule: what it says about axes.
-        plain: where only such ones run, slimming is slicing and needs no trial.
-        counted: it costs something, with axes or without, so that its rule always runs.
-    """
-
-    rule: Rule
-    plain: bool = False
-    counted: bool = False
+    rule: Rule  # what it says about axes
+    plain: bool = False  # where only such ones run, slimming is slicing and needs no trial
+    counted: bool = False  # it costs something, with axes or without, so that its rule always runs
 
 
 plain, op = partial(Operation, plain=True), Operation
@@ -118,8 +111,8 @@ _KINDS: list[tuple[Operation, str]] = [
     (op(fresh),
      'new_zeros new_ones new_empty new_full new_empty_strided empty zeros ones full arange linspace rand randn '
      'randint scalar_tensor eye randperm empty_strided is_same_size tril_indices'),
-    (op(zeros_like), 'zeros_like zero'),
-    (op(ones_like), 'ones_like full_like empty_like rand_like randn_like bernoulli fill'),
+    (op(like(zero=True)), 'zeros_like zero'),
+    (op(like(zero=False)), 'ones_like full_like empty_like rand_like randn_like bernoulli fill'),
 ]  # fmt: skip
 OPERATIONS: dict[str, Operation] = {name: kind for kind, names in _KINDS for name in names.split()}
 assert len(OPERATIONS) == sum(len(names.split()) for _, names in _KINDS), 'an operation stands in two rows'
