@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .gates import Cut, Gates, never_prune
+from .gates import Cut, Gates, never_prune, sum_except
 
 
 class Place(NamedTuple):
@@ -22,18 +22,12 @@ class Place(NamedTuple):
     channel: int
 
 
-# Module class -> {cut dimension of its weight: where the module shows it}.
+# Module classes -> {cut dimension of its weight: where the module shows it}.
 # An input needs a convolution of one group, where a column of the weight is a channel of the input.
-_CONV = {0: Place(False, 1), 1: Place(True, 1)}
-_CONV_TRANSPOSE = {0: Place(True, 1), 1: Place(False, 1)}
-PLACES: dict[type[nn.Module], dict[int, Place]] = {
-    nn.Linear: {0: Place(False, -1), 1: Place(True, -1)},
-    nn.Conv1d: _CONV,
-    nn.Conv2d: _CONV,
-    nn.Conv3d: _CONV,
-    nn.ConvTranspose1d: _CONV_TRANSPOSE,
-    nn.ConvTranspose2d: _CONV_TRANSPOSE,
-    nn.ConvTranspose3d: _CONV_TRANSPOSE,
+PLACES: dict[tuple[type[nn.Module], ...], dict[int, Place]] = {
+    (nn.Linear,): {0: Place(False, -1), 1: Place(True, -1)},
+    (nn.Conv1d, nn.Conv2d, nn.Conv3d): {0: Place(False, 1), 1: Place(True, 1)},
+    (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d): {0: Place(True, 1), 1: Place(False, 1)},
 }
 
 
@@ -42,13 +36,7 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        offset: Tensor | None,
-        channel: int,
-        copy: bool,
-        taps: SampleTaps,
-        cut: Cut,
+        ctx: Any, x: Tensor, offset: Tensor | None, channel: int, copy: bool, taps: SampleTaps, cut: Cut
     ) -> Tensor:
         ctx.save_for_backward(x, offset)
         ctx.channel, ctx.taps, ctx.cut = channel % x.dim(), taps, cut
@@ -58,25 +46,18 @@ class _Tap(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, offset = ctx.saved_tensors
         if offset is not None:
-            shape = [1] * x.dim()
-            shape[ctx.channel] = -1
-            x = x - offset.reshape(shape)
+            x = (x.movedim(ctx.channel, -1) - offset).movedim(-1, ctx.channel)
         if x.dtype in (torch.float16, torch.bfloat16):
             x = x.float()
-        product = x * grad
-        others = [d for d in range(1, x.dim()) if d != ctx.channel]
-        ctx.taps.receive(ctx.cut, product.sum(others) if others else product)
+        ctx.taps.receive(ctx.cut, sum_except(x * grad, 0, ctx.channel))
         return grad, None, None, None, None, None
 
 
 class SampleTaps:
     """Watch a model's passes and collect dL/dm of each gate for each sample.
 
-    Samples lie along the first dimension; windows or tokens that are folded into it must be its inner part.
-
-    Args:
-        gates: the gates of the model's groups.
-        model: the model itself; hooks stay on it until `remove`. A deep copy of it is not watched.
+    Samples lie along the first dimension; windows or tokens that are folded into it must be its inner part. Hooks stay
+    on the model until `remove`. A deep copy of it is not watched.
 
     Raises:
         ValueError: a tensor of the cut belongs to a module that cannot be tapped.
@@ -150,7 +131,7 @@ class SampleTaps:
     def _place(self, model: nn.Module, cut: Cut) -> Place:
         path, _, leaf = cut.tensor.rpartition('.')
         module = model.get_submodule(path)
-        places = next((table for cls, table in PLACES.items() if isinstance(module, cls)), {})
+        places = next((table for classes, table in PLACES.items() if isinstance(module, classes)), {})
         if leaf != 'weight' or cut.dim not in places:
             raise ValueError(
                 f"group_fisher cannot score '{cut.tensor}' of a {type(module).__name__}: {self._hint(cut)}"

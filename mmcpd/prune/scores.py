@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..coupling import Group, Role
 from ..names import look_up
-from .gates import untouched
+from .gates import Cut, sum_except, untouched
 from .importance import Closure, Importance, register_importance
 from .per_sample import SampleTaps
 
@@ -182,18 +182,16 @@ class Magnitude(Importance):
     def accumulate(self, model: nn.Module, *, closure: Closure | None = None, loss_scale: float = 1.0) -> None:
         parameters = dict(model.named_parameters(remove_duplicate=False))
         device = next(iter(parameters.values())).device
-        norms: dict[tuple[str, int], Tensor] = {}
+        norms: dict[Cut, Tensor] = {}
         found = []
         for group in self.groups:
             size = torch.zeros(group.units, device=device)
             for member in group.members:
                 if member.role in self.roles and member.tensor in parameters:
-                    at = (member.tensor, member.dim)
-                    if at not in norms:
-                        others = [d for d in range(parameters[at[0]].dim()) if d != at[1]]
-                        powers = parameters[at[0]].abs() if self.p == 1 else parameters[at[0]].square()
-                        norms[at] = powers.sum(others) if others else powers
-                    size = size + norms[at][member.index.to(device)].sum(1)
+                    cut, weight = Cut(member.tensor, member.dim), parameters[member.tensor]
+                    if cut not in norms:
+                        norms[cut] = sum_except(weight.abs() if self.p == 1 else weight.square(), member.dim)
+                    size = size + norms[cut][member.index.to(device)].sum(1)
             found.append(size)
         self.reset()
         self.add(torch.cat(found))
