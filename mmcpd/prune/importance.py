@@ -49,12 +49,9 @@ def register_importance(name: str) -> Callable[[type[Importance]], type[Importan
 
 
 def build_importance(spec: str | Mapping[str, object], groups: Sequence[Group], *, seed: int = 0) -> Importance:
-    """Build an importance from its name, or from a mapping of `type` and options.
+    """Build an importance of some groups from its name, or from a mapping of `type` and options.
 
-    Args:
-        spec: `'hessian'`, or `dict(type='curvature', probes=2)`.
-        groups: those of a `Coupling`.
-        seed: of its random numbers, unless the options name another.
+    Its random numbers start from `seed`, unless the options name another.
 
     Raises:
         ValueError: unknown name or option, or a value that makes no sense.
@@ -90,11 +87,9 @@ def check_importance(spec: str | Mapping[str, object]) -> None:
 
 
 class Importance:
-    """Scores of the units of some groups, added up over iterations since `reset`.
+    """Scores of the units of a coupling's groups, added up over iterations since `reset`.
 
-    Args:
-        groups: those of a `Coupling`; names in them are those of the model that `accumulate` gets.
-        seed: of whatever is random, the same on all processes.
+    The names in `groups` are those of the model that `accumulate` gets; `seed` is the same on all processes.
 
     Attributes:
         needs_closure: `accumulate` wants a closure that runs this step's forward and backward once more.

@@ -87,9 +87,10 @@ class Pruner:
     ) -> None:
         look_up(NORMALIZERS, normalize, 'normalizer')
         self._begin, self._end = schedule.span()
-        check_reachable(coupling, schedule, min_units=min_units, round_to=round_to)
+        self._floors = {'min_units': min_units, 'round_to': round_to}
+        check_reachable(coupling, schedule, **self._floors)
         self.model, self.coupling, self.optimizer, self.schedule = model, coupling, optimizer, schedule
-        self.normalizer, self.min_units, self.round_to = normalize, min_units, round_to
+        self.normalizer = normalize
         self.importance = build_importance(importance, coupling.groups, seed=seed)
         self.importance.check(model)
         self.masker = Masker(model, coupling)
@@ -133,14 +134,10 @@ class Pruner:
         scores = self._scores()
         if scores is None:
             return False
+        scores = normalize(scores, self.coupling, self.keep, by=self.normalizer)
+        ratios = self.schedule.ratios(self.iteration)
         self.keep = select(
-            normalize(scores, self.coupling, self.keep, by=self.normalizer),
-            self.coupling,
-            self.keep,
-            self.schedule.ratios(self.iteration),
-            min_units=self.min_units,
-            round_to=self.round_to,
-            limit=self.schedule.units_per_event,
+            scores, self.coupling, self.keep, ratios, **self._floors, limit=self.schedule.units_per_event
         )
         self.importance.reset()
         self._last, self._waiting = self.iteration, False

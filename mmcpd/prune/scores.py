@@ -37,10 +37,8 @@ class Hessian(Importance):
 class Curvature(Importance):
     """Squared Hessian-vector product on the gates, by a finite difference along random directions.
 
-    Args:
-        groups: those of a `Coupling`.
-        probes: directions z ~ N(0, I) per step, averaged; each costs one more forward and backward.
-        step: h in (grad(1 + h z) - grad(1)) / h.
+    That is (grad(1 + h z) - grad(1)) / h with h = `step`, averaged over `probes` directions z ~ N(0, I); each costs one
+    more forward and backward.
 
     Source: CPD: ||H||_F^2 = E_z ||H z||^2, taken per unit on the gates instead of the weights.
 
@@ -146,10 +144,7 @@ class GroupFisher(Importance):
 class Magnitude(Importance):
     """Norm of the unit's weights over all members with one of `roles`, the higher the more important.
 
-    Args:
-        groups: those of a `Coupling`.
-        p: 1 for the sum of absolute values, 2 for the sum of squares.
-        roles: members that count; statistics of a norm never do.
+    It is the sum of absolute values (`p=1`) or of squares (`p=2`). Statistics of a norm never count.
 
     Source: Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017 (roles=('out',) is theirs).
 

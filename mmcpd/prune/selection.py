@@ -13,7 +13,7 @@ from torch import Tensor
 from ..coupling import Coupling, Keep
 from ..errors import PruneError
 from ..names import look_up
-from .schedule import QUANTITIES, Schedule
+from .schedule import QUANTITIES, Schedule, is_count
 
 # Groups of at least so many units keep a multiple of `round_to`, because kernels of most hardware work in blocks of 8
 # or more channels. A smaller group would lose too large a part of itself at once.
@@ -57,9 +57,6 @@ def select(
         min_units: kept units of each group, at least one; a smaller group stays whole.
         round_to: groups of at least 64 units (and of more than `round_to`) keep a multiple of it.
         limit: at most this many units are removed; a chunk is not broken, so at least one chunk is.
-
-    Returns:
-        A new keep.
 
     Raises:
         ValueError: an unknown quantity, or a floor below 1.
@@ -122,7 +119,7 @@ def check_floors(*, min_units: int, round_to: int) -> None:
         >>> check_floors(min_units=1, round_to=8)
     """
     for name, value in (('min_units', min_units), ('round_to', round_to)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not is_count(value, 1):
             raise ValueError(f'{name} counts units, at least 1: got {value!r}')
 
 
