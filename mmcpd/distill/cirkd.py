@@ -109,10 +109,8 @@ class CIRKDLoss(DistillLoss):
         self.alpha, self.beta, self.gamma = alpha, beta, gamma
         self.tau, self.temperature = _positive(tau, 'tau', self), _positive(temperature, 'temperature', self)
         self.pixels_per_image, self.max_positions = pixels_per_image, max_positions
-        self.pixel_keys, self.region_keys = (
-            pixel_keys // num_classes + 1,
-            region_keys // num_classes + 1,
-        )  # per class
+        # Those of each class.
+        self.pixel_keys, self.region_keys = pixel_keys // num_classes + 1, region_keys // num_classes + 1
         self.terms: dict[str, Tensor] = {}
         if self.uses_memory:
             width = teacher_channels or student_channels
@@ -176,36 +174,28 @@ class CIRKDLoss(DistillLoss):
         if self.training:
             self.enqueue(teacher, labels, valid)
         s, t = _rows(student, valid), _rows(teacher, valid)  # (anchors, C_T)
+        scale = self.tau * self.temperature
         terms = []
         for keys in (
             sample_keys(self.pixel_queue, self.pixel_written, self.pixel_keys),
             sample_keys(self.region_queue, self.region_written, self.region_keys),
         ):
-            if len(keys) == 0:
-                terms.append(student.sum() * 0)
-                continue
-            scale = self.tau * self.temperature
-            terms.append(_mean(_kl_rows(s @ keys.T / scale, t @ keys.T / scale), student) * self.temperature**2)
+            rows = _kl_rows(s @ keys.T / scale, t @ keys.T / scale) if len(keys) else s[:0]
+            terms.append(_mean(rows, student) * self.temperature**2)
         return terms[0], terms[1]
 
     @torch.no_grad()
     def enqueue(self, teacher: Tensor, labels: Tensor, valid: Tensor) -> None:
-        """Write the embeddings of a batch, of all processes, into the queues.
+        """Write a batch's normalised features `(N, C_T, H, W)`, of all processes, into the queues of their labels.
 
-        Args:
-            teacher: Normalised features `(N, C_T, H, W)`.
-            labels: `(N, H, W)`.
-            valid: `(N, H, W)`, False where the label is to be ignored.
+        Labels are `(N, H, W)`, and ignored where `valid`, of that shape, is False.
 
         Raises:
             ValueError: If a label is neither ignored nor in `[0, num_classes)`.
         """
         pixels, regions = collect(teacher, labels, valid, self.num_classes, self.pixels_per_image)
-        for (classes, rows), queue, written in (
-            (pixels, self.pixel_queue, self.pixel_written),
-            (regions, self.region_queue, self.region_written),
-        ):
-            write(queue, written, gather(classes), gather(rows))
+        write(self.pixel_queue, self.pixel_written, *map(gather, pixels))
+        write(self.region_queue, self.region_written, *map(gather, regions))
 
 
 def _pool(x: Tensor, max_positions: int) -> Tensor:

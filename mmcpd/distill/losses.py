@@ -15,9 +15,8 @@ class DistillLoss(nn.Module):
     The teacher is detached, half precision becomes float32 and autocast is off inside, so that the result is finite
     whatever the precision of the models. A teacher's map `(N, C, H, W)` of another size is resized (bilinear).
 
-    Args:
-        loss_weight: Factor of the result.
-        ignore_index: Positions whose label has this value do not count; labels must then be given. None: all count.
+    The result is multiplied by `loss_weight`. Positions whose label is `ignore_index` do not count; labels must then be
+    given.
 
     Example:
         >>> class L1Loss(DistillLoss):
@@ -57,7 +56,12 @@ class DistillLoss(nn.Module):
         student, teacher = _upcast(student), _upcast(teacher.detach())
         if student.ndim == 4 and teacher.ndim == 4 and student.shape[2:] != teacher.shape[2:]:
             teacher = F.interpolate(teacher, student.shape[2:], mode='bilinear', align_corners=False)
-        self._check(student, teacher)
+        like = student.shape == teacher.shape if self.same_channels else student.ndim == teacher.ndim
+        if not like or student.shape[0] != teacher.shape[0]:
+            raise ValueError(
+                f'{type(self).__name__}: student {tuple(student.shape)} and teacher {tuple(teacher.shape)} '
+                'do not fit; tap outputs of the same kind, and use FeatureLoss for features of unlike widths'
+            )
         if self.needs_labels and labels is None:
             raise ValueError(
                 f'{type(self).__name__} needs labels (ignore_index={self.ignore_index}): call it as '
@@ -75,28 +79,16 @@ class DistillLoss(nn.Module):
         """Return the unweighted loss; `labels` and `valid` are `(N,)` or `(N, H, W)` like the student."""
         raise NotImplementedError
 
-    def _check(self, student: Tensor, teacher: Tensor) -> None:
-        fits = student.ndim == teacher.ndim and student.shape[0] == teacher.shape[0]
-        if fits and self.same_channels:
-            fits = student.shape == teacher.shape
-        if not fits:
-            raise ValueError(
-                f'{type(self).__name__}: student {tuple(student.shape)} and teacher {tuple(teacher.shape)} '
-                'do not fit; tap outputs of the same kind, and use FeatureLoss for features of unlike widths'
-            )
-
 
 class KDLoss(DistillLoss):
     r"""Compare class probabilities: `tau^2 * KL(softmax(t / tau) || softmax(s / tau))`, mean over samples.
 
     A sample is a row of `(N, C)`, a token of `(N, L, C)` or a pixel of `(N, C, H, W)`.
 
-    Memory: four tensors of the logits' size. Time: O(elements).
+    The CPD paper gives no value of the temperature `tau`; 1 is our choice, as is the weight of 1. Samples whose label
+    is `ignore_index` do not count (needs labels).
 
-    Args:
-        tau: Temperature. The CPD paper does not give its value; 1 is our choice, as is the weight of 1.
-        loss_weight: Factor of the result.
-        ignore_index: Leave out samples or pixels with this label (needs labels). None: all count.
+    Memory: four tensors of the logits' size. Time: O(elements).
 
     Raises:
         ValueError: If `tau` is not positive.
@@ -121,14 +113,10 @@ class CWDLoss(DistillLoss):
     r"""Compare where each channel looks: a softmax over the positions of every channel, `(N, C, H, W)`.
 
     `tau^2 / (N * C) * sum over n, c of KL(phi(t) || phi(s))`, where `phi(y)` is the softmax of `y / tau` over the H*W
-    positions.
+    positions. A `tau` of 4 with weight 3 is the authors' command, 1 with weight 5 or 10 is common elsewhere. Pixels
+    whose label is `ignore_index` are left out of the softmax (needs labels); as published, all count.
 
     Memory: four tensors of the map's size. Time: O(elements).
-
-    Args:
-        tau: Temperature; 4 with weight 3 is the authors' command, 1 with weight 5 or 10 is common elsewhere.
-        loss_weight: Factor of the result.
-        ignore_index: Leave pixels with this label out of the softmax (needs labels). None, as published: all count.
 
     Raises:
         ValueError: If `tau` is not positive, or the inputs have no positions.
@@ -234,13 +222,9 @@ class FeatureLoss(DistillLoss):
         ignore_index: int | None = None,
     ) -> None:
         super().__init__(loss_weight, ignore_index)
-        self.student_channels, self.teacher_channels = student_channels, teacher_channels or student_channels
+        widths = self.student_channels, self.teacher_channels = student_channels, teacher_channels or student_channels
         # A linear layer on rows is the 1x1 convolution, and takes vectors and tokens too.
-        self.projection = (
-            nn.Identity()
-            if self.student_channels == self.teacher_channels
-            else nn.Linear(self.student_channels, self.teacher_channels)
-        )
+        self.projection = nn.Identity() if widths[0] == widths[1] else nn.Linear(*widths)
 
     def compare(self, student: Tensor, teacher: Tensor, labels: Tensor | None, valid: Tensor | None) -> Tensor:
         s, t = _rows(student, valid), _rows(teacher, valid)  # (rows, C)
