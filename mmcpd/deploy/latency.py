@@ -66,9 +66,11 @@ def measure_latency(
         ValueError: No files, or n, warmup or threads out of range.
 
     Example:
-        >>> dense, slim = measure_latency({'dense': 'dense.onnx', 'slim': 'slim.onnx'}, torch.rand(1, 3, 224, 224))
-        >>> slim.ratio
-        0.58
+        >>> from mmcpd.deploy import export_onnx
+        >>> models = {'dense': model, 'slim': small}
+        >>> files = {name: export_onnx(each, images, f'{name}.onnx') for name, each in models.items()}
+        >>> [entry.n for entry in measure_latency(files, images, n=5)]
+        [5, 5]
     """
     threads = usable_cores() if threads is None else threads
     if not paths or n < 1 or warmup < 0 or threads < 1:
@@ -76,10 +78,8 @@ def measure_latency(
             f'nothing to measure: {len(paths)} files, n={n} (from 1), warmup={warmup} (from 0), threads={threads} '
             '(from 1)'
         )
-    runs = []
-    for path in paths.values():
-        session = open_session(path, threads)
-        runs.append((session, feed(session, inputs)))
+    sessions = [open_session(path, threads) for path in paths.values()]
+    runs = [(session, feed(session, inputs)) for session in sessions]
     for _ in range(warmup):
         for session, arrays in runs:
             session.run(None, arrays)
@@ -95,7 +95,9 @@ def measure_latency(
             times[done, column] = (time.perf_counter_ns() - begin) / 1e6
         done += 1
         if progress is not None:
-            progress(done, n, _seconds_left(time.perf_counter() - start, done, n, time_limit))
+            elapsed = time.perf_counter() - start
+            left = elapsed / done * (n - done)
+            progress(done, n, left if time_limit is None else min(left, max(time_limit - elapsed, 0.0)))
     return _summaries(list(paths), times[:done], threads)
 
 
@@ -103,9 +105,6 @@ def progress_line(stream: TextIO | None = None, every: float | None = None) -> P
     """Return a progress callback that writes `312/1000 rounds, 0:42 left` at most every so many seconds.
 
     Without `every` that is once a second over the same line in a terminal, and a line each 15 seconds elsewhere.
-
-    Example:
-        >>> measure_latency(paths, inputs, progress=progress_line())
     """
     stream = sys.stderr if stream is None else stream
     terminal = stream.isatty()
@@ -129,11 +128,6 @@ def usable_cores() -> int:
     """Return how many cores this process may run on."""
     affinity = getattr(os, 'sched_getaffinity', None)  # Linux only
     return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
-def _seconds_left(elapsed: float, done: int, n: int, time_limit: float | None) -> float:
-    left = elapsed / done * (n - done)
-    return left if time_limit is None else min(left, max(time_limit - elapsed, 0.0))
 
 
 def _summaries(names: list[str], times: np.ndarray, threads: int) -> list[Latency]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mmcpd.deploy.latency import Latency, Progress, measure_latency, usable_cores
-from mmcpd.deploy.onnx import NEW_EXPORTER, Forward, Inputs, Parity, check_parity, export_onnx
+from mmcpd.deploy.onnx import NEW_EXPORTER, Forward, Inputs, Parity, check_parity, export_onnx, whole
 from mmcpd.errors import DeployError
 from mmcpd.version import __version__
 
@@ -60,11 +60,8 @@ class Report:
 
     def to_json(self, path: str | os.PathLike) -> None:
         """Write everything as JSON, whole or not at all."""
-        path = Path(path)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            whole = Path(folder) / path.name
-            whole.write_text(json.dumps(asdict(self), indent=2) + '\n', encoding='utf-8')
-            os.replace(whole, path)
+        with whole(Path(path)) as unfinished:
+            unfinished.write_text(json.dumps(asdict(self), indent=2) + '\n', encoding='utf-8')
 
 
 def deploy(
@@ -101,7 +98,9 @@ def deploy(
         ValueError: No models, or no batches.
 
     Example:
-        >>> print(deploy({'dense': dense, 'slim': slim}, [one, three], 'work_dirs/x', facts={'inputs': 'test data'}))
+        >>> report = deploy({'dense': model, 'slim': small}, [images], 'deployed', runs=5, facts={'inputs': 'noise'})
+        >>> [entry.file for entry in report.models]
+        ['dense.onnx', 'slim.onnx']
     """
     if not models or not batches:
         raise ValueError(f'nothing to deploy: {len(models)} models, {len(batches)} batches')
@@ -150,11 +149,9 @@ def environment() -> dict[str, Any]:
 def cpu_name() -> str:
     """Return the processor's name, as far as the system tells it."""
     info = Path('/proc/cpuinfo')
-    if info.is_file():
-        for line in info.read_text(encoding='utf-8', errors='replace').splitlines():
-            if line.startswith('model name'):
-                return line.split(':', 1)[1].strip()
-    return platform.processor() or platform.machine()
+    lines = info.read_text(encoding='utf-8', errors='replace').splitlines() if info.is_file() else []
+    names = (line.split(':', 1)[1].strip() for line in lines if line.startswith('model name'))
+    return next(names, platform.processor() or platform.machine())
 
 
 def _exported(
