@@ -51,16 +51,10 @@ def measure_latency(
 ) -> list[Latency]:
     """Measure ONNX files on one input in alternating runs, so that what else the machine does hits all alike.
 
-    A round runs each file once; the order turns round from one round to the next. Idle threads do not spin.
-
-    Args:
-        paths: Files by name; the first one is what the others are compared with.
-        inputs: What every file is run on, batch included.
-        n: Rounds.
-        time_limit: Seconds after which no further round starts, warm-up apart; None: no limit.
-        warmup: Rounds before, not counted.
-        threads: Threads within an operator; None: as many as this process may use cores.
-        progress: Called after each round, outside of what is measured: see `progress_line`.
+    A round runs each file once; the order turns round from one round to the next. Idle threads do not spin. The first
+    file is what the others are compared with. There are `n` rounds after `warmup` rounds that do not count; none starts
+    after `time_limit` seconds, warm-up apart. Threads are those within an operator, by default as many as this process
+    may use cores. `progress` is called after each round, outside of what is measured: see `progress_line`.
 
     Raises:
         ValueError: No files, or n, warmup or threads out of range.

@@ -60,7 +60,8 @@ def export_onnx(
 
     An OpenMMLab model called as `model(x)` is in its tensor mode, so the file holds what that returns: a
     classifier's logits (N, classes), not softmax scores; a segmentor's logits at the resolution of its head,
-    (N, classes, H/k, W/k), before they are resized to the image. Images come in preprocessed (normalised).
+    (N, classes, H/k, W/k), before they are resized to the image. Images come in preprocessed (normalised). Inputs are
+    named `input` or `input_0`, ..., outputs `output` or `output_0`, ... The path is returned.
 
     Args:
         model: Any module; its mode is restored.
@@ -71,9 +72,6 @@ def export_onnx(
         dynamic_batch: Leave the batch size open. Models that compute with it as a Python number are exported wrong
             by torch, without a warning: compare at another batch size by `check_parity`.
         forward: Called as `forward(model, *inputs)` instead of the model itself.
-
-    Returns:
-        The path. Inputs are named `input` or `input_0`, ..., outputs `output` or `output_0`, ...
 
     Raises:
         DeployError: torch cannot export the model or not at this opset, or onnx refuses the result.
@@ -106,12 +104,8 @@ def check_parity(
 ) -> Parity:
     """Compare an ONNX file in ONNX Runtime with its model on one batch or several, better of several sizes.
 
-    Args:
-        path: The file.
-        model: The module that it was exported from; its mode is restored.
-        inputs: One input (a tensor, or a tuple of tensors), or a list of inputs.
-        forward: As given to `export_onnx`.
-        tolerance: Largest difference allowed, relative to the batch's largest torch output.
+    Inputs are one (a tensor, or a tuple of tensors) or a list; `forward` is as given to `export_onnx`. The largest
+    difference allowed is `tolerance` times the batch's largest torch output. The model's mode is restored.
 
     Raises:
         ValueError: There is nothing to compare.
@@ -130,9 +124,9 @@ def check_parity(
     with _eval(module), torch.no_grad():
         for args in map(_tuple, batches):
             found.append((len(args[0]), *_differences(session, args, _outputs(module(*args)))))
-    max_abs = max(absolute for _, absolute, _ in found)
-    max_rel = max(relative for _, _, relative in found)
-    return Parity(max_abs, max_rel, max_rel <= tolerance, tuple((n, rel) for n, _, rel in found))
+    sizes, absolute, relative = zip(*found, strict=True)
+    max_rel = max(relative)
+    return Parity(max(absolute), max_rel, max_rel <= tolerance, tuple(zip(sizes, relative, strict=True)))
 
 
 def open_session(path: str | os.PathLike, threads: int) -> onnxruntime.InferenceSession:

@@ -79,19 +79,13 @@ def deploy(
 ) -> Report:
     """Export models as `out/<name>.onnx`, check each against torch, measure them in pairs, write `latency.json`.
 
-    Args:
-        models: Modules by name; the first is what the others are compared with.
-        batches: Real inputs. The first is what the latency is measured on and what a static batch is fixed to;
-            all of one size for a static batch, of several sizes for a dynamic one.
-        out: A folder; made if it is not there. Files appear in it when all of them have passed.
-        opset: As in `export_onnx`, like the next two.
-        dynamic_batch: Leave the batch size open.
-        forward: Called as `forward(model, *inputs)` instead of the model itself.
-        runs: Rounds of the measurement; 0 leaves it out.
-        time_limit: Seconds of measurement, as in `measure_latency`, like the next two.
-        threads: Threads within an operator.
-        progress: Called after each round.
-        facts: What else should stand in the report, e.g. the config and where the inputs come from.
+    The first model is what the others are compared with. The first batch of real inputs is what the latency is measured
+    on and what a static batch is fixed to; batches are all of one size for a static batch, of several sizes for a
+    dynamic one. Files appear in the folder `out`, which is made if it is not there, when all of them have passed.
+
+    `opset`, `dynamic_batch` and `forward` are as in `export_onnx`; `time_limit`, `threads` and `progress` as in
+    `measure_latency`, with `runs` rounds (0: nothing is measured). `facts` is what else should stand in the report,
+    e.g. the config and where the inputs come from.
 
     Raises:
         DeployError: A model cannot be exported, or its file computes something else.
@@ -108,7 +102,7 @@ def deploy(
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out) as folder:
         made = [
-            _exported(name, model, batches, Path(folder), opset, dynamic_batch, forward)
+            _exported(model, Path(folder, f'{name}.onnx'), batches, opset, dynamic_batch, forward)
             for name, model in models.items()
         ]
         times: list[Latency] = []
@@ -155,22 +149,18 @@ def cpu_name() -> str:
 
 
 def _exported(
-    name: str,
-    model: nn.Module,
-    batches: list[Inputs],
-    folder: Path,
-    opset: int,
-    dynamic_batch: bool,
-    forward: Forward | None,
+    model: nn.Module, path: Path, batches: list[Inputs], opset: int, dynamic_batch: bool, forward: Forward | None
 ) -> Exported:
-    path = export_onnx(model, batches[0], folder / f'{name}.onnx', opset, dynamic_batch, forward)
+    export_onnx(model, batches[0], path, opset, dynamic_batch, forward)
     parity = check_parity(path, model, batches, forward)
     if not parity.ok:
         each = ', '.join(f'batch of {size}: {relative:.1e}' for size, relative in parity.batches)
         hint = ' If some batch sizes agree, export a static batch.' if dynamic_batch else ''
-        raise DeployError(f'{name}: the ONNX file is not what the model computes (relative difference: {each}).{hint}')
+        raise DeployError(
+            f'{path.stem}: the ONNX file is not what the model computes (relative difference: {each}).{hint}'
+        )
     params = sum(parameter.numel() for parameter in model.parameters())
-    return Exported(name, path.name, path.stat().st_size, params, parity)
+    return Exported(path.stem, path.name, path.stat().st_size, params, parity)
 
 
 def _circumstances(facts: Mapping[str, Any], latency: tuple[Latency, ...]) -> str:

@@ -38,18 +38,13 @@ class CIRKDLoss(DistillLoss):
 
     Args:
         num_classes: K, the number of labels.
-        student_channels: Width of the student's features.
-        teacher_channels: Width of the teacher's features, as the student's by default.
-        alpha: Weight of the first term.
-        beta: Weight of the second term.
-        gamma: Weight of the third term; with beta and gamma 0 there are no queues and labels are not needed.
+        student_channels, teacher_channels: Widths of the features; the teacher's is as the student's by default.
+        alpha, beta, gamma: Weights of the terms; with beta and gamma 0 there are no queues, and no labels are needed.
         tau: Contrast temperature.
         temperature: T of the distillation in the memory terms.
-        pixel_queue: Pixel embeddings kept per class; 2,000 where memory is short.
-        region_queue: Region embeddings kept per class.
+        pixel_queue, region_queue: Embeddings kept per class; 2,000 pixels where memory is short.
         pixels_per_image: Pixels written per image and class, at most.
-        pixel_keys: About how many pixel keys to compare with, `pixel_keys // K + 1` per class.
-        region_keys: The same for regions.
+        pixel_keys, region_keys: About how many keys to compare with, `pixel_keys // K + 1` per class.
         max_positions: Pool maps of the first term to at most this many positions.
         ignore_index: Pixels with this label are neither compared with the queues nor written into them.
         loss_weight: Factor of the sum.
@@ -112,7 +107,7 @@ class CIRKDLoss(DistillLoss):
         # Those of each class.
         self.pixel_keys, self.region_keys = pixel_keys // num_classes + 1, region_keys // num_classes + 1
         self.terms: dict[str, Tensor] = {}
-        if self.uses_memory:
+        if self.needs_labels:
             width = teacher_channels or student_channels
             self.projection = nn.Sequential(
                 nn.Conv2d(student_channels, width, 1),
@@ -128,12 +123,8 @@ class CIRKDLoss(DistillLoss):
             self.register_buffer('region_written', torch.zeros(num_classes, dtype=torch.long))
 
     @property
-    def uses_memory(self) -> bool:
-        return self.beta != 0 or self.gamma != 0
-
-    @property
     def needs_labels(self) -> bool:
-        return self.uses_memory
+        return self.beta != 0 or self.gamma != 0
 
     @property
     def local_buffers(self) -> list[str]:

@@ -40,15 +40,12 @@ class DistillLoss(nn.Module):
         return self.ignore_index is not None
 
     def forward(self, student: Tensor, teacher: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Compare a student's output with a teacher's.
+        """Compare a student's output with a teacher's: a scalar in float32 (float64 for float64 inputs).
 
         Args:
             student: `(N, C)`, `(N, L, C)` for tokens, or `(N, C, H, W)`.
             teacher: The same; its `(H, W)` may differ, and in some losses its C.
             labels: `(N,)`, or `(N, h, w)` or `(N, 1, h, w)` in any resolution, resized by nearest.
-
-        Returns:
-            The weighted loss, a scalar in float32 (float64 for float64 inputs).
 
         Raises:
             ValueError: If the shapes do not fit, or labels are needed and not given.
@@ -62,16 +59,15 @@ class DistillLoss(nn.Module):
                 f'{type(self).__name__}: student {tuple(student.shape)} and teacher {tuple(teacher.shape)} '
                 'do not fit; tap outputs of the same kind, and use FeatureLoss for features of unlike widths'
             )
-        if self.needs_labels and labels is None:
-            raise ValueError(
-                f'{type(self).__name__} needs labels (ignore_index={self.ignore_index}): call it as '
-                'loss(student, teacher, labels)'
-            )
         valid = None
-        if self.needs_labels and labels is not None:
+        if self.needs_labels:
+            if labels is None:
+                raise ValueError(
+                    f'{type(self).__name__} needs labels (ignore_index={self.ignore_index}): call it as '
+                    'loss(student, teacher, labels)'
+                )
             labels = _labels_like(labels, student, type(self).__name__)
-            if self.ignore_index is not None:
-                valid = labels != self.ignore_index
+            valid = None if self.ignore_index is None else labels != self.ignore_index
         with torch.autocast(student.device.type, enabled=False):
             return self.loss_weight * self.compare(student, teacher, labels, valid)
 
@@ -151,14 +147,10 @@ class DISTLoss(DistillLoss):
     intra: the mean over classes of 1 - corr(column of s, column of t). A row or column that is constant in the teacher
     (norm of the centred vector below 1e-8) has no correlation and counts as agreement.
 
-    Memory: six tensors of the logits' size. Time: O(elements).
+    MMRazor prunes ResNet-50 with a `loss_weight` of 2. Samples whose label is `ignore_index` do not count (needs
+    labels).
 
-    Args:
-        beta: Weight of the relation between classes, within a sample.
-        gamma: Weight of the relation between samples, within a class.
-        tau: Temperature.
-        loss_weight: Factor of the result; MMRazor prunes ResNet-50 with 2.
-        ignore_index: Leave out samples or pixels with this label (needs labels). None: all count.
+    Memory: six tensors of the logits' size. Time: O(elements).
 
     Raises:
         ValueError: If `tau` is not positive.
@@ -195,15 +187,11 @@ class FeatureLoss(DistillLoss):
     r"""Compare features by their mean squared difference, through a 1x1 projection where the widths differ.
 
     Takes `(N, C)`, `(N, L, C)` or `(N, C, H, W)`. The projection is trained with the student and is no part of it.
+    `teacher_channels` is as `student_channels` by default. Positions whose label is `ignore_index` do not count (needs
+    labels).
 
     Memory: three tensors of the teacher's feature size and `(student_channels + 1) * teacher_channels` parameters.
     Time: O(elements), times `student_channels` where there is a projection.
-
-    Args:
-        student_channels: Width of the student's tap.
-        teacher_channels: Width of the teacher's tap; None or the same width: no projection.
-        loss_weight: Factor of the result.
-        ignore_index: Leave out samples or pixels with this label (needs labels). None: all count.
 
     Source: Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, eq. 3, as a mean over elements.
 

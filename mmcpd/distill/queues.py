@@ -16,8 +16,7 @@ def collect(teacher: Tensor, labels: Tensor, valid: Tensor, classes: int, at_mos
     """Choose from each image, for each class in it, up to `at_most` pixels of that class, and its mean."""
     none = teacher.new_zeros(0, teacher.shape[1])
     pixels, regions = [none], [none]
-    pixel_class: list[int] = []
-    region_class: list[int] = []
+    found: list[int] = []  # the class of each entry
     for features, label, ok in zip(teacher, labels, valid, strict=True):
         rows = features.flatten(1).T[ok.flatten()]  # (labelled pixels, C_T)
         label = label[ok]
@@ -25,12 +24,11 @@ def collect(teacher: Tensor, labels: Tensor, valid: Tensor, classes: int, at_mos
             if not 0 <= c < classes:
                 raise ValueError(f'CIRKDLoss: label {c} is not in [0, {classes}); set num_classes or ignore_index')
             of_class = rows[label == c]
-            chosen = of_class[torch.randperm(len(of_class), device=rows.device)[:at_most]]
-            pixels.append(chosen)
-            pixel_class += [c] * len(chosen)
+            found.append(c)
+            pixels.append(of_class[torch.randperm(len(of_class), device=rows.device)[:at_most]])
             regions.append(F.normalize(of_class.mean(0, keepdim=True), dim=1))
-            region_class.append(c)
-    of_pixels, of_regions = (teacher.new_tensor(found, dtype=torch.long) for found in (pixel_class, region_class))
+    of_regions = teacher.new_tensor(found, dtype=torch.long)
+    of_pixels = of_regions.repeat_interleave(teacher.new_tensor([len(rows) for rows in pixels[1:]], dtype=torch.long))
     return (of_pixels, torch.cat(pixels)), (of_regions, torch.cat(regions))
 
 
@@ -83,8 +81,7 @@ def check_memory(num_classes: int, pixel_queue: int, region_queue: int, channels
             fits = max(0, int(free * 0.5) // row - region_queue)
             raise MemoryError(
                 f'CIRKDLoss: the queues need {needed:,} bytes ({num_classes} classes x ({pixel_queue} pixels '
-                f'+ {region_queue} regions) x {channels} channels x 4 bytes), '
-                f'{where} has {free:,} available. '
+                f'+ {region_queue} regions) x {channels} channels x 4 bytes), {where} has {free:,} available. '
                 + (f'Set pixel_queue to {fits} or less' if fits else 'Set smaller pixel_queue and region_queue')
                 + ', or beta=gamma=0 for the batch term alone.'
             )

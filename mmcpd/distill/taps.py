@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -49,13 +50,12 @@ class Tap:
         path, _, part = name.partition(':')
         modules = dict(model.named_modules())
         if path == 'logits' and path not in modules:
-            found = next((known for known in LOGITS if known in modules), None)
-            if found is None:
+            path = next((known for known in LOGITS if known in modules), '')
+            if not path:
                 raise ValueError(
                     f"tap 'logits': {type(model).__name__} has none of {', '.join(LOGITS)}; name the module "
                     'that computes the logits'
                 )
-            path = found
         if not path or path not in modules:
             raise ValueError(
                 f'tap {name!r}: {type(model).__name__} has no module {path!r}; near: {near(path, modules)}'
@@ -137,10 +137,8 @@ class Taps:
         """
         self.stop = True
         try:
-            with self:
+            with suppress(Reached), self:
                 self.model(*inputs, **kwargs)
-        except Reached:
-            pass  # all was seen: what follows is not needed
         finally:
             self.stop = False
         return {name: self[name] for name in self.taps}

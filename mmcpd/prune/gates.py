@@ -71,8 +71,7 @@ class Gates:
         self.slices: dict[str, slice] = {}
         self.units = 0
         self.groups: dict[Cut, list[str]] = {}  # whose units a cut shows
-        rows: dict[Cut, list[Tensor]] = {}
-        units: dict[Cut, list[Tensor]] = {}
+        found: dict[Cut, list[CutRows]] = {}
         for group in groups:
             if not group.cut:
                 raise ValueError(
@@ -83,11 +82,10 @@ class Gates:
             for member in group.cut:
                 cut = Cut(member.tensor, member.dim)
                 self.groups.setdefault(cut, []).append(group.name)
-                rows.setdefault(cut, []).append(member.index.reshape(-1).cpu())
-                unit = torch.arange(self.units, stop).repeat_interleave(member.index.shape[1])
-                units.setdefault(cut, []).append(unit)
+                units = torch.arange(self.units, stop).repeat_interleave(member.index.shape[1])
+                found.setdefault(cut, []).append(CutRows(member.index.reshape(-1).cpu(), units))
             self.units = stop
-        self.cuts = {cut: CutRows(torch.cat(rows[cut]), torch.cat(units[cut])) for cut in rows}
+        self.cuts = {cut: CutRows(*map(torch.cat, zip(*parts, strict=True))) for cut, parts in found.items()}
 
     def check(self, model: nn.Module) -> None:
         """Refuse a model in which a tensor of the cut gets no gradient: nothing is known about its units.
@@ -163,9 +161,8 @@ def untouched(*modules: nn.Module) -> Iterator[None]:
     """Give back, bit by bit, parameters, gradients, buffers and torch's random state as they were on entry."""
     parameters = list(dict.fromkeys(p for module in modules for p in module.parameters()))
     held = parameters + list(dict.fromkeys(b for module in modules for b in module.buffers()))
-    with torch.no_grad():
-        values = [t.detach().clone() for t in held]
-        grads = [(p.grad, None if p.grad is None else p.grad.detach().clone()) for p in parameters]
+    values = [t.detach().clone() for t in held]
+    grads = [(p.grad, None if p.grad is None else p.grad.detach().clone()) for p in parameters]
     devices = sorted({t.device.index for t in held if t.device.type == 'cuda'})
     try:
         with torch.random.fork_rng(devices=devices):

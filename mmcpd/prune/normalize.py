@@ -33,7 +33,6 @@ def normalize(
     Fisher Pruning.
 
     Example:
-        >>> from mmcpd.prune import normalize
         >>> scores = {'conv1': torch.ones(8), 'conv2': torch.ones(4)}
         >>> normalize(scores, coupling, coupling.keep(), by='none')['conv2'].tolist()
         [1.0, 1.0, 1.0, 1.0]

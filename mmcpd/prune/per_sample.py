@@ -78,8 +78,7 @@ class SampleTaps:
     def receive(self, cut: Cut, found: Tensor) -> None:
         """Add one call's (N, C); a module called several times in one pass adds up sample by sample."""
         self._seen.add(cut)
-        before = self._batch.get(cut)
-        self._batch[cut] = found if before is None else before + found
+        self._batch[cut] = self._batch[cut] + found if cut in self._batch else found
 
     def pop(self) -> Tensor | None:
         """Return dL/dm of the batch seen last, (N, units), and forget it; None where nothing was seen.
@@ -94,9 +93,7 @@ class SampleTaps:
         total = first.new_zeros(samples, self.gates.units)
         for cut, found in self._batch.items():
             if len(found) % samples:
-                raise ValueError(
-                    f"'{cut.tensor}' sees {len(found)} samples where others see {samples}: {self._hint(cut)}"
-                )
+                raise self._refusal(cut, f"'{cut.tensor}' sees {len(found)} samples where others see {samples}")
             rows, units = self.gates.rows(cut, total.device)
             folded = found.reshape(samples, -1, found.shape[1]).sum(1)  # (N * windows, C) -> (N, C)
             total.index_add_(1, units, folded[:, rows].to(total))
@@ -114,14 +111,12 @@ class SampleTaps:
             grad = parameters[cut.tensor].grad
             seen = cut in self._seen or self._with_weight(cut)
             if not seen and grad is not None and bool(grad.any()):
-                raise ValueError(
-                    f"group_fisher cannot score '{cut.tensor}': its module is never called with a tensor that has "
-                    f'a gradient (as inside nn.MultiheadAttention): {self._hint(cut)}'
-                )
+                why = 'its module is never called with a tensor that has a gradient (as inside nn.MultiheadAttention)'
+                raise self._refusal(cut, f"group_fisher cannot score '{cut.tensor}': {why}")
         self._seen.clear()
 
-    def _hint(self, cut: Cut) -> str:
-        return f"use importance='hessian', or {never_prune(self.gates.groups[cut])}"
+    def _refusal(self, cut: Cut, why: str) -> ValueError:
+        return ValueError(f"{why}: use importance='hessian', or {never_prune(self.gates.groups[cut])}")
 
     def _with_weight(self, cut: Cut) -> bool:
         """Tell whether a bias of the cut is seen together with its weight, at the module's output."""
@@ -133,14 +128,10 @@ class SampleTaps:
         module = model.get_submodule(path)
         places = next((table for classes, table in PLACES.items() if isinstance(module, classes)), {})
         if leaf != 'weight' or cut.dim not in places:
-            raise ValueError(
-                f"group_fisher cannot score '{cut.tensor}' of a {type(module).__name__}: {self._hint(cut)}"
-            )
+            raise self._refusal(cut, f"group_fisher cannot score '{cut.tensor}' of a {type(module).__name__}")
         place = places[cut.dim]
         if place.in_input and getattr(module, 'groups', 1) != 1:
-            raise ValueError(
-                f"group_fisher cannot score the grouped convolution '{path}' by its input: {self._hint(cut)}"
-            )
+            raise self._refusal(cut, f"group_fisher cannot score the grouped convolution '{path}' by its input")
         return place
 
     def _tap(self, model: nn.Module, cut: Cut, place: Place) -> RemovableHandle:

@@ -36,8 +36,6 @@ class Pruner:
 
     Args:
         model: the very model that was combed, without a data-parallel wrapper.
-        coupling: what combing found.
-        optimizer: the one that steps its parameters.
         schedule: when units are removed and what remains, in iterations.
         importance: a name in `IMPORTANCES`, or a mapping of `type` and options.
         normalize: a name in `NORMALIZERS`.
@@ -131,8 +129,7 @@ class Pruner:
             return False
         if not self.importance.every_iteration:
             self.importance.accumulate(self.model)
-        scores = self._scores()
-        if scores is None:
+        if (scores := self._scores()) is None:
             return False
         scores = normalize(scores, self.coupling, self.keep, by=self.normalizer)
         ratios = self.schedule.ratios(self.iteration)

@@ -21,7 +21,6 @@ class Hessian(Importance):
     Source: CPD (arXiv 2408.03046), I_j = (sum over e of w_e * dL/dw_e)^2, here on one cut through the unit.
 
     Example:
-        >>> from mmcpd.prune import Hessian
         >>> score = Hessian(coupling.groups)
         >>> model(images).square().sum().backward()
         >>> score.accumulate(model)
@@ -94,7 +93,6 @@ class GroupFisher(Importance):
     Source: Liu et al., Group Fisher Pruning, ICML 2021, equation 4.
 
     Example:
-        >>> from mmcpd.prune import GroupFisher
         >>> score = GroupFisher(coupling.groups)
         >>> score.attach(model)
         >>> model(images).square().sum().backward()
