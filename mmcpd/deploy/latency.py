@@ -126,18 +126,17 @@ def usable_cores() -> int:
 
 def _summaries(names: list[str], times: np.ndarray, threads: int) -> list[Latency]:
     """Summarise times (rounds, files) in milliseconds."""
-    ratios = times / times[:, :1]  # (rounds, files)
     return [
         Latency(
             name=name,
-            median=float(np.median(times[:, column])),
-            mean=float(np.mean(times[:, column])),
-            p90=float(np.percentile(times[:, column], 90)),
-            ratio=float(np.median(ratios[:, column])),
-            ratio_p10=float(np.percentile(ratios[:, column], 10)),
-            ratio_p90=float(np.percentile(ratios[:, column], 90)),
+            median=float(np.median(own)),
+            mean=float(np.mean(own)),
+            p90=float(np.percentile(own, 90)),
+            ratio=float(np.median(ratios)),
+            ratio_p10=float(np.percentile(ratios, 10)),
+            ratio_p90=float(np.percentile(ratios, 90)),
             n=len(times),
             threads=threads,
         )
-        for column, name in enumerate(names)
+        for name, own, ratios in zip(names, times.T, (times / times[:, :1]).T, strict=True)
     ]

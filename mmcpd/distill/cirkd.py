@@ -146,9 +146,8 @@ class CIRKDLoss(DistillLoss):
         similarity = []
         for features in (student, teacher):
             x = F.normalize(_pool(features, self.max_positions), dim=1)
-            n = x.shape[0]
             rows = _rows(x, None)  # (N * P, C)
-            similarity.append((rows @ rows.T / self.tau).view(len(rows), n, -1))  # (N * P, N, P)
+            similarity.append((rows @ rows.T / self.tau).view(len(rows), len(x), -1))  # (N * P, N, P)
         return _kl_rows(*similarity).mean()
 
     def memory_terms(self, student: Tensor, teacher: Tensor, labels: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:

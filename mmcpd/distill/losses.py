@@ -147,8 +147,7 @@ class DISTLoss(DistillLoss):
     intra: the mean over classes of 1 - corr(column of s, column of t). A row or column that is constant in the teacher
     (norm of the centred vector below 1e-8) has no correlation and counts as agreement.
 
-    MMRazor prunes ResNet-50 with a `loss_weight` of 2. Samples whose label is `ignore_index` do not count (needs
-    labels).
+    MMRazor prunes ResNet-50 with a `loss_weight` of 2. Samples labelled `ignore_index` do not count (needs labels).
 
     Memory: six tensors of the logits' size. Time: O(elements).
 
@@ -187,8 +186,7 @@ class FeatureLoss(DistillLoss):
     r"""Compare features by their mean squared difference, through a 1x1 projection where the widths differ.
 
     Takes `(N, C)`, `(N, L, C)` or `(N, C, H, W)`. The projection is trained with the student and is no part of it.
-    `teacher_channels` is as `student_channels` by default. Positions whose label is `ignore_index` do not count (needs
-    labels).
+    `teacher_channels` is as `student_channels` by default. Rows labelled `ignore_index` do not count (needs labels).
 
     Memory: three tensors of the teacher's feature size and `(student_channels + 1) * teacher_channels` parameters.
     Time: O(elements), times `student_channels` where there is a projection.
