@@ -101,12 +101,14 @@ def test_a_product_of_activations_sums_over_channels_of_which_one_factor_is_zero
 
 def test_heads_of_values_go_with_their_heads_of_queries():
     def run(m, x):
-        q, k, v = (layer(x).unflatten(-1, (m.heads, -1)).transpose(1, 2) for layer in (m.q, m.k, m.v))
+        heads = (m.heads, m.heads, m.value_heads)  # one attribute for all would couple them by itself
+        layers = zip((m.q, m.k, m.v), heads, strict=True)
+        q, k, v = (layer(x).unflatten(-1, (count, -1)).transpose(1, 2) for layer, count in layers)
         return m.fc(F.scaled_dot_product_attention(q, k, v, scale=0.6).transpose(1, 2).flatten(2))
 
     parts = dict(q=(3, 8), k=(3, 8), v=(3, 8), fc=(8, 2))  # of one width, or torch takes another kernel
     toy = Toy(
-        lambda: Net(run, heads=4, **{name: nn.Linear(*size) for name, size in parts.items()}),
+        lambda: Net(run, heads=4, value_heads=4, **{name: nn.Linear(*size) for name, size in parts.items()}),
         TOKENS,
         {'q': 4},
         {
