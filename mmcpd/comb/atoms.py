@@ -44,7 +44,7 @@ class Axis:
         return self if self.full is None else Axis(self.atoms, self.zero, self.weight)
 
     def fitting(self, shape: torch.Size) -> Axis:
-        """Return the axis, alone where what it says about other dimensions does not fit a tensor's shape."""
+        """Return the axis, without `full` where that does not fit a tensor's shape."""
         full = self.full
         if full is None or (
             full.dim() == len(shape) and all(a in (1, b) for a, b in zip(full.shape, shape, strict=True))

@@ -91,7 +91,7 @@ class PruneHook(Hook):
         end: when the last units go, likewise; fine-tuning after it.
         interval: iterations of scoring between two removals.
         curve: from 1 to the target: 'cubic' (fast first), 'linear', 'cosine', or 'paper': `units_per_event` each time.
-        units_per_event: for the curve 'paper' alone.
+        units_per_event: only for the curve 'paper'.
         importance: 'hessian', 'curvature', 'group_fisher', 'magnitude' or 'random'; with options it is a dict:
             dict(type='curvature', probes=2).
         normalize: what the score is divided by: 'memory', 'channel_memory', 'macs', 'params' or 'none'.

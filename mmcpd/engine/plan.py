@@ -56,7 +56,7 @@ def _frozen(coupling: Coupling) -> list[str]:
 
 def _teacher(model: nn.Module, begin: int) -> str:
     if not isinstance(model, Distiller) or not model.loss_configs:
-        return 'none: the losses of the task alone'
+        return 'none: only the losses of the task'
     losses = ', '.join(f'{type(model.distill[name]).__name__} at {c.tap}' for name, c in model.loss_configs.items())
     if model.teaches_itself:
         return f'the model itself as it is at iteration {begin}; {losses}'

@@ -20,7 +20,7 @@ class SlimMultiheadAttention(nn.Module):
 
     Args:
         source: the attention to take over; parameters, dropout and `batch_first` are its own.
-        num_heads: heads that stay; all by default.
+        num_heads: number of kept heads; all by default.
         scale: factor on q k^T, that of the dense module.
 
     Shapes: query `(B, L, E)`, key and value `(B, S, E)` with `batch_first`, else `(L, B, E)` and `(S, B, E)`.

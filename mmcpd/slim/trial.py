@@ -1,7 +1,7 @@
-"""The safety net: what is masked can be slimmed, on models that nobody has seen.
+"""The safety net: what is masked can be slimmed, on models that were never tried.
 
 Combing ends with a trial: remove units at random, mask one copy, slim another, run both on the example input and
-compare; once with about half of the units gone and once with a few, since some mistakes show in one of them alone. The
+compare; once with about half of the units gone and once with a few, since some mistakes show in only one of them. The
 weights are random: behind a branch that is still almost zero no mistake would show. Where the copies differ, or where
 slimming or running fails, the groups at fault are found by bisection.
 """
@@ -32,9 +32,9 @@ def random_keep(
 ) -> Keep:
     """Return a keep in which a share `ratio` of each group in `among` (all by default) stays at random, one at least.
 
-    `awkward` makes the number that stays odd, each group's share differ by up to 0.2, and groups of the same size keep
-    different numbers as long as there are any, so that no two widths agree and nothing divides by chance; from three
-    units on more than one stays, for over one channel every statistic is right.
+    `awkward` makes the number of kept units odd, each group's share differ by up to 0.2, and groups of the same size
+    keep different numbers as long as there are any, so that no two widths agree and nothing divides by chance; groups of
+    three units or more keep more than one, for over one channel every statistic is right.
     """
     taken: Counter[tuple[int, int]] = Counter()
     generator = torch.Generator().manual_seed(seed)
@@ -75,8 +75,8 @@ def _randomised(model: nn.Module, coupling: Coupling) -> nn.Module:
     noise = torch.rand(NOISE, generator=torch.Generator().manual_seed(0))
     for name, tensor in named_tensors(twin).items():
         if coupling.tensors[name].is_parameter and tensor.is_floating_point() and tensor.numel():
-            mine = noise.repeat(-(-tensor.numel() // NOISE))[: tensor.numel()].reshape(tensor.shape)
-            tensor.copy_((mine - 0.5) * (12 / tensor[0].numel()) ** 0.5 if tensor.dim() > 1 else mine + 0.5)
+            values = noise.repeat(-(-tensor.numel() // NOISE))[: tensor.numel()].reshape(tensor.shape)
+            tensor.copy_((values - 0.5) * (12 / tensor[0].numel()) ** 0.5 if tensor.dim() > 1 else values + 0.5)
     return twin
 
 
@@ -114,7 +114,7 @@ def faults_of(model: nn.Module, coupling: Coupling) -> dict[str, str]:
         return {}
     if not _is_finite(twin, coupling):
         twin = model
-    twin, tried = _in_double(twin, coupling)  # where a choice (a nearest neighbour) hangs on the last bit of float32
+    twin, tried = _in_double(twin, coupling)  # where a choice (a nearest neighbour) depends on the last bit of float32
     why = _fault(twin, tried, names)
     if why is None:
         return {}

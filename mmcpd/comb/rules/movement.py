@@ -1,4 +1,4 @@
-"""Data movement: the very same operation runs on the atoms; and the few that need to be told."""
+"""Data movement: the very same operation runs on the atoms; and the few operations that need a rule of their own."""
 
 from __future__ import annotations
 
