@@ -32,8 +32,8 @@ def random_keep(
 ) -> Keep:
     """Return a keep in which a share `ratio` of each group in `among` (all by default) stays at random, one at least.
 
-    `awkward` makes the number of kept units odd, each group's share differ by up to 0.2, and groups of the same size
-    keep different numbers as long as there are any, so that no two widths agree and nothing divides by chance; groups of
+    `awkward` makes the number of kept units odd, each group's share differ by up to 0.2, and groups of one size keep
+    different numbers as long as there are any, so that no two widths agree and nothing divides by chance; groups of
     three units or more keep more than one, for over one channel every statistic is right.
     """
     taken: Counter[tuple[int, int]] = Counter()
