@@ -241,7 +241,7 @@ MUTANTS: tuple[Mutant, ...] = (
     # -- conflicts, and sizes that are computed with
     Mutant('conflicts', _CONFLICTS, 'test_comb/test_conflicts.py::test_one_line_with_two_widths_couples_them',
            'widths that one attribute or line would hold both of are coupled',
-           'yield from conflict.axes', 'yield from ()'),
+           'yield from conflict.missing', 'yield from ()'),
     Mutant('statistics-one-set', _CONFLICTS,
            'test_comb/test_conflicts.py::test_one_line_over_tokens_and_over_channels_freezes_with_a_reason',
            'one line takes its statistic of one length over one set of channels',

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..coupling import Coupling, Example
 from ..errors import SlimError
+from ..fixes import Equality, Expression, Live
 from ..slim.attention import replacement
 from ..slim.mask import Site
 from ..slim.slimming import SizeConflict, modules_outside, planned_sizes
@@ -28,27 +29,29 @@ def couple_conflicts_(model: nn.Module, record: Record, example: Example) -> Non
     modules = modules_outside(model, [path for path, module in model.named_modules() if replacement(module)])
     # Each round makes at least one pair of widths one, so that there is a last.
     while (record.sizes or record.equalities) and sum(
-        _couple_(record, *p) for p in _conflicts(modules, group(model, record, example))
+        _couple_(record, pair.left, pair.right) for pair in _conflicts(modules, group(model, record, example))
     ):
         pass
 
 
-def _conflicts(modules: dict[str, nn.Module], coupling: Coupling) -> Iterator[tuple[int, int]]:
-    """Yield the axes that would have to be equal, seen with random numbers of kept units."""
+def _conflicts(modules: dict[str, nn.Module], coupling: Coupling) -> Iterator[Equality]:
+    """Yield the sizes that would have to be equal, seen with random numbers of kept units."""
     random = np.random.default_rng(0)
     for _ in range(DRAWS if coupling.groups else 0):
         keep = {g.name: torch.arange(g.units) < int(random.integers(1, g.units)) for g in coupling.groups}
         try:
             planned_sizes(modules, coupling, coupling.live(keep).tolist())
         except SizeConflict as conflict:
-            yield from conflict.axes
+            yield from conflict.missing
         except SlimError:
             pass  # no coupling helps: the trial names and freezes it
 
 
-def _couple_(record: Record, left: int, right: int) -> bool:
-    """Make two axes equal; say whether they were of one length."""
-    one, other = record.axes[left], record.axes[right]
+def _couple_(record: Record, left: Expression, right: Expression) -> bool:
+    """Make two sizes equal; say whether they are widths, and of one length."""
+    if not (isinstance(left, Live) and isinstance(right, Live)):
+        return False
+    one, other = record.axes[left.axis], record.axes[right.axis]
     if len(one) == len(other):
         record.table.equate(one, other, 'one size with a fixed width')
     return len(one) == len(other)
@@ -62,7 +65,7 @@ def _separate_statistics_(record: Record) -> None:
         if other == seen.axis:
             continue
         if other is not None and seen.axis is not None:
-            _couple_(record, other, seen.axis)
+            _couple_(record, Live(other), Live(seen.axis))
             continue
         axis = record.axes[other if other is not None else seen.axis]  # type: ignore[index]
         where = seen.site.place.module or 'the model itself'

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..coupling import Coupling, Keep
 from ..errors import SlimError
-from ..fixes import Attr, CallSite, Expression, Input, Live, SizeRule
+from ..fixes import Attr, CallSite, Equality, Expression, Input, Live, SizeRule
 from .attention import REPLACEMENTS, replacement
 from .call_sites import INFER, Rewrite, rewrite_
 from .mask import kept_rows, named_tensors, unmask_statistics_
@@ -24,9 +24,9 @@ from .size_expressions import evaluate, leaves, read_attribute, show, solve, wri
 class SizeConflict(SlimError):
     """Two widths would have to be one number: of an attribute, or of a line that runs twice."""
 
-    def __init__(self, message: str, axes: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, message: str, missing: Sequence[Equality]) -> None:
         super().__init__(message)
-        self.axes = tuple(axes)  # what would have to be equal, pair by pair
+        self.missing = tuple(missing)  # what would have to be equal
 
 
 def slim(model: nn.Module, coupling: Coupling, keep: Mapping[str, Tensor]) -> nn.Module:
@@ -188,8 +188,7 @@ def planned_sizes(
     rewrites = _rewrites({rule.site for rule in unsolved if rule.site is not None}, rules, live)
     if apart := [pair for pair in pairs if evaluate(pair.left, new, live) != evaluate(pair.right, new, live)]:
         left, right = show(apart[0].left), show(apart[0].right)
-        axes = [(p.left.axis, p.right.axis) for p in apart if isinstance(p.left, Live) and isinstance(p.right, Live)]
-        raise SizeConflict(f'the forward compares {left} with {right}, which no longer agree', axes)
+        raise SizeConflict(f'the forward compares {left} with {right}, which no longer agree', apart)
     return changes, rewrites
 
 
@@ -206,10 +205,10 @@ def _target(rule: SizeRule, live: Sequence[int]) -> int:
     return live[rule.target.axis] if isinstance(rule.target, Live) else rule.target
 
 
-def _rivals(rule: SizeRule, rules: Sequence[SizeRule], live: Sequence[int]) -> list[tuple[int, int]]:
-    """Return the axes that the same expression or the same call must be as well, where they no longer agree."""
+def _rivals(rule: SizeRule, rules: Sequence[SizeRule], live: Sequence[int]) -> list[Equality]:
+    """Return the widths that the same expression or the same call must be as well, where they no longer agree."""
     return [
-        (rule.target.axis, other.target.axis)
+        Equality(rule.target, other.target)
         for other in rules
         if isinstance(rule.target, Live)
         and isinstance(other.target, Live)
