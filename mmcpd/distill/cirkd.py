@@ -74,6 +74,7 @@ class CIRKDLoss(DistillLoss):
         num_classes: int,
         student_channels: int,
         teacher_channels: int | None = None,
+        *,
         alpha: float = 1.0,
         beta: float = 0.1,
         gamma: float = 0.1,
@@ -88,7 +89,7 @@ class CIRKDLoss(DistillLoss):
         ignore_index: int = 255,
         loss_weight: float = 1.0,
     ) -> None:
-        super().__init__(loss_weight, ignore_index)
+        super().__init__(loss_weight=loss_weight, ignore_index=ignore_index)
         counts = {
             'num_classes': num_classes,
             'student_channels': student_channels,

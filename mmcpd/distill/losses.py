@@ -28,7 +28,7 @@ class DistillLoss(nn.Module):
 
     same_channels = True  # whether `compare` needs as many channels in the student as in the teacher
 
-    def __init__(self, loss_weight: float = 1.0, ignore_index: int | None = None) -> None:
+    def __init__(self, *, loss_weight: float = 1.0, ignore_index: int | None = None) -> None:
         super().__init__()
         if not loss_weight >= 0:
             raise ValueError(f'{type(self).__name__}: loss_weight must be >= 0, got {loss_weight}')
@@ -96,8 +96,8 @@ class KDLoss(DistillLoss):
         tensor(0.)
     """
 
-    def __init__(self, tau: float = 1.0, loss_weight: float = 1.0, ignore_index: int | None = None) -> None:
-        super().__init__(loss_weight, ignore_index)
+    def __init__(self, *, tau: float = 1.0, loss_weight: float = 1.0, ignore_index: int | None = None) -> None:
+        super().__init__(loss_weight=loss_weight, ignore_index=ignore_index)
         self.tau = _positive(tau, 'tau', self)
 
     def compare(self, student: Tensor, teacher: Tensor, labels: Tensor | None, valid: Tensor | None) -> Tensor:
@@ -124,8 +124,8 @@ class CWDLoss(DistillLoss):
         tensor(0.)
     """
 
-    def __init__(self, tau: float = 4.0, loss_weight: float = 3.0, ignore_index: int | None = None) -> None:
-        super().__init__(loss_weight, ignore_index)
+    def __init__(self, *, tau: float = 4.0, loss_weight: float = 3.0, ignore_index: int | None = None) -> None:
+        super().__init__(loss_weight=loss_weight, ignore_index=ignore_index)
         self.tau = _positive(tau, 'tau', self)
 
     def compare(self, student: Tensor, teacher: Tensor, labels: Tensor | None, valid: Tensor | None) -> Tensor:
@@ -164,13 +164,14 @@ class DISTLoss(DistillLoss):
 
     def __init__(
         self,
+        *,
         beta: float = 1.0,
         gamma: float = 1.0,
         tau: float = 1.0,
         loss_weight: float = 1.0,
         ignore_index: int | None = None,
     ) -> None:
-        super().__init__(loss_weight, ignore_index)
+        super().__init__(loss_weight=loss_weight, ignore_index=ignore_index)
         self.beta, self.gamma, self.tau = beta, gamma, _positive(tau, 'tau', self)
 
     def compare(self, student: Tensor, teacher: Tensor, labels: Tensor | None, valid: Tensor | None) -> Tensor:
@@ -204,10 +205,11 @@ class FeatureLoss(DistillLoss):
         self,
         student_channels: int,
         teacher_channels: int | None = None,
+        *,
         loss_weight: float = 1.0,
         ignore_index: int | None = None,
     ) -> None:
-        super().__init__(loss_weight, ignore_index)
+        super().__init__(loss_weight=loss_weight, ignore_index=ignore_index)
         widths = self.student_channels, self.teacher_channels = student_channels, teacher_channels or student_channels
         # A linear layer on rows is the 1x1 convolution, and takes vectors and tokens too.
         self.projection = nn.Identity() if widths[0] == widths[1] else nn.Linear(*widths)
