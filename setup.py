@@ -48,6 +48,7 @@ setup(
     long_description_content_type='text/markdown',
     author='mmcpd maintainers',
     license='Apache-2.0',
+    project_urls={'Paper': 'https://arxiv.org/abs/2408.03046'},
     keywords='pruning, distillation, model compression, OpenMMLab',
     python_requires='>=3.11',
     classifiers=[

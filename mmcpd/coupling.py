@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -171,7 +172,7 @@ class Coupling:
                 got = f'{kept.dtype} {tuple(kept.shape)}'
                 raise ValueError(f'keep[{group.name!r}] must be a BoolTensor of {group.units}, not {got}')
             if not bool(kept.any()):
-                raise ValueError(f'keep[{group.name!r}] removes every unit; at least one must stay')
+                raise ValueError(f'keep[{group.name!r}] removes every unit; at least one must be kept')
 
     def flat(self, keep: Mapping[str, Tensor]) -> np.ndarray:
         """Return a keep as one boolean vector over all units."""
@@ -260,14 +261,11 @@ class Coupling:
         places: dict[str, list[str]] = {}
         rows: Counter[str] = Counter()
         for reason, count in self.reasons().items():
-            text, _, where = reason.rpartition(' in ')
-            places.setdefault(text or where, []).append(where if text else '')
-            rows[text or where] += count
-        return [
-            (text + (f' in {where}' if where else '') + (f' and {more} more' if more else ''), count)
-            for text, count in rows.most_common()
-            for where, more in [(places[text][0], len(places[text]) - 1)]
-        ]
+            text = re.sub(r' (in|\(read by) ([\w.]+|the model itself)\)?$', '', reason)
+            places.setdefault(text, []).append(reason)
+            rows[text] += count
+        more = {text: f' and {len(found) - 1} more' if len(found) > 1 else '' for text, found in places.items()}
+        return [(places[text][0] + more[text], count) for text, count in rows.most_common()]
 
     def to_json(self, path: str | Path | None = None) -> str:
         """Return everything but the example as JSON, and save it where a path is given."""

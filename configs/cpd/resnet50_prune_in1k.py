@@ -1,5 +1,5 @@
 # A ResNet-50 on ImageNet, from OpenMMLab's checkpoint to half of its MACs: 20 epochs of pruning at a low rate, then
-# the 100 epochs that mmpretrain trains it for, as fine-tuning under the unpruned model's eyes. For 8 GPUs x 32:
+# the 100 epochs that mmpretrain trains it for, as fine-tuning with the unpruned model as the teacher. For 8 GPUs x 32:
 #     tools/dist_train.sh configs/cpd/resnet50_prune_in1k.py 8
 # ImageNet is looked for in data/imagenet/{train,val}/<class>/*.JPEG.
 _base_ = 'mmpretrain::resnet/resnet50_8xb32_in1k.py'

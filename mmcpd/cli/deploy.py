@@ -23,7 +23,7 @@ from mmcpd.cli.configs import read_config
 from mmcpd.deploy import deploy
 from mmcpd.deploy.latency import progress_line
 from mmcpd.engine.build import build_dense
-from mmcpd.engine.checkpoints import fill, load_slim, read_checkpoint
+from mmcpd.engine.checkpoints import load_dense, load_slim, read_checkpoint, removed_units
 from mmcpd.engine.examples import data_batches, random_batches
 
 
@@ -47,14 +47,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def dense_model(cfg: Config, args: argparse.Namespace) -> tuple[nn.Module, str]:
     """Return the dense model and where its weights come from; its speed does not depend on them."""
-    torch.manual_seed(0)
-    model = build_dense(cfg)
     beside = Path(args.checkpoint).with_name('dense.pth')
     weights = args.dense or (str(beside) if beside.is_file() else None)
     if weights is None:
-        return model, 'initial, seed 0'
-    fill(model, read_checkpoint(weights)['state_dict'], weights)
-    return model, weights
+        torch.manual_seed(0)
+        return build_dense(cfg), 'initial, seed 0'
+    if removed := removed_units(read_checkpoint(weights)):
+        raise UserError(f'--dense: {weights} was pruned ({removed} units are gone); give one from before pruning began')
+    return load_dense(cfg, weights), weights
 
 
 def real_batches(cfg: Config, model: nn.Module, args: argparse.Namespace) -> tuple[list[Tensor], str]:

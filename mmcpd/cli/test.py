@@ -24,7 +24,7 @@ from mmcpd.engine.compat import start_processes
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('checkpoint', help='a slim.pth, or a checkpoint of the dense model')
+    parser.add_argument('checkpoint', help='a slim.pth, or a training checkpoint (a pruned one is slimmed first)')
     add_runner_options(parser)
     parser.add_argument('--out', metavar='FILE', help='write results to a .pkl, or metrics to a .json')
     parser.add_argument('--out-item', choices=('metrics', 'pred'), help='what --out holds; default: by its ending')

@@ -1,4 +1,4 @@
-"""Couple widths that one attribute, or one line that runs twice, would have to hold both of."""
+"""Couple widths that share one attribute, or one source line that runs twice."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ DRAWS = 6  # of the number of kept units in each group; two that should differ a
 
 
 def couple_conflicts_(model: nn.Module, record: Record, example: Example) -> None:
-    """Make widths equal that could not be told apart later, in place; a statistic without channels freezes its rival.
+    """Make widths equal that could not differ later, in place; a statistic without channels freezes the channels that share its line.
 
     A keep that removes other numbers of units from each group shows them, without running anything.
     """
     _separate_statistics_(record)
     modules = modules_outside(model, [path for path, module in model.named_modules() if replacement(module)])
-    # Each round makes at least one pair of widths one, so that there is a last.
+    # Each round merges at least one pair of widths, so that the loop ends.
     while (record.sizes or record.equalities) and sum(
         _couple_(record, pair.left, pair.right) for pair in _conflicts(modules, group(model, record, example))
     ):

@@ -76,7 +76,7 @@ def _handles(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]
 def _equation(
     run: Run, value: Any, atoms: np.ndarray | None, place: Spot | None = None, inferable: bool = False
 ) -> None:
-    """State that a size argument is the live count of these atoms, or without atoms that it stays.
+    """State that a size argument is the live count of these atoms, or without atoms that it narrowed.
 
     A literal cannot follow, but may be replaced where it stands.
     """
@@ -208,8 +208,8 @@ def _conv(run: Run, args: Any, kwargs: Any, out: Tensor) -> None:
     groups = args[6] if len(args) > 6 else kwargs.get('groups', 1)
     axis = run.axes(args[0])[1] if args[0].dim() == args[1].dim() else None
     if axis is not None and groups != 1:
-        stays = run.module in run.policy.narrowed
-        _equation(run, groups, None if stays else axis.atoms[:: len(axis) // int(groups)])
+        narrowed = run.module in run.policy.narrowed
+        _equation(run, groups, None if narrowed else axis.atoms[:: len(axis) // int(groups)])
 
 
 @_handles('layer_norm', 'rms_norm')  # layer_norm(input, normalized_shape, ...)
@@ -263,7 +263,7 @@ def observing_sizes(model: nn.Module, run: Run) -> Iterator[None]:
             for name, value in vars(module).items():
                 vars(module)[name] = _plain(value)
         for attributes, name, value in kept:
-            if attributes.get(name) == value:  # else the forward set another, which stays
+            if attributes.get(name) == value:  # else the forward set another, which narrowed
                 attributes[name] = value
 
 

@@ -64,7 +64,7 @@ class ScaledQuery(NamedTuple):
 
 
 class SeenStatistic(NamedTuple):
-    """A statistic over the axis of this number, or over one without channels (None); see `coupling.Statistic`."""
+    """A statistic over the axis of this number, or over one without channels (None); see `fixes.Statistic`."""
 
     site: Site
     axis: int | None

@@ -68,7 +68,7 @@ class DigitsDataset(BaseDataset):
     """Show scikit-learn's 1797 handwritten digits (8x8, grey) as RGB images, uint8 (size, size, 3).
 
     The images lie in the results already (`img`, `img_shape`, `ori_shape`, `gt_label`, `sample_idx`), so a
-    pipeline starts without `LoadImageFromFile`. It is registered in MMEngine's root, where every scope finds it.
+    pipeline starts without `LoadImageFromFile`. It is registered in mmcpd's scope (`type='mmcpd.DigitsDataset'`).
 
     Args:
         split: 'train' (1352 digits) or 'test' (445): see `digits`.

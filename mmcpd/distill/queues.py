@@ -83,7 +83,7 @@ def check_memory(num_classes: int, pixel_queue: int, region_queue: int, channels
                 f'CIRKDLoss: the queues need {needed:,} bytes ({num_classes} classes x ({pixel_queue} pixels '
                 f'+ {region_queue} regions) x {channels} channels x 4 bytes), {where} has {free:,} available. '
                 + (f'Set pixel_queue to {fits} or less' if fits else 'Set smaller pixel_queue and region_queue')
-                + ', or beta=gamma=0 for the batch term alone.'
+                + ', or beta=gamma=0 for only the batch term.'
             )
 
 

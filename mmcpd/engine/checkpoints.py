@@ -184,7 +184,7 @@ def save_checked(model: nn.Module, coupling: Coupling, keep: Keep, path: Path, m
     if off > TOLERANCE:
         raise SlimError(
             f'the slim model is off the masked one by {off:.1e} of the largest output, so {path} is not written: '
-            'the forward does something that combing does not see. tools/comb.py lists the groups; name those of '
+            'the forward does something that combing does not see. `mmcpd comb` lists the groups; name those of '
             'the module at fault in ignore=[...] of PruneHook and train again'
         )
     save_slim(path, small, structure(model, small), meta)

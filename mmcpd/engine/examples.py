@@ -32,7 +32,8 @@ def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
     Raises:
         ValueError: it is not three positive integers.
     """
-    if isinstance(shape, str) or len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
+    numbers = isinstance(shape, list | tuple) and all(isinstance(n, int) and n > 0 for n in shape)
+    if not numbers or len(shape) != 3:
         raise ValueError(f'input_shape is (C, H, W), three positive integers: got {shape}')
     return tuple(shape)
 

@@ -55,6 +55,7 @@ class CombHook(Hook):
 
     def __init__(
         self,
+        *,
         heads: str = 'dim',
         ignore: Sequence[str] = (),
         strict: bool = False,
@@ -112,6 +113,7 @@ class PruneHook(Hook):
 
     def __init__(
         self,
+        *,
         target: Mapping[str, float] = dict(macs=0.5),
         begin: int | float = 0,
         end: int | float = 0.6,
@@ -131,7 +133,7 @@ class PruneHook(Hook):
     ) -> None:
         _refuse(unknown, self)
         self.schedule = Schedule(target, begin, end, interval, curve, units_per_event)
-        check_importance(importance)
+        check_importance(importance, seed=seed)
         look_up(NORMALIZERS, normalize, 'normalizer')
         check_floors(min_units=min_units, round_to=round_to)
         self.importance, self.normalize, self.seed = importance, normalize, seed
@@ -286,8 +288,10 @@ class PruneHook(Hook):
 def _comb_options(heads: str, ignore: Sequence[str], strict: bool, input_shape: Sequence[int] | None) -> dict[str, Any]:
     """Check the options of combing, as far as that is possible without a model, and return them by name."""
     look_up(dict.fromkeys(HEADS), heads, 'heads')
-    if isinstance(ignore, str) or not all(isinstance(pattern, str) for pattern in ignore):
+    if not isinstance(ignore, list | tuple) or not all(isinstance(pattern, str) for pattern in ignore):
         raise ValueError(f"ignore is a list of patterns of group names, as ['backbone.layer1.*']: got {ignore!r}")
+    if not isinstance(strict, bool):
+        raise ValueError(f'strict is True or False: got {strict!r}')
     shape = None if input_shape is None else check_shape(input_shape)
     return {'heads': heads, 'ignore': list(ignore), 'strict': strict, 'input_shape': shape}
 

@@ -31,7 +31,7 @@ def plan(runner: Runner, pruner: Pruner) -> list[str]:
         ('coupling', f'{len(coupling.groups)} groups, {coupling.units} units; {prunable / total:.1%} of the '
          'parameters can be pruned'),
         *(('frozen', reason) for reason in _frozen(coupling)),
-        ('target', f'{target} of the dense model remains'),
+        ('target', f'{target} of the dense model remain'),
         ('pruning', f'iterations {schedule.begin} to {schedule.end} of {runner.max_iters}, every {schedule.interval}, '
          f'by {type(pruner.importance).__name__} / {pruner.normalizer}'),
         ('teacher', _teacher(model, int(schedule.begin))),

@@ -72,12 +72,12 @@ def read_slim(path: PathLike) -> dict[str, Any]:
     if not isinstance(content, dict) or not {'state_dict', 'structure'} <= content.keys():
         raise SlimError(
             f'{path} is not a slim checkpoint: it has no structure. Cut one from a training checkpoint by '
-            'tools/slim.py, or give the slim.pth that training wrote'
+            '`mmcpd slim`, or give the slim.pth that training wrote'
         )
     if content.get('version') != VERSION:
         raise SlimError(
             f'{path} is a slim checkpoint of version {content.get("version")}, and mmcpd {__version__} reads version '
-            f'{VERSION}: cut it again from its training checkpoint by tools/slim.py, or use the mmcpd that wrote it'
+            f'{VERSION}: cut it again from its training checkpoint by `mmcpd slim`, or use the mmcpd that wrote it'
         )
     try:
         content['structure'] = json.loads(content['structure'])

@@ -1,4 +1,4 @@
-"""Register the models that no OpenMMLab package ships, in MMEngine's root registry.
+"""Register the models that no OpenMMLab package ships, in mmcpd's scope (`type='mmcpd.SeaFormer'`).
 
 The backbone needs MMEngine and MMCV only. The head derives from MMSegmentation's `BaseDecodeHead`,
 so it exists where MMSegmentation is installed.

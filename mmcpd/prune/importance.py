@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..coupling import Group
 from ..names import look_up, near
 from .gates import Gates
+from .schedule import is_count
 
 Closure = Callable[[], None]
 
@@ -60,6 +61,10 @@ def build_importance(spec: str | Mapping[str, object], groups: Sequence[Group], 
     """
     options = dict(spec) if isinstance(spec, Mapping) else {'type': spec}
     kind = options.pop('type', None)
+    if kind is None:
+        raise ValueError(f"importance needs a type, as dict(type='curvature', probes=2): got {spec}")
+    if not is_count(seed, 0):
+        raise ValueError(f'seed is an integer, 0 or more: got {seed!r}')
     cls: Callable[..., Importance] = look_up(IMPORTANCES, kind, 'importance')
     known = [name for name in inspect.signature(cls).parameters if name != 'groups']
     for name in options:
@@ -68,7 +73,7 @@ def build_importance(spec: str | Mapping[str, object], groups: Sequence[Group], 
     return cls(groups, **{'seed': seed, **options})
 
 
-def check_importance(spec: str | Mapping[str, object]) -> None:
+def check_importance(spec: str | Mapping[str, object], *, seed: int = 0) -> None:
     """Refuse an importance that cannot be built; that takes no model.
 
     Raises:
@@ -79,7 +84,7 @@ def check_importance(spec: str | Mapping[str, object]) -> None:
         Traceback (most recent call last):
         ValueError: unknown importance 'hesian': did you mean hessian?
     """
-    build_importance(spec, ())
+    build_importance(spec, (), seed=seed)
 
 
 class Importance:

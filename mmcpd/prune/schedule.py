@@ -31,7 +31,7 @@ class Schedule:
         begin, end: iterations (int), or shares of the run (float in [0, 1]).
         interval: iterations between two events.
         curve: `cubic` (fast first), `linear`, `cosine`, or `paper` (`units_per_event` at each event).
-        units_per_event: for `paper` alone: so many units are removed, until every quantity is at its target.
+        units_per_event: only for `paper`: so many units are removed, until every quantity is at its target.
 
     Raises:
         ValueError: an argument that makes no sense.

@@ -12,6 +12,7 @@ from ..names import look_up
 from .gates import Cut, sum_except, untouched
 from .importance import Closure, Importance, register_importance
 from .per_sample import SampleTaps
+from .schedule import is_count
 
 
 @register_importance('hessian')
@@ -55,7 +56,7 @@ class Curvature(Importance):
 
     def __init__(self, groups: Sequence[Group], *, probes: int = 1, step: float = 1e-2, seed: int = 0) -> None:
         super().__init__(groups, seed=seed)
-        if probes < 1 or step <= 0:
+        if not is_count(probes, 1) or not isinstance(step, int | float) or step <= 0:
             raise ValueError(f'curvature needs probes >= 1 and step > 0, got {probes} and {step}')
         self.probes, self.step = probes, step
 
@@ -192,7 +193,7 @@ class Magnitude(Importance):
 
 @register_importance('random')
 class Random(Importance):
-    """Uniform noise, drawn anew after each `reset`: the control that every score has to beat.
+    """Uniform noise, drawn anew after each `reset`: the baseline that every score has to beat.
 
     Example:
         >>> Random(coupling.groups, seed=1).scores()['conv1'].shape

@@ -126,8 +126,8 @@ def check_reachable(coupling: Coupling, schedule: Schedule, *, min_units: int = 
     """
     if not any(_steps(coupling, coupling.keep(), min_units, round_to).values()):
         raise PruneError(
-            f'nothing can be pruned: {len(coupling.groups)} groups, all at their floor (min_units={min_units}, '
-            f'round_to={round_to}); print the coupling to see what is frozen and why'
+            f'nothing can be pruned: {len(coupling.groups) or "no"} groups were found, none above its floor '
+            f'(min_units={min_units}, round_to={round_to}); print the coupling to see what is frozen and why'
         )
     lowest = reachable(coupling, min_units=min_units, round_to=round_to)
     if any(lowest[quantity] > share for quantity, share in schedule.target.items()):

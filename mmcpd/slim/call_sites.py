@@ -6,7 +6,7 @@ has a -1 already. A `CallSite` names that place by the text of the call, so that
 long as the line is the same.
 
 The module's class becomes a subclass with the same name, whose method is compiled from the same source with the one
-size replaced. Only numbers are ever written: a structure from a stranger can change no code.
+size replaced. Only numbers are ever written: an untrusted structure can change no code.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from ..errors import SlimError
 from ..fixes import CodePlace
 from .call_sites import code_place
 
-# Functions that may run over the kept channels alone: their result is then what it is in the slimmed model. The second
+# Functions that may run over only the kept channels: their result is then what it is in the slimmed model. The second
 # kind keeps the channels. All of them take `(input, dim, ...)`, dim an integer, several, or none for all of them.
 REDUCTIONS = set('mean sum var std var_mean std_mean amax amin max min prod logsumexp'.split())
 SOFTMAXES = set('softmax log_softmax'.split())

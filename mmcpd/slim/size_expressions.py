@@ -65,7 +65,7 @@ def solve(
 ) -> tuple[dict[Attr, int], list[int]]:
     """Find the attributes for which each expression equals its target, from their present values.
 
-    Only expressions of attributes alone decide an attribute: those that name one first, products are then solved for
+    Only expressions without a width decide an attribute: those that name one first, products are then solved for
     what is left. What reads a tensor's width as well is only checked.
 
     Returns:

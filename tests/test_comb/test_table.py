@@ -17,8 +17,6 @@ from mmcpd.comb.rules.table import OPERATIONS
 from tests.helpers import Net, sample
 
 POINTWISE = {name for name, row in OPERATIONS.items() if row.rule.__code__ is pointwise().__code__}
-# Composite operators are taken apart before the dispatcher: a row for one is never used.
-COMPOSITE = {'avg_pool1d', 'adaptive_avg_pool1d', 'adaptive_avg_pool2d', 'softmax', 'log_softmax'}
 ELSEWHERE = {'linear'}  # composite on a CPU, with a kernel of its own on other devices
 PRIMITIVE = {'view_of'}  # of torch.compile, not of aten
 
@@ -45,7 +43,7 @@ def test_each_row_is_an_operator_that_reaches_the_dispatcher():
     composite = torch._C._dispatch_has_kernel_for_dispatch_key
     rows = OPERATIONS.keys() & known.keys()
     unreached = {name for name in rows if all(composite(o, 'CompositeImplicitAutograd') for o in known[name])}
-    assert unreached <= COMPOSITE | ELSEWHERE
+    assert unreached <= ELSEWHERE
 
 
 @dataclass(frozen=True)

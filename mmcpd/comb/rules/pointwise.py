@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from ..atoms import Axis
-from ..trace import Call, Run
+from ..trace import AXES, Call, Run
 
 Rule = Callable[[Run, Call], None]
 ZeroRule = Callable[[Call, Sequence[Axis], int], bool]
@@ -30,8 +30,9 @@ def any_factor(call: Call, met: Sequence[Axis], operands: int) -> bool:
 
 
 def numerator(call: Call, met: Sequence[Axis], operands: int) -> bool:
-    """div(self, other): the numerator decides."""
-    return isinstance(call.named.get('self'), Tensor) and met[0].zero
+    """div(self, other): the numerator decides, where it has the channels and the denominator is not zero too."""
+    own = any(axis is met[0] for axis in getattr(call.named.get('self'), AXES, ()))
+    return own and met[0].zero and not any(axis.zero for axis in met[1:])
 
 
 def all_summands(call: Call, met: Sequence[Axis], operands: int) -> bool:

@@ -81,10 +81,10 @@ OPERATIONS: dict[str, Operation] = {
     'triu': op(triangle), 'im2col': op(im2col), 'col2im': op(col2im), 'glu': op(glu),
     'as_strided': plain(as_strided),
     # -- spatial: positions are pooled or sampled, channels stay
-    'avg_pool1d': op(pool(1)), 'avg_pool2d': plain(pool(2)), 'avg_pool3d': op(pool(3)),
+    'avg_pool2d': plain(pool(2)), 'avg_pool3d': op(pool(3)),
     'max_pool2d_with_indices': plain(pool(2)), 'max_pool3d_with_indices': op(pool(3)),
-    'adaptive_avg_pool1d': op(pool(1)), '_adaptive_avg_pool2d': plain(pool(2)),
-    'adaptive_avg_pool2d': op(pool(2)), 'adaptive_max_pool2d': op(pool(2)),
+    '_adaptive_avg_pool2d': plain(pool(2)),
+    'adaptive_max_pool2d': op(pool(2)),
     '_adaptive_avg_pool3d': op(pool(3)), 'upsample_nearest1d': op(pool(1)), 'upsample_nearest2d': plain(pool(2)),
     'upsample_linear1d': op(pool(1)), 'upsample_bilinear2d': plain(pool(2)), 'upsample_bicubic2d': op(pool(2)),
     '_upsample_bilinear2d_aa': op(pool(2)), '_upsample_bicubic2d_aa': op(pool(2)),
@@ -114,8 +114,7 @@ OPERATIONS: dict[str, Operation] = {
     'any': op(reduction(zero=False)), 'all': op(reduction(zero=False)),
     'logcumsumexp': op(reduction(zero=False)), 'cumprod': op(reduction(zero=False)),
     'sort': op(reduction(zero=False, last=True)), 'topk': op(reduction(zero=False, last=True)),
-    '_softmax': op(softmax), '_log_softmax': op(softmax), 'softmax': op(softmax),
-    'log_softmax': op(softmax), '_safe_softmax': op(softmax),
+    '_softmax': op(softmax), '_log_softmax': op(softmax),     '_safe_softmax': op(softmax),
     # -- norms
     'native_batch_norm': plain(batch_norm), '_native_batch_norm_legit_no_training': plain(batch_norm),
     '_native_batch_norm_legit': op(batch_norm), 'cudnn_batch_norm': plain(batch_norm),
