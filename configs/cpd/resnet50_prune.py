@@ -1,4 +1,5 @@
-# A ResNet-50 on the embedded digits in one run: 9 epochs dense, 5 to half of its MACs with the dense model as the teacher, 6 to recover.
+# A ResNet-50 on the embedded digits in one run: 9 epochs dense, 5 to half of its MACs, 6 to recover. From the tenth on
+# the dense model is the teacher.
 _base_ = [
     'mmpretrain::_base_/models/resnet50.py',
     '../_base_/datasets/digits.py',

@@ -21,7 +21,7 @@ DRAWS = 6  # of the number of kept units in each group; two that should differ a
 
 
 def couple_conflicts_(model: nn.Module, record: Record, example: Example) -> None:
-    """Make widths equal that could not differ later, in place; a statistic without channels freezes the channels that share its line.
+    """Make widths equal that could not differ later, in place; channels that share a line with others are frozen.
 
     A keep that removes other numbers of units from each group shows them, without running anything.
     """

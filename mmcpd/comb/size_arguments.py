@@ -76,7 +76,7 @@ def _handles(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]
 def _equation(
     run: Run, value: Any, atoms: np.ndarray | None, place: Spot | None = None, inferable: bool = False
 ) -> None:
-    """State that a size argument is the live count of these atoms, or without atoms that it narrowed.
+    """State that a size argument is the live count of these atoms, or without atoms that it stays.
 
     A literal cannot follow, but may be replaced where it stands.
     """
@@ -263,7 +263,7 @@ def observing_sizes(model: nn.Module, run: Run) -> Iterator[None]:
             for name, value in vars(module).items():
                 vars(module)[name] = _plain(value)
         for attributes, name, value in kept:
-            if attributes.get(name) == value:  # else the forward set another, which narrowed
+            if attributes.get(name) == value:  # else the forward set another, which is kept
                 attributes[name] = value
 
 

@@ -272,3 +272,21 @@ def test_a_forward_under_inference_mode_combs_like_any_other():
     assert comb(model, picture).to_json() == expected
     with torch.inference_mode():
         assert comb(model, picture).to_json() == expected
+
+
+# -- quotients ---------------------------------------------------------------------------------------------------------
+QUOTIENTS = {  # each summed over its channels: a removed one must be left out, where it is not zero but infinite or NaN
+    'of one channel': lambda m, x: m.one(x) / m.a(x),
+    'of a number': lambda m, x: torch.tensor(1.0, dtype=x.dtype) / m.a(x),
+    'of two removed channels': lambda m, x: m.a(x) / m.b(x),
+    'of a removed channel': lambda m, x: m.a(x) / (1 + m.a(x).square().mean(-1, keepdim=True)),
+}
+
+
+@pytest.mark.parametrize('name', QUOTIENTS)
+def test_a_quotient_is_zero_only_where_its_numerator_is_and_its_denominator_is_not(name):
+    parts = dict(a=nn.Linear(3, 6), b=nn.Linear(3, 6), one=nn.Linear(3, 1), fc=nn.Linear(1, 2))
+    model = randomise_(Net(lambda m, x: m.fc(QUOTIENTS[name](m, x).sum(-1, keepdim=True).tanh()), **parts))
+    found = comb(model, BATCH)
+    assert {g.name: g.units for g in found.groups} == {'a': 6}
+    check_equal(model, found)
