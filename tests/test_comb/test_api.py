@@ -248,7 +248,7 @@ def test_a_keep_is_checked(block):
         ),
         ({**found.keep(), name: torch.ones(units)}, f'must be a BoolTensor of {units}, not torch.float32'),
         ({**found.keep(), name: torch.ones(units + 1, dtype=torch.bool)}, f'BoolTensor of {units}'),
-        ({**found.keep(), name: torch.zeros(units, dtype=torch.bool)}, 'removes every unit; at least one must stay'),
+        ({**found.keep(), name: torch.zeros(units, dtype=torch.bool)}, 'removes every unit; at least one must be kept'),
     ]
     before = copy.deepcopy(block.state_dict())
     for keep, message in cases:

@@ -329,6 +329,12 @@ def test_refusals_come_before_training(runner_of, tmp_path, changes, error, mess
         ({'min_units': 0}, 'min_units counts units'),
         ({'heads': 'heads'}, 'did you mean head'),
         ({'ignore': 'backbone'}, 'ignore is a list of patterns'),
+        ({'ignore': 5}, 'ignore is a list of patterns'),
+        ({'strict': 'no'}, 'strict is True or False'),
+        ({'seed': 'a'}, 'seed is an integer'),
+        ({'input_shape': 5}, 'input_shape is'),
+        ({'importance': {'type': 'curvature', 'probes': 'a'}}, 'curvature needs probes'),
+        ({'importance': {'probes': 2}}, 'importance needs a type'),
         ({'input_shape': [32, 32]}, r'input_shape is \(C, H, W\)'),
     ],
 )

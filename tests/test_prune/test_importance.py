@@ -382,8 +382,8 @@ def test_the_table_takes_each_name_once():
     ('spec', 'message'),
     [
         ('hesian', "unknown importance 'hesian': did you mean hessian"),
-        (None, "unknown importance 'None'"),
-        ({'probes': 2}, "unknown importance 'None'"),
+        (None, 'importance needs a type'),
+        ({'probes': 2}, 'importance needs a type'),
         ({'type': 'curvature', 'probe': 1}, "importance 'curvature' has no option 'probe': did you mean probes"),
         ({'type': 'hessian', 'groups': ()}, "importance 'hessian' has no option 'groups'"),
         ({'type': 'curvature', 'probes': 0}, 'probes >= 1'),

@@ -148,7 +148,7 @@ def test_what_cannot_be_done_is_refused_before_training(small):
     plan = Schedule({'macs': 0.5, 'units': 0.05}, 0, 100)
     with pytest.raises(PruneError, match=r'units cannot go down to 0\.0500 of the dense model, only to 0\.0714'):
         check_reachable(small, plan)
-    with pytest.raises(PruneError, match='nothing can be pruned: 3 groups, all at their floor'):
+    with pytest.raises(PruneError, match='nothing can be pruned: 3 groups were found, none above its floor'):
         check_reachable(small, plan, min_units=20)
     with pytest.raises(ValueError, match='at least 1'):
         check_reachable(small, plan, min_units=0)
