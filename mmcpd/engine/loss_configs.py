@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mmcpd import distill
 from mmcpd.distill import DistillLoss, Tap
 from mmcpd.names import near
+from mmcpd.registry import MODELS as OURS
 
 # By name, every loss that `mmcpd.distill` exports.
 LOSSES: dict[str, type[nn.Module]] = {
@@ -21,6 +22,8 @@ LOSSES: dict[str, type[nn.Module]] = {
     for name, loss in vars(distill).items()
     if isinstance(loss, type) and issubclass(loss, DistillLoss) and loss is not DistillLoss
 }
+for _loss in LOSSES.values():  # `mmcpd.distill` knows no registry
+    OURS.register_module(module=_loss)
 # Attributes of torch's layers that hold the width of their output, and of their input.
 OUTPUT_WIDTHS = ('out_channels', 'out_features', 'num_features')
 INPUT_WIDTHS = ('in_channels', 'in_features', 'num_features')
