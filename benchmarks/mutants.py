@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from queue import SimpleQueue
+from types import ModuleType
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, installed or not
 
@@ -83,6 +84,7 @@ def _run(root: Path, arguments: tuple[str, ...], log: Path) -> None:
     """Run pytest in a tree, and end with its exit status."""
     os.chdir(root)
     sys.path.insert(0, str(root))
+    sys.modules['__main__'] = ModuleType('__main__')  # else processes of a test run this file, and find `ROOT` first
     sys.dont_write_bytecode = True  # it is found by time and length of its source: the same for two mutants
     with log.open('w') as file:
         os.dup2(file.fileno(), 1)

@@ -148,7 +148,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant('score-before-clearing', _PRUNER, 'test_prune/test_claims.py',
            'nothing is scored once the last units were removed',
            'if self.importance.every_iteration and not self.done:', 'if self.importance.every_iteration:'),
-    Mutant('scaled-loss', _PRUNER, 'test_prune/test_pruner.py',
+    Mutant('scaled-loss', _PRUNER, 'test_prune/test_claims.py',
            'a scaled loss is told to the score',
            'loss_scale=self.loss_scale)', 'loss_scale=1.0)'),
     Mutant('scaled-gradients', _PRUNER, 'test_prune/test_pruner.py',

@@ -14,7 +14,7 @@ from mmcpd.prune import Pruner, Schedule, normalize, select
 PLAN = Schedule({'macs': 0.5}, begin=0, end=8, interval=2, curve='linear')
 
 
-def built(plan=PLAN, normalizer='memory'):
+def built(plan=PLAN, normalizer='memory', importance='hessian'):
     """Build a net in which a removed channel is not zero where a batch norm meets it, and its pruner."""
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 16, 3), nn.Sigmoid(), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 12, 3), nn.ReLU()]
@@ -22,7 +22,7 @@ def built(plan=PLAN, normalizer='memory'):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     coupling = comb(model, torch.randn(1, 3, 8, 8, dtype=torch.float64))
     assert {group.name: group.units for group in coupling.groups} == {'0': 16, '4': 12}
-    return model, optimizer, Pruner(model, coupling, optimizer, plan, normalize=normalizer)
+    return model, optimizer, Pruner(model, coupling, optimizer, plan, importance=importance, normalize=normalizer)
 
 
 def optimize(model, optimizer, iteration):
@@ -72,6 +72,22 @@ def test_scores_are_divided_by_what_was_asked_for():
         assert all(torch.equal(pruner.keep[name], kept) for name, kept in expected.items())
         chosen[normalizer] = tuple(torch.cat(list(pruner.keep.values())).tolist())
     assert len(set(chosen.values())) > 1, 'all normalizers choose the same units here'
+
+
+def test_the_scale_of_a_loss_changes_no_score():
+    """Group Fisher sees gradients inside the backward pass, where they are scaled still."""
+    found = []
+    for scale in (1.0, 2.0**10):
+        model, optimizer, pruner = built(importance='group_fisher')
+        pruner.loss_scale = scale
+        x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        (model(x).square().mean() * scale).backward()
+        for parameter in model.parameters():
+            parameter.grad /= scale
+        optimizer.step()
+        found.append(torch.cat(list(pruner.importance.scores().values())))
+    assert found[0].all()
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=0)
 
 
 def test_units_whose_removal_saves_nothing_score_infinitely():
