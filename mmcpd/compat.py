@@ -7,6 +7,7 @@ standard library may be imported here.
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
@@ -38,10 +39,7 @@ REQUIREMENTS: dict[str, tuple[Requirement, ...]] = {
         Requirement('onnxruntime', ('onnxruntime', 'onnxruntime-gpu'), '1.17'),
         Requirement('onnxscript', ('onnxscript',), '0.1'),
     ),
-    'demo': (
-        Requirement('sklearn', ('scikit-learn',), '1.3'),
-        Requirement('matplotlib', ('matplotlib',), '3.7'),
-    ),
+    'demo': (Requirement('sklearn', ('scikit-learn',), '1.3'), Requirement('matplotlib', ('matplotlib',), '3.7')),
 }
 OPTIONAL = ('mmpretrain', 'mmseg')  # checked when they are there; whose models are pruned brings the one it needs
 
@@ -64,10 +62,8 @@ def installed(distributions: tuple[str, ...]) -> tuple[str, str] | None:
     """Return the name and version of the newest installed distribution among `distributions`, or None."""
     found = []
     for name in distributions:
-        try:
+        with suppress(PackageNotFoundError):
             found.append((name, version(name)))
-        except PackageNotFoundError:
-            continue
     return max(found, key=lambda pair: release(pair[1]), default=None)
 
 
@@ -121,8 +117,4 @@ def require(part: str) -> None:
 
 def extras() -> dict[str, list[str]]:
     """Return pip's extras, one for each part that is not a hard dependency."""
-    return {
-        part: [pip_requirement(requirement) for requirement in requirements]
-        for part, requirements in REQUIREMENTS.items()
-        if part != 'pure'
-    }
+    return {part: [pip_requirement(each) for each in needed] for part, needed in REQUIREMENTS.items() if part != 'pure'}

@@ -43,20 +43,13 @@ class Term:
 
 @dataclass(frozen=True, eq=False)
 class CostModel:
-    """Sums of products of live counts, one sum a metric.
+    """Sums of products of live counts, one sum a metric."""
 
-    Attributes:
-        units: the number of units of all groups.
-        axes: the unit of each position of each axis, `(n,)` int64, -1 where it is fixed.
-        macs, params: terms of multiply-accumulates and of parameter elements.
-        elements: terms of the elements of stored activations.
-    """
-
-    units: int
-    axes: tuple[np.ndarray, ...]
+    units: int  # of all groups
+    axes: tuple[np.ndarray, ...]  # the unit of each position of each axis, `(n,)` int64, -1 where it is fixed
     macs: tuple[Term, ...]
-    params: tuple[Term, ...]
-    elements: tuple[Term, ...]
+    params: tuple[Term, ...]  # parameter elements
+    elements: tuple[Term, ...]  # of stored activations
 
     def live(self, kept: np.ndarray) -> np.ndarray:
         """Return the number of kept positions of each axis, `(axes,)` int64, for a boolean vector over all units."""

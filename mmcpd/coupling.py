@@ -36,40 +36,23 @@ class Role(StrEnum):
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """The rows of one parameter or buffer that belong to each unit of a group.
+    """The rows of one parameter or buffer that belong to each unit of a group."""
 
-    Attributes:
-        tensor: name in the state dict.
-        dim: the dimension that is cut.
-        index: `(units, k)` int64 rows of `dim`; k > 1 after a flatten, or tied over heads or convolution groups.
-        role: what these rows do for the unit.
-    """
-
-    tensor: str
-    dim: int
-    index: Tensor
+    tensor: str  # name in the state dict
+    dim: int  # the dimension that is cut
+    index: Tensor  # `(units, k)` int64 rows of `dim`; k > 1 after a flatten, or tied over heads or convolution groups
     role: Role
-
-    def rows(self, chosen: Tensor) -> Tensor:
-        """Return the rows of the chosen units (a BoolTensor of units)."""
-        return self.index[chosen].flatten()
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """A coupling group: `units` things that are removed one by one, each whole.
+    """A coupling group: `units` things that are removed one by one, each whole."""
 
-    Attributes:
-        name: module path of the first producer; unique.
-        members: all rows that go with a unit.
-        units: how many units there are.
-        cut: the rows over which `sum(w * dL/dw)` is the gradient of a gate on the unit's activation: the columns of
-            its consumers, and the producer's rows where two activations are multiplied (a query).
-    """
-
-    name: str
-    members: tuple[Member, ...]
+    name: str  # module path of the first producer; unique
+    members: tuple[Member, ...]  # all rows that go with a unit
     units: int
+    # The rows over which `sum(w * dL/dw)` is the gradient of a gate on the unit's activation: the columns of its
+    # consumers, and the producer's rows where two activations are multiplied (a query).
     cut: tuple[Member, ...]
 
     def count(self, role: Role) -> int:
@@ -185,9 +168,8 @@ class Coupling:
             if kept is None:
                 raise ValueError(f'keep has no entry for group {group.name!r}; start from coupling.keep()')
             if kept.dtype != torch.bool or kept.shape != (group.units,):
-                raise ValueError(
-                    f'keep[{group.name!r}] must be a BoolTensor of {group.units}, not {kept.dtype} {tuple(kept.shape)}'
-                )
+                got = f'{kept.dtype} {tuple(kept.shape)}'
+                raise ValueError(f'keep[{group.name!r}] must be a BoolTensor of {group.units}, not {got}')
             if not bool(kept.any()):
                 raise ValueError(f'keep[{group.name!r}] removes every unit; at least one must stay')
 
@@ -261,21 +243,17 @@ class Coupling:
             ends = (str(group.count(role)) for role in (Role.PRODUCER, Role.CONSUMER))
             rows.append((group.name, str(group.units), str(count), *ends, f'{saved[group.name].macs / 1e3:,.1f} k'))
         frozen = [('frozen because', 'rows'), *((why, str(n)) for why, n in self.merged_reasons())]
-        return '\n'.join(
-            [
-                f'{len(self.groups)} groups, {self.units} units; {cost.macs / 1e6:,.1f} M MACs, '
-                f'{cost.params / 1e6:,.2f} M parameters ({prunable / max(total, 1):.1%} prunable), '
-                f'{cost.memory / 2**20:,.1f} MiB of activations',
-                '',
-                *aligned(rows),
-                '',
-                *(aligned(frozen) if len(frozen) > 1 else []),
-                *(
-                    f'no rule for {op} in {where} (x{count}): what goes through it is frozen'
-                    for (op, where), count in self.unsupported.items()
-                ),
-            ]
+        head = (
+            f'{len(self.groups)} groups, {self.units} units; {cost.macs / 1e6:,.1f} M MACs, '
+            f'{cost.params / 1e6:,.2f} M parameters ({prunable / max(total, 1):.1%} prunable), '
+            f'{cost.memory / 2**20:,.1f} MiB of activations'
         )
+        lines = [head, '', *aligned(rows), '', *(aligned(frozen) if len(frozen) > 1 else [])]
+        for (op, where), n in self.unsupported.items():
+            lines.append(
+                f'no rule for {op} in {where} (x{n}): what goes through it is frozen until it has one (docs/design.md)'
+            )
+        return '\n'.join(lines)
 
     def merged_reasons(self) -> list[tuple[str, int]]:
         """Return the reasons and how many rows each freezes, most rows first; one line for many modules."""

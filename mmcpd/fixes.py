@@ -44,38 +44,23 @@ Expression: TypeAlias = Attr | Live | Input | Op | int
 # -- what slimming does beyond slicing ---------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class CallSite:
-    """One size in one call, or one operand of one expression, of one method of one module's class.
+    """One size in one call, or one operand of one expression, of one method of one module's class."""
 
-    Attributes:
-        module: its path.
-        method: name of the method.
-        text: the call as `ast.unparse` writes it.
-        index: which of the sizes; of an operand `LEFT` or `RIGHT` (`mmcpd.slim.call_sites`).
-        count: how many sizes the call has, 0 where it is an operand.
-        inferable: whether torch can work the size out from the others, as where none of a reshape is -1 yet.
-    """
-
-    module: str
+    module: str  # its path
     method: str
-    text: str
-    index: int
-    count: int
-    inferable: bool = False
+    text: str  # the call as `ast.unparse` writes it
+    index: int  # which of the sizes; of an operand `LEFT` or `RIGHT` (`mmcpd.slim.call_sites`)
+    count: int  # how many sizes the call has, 0 where it is an operand
+    inferable: bool = False  # torch can work the size out from the others, as where none of a reshape is -1 yet
 
 
 @dataclass(frozen=True)
 class CodePlace:
-    """Where a method of a module is: found again in the next run, without its source.
+    """Where a method of a module is: found again in the next run, without its source."""
 
-    Attributes:
-        module: path of the module.
-        function: qualified name of the module's method.
-        instructions: offsets in byte code, from that method inward through the helper functions that it calls.
-    """
-
-    module: str
-    function: str
-    instructions: tuple[int, ...]
+    module: str  # its path
+    function: str  # qualified name of the module's method
+    instructions: tuple[int, ...]  # offsets in byte code, from that method inward through the functions that it calls
 
 
 @dataclass(frozen=True)
@@ -92,17 +77,11 @@ class SizeRule:
 
 @dataclass(frozen=True)
 class Statistic:
-    """A statistic over channels (a norm's, a mean, a softmax), which masking takes over the kept ones.
+    """A statistic over channels (a norm's, a mean, a softmax), which masking takes over the kept ones."""
 
-    Attributes:
-        place: where the forward takes it.
-        axis: its channels.
-        dim: where they are, counted from the end: -1 is the last dimension.
-    """
-
-    place: CodePlace
-    axis: int
-    dim: int
+    place: CodePlace  # where the forward takes it
+    axis: int  # its channels
+    dim: int  # where they are, counted from the end: -1 is the last dimension
 
 
 @dataclass(frozen=True)
@@ -116,17 +95,11 @@ class Rows:
 
 @dataclass(frozen=True)
 class QueryScale:
-    """A query whose forward divides by the square root of its own width; its rows take up the difference.
+    """A query whose forward divides by the square root of its own width; its rows take up the difference."""
 
-    Attributes:
-        rows: what produces the query, all heads and the bias.
-        axis: the width of one head.
-        module: path of the module that divides.
-    """
-
-    rows: tuple[Rows, ...]
-    axis: int
-    module: str
+    rows: tuple[Rows, ...]  # what produces the query, all heads and the bias
+    axis: int  # the width of one head
+    module: str  # path of the module that divides
 
 
 @dataclass(frozen=True)
@@ -139,18 +112,10 @@ class Equality:
 
 @dataclass(frozen=True)
 class Fixes:
-    """What slimming does beyond slicing.
+    """What slimming does beyond slicing."""
 
-    Attributes:
-        statistics: over channels; masking needs them.
-        scales: of queries, to be folded into their rows.
-        sizes: that a forward asks for.
-        constants: widths that a forward computes with, and that must stay what they are in the dense model.
-        equalities: that must hold afterwards.
-    """
-
-    statistics: tuple[Statistic, ...] = ()
-    scales: tuple[QueryScale, ...] = ()
-    sizes: tuple[SizeRule, ...] = ()
-    constants: tuple[SizeRule, ...] = ()
-    equalities: tuple[Equality, ...] = ()
+    statistics: tuple[Statistic, ...] = ()  # over channels; masking needs them
+    scales: tuple[QueryScale, ...] = ()  # of queries, to be folded into their rows
+    sizes: tuple[SizeRule, ...] = ()  # that a forward asks for
+    constants: tuple[SizeRule, ...] = ()  # widths that a forward computes with, to stay as in the dense model
+    equalities: tuple[Equality, ...] = ()  # that must hold afterwards

@@ -10,6 +10,8 @@ import pkgutil
 import re
 from pathlib import Path
 
+import mmpretrain.datasets  # noqa: F401 - it says at its first import that OneDL's hub is not there
+import mmseg.datasets  # noqa: F401
 import pytest
 import torch
 from torch import nn

@@ -51,4 +51,4 @@ def test_a_failing_test_kills_and_a_broken_import_or_a_missing_test_does_not():
     )
     results = judge_all([killed, broken, missing], jobs=1, limit=300.0, unchecked=True)
     assert [result.outcome for result in results] == [Outcome.KILLED, Outcome.ERROR, Outcome.ERROR]
-    assert results[0].detail == cost[1]
+    assert results[0].detail.startswith('test_comb/')

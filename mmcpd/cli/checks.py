@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,17 +95,12 @@ def check_hooks(cfg: Config) -> None:
         UserError: There is no such hook.
         ValueError: An option is unknown or its value makes no sense; the hook says why.
     """
-    for config in _hooks(cfg):
+    for config in (*(cfg.get('default_hooks') or {}).values(), *(cfg.get('custom_hooks') or ())):
+        kind = config.get('type') if isinstance(config, dict) else None
+        if not str(kind if isinstance(kind, str) else getattr(kind, '__module__', '')).startswith('mmcpd.'):
+            continue  # other people's
         kind = type_name(config)
         hook: Any = HOOKS.get(kind)
         if hook is None:
             raise UserError(f'mmcpd has no hook {kind!r}: did you mean {near(kind, HOOKS.module_dict)}?')
         hook(**{name: value for name, value in config.items() if name not in NOT_OPTIONS})
-
-
-def _hooks(cfg: Config) -> Iterator[ConfigDict]:
-    """Yield the dicts of mmcpd's hooks in a config."""
-    for hook in (*(cfg.get('default_hooks') or {}).values(), *(cfg.get('custom_hooks') or ())):
-        kind = hook.get('type') if isinstance(hook, dict) else None
-        if str(kind if isinstance(kind, str) else getattr(kind, '__module__', '')).startswith('mmcpd.'):
-            yield hook

@@ -29,11 +29,9 @@ LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
 
 
 def run(command: ModuleType, arguments: Sequence[str]) -> NoReturn:
-    """Run a module of `mmcpd.cli` and end the process with its exit status.
+    """Run a module of `mmcpd.cli` on the arguments after its name, and end the process with its exit status.
 
-    Args:
-        command: Has `add_options(parser)` and `main(args)`; its docstring is the help.
-        arguments: Those after the command's name.
+    The module has `add_options(parser)` and `main(args)`; its docstring is the help.
     """
     name = command.__name__.rpartition('.')[2]
     parser = argparse.ArgumentParser(
@@ -66,14 +64,7 @@ def add_runner_options(parser: argparse.ArgumentParser) -> None:
 
 
 def guard(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
-    """Call a command and return its exit status: a mistake becomes one line on stderr, Ctrl-C becomes 130.
-
-    Example:
-        >>> import argparse
-        >>> guard(print, argparse.Namespace(config='x.py'))
-        Namespace(config='x.py')
-        0
-    """
+    """Call a command and return its exit status: a mistake becomes one line on stderr, Ctrl-C becomes 130."""
     try:
         main(args)
     except KeyboardInterrupt as error:

@@ -28,28 +28,21 @@ from mmcpd.engine.examples import data_batches, random_batches
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('checkpoint', help='a slim.pth')
-    parser.add_argument(
-        '--out', type=Path, help="folder, or the slim model's file (.onnx); default: the checkpoint's folder"
-    )
-    parser.add_argument('--opset', type=int, default=18, help='ONNX operator set; default 18')
-    parser.add_argument(
-        '--shape', type=int, nargs=2, metavar=('H', 'W'), help="size of the input; default: the config's"
-    )
-    parser.add_argument('--batch', type=int, default=1, help='batch size of the measurement; default 1')
+    add = parser.add_argument
+    add('checkpoint', help='a slim.pth')
+    add('--out', type=Path, help="folder, or the slim model's file (.onnx); default: the checkpoint's folder")
+    add('--opset', type=int, default=18, help='ONNX operator set; default 18')
+    add('--shape', type=int, nargs=2, metavar=('H', 'W'), help="size of the input; default: the config's")
+    add('--batch', type=int, default=1, help='batch size of the measurement; default 1')
     batch = parser.add_mutually_exclusive_group()
     batch.add_argument('--batch-dynamic', action='store_true', help='leave the batch size open (the default)')
     batch.add_argument('--batch-static', '--static', action='store_true', help='fix the batch size to --batch')
-    parser.add_argument('--runs', type=int, default=1000, help='paired runs; default 1000')
-    parser.add_argument('--time-limit', type=float, metavar='S', help='seconds after which no run starts')
-    parser.add_argument('--threads', type=int, help="ONNX Runtime's threads; default: as many as cores")
-    parser.add_argument(
-        '--dense', help="the dense model's weights; default: dense.pth beside the checkpoint, or initial weights"
-    )
-    parser.add_argument('--no-bench', action='store_true', help='export and check only')
-    parser.add_argument(
-        '--random-input', action='store_true', help='check and measure on noise, where there are no test data'
-    )
+    add('--runs', type=int, default=1000, help='paired runs; default 1000')
+    add('--time-limit', type=float, metavar='S', help='seconds after which no run starts')
+    add('--threads', type=int, help="ONNX Runtime's threads; default: as many as cores")
+    add('--dense', help="the dense model's weights; default: dense.pth beside the checkpoint, or initial weights")
+    add('--no-bench', action='store_true', help='export and check only')
+    add('--random-input', action='store_true', help='check and measure on noise, where there are no test data')
 
 
 def dense_model(cfg: Config, args: argparse.Namespace) -> tuple[nn.Module, str]:
@@ -94,6 +87,7 @@ def main(args: argparse.Namespace) -> None:
     dense, weights = dense_model(cfg, args)
     batches, source = real_batches(cfg, slim, args)
     print(f'inputs: {source}; dense weights: {weights}')
+    facts = {'config': args.config, 'checkpoint': args.checkpoint, 'dense_weights': weights}
     report = deploy(
         {'dense': dense, name: slim},
         [*batches],
@@ -104,12 +98,6 @@ def main(args: argparse.Namespace) -> None:
         time_limit=args.time_limit,
         threads=args.threads,
         progress=progress_line(),
-        facts={
-            'config': args.config,
-            'checkpoint': args.checkpoint,
-            'dense_weights': weights,
-            'inputs': source,
-            'seed': 0,
-        },
+        facts={**facts, 'inputs': source, 'seed': 0},
     )
     print(f'\n{report}\n\nwrote {folder}/dense.onnx, {folder}/{name}.onnx and {folder}/latency.json')

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from mmcpd.cli.checks import check_checkpoint, check_folder
 from mmcpd.cli.configs import read_config
-from mmcpd.engine.checkpoints import comparison, slim_checkpoint
+from mmcpd.engine.checkpoints import slim_checkpoint
+from mmcpd.engine.report import comparison
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -24,20 +24,19 @@ from mmcpd.engine.compat import start_processes
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add_runner_options(parser)
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         '--resume',
         nargs='?',
         const='auto',
         metavar='CHECKPOINT',
         help='go on from this checkpoint; without a name, from the last one in the work dir',
     )
-    parser.add_argument('--amp', action='store_true', help='train in automatic mixed precision')
-    parser.add_argument('--seed', type=int, help="seed of everything random; default: the config's")
-    parser.add_argument('--no-validate', action='store_true', help='do not evaluate while training')
-    parser.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate with the batch size')
-    parser.add_argument(
-        '--no-persistent-workers', action='store_true', help="start the loaders' workers anew each epoch"
-    )
+    add('--amp', action='store_true', help='train in automatic mixed precision')
+    add('--seed', type=int, help="seed of everything random; default: the config's")
+    add('--no-validate', action='store_true', help='do not evaluate while training')
+    add('--auto-scale-lr', action='store_true', help='scale the learning rate with the batch size')
+    add('--no-persistent-workers', action='store_true', help="start the loaders' workers anew each epoch")
 
 
 def merge_args(cfg: Config, args: argparse.Namespace) -> None:

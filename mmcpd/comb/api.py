@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
@@ -58,7 +59,7 @@ def comb(
     """
     if heads not in HEADS:
         raise ValueError(f'heads must be one of {HEADS}, not {heads!r}')
-    example = Example(inputs if isinstance(inputs, tuple) else (inputs,), forward or _call)
+    example = Example(inputs if isinstance(inputs, tuple) else (inputs,), forward or operator.call)
     record = observe(model, example, Policy())
     whole = heads_of(record) if heads == 'head' else None
     if whole is not None:
@@ -68,13 +69,9 @@ def comb(
     if strict:
         check_strict(record)
     couple_conflicts_(model, record, example)
-
-    def grouped(faults: Mapping[str, str]) -> Coupling:
-        return group(model, record, example, ignore, faults)
-
-    found = grouped({})
+    found = group(model, record, example, ignore)
     faults = faults_of(model, found) if trial and trial_is_due(model, record, found) else {}
-    return grouped(faults) if faults else found
+    return group(model, record, example, ignore, faults) if faults else found
 
 
 def trial_is_due(model: nn.Module, record: Record, found: Coupling) -> bool:
@@ -86,7 +83,3 @@ def trial_is_due(model: nn.Module, record: Record, found: Coupling) -> bool:
     plain = all(op in OPERATIONS and OPERATIONS[op].plain for op in record.operations)
     special = any(replacement(module) or 'forward' in vars(module) for module in model.modules())
     return bool(not plain or record.notes or found.fixes != Fixes() or special)
-
-
-def _call(model: nn.Module, *inputs: object) -> object:
-    return model(*inputs)

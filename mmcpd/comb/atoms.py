@@ -21,20 +21,15 @@ FIXED = -1  # a position that comes from no atom: padding, or an activation with
 
 @dataclass(frozen=True, eq=False)
 class Axis:
-    """The atoms along one dimension of a running tensor.
+    """The atoms along one dimension of a running tensor."""
 
-    Attributes:
-        atoms: `(n,)` int64, `FIXED` where a position comes from no atom.
-        zero: whether the values at a removed position are zero in the masked model. A sum over such an axis does not
-            notice that a position is gone; a sum over any other axis does.
-        weight: whether the tensor is made of parameters alone, not of activations.
-        full: the atoms at every position of the tensor, int32 and broadcastable to its shape, where they differ along
-            other dimensions too (over heads, say); they are tied to `atoms`, which stands for all of them.
-    """
-
-    atoms: np.ndarray
+    atoms: np.ndarray  # `(n,)` int64, `FIXED` where a position comes from no atom
+    # Whether the values at a removed position are zero in the masked model. A sum over such an axis does not notice
+    # that a position is gone; a sum over any other axis does.
     zero: bool = True
-    weight: bool = False
+    weight: bool = False  # whether the tensor is made of parameters alone, not of activations
+    # The atoms at every position of the tensor, int32 and broadcastable to its shape, where they differ along other
+    # dimensions too (over heads, say); they are tied to `atoms`, which stands for all of them.
     full: Tensor | None = None
 
     def __len__(self) -> int:

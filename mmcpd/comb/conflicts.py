@@ -11,9 +11,10 @@ from torch import nn
 from ..coupling import Coupling, Example
 from ..errors import SlimError
 from ..slim.attention import replacement
-from ..slim.slimming import SizeConflict, planned_sizes
+from ..slim.mask import Site
+from ..slim.slimming import SizeConflict, modules_outside, planned_sizes
 from .grouping import group
-from .trace import CodePlace, Record
+from .trace import Record
 
 DRAWS = 6  # of the number of kept units in each group; two that should differ agree by chance in few of them
 
@@ -24,12 +25,7 @@ def couple_conflicts_(model: nn.Module, record: Record, example: Example) -> Non
     A keep that removes other numbers of units from each group shows them, without running anything.
     """
     _separate_statistics_(record)
-    replaced = [path for path, module in model.named_modules() if replacement(module)]
-    modules = {
-        path: module
-        for path, module in model.named_modules()
-        if not any(path == r or path.startswith(f'{r}.') for r in replaced)
-    }
+    modules = modules_outside(model, [path for path, module in model.named_modules() if replacement(module)])
     # Each round makes at least one pair of widths one, so that there is a last.
     while (record.sizes or record.equalities) and sum(
         _couple_(record, *p) for p in _conflicts(modules, group(model, record, example))
@@ -60,16 +56,15 @@ def _couple_(record: Record, left: int, right: int) -> bool:
 
 def _separate_statistics_(record: Record) -> None:
     """See to it that each line takes its statistic of one length over one set of channels."""
-    first: dict[tuple[CodePlace, int, int], int | None] = {}
+    first: dict[Site, int | None] = {}
     for seen in record.statistics:
-        site = (seen.place, seen.dim, seen.width)
-        other = first.setdefault(site, seen.axis)
+        other = first.setdefault(seen.site, seen.axis)
         if other == seen.axis:
             continue
         if other is not None and seen.axis is not None:
             _couple_(record, other, seen.axis)
             continue
         axis = record.axes[other if other is not None else seen.axis]  # type: ignore[index]
-        where = seen.place.module or 'the model itself'
-        reason = f'one line takes a statistic over channels and over {seen.width} other positions in {where}'
+        where = seen.site.place.module or 'the model itself'
+        reason = f'one line takes a statistic over channels and over {seen.site.width} other positions in {where}'
         record.table.freeze(axis, reason)

@@ -13,6 +13,7 @@ from ..coupling import Coupling, Example, Frozen, Group, Member, Role, TensorInf
 from ..fixes import Attr, CallSite, Fixes, Live, QueryScale, Rows, SizeRule, Statistic
 from ..names import match
 from ..slim.call_sites import call_site
+from ..slim.mask import named_tensors
 from ..slim.size_expressions import leaves
 from .atoms import Row
 from .trace import Equation, Record
@@ -29,14 +30,9 @@ def group(
     ignore: Sequence[str] = (),
     faults: Mapping[str, str] | None = None,
 ) -> Coupling:
-    """Solve the equations and name the groups.
+    """Solve the equations of an observed model and name the groups.
 
-    Args:
-        model: the model that was observed.
-        record: what the run said.
-        example: what it ran.
-        ignore: patterns of group names that the user freezes.
-        faults: group name -> reason; what a trial found wrong.
+    Groups that a pattern of `ignore` matches, or that stand in `faults` (name -> reason, of a trial), are frozen.
 
     Raises:
         ValueError: if a pattern of `ignore` matches no group.
@@ -70,9 +66,6 @@ class _Lookup:
         for made in record.roles:
             self.role[made.atoms[made.atoms >= 0]] = ROLES.index(made.role)
 
-    def __getitem__(self, number: int) -> Row:
-        return self.rows[number]
-
 
 def coupled_by_groups(record: Record) -> frozenset[str]:
     """Return the modules whose convolution groups are all coupled, as behind a channel shuffle.
@@ -82,12 +75,11 @@ def coupled_by_groups(record: Record) -> frozenset[str]:
     if not record.grouped:
         return frozenset()
     component, why = record.table.solve()
-    found = set()
-    for convolution in record.grouped:
-        components = component[convolution.rows]
-        if (components == components[0]).all() and why[components[0]] < 0:
-            found.add(convolution.module)
-    return frozenset(found)
+    return frozenset(
+        convolution.module
+        for convolution, components in ((c, component[c.rows]) for c in record.grouped)
+        if (components == components[0]).all() and why[components[0]] < 0
+    )
 
 
 def heads_of(record: Record) -> np.ndarray:
@@ -103,7 +95,7 @@ def _require_producer(record: Record, rows: _Lookup, component: np.ndarray, why:
     produced[component[rows.role == ROLES.index(Role.PRODUCER)]] = True
     unmade = ~produced & (why < 0)
     if unmade.any():
-        record.table.reasons.append('not a channel of any weight in this forward pass')
+        record.table.reasons.append('no layer that ran produces it: a position, a table or an unused part')
         why[unmade] = len(record.table.reasons) - 1
 
 
@@ -139,9 +131,9 @@ def _groups(record: Record, rows: _Lookup, component: np.ndarray, why: np.ndarra
     names: dict[str, int] = {}
     number = 0
     for _, _, first, atoms in found:
-        path = rows[first].tensor.rsplit('.', 1)[0] if '.' in rows[first].tensor else rows[first].tensor
-        if rows[first].tensor.endswith('in_proj_weight'):
-            path = rows[first].tensor[: -len('_weight')]
+        tensor = rows.rows[first].tensor
+        packed = tensor.endswith('in_proj_weight')
+        path = tensor.removesuffix('_weight') if packed else tensor.rpartition('.')[0] or tensor
         names[path] = names.get(path, 0) + 1
         name = path if names[path] == 1 else f'{path}#{names[path]}'
         members = _members(rows, atoms)
@@ -194,17 +186,8 @@ def _members(rows: _Lookup, atoms: np.ndarray, marked: np.ndarray | None = None)
                 counts[:] = columns.shape[1]
             columns = columns[chosen].reshape(len(atoms), -1)
         index = torch.from_numpy(rows.offset[columns].copy())
-        members.append(Member(rows[row].tensor, rows[row].dim, index, ROLES[int(rows.role[columns[0, 0]])]))
+        members.append(Member(rows.rows[row].tensor, rows.rows[row].dim, index, ROLES[int(rows.role[columns[0, 0]])]))
     return tuple(members)
-
-
-def _axes(record: Record, rows: _Lookup, model: nn.Module) -> list[Term]:
-    """Return the cost of each parameter in elements, its axes numbered in the record."""
-    by_dim = {(r.tensor, r.dim): np.arange(r.start, r.start + r.size) for r in rows.rows}
-    return [
-        Term(1, tuple(record.number(by_dim[name, dim]) for dim, size in enumerate(parameter.shape) if size > 1))
-        for name, parameter in model.named_parameters()
-    ]
 
 
 def _assembled(
@@ -216,17 +199,19 @@ def _assembled(
     frozen: list[Frozen],
     example: Example,
 ) -> Coupling:
-    params = _axes(record, rows, model)
+    parameters = dict(model.named_parameters())
+    by_dim = {(r.tensor, r.dim): np.arange(r.start, r.start + r.size) for r in rows.rows}
+    params = [
+        Term(1, tuple(record.number(by_dim[name, dim]) for dim, size in enumerate(parameter.shape) if size > 1))
+        for name, parameter in parameters.items()
+    ]
     axes = tuple(np.where(atoms >= 0, unit_of[atoms], -1) for atoms in record.axes)
     live = [bool((units >= 0).any()) for units in axes]
     statistics = [
-        Statistic(seen.place, seen.axis, seen.dim)
+        Statistic(seen.site.place, seen.axis, seen.site.dim)
         for seen in record.statistics
         if seen.axis is not None and live[seen.axis]
     ]
-    constants = [rule for rule in _sizes(model, record.constants, live) if rule.site is not None]
-    parameters = dict(model.named_parameters())
-    tensors = {**parameters, **dict(model.named_buffers())}
     return Coupling(
         groups=tuple(groups),
         frozen=tuple(frozen),
@@ -238,10 +223,10 @@ def _assembled(
             statistics=tuple(dict.fromkeys(statistics)),
             scales=tuple(_scales(record, rows, live)),
             sizes=tuple(_sizes(model, record.sizes, live)),
-            constants=tuple(constants),
+            constants=tuple(rule for rule in _sizes(model, record.constants, live) if rule.site is not None),
             equalities=tuple(dict.fromkeys(record.equalities)),
         ),
-        tensors={name: TensorInfo(tuple(t.shape), name in parameters) for name, t in tensors.items()},
+        tensors={name: TensorInfo(tuple(t.shape), name in parameters) for name, t in named_tensors(model).items()},
         example=example,
     )
 
@@ -275,15 +260,15 @@ def _scales(record: Record, rows: _Lookup, live: Sequence[bool]) -> Iterator[Que
         atoms = scale.query[scale.query >= 0].tolist()
         pieces: dict[Row, list[int]] = {}
         for atom in [*atoms, *(bias_of[a] for a in atoms if a in bias_of)]:
-            pieces.setdefault(rows[int(rows.row_of[atom])], []).append(int(rows.offset[atom]))
+            pieces.setdefault(rows.rows[rows.row_of[atom]], []).append(int(rows.offset[atom]))
         yield QueryScale(tuple(Rows(r.tensor, r.dim, tuple(i)) for r, i in pieces.items()), scale.axis, scale.module)
 
 
 def _frozen(record: Record, rows: _Lookup, component: np.ndarray, why: np.ndarray) -> list[Frozen]:
-    found = []
     reason = why[component]
-    for row in rows.rows:
-        numbers = reason[row.start : row.start + row.size]
-        for number in np.unique(numbers[numbers >= 0]):
-            found.append(Frozen(row.tensor, row.dim, int((numbers == number).sum()), record.table.reasons[int(number)]))
-    return found
+    return [
+        Frozen(row.tensor, row.dim, int(count), record.table.reasons[number])
+        for row in rows.rows
+        for number, count in zip(*np.unique(reason[row.start : row.start + row.size], return_counts=True), strict=True)
+        if number >= 0
+    ]

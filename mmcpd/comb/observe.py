@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..coupling import Example
 from ..errors import CombError
 from ..slim.compare import evaluating, tensors_in
+from ..slim.mask import named_tensors
 from .rules import apply
 from .size_arguments import observing_sizes
 from .trace import AXES, INPUT, Call, Cursor, Note, Policy, Record, Run
@@ -30,7 +31,7 @@ def observe(model: nn.Module, example: Example, policy: Policy) -> Record:
     try:
         for tensor in given:
             setattr(tensor, INPUT, True)
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        for name, tensor in named_tensors(model).items():
             if not hasattr(tensor, AXES):  # a parameter that two modules share has one set of atoms
                 setattr(tensor, AXES, run.record.table.add(name, tensor))
                 marked.append(tensor)

@@ -57,9 +57,7 @@ class _Observe(TorchFunctionMode):
         if isinstance(out, int):
             dim = args[1] if len(args) > 1 else kwargs['dim']
             return _size(self.run, tensor, dim, out)
-        return torch.Size(
-            _size(self.run, tensor, d, s) for d, s in enumerate(out)
-        )  # it keeps each `TracedInt` as it is
+        return torch.Size(_size(self.run, tensor, d, s) for d, s in enumerate(out))  # it keeps each `TracedInt`
 
 
 _SHAPE = Tensor.shape.__get__  # type: ignore[attr-defined]
@@ -204,19 +202,14 @@ def _cut(run: Run, source: Tensor, dim: int, start: Any, stop: Any) -> None:
             _equation(run, bound, axis.atoms[:place])
 
 
-@_handles('conv1d', 'conv2d', 'conv3d')  # conv2d(input, weight, bias, stride, padding, dilation, groups)
+# conv2d(input, weight, bias, stride, padding, dilation, groups), transposed (..., padding, output_padding, groups)
+@_handles('conv1d', 'conv2d', 'conv3d', 'conv_transpose1d', 'conv_transpose2d', 'conv_transpose3d')
 def _conv(run: Run, args: Any, kwargs: Any, out: Tensor) -> None:
     groups = args[6] if len(args) > 6 else kwargs.get('groups', 1)
     axis = run.axes(args[0])[1] if args[0].dim() == args[1].dim() else None
     if axis is not None and groups != 1:
         stays = run.module in run.policy.narrowed
         _equation(run, groups, None if stays else axis.atoms[:: len(axis) // int(groups)])
-
-
-@_handles('conv_transpose1d', 'conv_transpose2d', 'conv_transpose3d')  # (..., padding, output_padding, groups)
-def _conv_transpose(run: Run, args: Any, kwargs: Any, out: Tensor) -> None:
-    groups = args[6] if len(args) > 6 else kwargs.get('groups', 1)
-    _conv(run, args[:6], {'groups': groups}, out)
 
 
 @_handles('layer_norm', 'rms_norm')  # layer_norm(input, normalized_shape, ...)

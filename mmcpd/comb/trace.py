@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..cost import Term
 from ..coupling import OperationAt, Role
 from ..fixes import CodePlace, Equality, Expression, Live
 from ..slim.call_sites import Spot, code_place
-from ..slim.mask import REDUCTIONS, ROOT_MEAN_SQUARE, SOFTMAXES
+from ..slim.mask import REDUCTIONS, ROOT_MEAN_SQUARE, SOFTMAXES, Site
 from .atoms import AtomTable, Axes, Axis
 
 AXES = '_mmcpd_axes'  # the attribute of a running tensor that holds its axes
@@ -33,32 +34,28 @@ class Note(StrEnum):
     OVERWRITTEN = 'it wrote into a tensor whose views still count as zero where a unit is removed'
 
 
-@dataclass(frozen=True, eq=False)
-class RoleOf:
+class RoleOf(NamedTuple):
     """What rows do for their units."""
 
     atoms: np.ndarray
     role: Role
 
 
-@dataclass(frozen=True, eq=False)
-class BiasRows:
+class BiasRows(NamedTuple):
     """The rows of a weight beside those of its bias."""
 
     weight: np.ndarray
     bias: np.ndarray
 
 
-@dataclass(frozen=True, eq=False)
-class GroupedConvolution:
+class GroupedConvolution(NamedTuple):
     """A convolution that loses whole convolution groups, and the rows of its weight."""
 
     module: str
     rows: np.ndarray
 
 
-@dataclass(frozen=True, eq=False)
-class ScaledQuery:
+class ScaledQuery(NamedTuple):
     """A query that an attention divides by the square root of its own width."""
 
     query: np.ndarray  # atoms of the query's producer, all heads
@@ -66,18 +63,14 @@ class ScaledQuery:
     module: str
 
 
-@dataclass(frozen=True)
-class SeenStatistic:
+class SeenStatistic(NamedTuple):
     """A statistic over the axis of this number, or over one without channels (None); see `coupling.Statistic`."""
 
-    place: CodePlace
-    dim: int
-    width: int
+    site: Site
     axis: int | None
 
 
-@dataclass(frozen=True)
-class Equation:
+class Equation(NamedTuple):
     """A size that a forward asked for, and what it must be: the live count of an axis, or a number."""
 
     expression: Expression
@@ -120,17 +113,11 @@ class Record:
 
 
 # -- the run -----------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True, eq=False)
-class Policy:
-    """What is given up where there is a choice.
+class Policy(NamedTuple):
+    """What is given up where there is a choice."""
 
-    Attributes:
-        whole_heads: which atoms belong to attention heads that go whole, `(atoms,)` bool; None: heads become narrower.
-        narrowed: paths of the grouped convolutions that lose channels inside each group, not whole groups.
-    """
-
-    whole_heads: np.ndarray | None = None
-    narrowed: frozenset[str] = frozenset()
+    whole_heads: np.ndarray | None = None  # `(atoms,)` bool: those of heads that go whole; None: heads become narrower
+    narrowed: frozenset[str] = frozenset()  # paths of the grouped convolutions that lose channels inside each group
 
 
 @dataclass
@@ -143,8 +130,7 @@ class Cursor:
     names: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # one of the atoms tied to each
 
 
-@dataclass
-class Call:
+class Call(NamedTuple):
     """One operation as the dispatcher saw it, its arguments by their names in the schema."""
 
     op: str  # 'add', 'convolution', ...: in-place and out-of-place forms share a name
@@ -156,17 +142,16 @@ class Call:
 
     def tensors(self) -> list[Tensor]:
         """Return every tensor among the arguments, lists included."""
-        found: list[Tensor] = []
-        for value in self.named.values():
-            if isinstance(value, Tensor):
-                found.append(value)
-            elif isinstance(value, (list, tuple)):
-                found.extend(v for v in value if isinstance(v, Tensor))
-        return found
+        return _tensors(self.named.values())
 
     def outputs(self) -> list[Tensor]:
         """Return every tensor that came out."""
-        return [t for t in (self.out if isinstance(self.out, (list, tuple)) else [self.out]) if isinstance(t, Tensor)]
+        return _tensors([self.out])
+
+
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    flat = (v for value in values for v in (value if isinstance(value, (list, tuple)) else [value]))
+    return [v for v in flat if isinstance(v, Tensor)]
 
 
 class Run:
@@ -185,10 +170,6 @@ class Run:
     def where(self) -> str:
         """The same for messages."""
         return self.module or 'the model itself'
-
-    def path_of(self, module: nn.Module | None) -> str:
-        """Return the path of the module whose method runs, also where it was called without its hooks."""
-        return self.cursor.paths.get(id(module), self.module)
 
     # -- axes of running tensors -------------------------------------------------------------------------------------
     def axes(self, tensor: Tensor) -> Axes:
@@ -217,6 +198,10 @@ class Run:
     def freeze(self, axis: Axis | None, reason: str) -> None:
         if axis is not None:
             self.record.table.freeze(axis.atoms, reason)
+
+    def freeze_each(self, axes: Sequence[Axis | None], what: str) -> None:
+        for axis in axes:
+            self.freeze(axis, f'{what} in {self.where}')
 
     def freeze_all(self, tensor: Tensor, reason: str) -> None:
         for axis in self.axes(tensor):
@@ -256,9 +241,10 @@ class Run:
     def statistic(self, axis: Axis | None, dim: int, width: int) -> None:
         """Note a statistic over `width` positions of `dim`, which counts from the end; without channels too."""
         module, place = code_place()
-        place = CodePlace(self.path_of(module), place.function, place.instructions)
+        path = self.cursor.paths.get(id(module), self.module)  # also where it was called without its hooks
+        place = CodePlace(path, place.function, place.instructions)
         number = None if axis is None else self.record.number(axis.atoms)
-        self.record.statistics.append(SeenStatistic(place, dim, width, number))
+        self.record.statistics.append(SeenStatistic(Site(place, dim, width), number))
 
     def over_kept(self, axis: Axis | None, dim: int, width: int, what: str) -> None:
         """Note a statistic that masking can take over the kept channels; freeze one that it cannot.
@@ -280,18 +266,17 @@ class Run:
     def unsupported(self, op: str) -> None:
         self.record.unsupported[OperationAt(op, self.where)] += 1
 
-    def cost(self, constant: int, *axes: Axis | None) -> None:
-        self.record.macs.append(self._term(constant, axes))
+    def cost(self, sizes: Sequence[int], axes: Sequence[Axis | None]) -> None:
+        """Count as many multiply-accumulates as the product of these sizes."""
+        self.record.macs.append(self._term(sizes, axes))
 
     def output(self, tensor: Tensor, axes: Sequence[Axis | None]) -> None:
         """Set the axes of an output that is stored for the backward pass, and count its elements."""
         self.set(tensor, axes)
-        constant = 1
-        for size, axis in zip(tensor.shape, axes, strict=True):
-            constant *= 1 if axis is not None else size
-        self.record.elements.append(self._term(constant, axes))
+        self.record.elements.append(self._term(tensor.shape, axes))
 
-    def _term(self, constant: int, axes: Sequence[Axis | None]) -> Term:
+    def _term(self, sizes: Sequence[int], axes: Sequence[Axis | None]) -> Term:
+        constant = math.prod(size for size, axis in zip(sizes, axes, strict=True) if axis is None)
         return Term(constant, tuple(self.record.number(a.atoms) for a in axes if a is not None))
 
     # -- sizes -------------------------------------------------------------------------------------------------------

@@ -14,11 +14,7 @@ from mmcpd.registry import DATASETS
 
 Split = Literal['train', 'test']
 
-INTERPOLATIONS = {
-    'nearest': cv2.INTER_NEAREST,
-    'bilinear': cv2.INTER_LINEAR,
-    'bicubic': cv2.INTER_CUBIC,
-}
+INTERPOLATIONS = {'nearest': cv2.INTER_NEAREST, 'bilinear': cv2.INTER_LINEAR, 'bicubic': cv2.INTER_CUBIC}
 TEST_EVERY = 4  # every fourth digit of each class, in scikit-learn's order, is a test digit
 
 
@@ -28,20 +24,16 @@ def _bundled() -> tuple[np.ndarray, np.ndarray]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError(
-            'the embedded digits come with scikit-learn, which is not installed: pip install scikit-learn'
-        ) from error
+        message = 'the embedded digits come with scikit-learn, which is not installed: pip install scikit-learn'
+        raise ImportError(message) from error
     bunch = load_digits()
     return (bunch.images / 16).astype(np.float32), bunch.target.astype(np.int64)
 
 
 def digits(split: Split) -> tuple[np.ndarray, np.ndarray]:
-    """Return one part of scikit-learn's digits; the parts are disjoint, stratified and always the same.
+    """Return images, float32 (N, 8, 8) in 0..1, and classes, int64 (N,), of one part of scikit-learn's digits.
 
     Within each class, in scikit-learn's order, every fourth digit belongs to `test` and the others to `train`.
-
-    Returns:
-        Images, float32 (N, 8, 8) in 0..1, and classes, int64 (N,).
 
     Raises:
         ImportError: scikit-learn is not installed.

@@ -36,14 +36,8 @@ def compose(
 
     Each digit gets a random place, tilt, colour and a height of `scale` times the scene's shorter side; later digits
     cover earlier ones. Background and digits differ in brightness, either way round, so the labels can be seen.
-
-    Args:
-        images: The digits to choose from, float32 (N, 8, 8) in 0..1.
-        labels: Their classes, int64 (N,).
-        rng: Draws everything that is random.
-        size: Height and width of the scene, pixels.
-        count: Fewest and most digits.
-        scale: Smallest and largest digit.
+    `images` are the digits to choose from, float32 (N, 8, 8) in 0..1, `labels` their classes, int64 (N,); `size` is
+    (H, W); `count` and `scale` are the fewest and most digits, and the smallest and largest.
 
     Example:
         >>> compose(*digits('train'), np.random.default_rng(0)).labels.shape
@@ -88,8 +82,7 @@ class DigitScenesDataset(BaseDataset):
         split: 'train' or 'val'.
         length: Number of scenes.
         size: Height and width of a scene, pixels, or one number for both.
-        count: Fewest and most digits in a scene.
-        scale: Smallest and largest digit, relative to the scene's shorter side.
+        count, scale: Fewest and most digits in a scene; smallest and largest, relative to the scene's shorter side.
         seed: Another seed gives other scenes.
         pipeline, test_mode, indices, metainfo, **kwargs: As in MMEngine's `BaseDataset`.
 
@@ -105,20 +98,11 @@ class DigitScenesDataset(BaseDataset):
     METAINFO: dict = {  # noqa: RUF012 - MMEngine reads the class attribute
         'classes': ('background', *'0123456789'),
         'palette': [
-            [40, 40, 40],
-            [230, 25, 75],
-            [60, 180, 75],
-            [255, 225, 25],
-            [0, 130, 200],
-            [245, 130, 48],
-            [145, 30, 180],
-            [70, 240, 240],
-            [240, 50, 230],
-            [210, 245, 60],
-            [250, 190, 212],
+            [40, 40, 40], [230, 25, 75], [60, 180, 75], [255, 225, 25], [0, 130, 200], [245, 130, 48],
+            [145, 30, 180], [70, 240, 240], [240, 50, 230], [210, 245, 60], [250, 190, 212],
         ],
         'synthetic': True,
-    }
+    }  # fmt: skip
 
     def __init__(
         self,
@@ -145,13 +129,8 @@ class DigitScenesDataset(BaseDataset):
 
     def load_data_list(self) -> list[dict[str, Any]]:
         """Return what is common to all scenes, once per scene; pixels are drawn when they are asked for."""
-        common = {
-            'img_shape': self.size,
-            'ori_shape': self.size,
-            'seg_fields': ['gt_seg_map'],
-            'label_map': None,
-            'reduce_zero_label': False,
-        }
+        shape = {'img_shape': self.size, 'ori_shape': self.size}
+        common = {**shape, 'seg_fields': ['gt_seg_map'], 'label_map': None, 'reduce_zero_label': False}
         return [{'scene': index, **common} for index in range(self.length)]
 
     def get_data_info(self, idx: int) -> dict[str, Any]:

@@ -11,13 +11,4 @@ from mmcpd.deploy.onnx import Parity, check_parity, export_onnx  # noqa: E402
 from mmcpd.deploy.report import Report, deploy  # noqa: E402
 from mmcpd.errors import DeployError  # noqa: E402
 
-__all__ = [
-    'DeployError',
-    'Latency',
-    'Parity',
-    'Report',
-    'check_parity',
-    'deploy',
-    'export_onnx',
-    'measure_latency',
-]
+__all__ = ['DeployError', 'Latency', 'Parity', 'Report', 'check_parity', 'deploy', 'export_onnx', 'measure_latency']

@@ -51,24 +51,20 @@ def measure_latency(
 ) -> list[Latency]:
     """Measure ONNX files on one input in alternating runs, so that what else the machine does hits all alike.
 
-    A round runs each file once; the order turns round from one round to the next. Idle threads do not spin.
-
-    Args:
-        paths: Files by name; the first one is what the others are compared with.
-        inputs: What every file is run on, batch included.
-        n: Rounds.
-        time_limit: Seconds after which no further round starts, warm-up apart; None: no limit.
-        warmup: Rounds before, not counted.
-        threads: Threads within an operator; None: as many as this process may use cores.
-        progress: Called after each round, outside of what is measured: see `progress_line`.
+    A round runs each file once; the order turns round from one round to the next. Idle threads do not spin. The first
+    file is what the others are compared with. There are `n` rounds after `warmup` rounds that do not count; none starts
+    after `time_limit` seconds, warm-up apart. Threads are those within an operator, by default as many as this process
+    may use cores. `progress` is called after each round, outside of what is measured: see `progress_line`.
 
     Raises:
         ValueError: No files, or n, warmup or threads out of range.
 
     Example:
-        >>> dense, slim = measure_latency({'dense': 'dense.onnx', 'slim': 'slim.onnx'}, torch.rand(1, 3, 224, 224))
-        >>> slim.ratio
-        0.58
+        >>> from mmcpd.deploy import export_onnx
+        >>> models = {'dense': model, 'slim': small}
+        >>> files = {name: export_onnx(each, images, f'{name}.onnx') for name, each in models.items()}
+        >>> [entry.n for entry in measure_latency(files, images, n=5)]
+        [5, 5]
     """
     threads = usable_cores() if threads is None else threads
     if not paths or n < 1 or warmup < 0 or threads < 1:
@@ -76,10 +72,8 @@ def measure_latency(
             f'nothing to measure: {len(paths)} files, n={n} (from 1), warmup={warmup} (from 0), threads={threads} '
             '(from 1)'
         )
-    runs = []
-    for path in paths.values():
-        session = open_session(path, threads)
-        runs.append((session, feed(session, inputs)))
+    sessions = [open_session(path, threads) for path in paths.values()]
+    runs = [(session, feed(session, inputs)) for session in sessions]
     for _ in range(warmup):
         for session, arrays in runs:
             session.run(None, arrays)
@@ -95,7 +89,9 @@ def measure_latency(
             times[done, column] = (time.perf_counter_ns() - begin) / 1e6
         done += 1
         if progress is not None:
-            progress(done, n, _seconds_left(time.perf_counter() - start, done, n, time_limit))
+            elapsed = time.perf_counter() - start
+            left = elapsed / done * (n - done)
+            progress(done, n, left if time_limit is None else min(left, max(time_limit - elapsed, 0.0)))
     return _summaries(list(paths), times[:done], threads)
 
 
@@ -103,9 +99,6 @@ def progress_line(stream: TextIO | None = None, every: float | None = None) -> P
     """Return a progress callback that writes `312/1000 rounds, 0:42 left` at most every so many seconds.
 
     Without `every` that is once a second over the same line in a terminal, and a line each 15 seconds elsewhere.
-
-    Example:
-        >>> measure_latency(paths, inputs, progress=progress_line())
     """
     stream = sys.stderr if stream is None else stream
     terminal = stream.isatty()
@@ -131,25 +124,19 @@ def usable_cores() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-def _seconds_left(elapsed: float, done: int, n: int, time_limit: float | None) -> float:
-    left = elapsed / done * (n - done)
-    return left if time_limit is None else min(left, max(time_limit - elapsed, 0.0))
-
-
 def _summaries(names: list[str], times: np.ndarray, threads: int) -> list[Latency]:
     """Summarise times (rounds, files) in milliseconds."""
-    ratios = times / times[:, :1]  # (rounds, files)
     return [
         Latency(
             name=name,
-            median=float(np.median(times[:, column])),
-            mean=float(np.mean(times[:, column])),
-            p90=float(np.percentile(times[:, column], 90)),
-            ratio=float(np.median(ratios[:, column])),
-            ratio_p10=float(np.percentile(ratios[:, column], 10)),
-            ratio_p90=float(np.percentile(ratios[:, column], 90)),
+            median=float(np.median(own)),
+            mean=float(np.mean(own)),
+            p90=float(np.percentile(own, 90)),
+            ratio=float(np.median(ratios)),
+            ratio_p10=float(np.percentile(ratios, 10)),
+            ratio_p90=float(np.percentile(ratios, 90)),
             n=len(times),
             threads=threads,
         )
-        for column, name in enumerate(names)
+        for name, own, ratios in zip(names, times.T, (times / times[:, :1]).T, strict=True)
     ]

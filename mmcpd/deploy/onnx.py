@@ -60,7 +60,8 @@ def export_onnx(
 
     An OpenMMLab model called as `model(x)` is in its tensor mode, so the file holds what that returns: a
     classifier's logits (N, classes), not softmax scores; a segmentor's logits at the resolution of its head,
-    (N, classes, H/k, W/k), before they are resized to the image. Images come in preprocessed (normalised).
+    (N, classes, H/k, W/k), before they are resized to the image. Images come in preprocessed (normalised). Inputs are
+    named `input` or `input_0`, ..., outputs `output` or `output_0`, ... The path is returned.
 
     Args:
         model: Any module; its mode is restored.
@@ -72,16 +73,13 @@ def export_onnx(
             by torch, without a warning: compare at another batch size by `check_parity`.
         forward: Called as `forward(model, *inputs)` instead of the model itself.
 
-    Returns:
-        The path. Inputs are named `input` or `input_0`, ..., outputs `output` or `output_0`, ...
-
     Raises:
         DeployError: torch cannot export the model or not at this opset, or onnx refuses the result.
         ValueError: The model has 2 GB of weights or more.
 
     Example:
-        >>> export_onnx(torchvision.models.resnet18(), torch.rand(1, 3, 224, 224), 'resnet18.onnx')
-        PosixPath('resnet18.onnx')
+        >>> export_onnx(model, images, 'model.onnx').name
+        'model.onnx'
     """
     path = Path(path)
     size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
@@ -91,16 +89,9 @@ def export_onnx(
     if dynamic_batch:
         args = tuple(x if len(x) > 1 else torch.cat([x, x]) for x in args)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(suffix='.onnx.tmp', dir=path.parent)
-    os.close(handle)
-    try:
-        with _eval(model):
-            _export(model, args, name, opset, dynamic_batch, forward)
-        _check(name, path, opset)
-        os.chmod(name, 0o666 & ~_umask())  # mkstemp's files are their owner's alone
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    with whole(path) as unfinished:
+        _export(model, args, unfinished, opset, dynamic_batch, forward)
+        _check(unfinished, path, opset)
     return path
 
 
@@ -113,33 +104,29 @@ def check_parity(
 ) -> Parity:
     """Compare an ONNX file in ONNX Runtime with its model on one batch or several, better of several sizes.
 
-    Args:
-        path: The file.
-        model: The module that it was exported from; its mode is restored.
-        inputs: One input (a tensor, or a tuple of tensors), or a list of inputs.
-        forward: As given to `export_onnx`.
-        tolerance: Largest difference allowed, relative to the batch's largest torch output.
+    Inputs are one (a tensor, or a tuple of tensors) or a list; `forward` is as given to `export_onnx`. The largest
+    difference allowed is `tolerance` times the batch's largest torch output. The model's mode is restored.
 
     Raises:
         ValueError: There is nothing to compare.
 
     Example:
-        >>> check_parity('resnet18.onnx', model, [torch.rand(1, 3, 224, 224), torch.rand(3, 3, 224, 224)]).ok
+        >>> path = export_onnx(model, images, 'model.onnx')
+        >>> check_parity(path, model, [images, images[:1]]).ok
         True
     """
     batches: list[Inputs] = inputs if isinstance(inputs, list) else [inputs]
     if not batches:
         raise ValueError(f'{path}: no inputs to compare the file with the model on')
     session = open_session(path, threads=1)
+    module = model if forward is None else _Forward(model, forward)
     found = []
-    with _eval(model):
-        for batch in batches:
-            args = _tuple(batch)
-            expected = _outputs(_call(model, args, forward))
-            found.append((len(args[0]), *_differences(session, args, expected)))
-    max_abs = max(absolute for _, absolute, _ in found)
-    max_rel = max(relative for _, _, relative in found)
-    return Parity(max_abs, max_rel, max_rel <= tolerance, tuple((n, rel) for n, _, rel in found))
+    with _eval(module), torch.no_grad():
+        for args in map(_tuple, batches):
+            found.append((len(args[0]), *_differences(session, args, _outputs(module(*args)))))
+    sizes, absolute, relative = zip(*found, strict=True)
+    max_rel = max(relative)
+    return Parity(max(absolute), max_rel, max_rel <= tolerance, tuple(zip(sizes, relative, strict=True)))
 
 
 def open_session(path: str | os.PathLike, threads: int) -> onnxruntime.InferenceSession:
@@ -171,9 +158,11 @@ class _Forward(nn.Module):
 
 
 def _export(
-    model: nn.Module, args: tuple[Tensor, ...], name: str, opset: int, dynamic: bool, forward: Forward | None
+    model: nn.Module, args: tuple[Tensor, ...], path: Path, opset: int, dynamic: bool, forward: Forward | None
 ) -> None:
-    expected = _outputs(_call(model, args, forward))
+    module = model if forward is None else _Forward(model, forward)
+    with _eval(module), torch.no_grad():
+        expected = _outputs(module(*args))
     ins, outs = _names('input', len(args)), _names('output', len(expected))
     options: dict[str, Any]
     if opset >= NEW_EXPORTER:
@@ -184,12 +173,11 @@ def _export(
     else:
         axes = {label: {0: 'batch'} for label in (*ins, *outs)}
         options = {'dynamo': False, 'dynamic_axes': axes if dynamic else None}
-    module = model if forward is None else _Forward(model, forward)
     try:
-        with warnings.catch_warnings(), _quiet('onnxscript', 'torch.onnx', 'onnx_ir'):
+        with _eval(module), warnings.catch_warnings(), _quiet('onnxscript', 'torch.onnx', 'onnx_ir'):
             warnings.simplefilter('ignore')  # tracer warnings; check_parity tells whether they matter
             torch.onnx.export(
-                module, args, name, opset_version=opset, input_names=ins, output_names=outs, verbose=False, **options
+                module, args, path, opset_version=opset, input_names=ins, output_names=outs, verbose=False, **options
             )
     except Exception as error:  # exporters raise errors of many unrelated kinds
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -200,8 +188,8 @@ def _export(
         ) from error
 
 
-def _check(name: str, path: Path, opset: int) -> None:
-    written = onnx.load(name)
+def _check(unfinished: Path, path: Path, opset: int) -> None:
+    written = onnx.load(unfinished)
     version = next(entry.version for entry in written.opset_import if entry.domain in ('', 'ai.onnx'))
     if version != opset:
         raise DeployError(f'{path}: torch wrote opset {version} where {opset} was asked for; ask for {version}')
@@ -236,11 +224,6 @@ def _tuple(inputs: Inputs) -> tuple[Tensor, ...]:
     return (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
 
 
-def _call(model: nn.Module, args: tuple[Tensor, ...], forward: Forward | None) -> Any:
-    with torch.no_grad():
-        return model(*args) if forward is None else forward(model, *args)
-
-
 def _outputs(result: Any) -> list[Tensor]:
     """Return the tensors of a model's result in the order in which the exporters write them."""
     return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
@@ -250,10 +233,13 @@ def _names(label: str, count: int) -> list[str]:
     return [label] if count == 1 else [f'{label}_{number}' for number in range(count)]
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Give a place to write a file to, which appears at `path` if the block ends without an error."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        unfinished = Path(folder) / 'unfinished'
+        yield unfinished
+        os.replace(unfinished, path)
 
 
 @contextmanager
@@ -271,12 +257,11 @@ def _eval(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _quiet(*names: str) -> Iterator[None]:
     """Let these loggers speak of errors only."""
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
+    levels = {logger: logger.level for logger in map(logging.getLogger, names)}
+    for logger in levels:
         logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
+        for logger, level in levels.items():
             logger.setLevel(level)

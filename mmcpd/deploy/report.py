@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mmcpd.deploy.latency import Latency, Progress, measure_latency, usable_cores
-from mmcpd.deploy.onnx import NEW_EXPORTER, Forward, Inputs, Parity, check_parity, export_onnx
+from mmcpd.deploy.onnx import NEW_EXPORTER, Forward, Inputs, Parity, check_parity, export_onnx, whole
 from mmcpd.errors import DeployError
 from mmcpd.version import __version__
 
@@ -60,11 +60,8 @@ class Report:
 
     def to_json(self, path: str | os.PathLike) -> None:
         """Write everything as JSON, whole or not at all."""
-        path = Path(path)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            whole = Path(folder) / path.name
-            whole.write_text(json.dumps(asdict(self), indent=2) + '\n', encoding='utf-8')
-            os.replace(whole, path)
+        with whole(Path(path)) as unfinished:
+            unfinished.write_text(json.dumps(asdict(self), indent=2) + '\n', encoding='utf-8')
 
 
 def deploy(
@@ -82,26 +79,22 @@ def deploy(
 ) -> Report:
     """Export models as `out/<name>.onnx`, check each against torch, measure them in pairs, write `latency.json`.
 
-    Args:
-        models: Modules by name; the first is what the others are compared with.
-        batches: Real inputs. The first is what the latency is measured on and what a static batch is fixed to;
-            all of one size for a static batch, of several sizes for a dynamic one.
-        out: A folder; made if it is not there. Files appear in it when all of them have passed.
-        opset: As in `export_onnx`, like the next two.
-        dynamic_batch: Leave the batch size open.
-        forward: Called as `forward(model, *inputs)` instead of the model itself.
-        runs: Rounds of the measurement; 0 leaves it out.
-        time_limit: Seconds of measurement, as in `measure_latency`, like the next two.
-        threads: Threads within an operator.
-        progress: Called after each round.
-        facts: What else should stand in the report, e.g. the config and where the inputs come from.
+    The first model is what the others are compared with. The first batch of real inputs is what the latency is measured
+    on and what a static batch is fixed to; batches are all of one size for a static batch, of several sizes for a
+    dynamic one. Files appear in the folder `out`, which is made if it is not there, when all of them have passed.
+
+    `opset`, `dynamic_batch` and `forward` are as in `export_onnx`; `time_limit`, `threads` and `progress` as in
+    `measure_latency`, with `runs` rounds (0: nothing is measured). `facts` is what else should stand in the report,
+    e.g. the config and where the inputs come from.
 
     Raises:
         DeployError: A model cannot be exported, or its file computes something else.
         ValueError: No models, or no batches.
 
     Example:
-        >>> print(deploy({'dense': dense, 'slim': slim}, [one, three], 'work_dirs/x', facts={'inputs': 'test data'}))
+        >>> report = deploy({'dense': model, 'slim': small}, [images], 'deployed', runs=5, facts={'inputs': 'noise'})
+        >>> [entry.file for entry in report.models]
+        ['dense.onnx', 'slim.onnx']
     """
     if not models or not batches:
         raise ValueError(f'nothing to deploy: {len(models)} models, {len(batches)} batches')
@@ -109,7 +102,7 @@ def deploy(
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out) as folder:
         made = [
-            _exported(name, model, batches, Path(folder), opset, dynamic_batch, forward)
+            _exported(model, Path(folder, f'{name}.onnx'), batches, opset, dynamic_batch, forward)
             for name, model in models.items()
         ]
         times: list[Latency] = []
@@ -150,30 +143,24 @@ def environment() -> dict[str, Any]:
 def cpu_name() -> str:
     """Return the processor's name, as far as the system tells it."""
     info = Path('/proc/cpuinfo')
-    if info.is_file():
-        for line in info.read_text(encoding='utf-8', errors='replace').splitlines():
-            if line.startswith('model name'):
-                return line.split(':', 1)[1].strip()
-    return platform.processor() or platform.machine()
+    lines = info.read_text(encoding='utf-8', errors='replace').splitlines() if info.is_file() else []
+    names = (line.split(':', 1)[1].strip() for line in lines if line.startswith('model name'))
+    return next(names, platform.processor() or platform.machine())
 
 
 def _exported(
-    name: str,
-    model: nn.Module,
-    batches: list[Inputs],
-    folder: Path,
-    opset: int,
-    dynamic_batch: bool,
-    forward: Forward | None,
+    model: nn.Module, path: Path, batches: list[Inputs], opset: int, dynamic_batch: bool, forward: Forward | None
 ) -> Exported:
-    path = export_onnx(model, batches[0], folder / f'{name}.onnx', opset, dynamic_batch, forward)
+    export_onnx(model, batches[0], path, opset, dynamic_batch, forward)
     parity = check_parity(path, model, batches, forward)
     if not parity.ok:
         each = ', '.join(f'batch of {size}: {relative:.1e}' for size, relative in parity.batches)
         hint = ' If some batch sizes agree, export a static batch.' if dynamic_batch else ''
-        raise DeployError(f'{name}: the ONNX file is not what the model computes (relative difference: {each}).{hint}')
+        raise DeployError(
+            f'{path.stem}: the ONNX file is not what the model computes (relative difference: {each}).{hint}'
+        )
     params = sum(parameter.numel() for parameter in model.parameters())
-    return Exported(name, path.name, path.stat().st_size, params, parity)
+    return Exported(path.stem, path.name, path.stat().st_size, params, parity)
 
 
 def _circumstances(facts: Mapping[str, Any], latency: tuple[Latency, ...]) -> str:

@@ -38,18 +38,13 @@ class CIRKDLoss(DistillLoss):
 
     Args:
         num_classes: K, the number of labels.
-        student_channels: Width of the student's features.
-        teacher_channels: Width of the teacher's features, as the student's by default.
-        alpha: Weight of the first term.
-        beta: Weight of the second term.
-        gamma: Weight of the third term; with beta and gamma 0 there are no queues and labels are not needed.
+        student_channels, teacher_channels: Widths of the features; the teacher's is as the student's by default.
+        alpha, beta, gamma: Weights of the terms; with beta and gamma 0 there are no queues, and no labels are needed.
         tau: Contrast temperature.
         temperature: T of the distillation in the memory terms.
-        pixel_queue: Pixel embeddings kept per class; 2,000 where memory is short.
-        region_queue: Region embeddings kept per class.
+        pixel_queue, region_queue: Embeddings kept per class; 2,000 pixels where memory is short.
         pixels_per_image: Pixels written per image and class, at most.
-        pixel_keys: About how many pixel keys to compare with, `pixel_keys // K + 1` per class.
-        region_keys: The same for regions.
+        pixel_keys, region_keys: About how many keys to compare with, `pixel_keys // K + 1` per class.
         max_positions: Pool maps of the first term to at most this many positions.
         ignore_index: Pixels with this label are neither compared with the queues nor written into them.
         loss_weight: Factor of the sum.
@@ -109,12 +104,10 @@ class CIRKDLoss(DistillLoss):
         self.alpha, self.beta, self.gamma = alpha, beta, gamma
         self.tau, self.temperature = _positive(tau, 'tau', self), _positive(temperature, 'temperature', self)
         self.pixels_per_image, self.max_positions = pixels_per_image, max_positions
-        self.pixel_keys, self.region_keys = (
-            pixel_keys // num_classes + 1,
-            region_keys // num_classes + 1,
-        )  # per class
+        # Those of each class.
+        self.pixel_keys, self.region_keys = pixel_keys // num_classes + 1, region_keys // num_classes + 1
         self.terms: dict[str, Tensor] = {}
-        if self.uses_memory:
+        if self.needs_labels:
             width = teacher_channels or student_channels
             self.projection = nn.Sequential(
                 nn.Conv2d(student_channels, width, 1),
@@ -130,12 +123,8 @@ class CIRKDLoss(DistillLoss):
             self.register_buffer('region_written', torch.zeros(num_classes, dtype=torch.long))
 
     @property
-    def uses_memory(self) -> bool:
-        return self.beta != 0 or self.gamma != 0
-
-    @property
     def needs_labels(self) -> bool:
-        return self.uses_memory
+        return self.beta != 0 or self.gamma != 0
 
     @property
     def local_buffers(self) -> list[str]:
@@ -157,9 +146,8 @@ class CIRKDLoss(DistillLoss):
         similarity = []
         for features in (student, teacher):
             x = F.normalize(_pool(features, self.max_positions), dim=1)
-            n = x.shape[0]
             rows = _rows(x, None)  # (N * P, C)
-            similarity.append((rows @ rows.T / self.tau).view(len(rows), n, -1))  # (N * P, N, P)
+            similarity.append((rows @ rows.T / self.tau).view(len(rows), len(x), -1))  # (N * P, N, P)
         return _kl_rows(*similarity).mean()
 
     def memory_terms(self, student: Tensor, teacher: Tensor, labels: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,36 +164,28 @@ class CIRKDLoss(DistillLoss):
         if self.training:
             self.enqueue(teacher, labels, valid)
         s, t = _rows(student, valid), _rows(teacher, valid)  # (anchors, C_T)
+        scale = self.tau * self.temperature
         terms = []
         for keys in (
             sample_keys(self.pixel_queue, self.pixel_written, self.pixel_keys),
             sample_keys(self.region_queue, self.region_written, self.region_keys),
         ):
-            if len(keys) == 0:
-                terms.append(student.sum() * 0)
-                continue
-            scale = self.tau * self.temperature
-            terms.append(_mean(_kl_rows(s @ keys.T / scale, t @ keys.T / scale), student) * self.temperature**2)
+            rows = _kl_rows(s @ keys.T / scale, t @ keys.T / scale) if len(keys) else s[:0]
+            terms.append(_mean(rows, student) * self.temperature**2)
         return terms[0], terms[1]
 
     @torch.no_grad()
     def enqueue(self, teacher: Tensor, labels: Tensor, valid: Tensor) -> None:
-        """Write the embeddings of a batch, of all processes, into the queues.
+        """Write a batch's normalised features `(N, C_T, H, W)`, of all processes, into the queues of their labels.
 
-        Args:
-            teacher: Normalised features `(N, C_T, H, W)`.
-            labels: `(N, H, W)`.
-            valid: `(N, H, W)`, False where the label is to be ignored.
+        Labels are `(N, H, W)`, and ignored where `valid`, of that shape, is False.
 
         Raises:
             ValueError: If a label is neither ignored nor in `[0, num_classes)`.
         """
         pixels, regions = collect(teacher, labels, valid, self.num_classes, self.pixels_per_image)
-        for (classes, rows), queue, written in (
-            (pixels, self.pixel_queue, self.pixel_written),
-            (regions, self.region_queue, self.region_written),
-        ):
-            write(queue, written, gather(classes), gather(rows))
+        write(self.pixel_queue, self.pixel_written, *map(gather, pixels))
+        write(self.region_queue, self.region_written, *map(gather, regions))
 
 
 def _pool(x: Tensor, max_positions: int) -> Tensor:

@@ -14,10 +14,9 @@ Labelled = tuple[Tensor, Tensor]  # class of each row (rows,), embedding of each
 
 def collect(teacher: Tensor, labels: Tensor, valid: Tensor, classes: int, at_most: int) -> tuple[Labelled, Labelled]:
     """Choose from each image, for each class in it, up to `at_most` pixels of that class, and its mean."""
-    pixels: list[Tensor] = []
-    regions: list[Tensor] = []
-    pixel_class: list[int] = []
-    region_class: list[int] = []
+    none = teacher.new_zeros(0, teacher.shape[1])
+    pixels, regions = [none], [none]
+    found: list[int] = []  # the class of each entry
     for features, label, ok in zip(teacher, labels, valid, strict=True):
         rows = features.flatten(1).T[ok.flatten()]  # (labelled pixels, C_T)
         label = label[ok]
@@ -25,16 +24,12 @@ def collect(teacher: Tensor, labels: Tensor, valid: Tensor, classes: int, at_mos
             if not 0 <= c < classes:
                 raise ValueError(f'CIRKDLoss: label {c} is not in [0, {classes}); set num_classes or ignore_index')
             of_class = rows[label == c]
-            chosen = of_class[torch.randperm(len(of_class), device=rows.device)[:at_most]]
-            pixels.append(chosen)
-            pixel_class += [c] * len(chosen)
+            found.append(c)
+            pixels.append(of_class[torch.randperm(len(of_class), device=rows.device)[:at_most]])
             regions.append(F.normalize(of_class.mean(0, keepdim=True), dim=1))
-            region_class.append(c)
-    none = teacher.new_zeros(0, teacher.shape[1])
-    return (
-        (torch.tensor(pixel_class, device=teacher.device, dtype=torch.long), torch.cat([none, *pixels])),
-        (torch.tensor(region_class, device=teacher.device, dtype=torch.long), torch.cat([none, *regions])),
-    )
+    of_regions = teacher.new_tensor(found, dtype=torch.long)
+    of_pixels = of_regions.repeat_interleave(teacher.new_tensor([len(rows) for rows in pixels[1:]], dtype=torch.long))
+    return (of_pixels, torch.cat(pixels)), (of_regions, torch.cat(regions))
 
 
 def write(queue: Tensor, written: Tensor, classes: Tensor, rows: Tensor) -> None:
@@ -50,33 +45,25 @@ def write(queue: Tensor, written: Tensor, classes: Tensor, rows: Tensor) -> None
 
 
 def sample_keys(queue: Tensor, written: Tensor, per_class: int) -> Tensor:
-    """Sample keys by one set of slots shared by the classes, less the slots that a class never wrote.
+    """Sample keys `(keys, C)` by one set of slots for all classes, less the slots that a class never wrote.
 
-    Args:
-        queue: `(K, Q, C)`.
-        written: Rows ever written, `(K,)`.
-        per_class: Slots to sample, at most.
-
-    Returns:
-        `(keys, C)`.
+    The queue is `(K, Q, C)`, `written` counts the rows ever written to each class, `(K,)`.
     """
     filled = written.clamp(max=queue.shape[1])
     slots = torch.randperm(int(filled.max()), device=queue.device)[:per_class]
-    there = slots < filled.unsqueeze(1)  # (K, slots)
-    return queue[:, slots][there]
+    return queue[:, slots][slots < filled.unsqueeze(1)]  # (K, slots, C), of which those that hold a key
 
 
 def gather(x: Tensor) -> Tensor:
     """Concatenate `(rows, ...)` of all processes, of which each may have another number, by rank."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return x
-    world = dist.get_world_size()
     count = torch.tensor([len(x)], device=x.device)
-    counts = [torch.zeros_like(count) for _ in range(world)]
+    counts = [torch.zeros_like(count) for _ in range(dist.get_world_size())]
     dist.all_gather(counts, count)
     longest = max(int(c) for c in counts)
     padded = torch.cat([x, x.new_zeros(longest - len(x), *x.shape[1:])])
-    parts = [torch.empty_like(padded) for _ in range(world)]
+    parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded.contiguous())
     return torch.cat([part[: int(c)] for part, c in zip(parts, counts, strict=True)])
 
@@ -94,8 +81,7 @@ def check_memory(num_classes: int, pixel_queue: int, region_queue: int, channels
             fits = max(0, int(free * 0.5) // row - region_queue)
             raise MemoryError(
                 f'CIRKDLoss: the queues need {needed:,} bytes ({num_classes} classes x ({pixel_queue} pixels '
-                f'+ {region_queue} regions) x {channels} channels x 4 bytes), '
-                f'{where} has {free:,} available. '
+                f'+ {region_queue} regions) x {channels} channels x 4 bytes), {where} has {free:,} available. '
                 + (f'Set pixel_queue to {fits} or less' if fits else 'Set smaller pixel_queue and region_queue')
                 + ', or beta=gamma=0 for the batch term alone.'
             )

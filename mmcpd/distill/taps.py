@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
@@ -45,23 +45,17 @@ class Tap:
         """Read a tap's name and find its module.
 
         Raises:
-            ValueError: If the model has no such module (near names are listed), or the part is neither 'in'
-                nor an integer.
-
-        Example:
-            >>> Tap.parse('0:in', nn.Sequential(nn.Linear(2, 2)))
-            Tap(module='0', part='in')
+            ValueError: If the model has no such module, or the part is neither 'in' nor an integer.
         """
         path, _, part = name.partition(':')
         modules = dict(model.named_modules())
         if path == 'logits' and path not in modules:
-            found = next((known for known in LOGITS if known in modules), None)
-            if found is None:
+            path = next((known for known in LOGITS if known in modules), '')
+            if not path:
                 raise ValueError(
                     f"tap 'logits': {type(model).__name__} has none of {', '.join(LOGITS)}; name the module "
                     'that computes the logits'
                 )
-            path = found
         if not path or path not in modules:
             raise ValueError(
                 f'tap {name!r}: {type(model).__name__} has no module {path!r}; near: {near(path, modules)}'
@@ -79,24 +73,18 @@ class Reached(Exception):
 
 
 class Taps:
-    """Capture what named modules give (or take) during one forward, of several calls the first.
+    """Capture what the named taps of a model give (or take) during one forward, of several calls the first.
 
     What is captured is a copy: modules after the tap may work in place. Memory: one more tensor per tap.
-
-    Args:
-        model: The model that runs inside the `with` block.
-        names: Taps as `Tap` describes them.
 
     Raises:
         ValueError: If a name is not known.
 
     Example:
-        >>> import torch
-        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
-        >>> with Taps(model, ['0']) as taps:
-        ...     _ = model(torch.zeros(1, 2))
-        >>> taps['0'].shape
-        torch.Size([1, 3])
+        >>> with Taps(model, ['fc:in']) as taps:
+        ...     _ = model(images)
+        >>> taps['fc:in'].shape
+        torch.Size([2, 4])
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
@@ -116,9 +104,7 @@ class Taps:
             )
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -151,10 +137,8 @@ class Taps:
         """
         self.stop = True
         try:
-            with self:
+            with suppress(Reached), self:
                 self.model(*inputs, **kwargs)
-        except Reached:
-            pass  # all was seen: what follows is not needed
         finally:
             self.stop = False
         return {name: self[name] for name in self.taps}

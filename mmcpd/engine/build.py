@@ -37,19 +37,9 @@ def build_dense(config: ConfigLike) -> nn.Module:
 
 
 def whole_forward(model: nn.Module, inputs: Tensor) -> list[Any]:
-    """Run a model as it is tested, and its auxiliary heads on the same features, as training does.
+    """Return the output of a model as it is tested on (N, C, H, W), then that of each auxiliary head on its features.
 
     Without them a backbone channel that only an auxiliary head reads as well would be cut under it.
-
-    Args:
-        model: an mmpretrain or mmseg model.
-        inputs: (N, C, H, W).
-
-    Returns:
-        The model's output, then that of each auxiliary head.
-
-    Example:
-        >>> coupling = comb(model, images, forward=whole_forward)
     """
     heads = getattr(model, 'auxiliary_head', None)
     if not heads:

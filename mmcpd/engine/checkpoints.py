@@ -15,7 +15,6 @@ from torch import nn
 from mmcpd.coupling import Coupling, Keep
 from mmcpd.engine.build import HOOKS_OF_OURS, ConfigLike, build_dense
 from mmcpd.engine.combing import comb_by_config
-from mmcpd.engine.report import comparison as comparison
 from mmcpd.engine.report import costs
 from mmcpd.engine.slim_file import PathLike, is_slim, read_slim, readable, save_slim
 from mmcpd.engine.wrappers import student_config, student_weights, type_name
@@ -34,11 +33,6 @@ def read_checkpoint(path: PathLike) -> dict[str, Any]:
 
     Raises:
         SlimError: The file is missing, truncated, or no checkpoint.
-
-    Example:
-        >>> read_checkpoint('there/is/no/such.pth')
-        Traceback (most recent call last):
-        mmcpd.errors.SlimError: there/is/no/such.pth: there is no such checkpoint
     """
     with readable(path):
         content = CheckpointLoader.load_checkpoint(os.fspath(path), map_location='cpu', logger='silent')
@@ -52,9 +46,6 @@ def fill(model: nn.Module, state_dict: Mapping[str, torch.Tensor], where: PathLi
 
     Raises:
         SlimError: A tensor is missing, left over, or of another shape; the message names the first.
-
-    Example:
-        >>> fill(build(), model.state_dict(), 'weights.pth')
     """
     own = model.state_dict()
     kind = type(model).__name__
@@ -87,7 +78,7 @@ def load_dense(cfg: ConfigLike, path: PathLike) -> nn.Module:
     return model.eval()
 
 
-def load_slim(config: ConfigLike, checkpoint: PathLike, device: str | torch.device = 'cpu') -> nn.Module:
+def load_slim(config: ConfigLike, checkpoint: PathLike, *, device: str | torch.device = 'cpu') -> nn.Module:
     """Build the slim model of a config and its checkpoint: the original class, really smaller, in eval mode.
 
     Args:
@@ -104,9 +95,7 @@ def load_slim(config: ConfigLike, checkpoint: PathLike, device: str | torch.devi
         torch.Size([1, 10])
     """
     content = read_slim(checkpoint)
-    model = _cut_to(build_dense(config), content['structure'], checkpoint)
-    fill(model, content['state_dict'], checkpoint)
-    return model.to(device).eval()
+    return _cut_to(build_dense(config), content, checkpoint).to(device).eval()
 
 
 def load_any(cfg: ConfigLike, path: PathLike) -> nn.Module:
@@ -139,21 +128,22 @@ def slimmed(
     if data_preprocessor is not None:
         config.setdefault('data_preprocessor', data_preprocessor)
     content = read_slim(structure)
-    small: Any = _cut_to(MODELS.build(config), content['structure'], structure)
-    fill(small, content['state_dict'], structure)
+    small: Any = _cut_to(MODELS.build(config), content, structure)
     # MMEngine initialises a model when training starts; a pretrained init_cfg comes last.
     small.init_cfg = {'type': 'Pretrained', 'checkpoint': os.fspath(structure)}
     return small
 
 
-def _cut_to(model: nn.Module, structure: Mapping[str, Any], where: PathLike) -> nn.Module:
-    """Cut a dense model to a structure, in place; `where` names the structure's origin in errors."""
-    if not structure.keys() >= {'tensors', 'attributes', 'replaced'}:
+def _cut_to(model: nn.Module, content: Mapping[str, Any], where: PathLike) -> nn.Module:
+    """Cut a dense model, in place, to a slim checkpoint's structure, and fill it; `where` names the file in errors."""
+    if not content['structure'].keys() >= {'tensors', 'attributes', 'replaced'}:
         raise SlimError(f'{where} holds no structure of a slim model')
     try:
-        return restructure_(model, structure)
+        model = restructure_(model, content['structure'])
     except SlimError as error:
         raise SlimError(f'{where} does not fit {type(model).__name__}: {error}') from error
+    fill(model, content['state_dict'], where)
+    return model
 
 
 # -- training checkpoints ----------------------------------------------------------------------------------------------
@@ -184,22 +174,10 @@ def check_start(cfg: Config, path: PathLike) -> None:
 
 
 def save_checked(model: nn.Module, coupling: Coupling, keep: Keep, path: Path, meta: Mapping[str, Any]) -> None:
-    """Cut a masked model, compare the two, and write the slim one if they agree.
-
-    Args:
-        model: the bare model, masked by `keep`.
-        coupling: what it was combed into.
-        keep: the kept units.
-        path: where the slim checkpoint goes.
-        meta: what its reader should know, plain values.
+    """Cut a bare model that is masked by `keep`, compare the two, and write the slim one to `path` if they agree.
 
     Raises:
         SlimError: the two models do not compute the same; then nothing is written.
-
-    Example:
-        >>> from tempfile import mkdtemp
-        >>> mask_(model, coupling, keep)
-        >>> save_checked(model, coupling, keep, Path(mkdtemp(), 'slim.pth'), {'epoch': 30})
     """
     small = slim(model, coupling, keep)
     off = compare(model, coupling, keep, small)
@@ -241,29 +219,21 @@ def slim_checkpoint(cfg: Config, path: PathLike, out: PathLike) -> dict[str, Any
 def use_checkpoint(cfg: Config, path: PathLike, folder: Path) -> None:
     """Make a config test a checkpoint, in place: its model becomes the bare student, dense or slim.
 
-    A pruned training checkpoint is slimmed first: its weights alone do not say over which units a norm computes.
-
-    Args:
-        cfg: The config; a distiller around its model and the hooks that prune are dropped.
-        path: A slim.pth, a training checkpoint, or bare weights; it is read and checked now.
-        folder: Where a slim.pth may be written, and must not be removed until the model is built.
+    A pruned training checkpoint is slimmed first, into `folder`, which must stay until the model is built: its weights
+    alone do not say over which units a norm computes. The hooks that prune are dropped from the config.
 
     Raises:
         SlimError: The checkpoint is unreadable or of another model.
     """
-    student = student_config(cfg)
-    if not is_slim(path):
-        if removed_units(read_checkpoint(path)) > 0:
-            slim_checkpoint(cfg, path, folder / 'slim.pth')
-            path = folder / 'slim.pth'
-        else:
-            load_dense(cfg, path)
+    if not is_slim(path) and removed_units(read_checkpoint(path)) > 0:
+        slim_checkpoint(cfg, path, folder / 'slim.pth')
+        path = folder / 'slim.pth'
+    load_any(cfg, path)  # to check that it fits, before a Runner is built
+    student, weights = student_config(cfg), os.fspath(path)
     if is_slim(path):
-        load_slim(cfg, path)
-        cfg.model = {'type': 'mmcpd.slimmed', 'model': student, 'structure': os.fspath(path)}
-        cfg.load_from = None
+        cfg.model, cfg.load_from = {'type': 'mmcpd.slimmed', 'model': student, 'structure': weights}, None
     else:
-        cfg.model, cfg.load_from = student, os.fspath(path)
+        cfg.model, cfg.load_from = student, weights
     cfg.resume = False
     hooks = cfg.get('default_hooks') or {}
     for name in [name for name, hook in hooks.items() if hook and type_name(hook) in HOOKS_OF_OURS]:

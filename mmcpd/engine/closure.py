@@ -18,17 +18,13 @@ from mmcpd.prune.gates import untouched
 class StepClosure:
     """Remember the batches of an optimizer step, and leave their gradients in `.grad` again when called.
 
-    The gradients are of the total loss, un-scaled, and averaged over the batches and over processes, as the step saw
-    them. Random states, and what the training model holds beside the student, are as before afterwards.
+    Call `record` before each iteration, and the closure before the optimizer's step. The gradients are of the total
+    loss, un-scaled, and averaged over the batches and over processes, as the step saw them. Random states, and what
+    the training model holds beside the student, are as before afterwards.
 
     Args:
         model: the model that is trained, as the Runner wraps it.
         optim_wrapper: the one that steps it.
-
-    Example:
-        >>> closure = StepClosure(runner.model, runner.optim_wrapper)    # doctest: +SKIP
-        >>> closure.record(data_batch)    # before the iteration         # doctest: +SKIP
-        >>> closure()                     # before the optimizer's step  # doctest: +SKIP
     """
 
     def __init__(self, model: nn.Module, optim_wrapper: OptimWrapper) -> None:

@@ -22,13 +22,7 @@ OPTIONS = ('heads', 'ignore', 'strict')  # of `comb` that the hooks have too
 def comb_by_config(
     model: nn.Module, cfg: Config, *, input_shape: Sequence[int] | None = None, **given: Any
 ) -> Coupling:
-    """Comb a bare model as training by this config would.
-
-    Args:
-        model: the bare model.
-        cfg: its hooks hold `heads`, `ignore`, `strict` and `input_shape`.
-        input_shape: (C, H, W), in place of what the config says.
-        given: `heads`, `ignore` or `strict`, in place of what the config says.
+    """Comb a bare model as training by this config would, or with other `heads`, `ignore`, `strict` or input (C, H, W).
 
     Example:
         >>> comb_by_config(model, Config({}), input_shape=(3, 8, 8), ignore=['conv1']).groups[0].name
@@ -50,11 +44,6 @@ def _comb(model: nn.Module, shape: Sequence[int], **options: Any) -> Coupling:
 
 
 def shape_combed(coupling: Coupling) -> list[int]:
-    """Return the shape (C, H, W) of the input that a model was combed with.
-
-    Example:
-        >>> shape_combed(coupling)
-        [3, 8, 8]
-    """
+    """Return the shape (C, H, W) of the input that a model was combed with."""
     (inputs,) = coupling.example.inputs
     return list(cast(Tensor, inputs).shape[1:])

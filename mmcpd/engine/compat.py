@@ -22,10 +22,6 @@ def mend_scopes() -> None:
     MMEngine maps `mmseg` to the distribution `mmsegmentation`; OneDL's is called `onedl-mmsegmentation`.
     Where the distribution is absent and the module is there, the module's own name takes its place, which
     MMEngine resolves by import. `mmcpd::` is added, so that other people's configs can inherit ours.
-
-    Example:
-        >>> mend_scopes()
-        >>> _ = Config.fromfile('configs/cpd/resnet50_prune_in1k.py')
     """
     MODULE2PACKAGE.setdefault('mmcpd', 'mmcpd')
     for module, package in MODULE2PACKAGE.items():
@@ -48,10 +44,7 @@ def start_processes(cfg: Config) -> None:
         raise ValueError(f'--launcher {launcher} needs an accelerator; on CPU use --launcher pytorch')
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group('gloo')
-    wrapper = cfg.get('model_wrapper_cfg') or {
-        'type': 'MMDistributedDataParallel',
-        'broadcast_buffers': False,
-    }
+    wrapper = cfg.get('model_wrapper_cfg') or {'type': 'MMDistributedDataParallel', 'broadcast_buffers': False}
     if 'find_unused_parameters' in cfg:
         wrapper.setdefault('find_unused_parameters', cfg.find_unused_parameters)
     cfg.model_wrapper_cfg = {**wrapper, 'device_ids': None}

@@ -64,11 +64,8 @@ class Distiller(StudentWrapper):
             self.distill[config.name] = config.build(self.student)
             self.loss_configs[config.name] = config
         # Queues are the same on all processes by themselves, and too large to be sent at each forward.
-        self._ddp_params_and_buffers_to_ignore = [
-            f'{DISTILL}{name}.{buffer}'
-            for name, loss in self.distill.items()
-            for buffer in getattr(loss, 'local_buffers', ())
-        ]
+        local = ((name, buffer) for name, loss in self.distill.items() for buffer in getattr(loss, 'local_buffers', ()))
+        self._ddp_params_and_buffers_to_ignore = [f'{DISTILL}{name}.{buffer}' for name, buffer in local]
         self._teacher: FrozenTeacher | None = None
         self.teaches_itself = isinstance(teacher, str)
         if isinstance(teacher, Mapping):
@@ -109,11 +106,7 @@ class Distiller(StudentWrapper):
         self._teacher.apply_(lambda tensor: tensor.to(device))
 
     def snapshot_teacher(self, state_dict: Mapping[str, Tensor] | None = None) -> nn.Module:
-        """Let a copy of the student, as it is now, teach from now on, and return it.
-
-        Args:
-            state_dict: Weights for the copy, where a run is resumed that took its snapshot before.
-        """
+        """Let a copy of the student, as it is now or with the weights of an earlier snapshot, teach, and return it."""
         module = copy.deepcopy(self.student)
         if state_dict is not None:
             module.load_state_dict(state_dict)
@@ -138,12 +131,7 @@ class Distiller(StudentWrapper):
     def forward(
         self, inputs: Tensor, data_samples: list | None = None, mode: str = 'tensor'
     ) -> dict[str, Tensor] | list | Tensor | tuple:
-        """Do what the student does; in mode 'loss' add `loss_distill_<name>` for each loss.
-
-        Args:
-            inputs: The preprocessed batch, `(N, C, H, W)`.
-            data_samples: As the student takes them.
-            mode: 'loss', 'predict' or 'tensor'.
+        """Do what the student does with a preprocessed batch `(N, C, H, W)`; in mode 'loss' add `loss_distill_<name>`.
 
         Raises:
             ValueError: If a tap sees no tensor, or a loss needs labels that the samples do not have.

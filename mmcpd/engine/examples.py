@@ -18,12 +18,7 @@ from mmcpd.engine.random_state import seeded
 from mmcpd.engine.wrappers import student_config, type_name
 
 # Transforms that fix the size of a picture, and the key of the size: (W, H) as in mmcv, (H, W) for crops.
-SIZES = {
-    'CenterCrop': 'crop_size',
-    'RandomCrop': 'crop_size',
-    'RandomResizedCrop': 'scale',
-    'Resize': 'scale',
-}
+SIZES = {'CenterCrop': 'crop_size', 'RandomCrop': 'crop_size', 'RandomResizedCrop': 'scale', 'Resize': 'scale'}
 
 
 def noise(number: int, shape: Sequence[int]) -> Tensor:
@@ -36,10 +31,6 @@ def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
 
     Raises:
         ValueError: it is not three positive integers.
-
-    Example:
-        >>> check_shape([3, 32, 32])
-        (3, 32, 32)
     """
     if isinstance(shape, str) or len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
         raise ValueError(f'input_shape is (C, H, W), three positive integers: got {shape}')
@@ -49,14 +40,10 @@ def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
 def input_shape(cfg: Config, given: Sequence[int] | None = None, pictures: Dataset | None = None) -> tuple[int, ...]:
     """Decide the shape of the input that a model is combed with, (C, H, W), for training and for every tool.
 
-    It is the first of: `given`; the `input_shape` of the config's PruneHook or CombHook; the size in the config (the
-    preprocessor's `size`, the last transform of the test pipeline that fixes one, `crop_size`, the training pipeline);
-    the first training picture. Reading the picture leaves all random numbers as they were.
-
-    Args:
-        cfg: the config.
-        given: wins over everything else: an option of a tool, or what a checkpoint was combed with.
-        pictures: the data set that is trained on, where it is built already.
+    It is the first of: `given` (an option of a tool, or what a checkpoint was combed with); the `input_shape` of the
+    config's PruneHook or CombHook; the size in the config (the preprocessor's `size`, the last transform of the test
+    pipeline that fixes one, `crop_size`, the training pipeline); the first training picture, from `pictures` where that
+    data set is built already. Reading the picture leaves all random numbers as they were.
 
     Raises:
         ValueError: nothing gives a size, or it is not (C, H, W).
@@ -94,22 +81,11 @@ def data_batches(
 ) -> list[Tensor]:
     """Return batches of the given sizes from the test data, each (N, C, H, W), spread over the whole set.
 
-    Pictures of another size are scaled to `shape`, after the model's own preprocessing.
-
-    Args:
-        config: Holds `test_dataloader`.
-        model: Its `data_preprocessor` normalises.
-        sizes: Batch sizes.
-        shape: (H, W); None: that of `example_inputs`.
+    The model's `data_preprocessor` normalises them; then pictures of another size are scaled to `shape`, (H, W), or to
+    that of `example_inputs`.
 
     Raises:
         ValueError: The config has no test data, or the data set is empty.
-
-    Example:
-        >>> from mmcpd.engine.build import build_dense
-        >>> config = 'configs/cpd/resnet50_prune.py'
-        >>> [len(x) for x in data_batches(config, build_dense(config), (1, 3))]  # doctest: +SKIP
-        [1, 3]
     """
     cfg = as_config(config)
     if cfg.get('test_dataloader') is None:
@@ -146,13 +122,8 @@ def _preprocessed(sample: dict, model: nn.Module, shape: tuple[int, int]) -> Ten
 
 
 def _config_size(cfg: Config, preprocessor: Mapping[str, Any]) -> tuple[int, int] | None:
-    found = (
-        _pair(preprocessor.get('size')),
-        _pipeline_size(cfg, 'test_dataloader'),
-        _pair(cfg.get('crop_size')),
-        _pipeline_size(cfg, 'train_dataloader'),
-    )
-    return next((size for size in found if size), None)
+    size = _pair(preprocessor.get('size')) or _pipeline_size(cfg, 'test_dataloader')
+    return size or _pair(cfg.get('crop_size')) or _pipeline_size(cfg, 'train_dataloader')
 
 
 def _pair(size: Any) -> tuple[int, int] | None:

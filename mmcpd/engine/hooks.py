@@ -180,7 +180,8 @@ class PruneHook(Hook):
             self.closure = self.pruner.closure = StepClosure(runner.model, runner.optim_wrapper)
         if is_main_process():
             (Path(runner.work_dir) / TABLE).write_text(f'{coupling}\n', encoding='utf-8')
-        runner.logger.info(f'this run:\n{plan(runner, self.pruner)}')
+        for line in plan(runner, self.pruner):
+            runner.logger.info(line)
         if loaded is not None:
             self.pruner.load_state_dict(loaded['pruner'])
         else:

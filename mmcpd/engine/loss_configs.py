@@ -47,9 +47,7 @@ class LossConfig:
     def read(config: Mapping[str, Any], taken: Collection[str] = ()) -> LossConfig:
         """Read one loss's dict; what is not about the taps or the name are the loss's own arguments.
 
-        Args:
-            config: `type`, and what it needs of `tap` ('logits'), `teacher_tap` (as `tap`), `name` (of the type).
-            taken: Names that other losses have.
+        Defaults: `tap` is 'logits', `teacher_tap` is as `tap`, `name` of the type; `taken` are other losses' names.
 
         Raises:
             ValueError: If there is no type, or the name is taken or no identifier.

@@ -17,17 +17,8 @@ from mmcpd.prune import Pruner
 REASONS = 3  # lines about what is frozen
 
 
-def plan(runner: Runner, pruner: Pruner) -> str:
-    """Say in at most ten lines what a run will do: with what, how far, when, and where the results go.
-
-    Args:
-        runner: about to train.
-        pruner: what will prune its model.
-
-    Example:
-        >>> print(plan(runner, pruner).splitlines()[0])  # doctest: +SKIP
-        model    ImageClassifier: 1.3 M MACs, 0.01 M parameters at 3x32x32
-    """
+def plan(runner: Runner, pruner: Pruner) -> list[str]:
+    """Say in at most ten lines what a run will do: with what, how far, when, and where the results go."""
     coupling, schedule = pruner.coupling, pruner.schedule
     model = unwrapped(runner.model)
     cost = coupling.cost(coupling.keep())
@@ -46,7 +37,7 @@ def plan(runner: Runner, pruner: Pruner) -> str:
         ('teacher', _teacher(model, int(schedule.begin))),
         ('results', f'{runner.work_dir}: coupling.txt now, dense.pth when pruning begins, slim.pth at the end'),
     ]  # fmt: skip
-    return '\n'.join(f'{name:<9}{text}' for name, text in lines)
+    return [f'{name:<9}{text}' for name, text in lines]
 
 
 def _data(runner: Runner) -> str:

@@ -9,11 +9,7 @@ from mmcpd.cost import COSTS
 from mmcpd.coupling import Coupling, Keep, aligned
 
 # Quantity -> name, unit and its sign.
-ROWS = {
-    'macs': ('MACs', 1e6, ' M'),
-    'params': ('parameters', 1e6, ' M'),
-    'memory': ('activations', 2**20, ' MiB'),
-}
+ROWS = {'macs': ('MACs', 1e6, ' M'), 'params': ('parameters', 1e6, ' M'), 'memory': ('activations', 2**20, ' MiB')}
 
 
 def costs(coupling: Coupling, keep: Keep) -> dict[str, int]:
@@ -28,11 +24,7 @@ def costs(coupling: Coupling, keep: Keep) -> dict[str, int]:
 
 
 def comparison(dense: Mapping[str, Any], small: Mapping[str, Any]) -> str:
-    """Return a table of costs and metrics, dense beside slim.
-
-    Args:
-        dense: what `costs` returns, and `metrics` (name to number) where the model was validated.
-        small: the same of the slim model.
+    """Return a table of what `costs` returns, and of `metrics` (name to number) where validated, dense beside slim.
 
     Example:
         >>> print(comparison(costs(coupling, coupling.keep()), costs(coupling, keep)).splitlines()[0].split())

@@ -25,13 +25,9 @@ PathLike: TypeAlias = str | os.PathLike
 
 
 def save_slim(path: PathLike, model: nn.Module, structure: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
-    """Write a slim model's checkpoint, whole or not at all.
+    """Write a slim model's checkpoint, whole or not at all; its folder is made.
 
-    Args:
-        path: The file to write; its folder is made.
-        model: The slim model.
-        structure: What `mmcpd.slim.structure` returned for the dense model and it.
-        meta: What a reader should know: plain values only. MMEngine's own readers look for `dataset_meta`.
+    `structure` is that of `mmcpd.slim.structure`, `meta` plain values; MMEngine's own readers look for `dataset_meta`.
 
     Raises:
         ValueError: `meta` or `structure` holds something that is not plain; reading it could run code.
@@ -70,9 +66,6 @@ def read_slim(path: PathLike) -> dict[str, Any]:
 
     Raises:
         SlimError: The file is missing, truncated, not a slim checkpoint, or of another version.
-
-    Example:
-        >>> read_slim('work_dirs/resnet50_prune/slim.pth')['meta']['slim']['macs']  # doctest: +SKIP
     """
     with readable(path):
         content = torch.load(path, map_location='cpu', weights_only=True)
@@ -94,12 +87,7 @@ def read_slim(path: PathLike) -> dict[str, Any]:
 
 
 def is_slim(path: PathLike) -> bool:
-    """Say whether a file is a slim checkpoint, of any version; whatever cannot be read is not.
-
-    Example:
-        >>> is_slim('there/is/no/such.pth')
-        False
-    """
+    """Say whether a file is a slim checkpoint, of any version; whatever cannot be read is not."""
     try:
         with readable(path):
             content = torch.load(path, map_location='cpu', weights_only=True)

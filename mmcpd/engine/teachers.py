@@ -19,14 +19,10 @@ from mmcpd.errors import SlimError
 
 
 class FrozenTeacher:
-    """Run a frozen model on the student's batches, and return what its taps see.
+    """Run a model, frozen in place and put into eval mode, on the student's batches, and return what its taps see.
 
     It is no `nn.Module`, so that a distiller may hold it without its weights being parameters, saved, broadcast or
     put into training mode. Copies of the distiller (an EMA's) share it. It runs no further than its last tap.
-
-    Args:
-        module: The teacher; frozen and put into eval mode, in place.
-        taps: Names of module outputs, as in `mmcpd.distill.Tap`.
 
     Raises:
         ValueError: If a tap's name is not known.
@@ -69,11 +65,6 @@ def load_teacher(teacher: Mapping[str, Any]) -> nn.Module:
 
     Raises:
         ValueError: If a key is missing or unknown, or the checkpoint cannot be read or is of another model.
-
-    Example:
-        >>> load_teacher({'config': 'mmpretrain::resnet/resnet101_8xb32_in1k.py', 'checkpoint': 'r101.pth'})
-        Traceback (most recent call last):
-        ValueError: teacher: r101.pth: there is no such checkpoint
     """
     keys = {'config', 'checkpoint', 'cfg_options'}
     if not {'config', 'checkpoint'} <= teacher.keys() <= keys or teacher.get('checkpoint') is None:

@@ -23,12 +23,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def bare_model(model: nn.Module) -> nn.Module:
-    """Return the model inside a data-parallel wrapper and a distiller: the one that is combed, pruned and slimmed.
-
-    Example:
-        >>> bare_model(nn.DataParallel(model)) is model
-        True
-    """
+    """Return the model inside a data-parallel wrapper and a distiller: the one that is combed, pruned and slimmed."""
     model = unwrapped(model)
     return model.student if isinstance(model, StudentWrapper) else model
 
@@ -36,9 +31,7 @@ def bare_model(model: nn.Module) -> nn.Module:
 class StudentWrapper(BaseModel):
     """Pass for the student that it holds: in attributes, in names of parameters, and in the state dict.
 
-    Args:
-        student: The wrapped model; its preprocessor is used.
-        init_cfg: As for any MMEngine module.
+    Its preprocessor is the student's; `init_cfg` is as for any MMEngine module.
     """
 
     student: BaseModel
@@ -69,33 +62,20 @@ class StudentWrapper(BaseModel):
     def parse_losses(self, losses: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         return self.student.parse_losses(losses)
 
-    def named_parameters(
-        self, prefix: str = '', recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Parameter]]:
+    def named_parameters(self, prefix: str = '', *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """Name the parameters as the bare student does: rules about names (learning rates by layer) still apply."""
-        for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
+        for name, parameter in super().named_parameters(prefix, *args, **kwargs):
             yield bare_name(name, prefix), parameter
 
-    def named_buffers(
-        self, prefix: str = '', recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, Tensor]]:
-        for name, buffer in super().named_buffers(prefix, recurse, remove_duplicate):
+    def named_buffers(self, prefix: str = '', *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
+        for name, buffer in super().named_buffers(prefix, *args, **kwargs):
             yield bare_name(name, prefix), buffer
 
     def get_layer_depth(self, param_name: str, *args: Any) -> tuple[int, int]:
         """Answer mmpretrain's layer-wise learning rates, which walk the modules and so see `student.`."""
         return self.student.get_layer_depth(param_name.removeprefix(STUDENT), *args)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Tensor],
-        prefix: str,
-        local_metadata: dict,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         """Take the bare student's names; torch's and MMEngine's loaders both call this, with a copy."""
         for key in [k for k in state_dict if k.startswith(prefix) and not k.startswith(prefix + DISTILL)]:
             state_dict[prefix + STUDENT + key.removeprefix(prefix)] = state_dict.pop(key)
@@ -105,10 +85,8 @@ class StudentWrapper(BaseModel):
         added = {} if versions is None else {f'{STUDENT}{k}'.rstrip('.'): v for k, v in versions.items()}
         if versions is not None:
             versions.update(added)
-        self._loading = (prefix, versions, added, error_msgs)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        self._loading = (prefix, versions, added, args[-1])  # the last argument is the list of errors
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 # -- names in a state dict ---------------------------------------------------------------------------------------------
@@ -174,7 +152,6 @@ def student_config(cfg: Config) -> ConfigDict:
     """Return a copy of the config of the bare model inside a distiller or `slimmed`, with its preprocessor.
 
     Example:
-        >>> from mmengine.config import Config
         >>> student_config(Config({'model': {'type': 'mmcpd.Distiller', 'student': {'type': 'ImageClassifier'}}}))
         {'type': 'ImageClassifier'}
     """

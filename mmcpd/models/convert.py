@@ -17,26 +17,22 @@ def backbone_state_dict(checkpoint: Mapping[str, Any], prefix: str | None = None
     """Return the weights of a checkpoint, without the outer key, 'module.' and the backbone's prefix.
 
     Args:
-        checkpoint: What `torch.load` gave.
+        checkpoint: As `torch.load` gives it.
         prefix: Keep only the keys that begin so, and cut it off. By default 'backbone' where such keys exist.
 
     Raises:
         ValueError: If no key begins with the prefix.
 
     Example:
-        >>> import torch
-        >>> weights = {'backbone.smb1.bias': torch.zeros(1), 'decode_head.conv_seg.bias': torch.zeros(1)}
-        >>> list(backbone_state_dict({'state_dict': weights}))
+        >>> list(backbone_state_dict({'state_dict': {'backbone.smb1.bias': 1, 'decode_head.conv_seg.bias': 2}}))
         ['smb1.bias']
     """
     outer = next((key for key in OUTER_KEYS if isinstance(checkpoint.get(key), Mapping)), None)
     weights = checkpoint if outer is None else checkpoint[outer]
     weights = {key.removeprefix('module.'): value for key, value in weights.items()}
-    if prefix is None:
-        if not any(key.startswith('backbone.') for key in weights):
-            return weights
-        prefix = 'backbone'
-    prefix = prefix.removesuffix('.') + '.'
+    if prefix is None and not any(key.startswith('backbone.') for key in weights):
+        return weights
+    prefix = ('backbone' if prefix is None else prefix).removesuffix('.') + '.'
     found = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
     if not found:
         heads = sorted({key.split('.')[0] for key in weights})
@@ -50,10 +46,7 @@ def backbone_state_dict(checkpoint: Mapping[str, Any], prefix: str | None = None
 def load_backbone(backbone: nn.Module, path: str, prefix: str | None = None) -> None:
     """Load a checkpoint's weights into the backbone, in place; leave out and log a classifier's own layers.
 
-    Args:
-        backbone: The model that gets the weights.
-        path: A file or URL, anything that MMEngine's `CheckpointLoader` takes.
-        prefix: See `backbone_state_dict`.
+    `path` is a file or URL, anything that MMEngine's `CheckpointLoader` takes; `prefix` as in `backbone_state_dict`.
 
     Raises:
         ValueError: If the checkpoint lacks weights of the backbone.

@@ -20,12 +20,7 @@ class FusionBlock(nn.Module):
     """
 
     def __init__(
-        self,
-        local_channels: int,
-        global_channels: int,
-        embed_dims: int,
-        align_corners: bool,
-        **conv_kwargs: Any,
+        self, local_channels: int, global_channels: int, embed_dims: int, align_corners: bool, **conv_kwargs: Any
     ) -> None:
         super().__init__()
         self.align_corners = align_corners
@@ -52,8 +47,6 @@ class LightHead(BaseDecodeHead):
         ValueError: If the widths do not fit together.
 
     Example:
-        >>> import torch
-        >>> from mmcpd.models import LightHead
         >>> head = LightHead([6, 8], in_channels=[3, 4, 5], in_index=[0, 1, 2], channels=8, num_classes=150)
         >>> features = [torch.rand(1, c, s, s) for c, s in ((3, 8), (4, 2), (5, 1))]
         >>> tuple(head.eval()(features).shape)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,44 +21,32 @@ from torch import Tensor, nn
 from mmcpd.models.convert import load_backbone
 from mmcpd.registry import MODELS
 
-NORM_CFG: dict[str, Any] = dict(type='BN', requires_grad=True)
+NORM_CFG: dict = dict(type='BN', requires_grad=True)
 
 # One row per size. stages: kernel size, expansion ratio, output channels, stride of each inverted residual.
 # depths, key_dims, num_heads, mlp_ratios: one entry per transformer stage; these follow the last mobile ones.
 # fmt: off
 ARCHS: dict[str, dict[str, Any]] = dict(
     tiny=dict(
-        stem_channels=16,
+        stem_channels=16, depths=[2, 2], key_dims=[16, 24], num_heads=[4, 4], mlp_ratios=[2, 4],
         stages=[[[3, 1, 16, 1], [3, 4, 16, 2], [3, 3, 16, 1]],
-                [[5, 3, 32, 2], [5, 3, 32, 1]],
-                [[3, 3, 64, 2], [3, 3, 64, 1]],
-                [[5, 3, 128, 2]],
-                [[3, 6, 160, 2]]],
-        depths=[2, 2], key_dims=[16, 24], num_heads=[4, 4], mlp_ratios=[2, 4]),
+                [[5, 3, 32, 2], [5, 3, 32, 1]], [[3, 3, 64, 2], [3, 3, 64, 1]],
+                [[5, 3, 128, 2]], [[3, 6, 160, 2]]]),
     small=dict(
-        stem_channels=16,
+        stem_channels=16, depths=[3, 3], key_dims=[16, 24], num_heads=[6, 6], mlp_ratios=[2, 4],
         stages=[[[3, 1, 16, 1], [3, 4, 24, 2], [3, 3, 24, 1]],
-                [[5, 3, 48, 2], [5, 3, 48, 1]],
-                [[3, 3, 96, 2], [3, 3, 96, 1]],
-                [[5, 4, 160, 2]],
-                [[3, 6, 192, 2]]],
-        depths=[3, 3], key_dims=[16, 24], num_heads=[6, 6], mlp_ratios=[2, 4]),
+                [[5, 3, 48, 2], [5, 3, 48, 1]], [[3, 3, 96, 2], [3, 3, 96, 1]],
+                [[5, 4, 160, 2]], [[3, 6, 192, 2]]]),
     base=dict(
-        stem_channels=16,
+        stem_channels=16, depths=[4, 4], key_dims=[16, 24], num_heads=[8, 8], mlp_ratios=[2, 4],
         stages=[[[3, 1, 16, 1], [3, 4, 32, 2], [3, 3, 32, 1]],
-                [[5, 3, 64, 2], [5, 3, 64, 1]],
-                [[3, 3, 128, 2], [3, 3, 128, 1]],
-                [[5, 4, 192, 2]],
-                [[3, 6, 256, 2]]],
-        depths=[4, 4], key_dims=[16, 24], num_heads=[8, 8], mlp_ratios=[2, 4]),
+                [[5, 3, 64, 2], [5, 3, 64, 1]], [[3, 3, 128, 2], [3, 3, 128, 1]],
+                [[5, 4, 192, 2]], [[3, 6, 256, 2]]]),
     large=dict(
-        stem_channels=32,
+        stem_channels=32, depths=[3, 3, 3], key_dims=[16, 20, 24], num_heads=[8, 8, 8], mlp_ratios=[2, 4, 6],
         stages=[[[3, 3, 32, 1], [3, 4, 64, 2], [3, 4, 64, 1]],
-                [[5, 4, 128, 2], [5, 4, 128, 1]],
-                [[3, 4, 192, 2], [3, 4, 192, 1]],
-                [[5, 4, 256, 2]],
-                [[3, 6, 320, 2]]],
-        depths=[3, 3, 3], key_dims=[16, 20, 24], num_heads=[8, 8, 8], mlp_ratios=[2, 4, 6]),
+                [[5, 4, 128, 2], [5, 4, 128, 1]], [[3, 4, 192, 2], [3, 4, 192, 1]],
+                [[5, 4, 256, 2]], [[3, 6, 320, 2]]]),
 )
 # fmt: on
 ALIASES: dict[str, str] = dict(t='tiny', s='small', b='base', l='large')
@@ -77,7 +65,7 @@ class ConvNorm(nn.Sequential):
         kernel_size: int = 1,
         stride: int = 1,
         groups: int = 1,
-        norm_cfg: dict[str, Any] = NORM_CFG,
+        norm_cfg: dict = NORM_CFG,
         zero_init: bool = False,
     ) -> None:
         conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=False)
@@ -87,7 +75,7 @@ class ConvNorm(nn.Sequential):
 
 
 class InvertedResidual(nn.Module):
-    """Expand, convolve depthwise and project: (N, in_channels, H, W) -> (N, out_channels, H', W').
+    """Expand, convolve depthwise and project: (N, in_channels, H, W) -> (N, out_channels, H / stride, W / stride).
 
     Source: Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks", CVPR 2018.
     """
@@ -99,28 +87,24 @@ class InvertedResidual(nn.Module):
         kernel_size: int,
         stride: int,
         expand_ratio: int,
-        norm_cfg: dict[str, Any] = NORM_CFG,
+        norm_cfg: dict = NORM_CFG,
     ) -> None:
         super().__init__()
         hidden = expand_ratio * in_channels
         layers: list[nn.Module] = []
         if expand_ratio != 1:
             layers += [ConvNorm(in_channels, hidden, norm_cfg=norm_cfg), nn.ReLU()]
-        layers += [
-            ConvNorm(hidden, hidden, kernel_size, stride, groups=hidden, norm_cfg=norm_cfg),
-            nn.ReLU(),
-            ConvNorm(hidden, out_channels, norm_cfg=norm_cfg),
-        ]
+        layers += [ConvNorm(hidden, hidden, kernel_size, stride, groups=hidden, norm_cfg=norm_cfg), nn.ReLU()]
+        layers += [ConvNorm(hidden, out_channels, norm_cfg=norm_cfg)]
         self.conv = nn.Sequential(*layers)
         self.with_res_shortcut = stride == 1 and in_channels == out_channels
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the block's output, (N, out_channels, H / stride, W / stride), rounded up."""
         return x + self.conv(x) if self.with_res_shortcut else self.conv(x)
 
 
 class AxialPositionEmbedding(nn.Module):
-    """Add a learned embedding of `length` positions, interpolated to the length of the input.
+    """Add a learned embedding of `length` positions, interpolated to the length of the input: (N, C, L) -> (N, C, L).
 
     Source: Wan et al., SeaFormer, squeeze axial position embedding.
     """
@@ -130,7 +114,6 @@ class AxialPositionEmbedding(nn.Module):
         self.pos_embed = nn.Parameter(torch.randn(1, channels, length))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x plus the embedding, (N, C, L)."""
         return x + F.interpolate(self.pos_embed, x.shape[2], mode='linear', align_corners=False)
 
 
@@ -144,29 +127,20 @@ class SqueezeAxialAttention(nn.Module):
     """
 
     def __init__(
-        self,
-        embed_dims: int,
-        key_dim: int,
-        num_heads: int,
-        attn_ratio: int = 2,
-        norm_cfg: dict[str, Any] = NORM_CFG,
+        self, embed_dims: int, key_dim: int, num_heads: int, attn_ratio: int = 2, norm_cfg: dict = NORM_CFG
     ) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.key_dim = key_dim
-        self.head_dim = attn_ratio * key_dim
-        self.scale = key_dim**-0.5
+        self.num_heads, self.scale = num_heads, key_dim**-0.5
+        self.key_dim, self.head_dim = key_dim, attn_ratio * key_dim
         qk_width, v_width = num_heads * self.key_dim, num_heads * self.head_dim
         all_width = 2 * qk_width + v_width
 
         self.to_q = ConvNorm(embed_dims, qk_width, norm_cfg=norm_cfg)
         self.to_k = ConvNorm(embed_dims, qk_width, norm_cfg=norm_cfg)
         self.to_v = ConvNorm(embed_dims, v_width, norm_cfg=norm_cfg)
-
         self.dwconv = ConvNorm(all_width, all_width, 3, groups=all_width, norm_cfg=norm_cfg)
         self.act = nn.ReLU6()
         self.pwconv = ConvNorm(all_width, embed_dims, norm_cfg=norm_cfg)
-
         self.pos_emb_rowq = AxialPositionEmbedding(qk_width)
         self.pos_emb_rowk = AxialPositionEmbedding(qk_width)
         self.pos_emb_columnq = AxialPositionEmbedding(qk_width)
@@ -189,10 +163,8 @@ class SqueezeAxialAttention(nn.Module):
         return (weights @ v).transpose(2, 3).flatten(1, 2)  # (N, heads * head_dim, L)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the gated detail features, (N, C, H, W)."""
         q, k, v = self.to_q(x), self.to_k(x), self.to_v(x)
         detail = self.pwconv(self.act(self.dwconv(torch.cat((q, k, v), dim=1))))
-
         row = self.attend(self.pos_emb_rowq(q.mean(3)), self.pos_emb_rowk(k.mean(3)), v.mean(3))
         row = self.proj_encode_row(row.unsqueeze(3))  # (N, heads * head_dim, H, 1)
         column = self.attend(self.pos_emb_columnq(q.mean(2)), self.pos_emb_columnk(k.mean(2)), v.mean(2))
@@ -203,7 +175,7 @@ class SqueezeAxialAttention(nn.Module):
 class ConvMlp(nn.Module):
     """Expand, mix 3x3 neighbours depthwise and project back: (N, C, H, W) -> (N, C, H, W)."""
 
-    def __init__(self, embed_dims: int, mlp_ratio: int, norm_cfg: dict[str, Any] = NORM_CFG) -> None:
+    def __init__(self, embed_dims: int, mlp_ratio: int, norm_cfg: dict = NORM_CFG) -> None:
         super().__init__()
         hidden = mlp_ratio * embed_dims
         self.fc1 = ConvNorm(embed_dims, hidden, norm_cfg=norm_cfg)
@@ -212,7 +184,6 @@ class ConvMlp(nn.Module):
         self.fc2 = ConvNorm(hidden, embed_dims, norm_cfg=norm_cfg)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the mixed features, (N, C, H, W)."""
         return self.fc2(self.act(self.dwconv(self.fc1(x))))
 
 
@@ -220,13 +191,7 @@ class TransformerBlock(nn.Module):
     """Add attention, then an MLP, each as a residual branch with drop path: (N, C, H, W) -> (N, C, H, W)."""
 
     def __init__(
-        self,
-        embed_dims: int,
-        key_dim: int,
-        num_heads: int,
-        mlp_ratio: int,
-        drop_path: float,
-        norm_cfg: dict[str, Any] = NORM_CFG,
+        self, embed_dims: int, key_dim: int, num_heads: int, mlp_ratio: int, drop_path: float, norm_cfg: dict = NORM_CFG
     ) -> None:
         super().__init__()
         self.attn = SqueezeAxialAttention(embed_dims, key_dim, num_heads, norm_cfg=norm_cfg)
@@ -234,7 +199,6 @@ class TransformerBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the block's output, (N, C, H, W)."""
         x = x + self.drop_path(self.attn(x))
         return x + self.drop_path(self.mlp(x))
 
@@ -256,10 +220,7 @@ class SeaFormer(BaseModule):
         ValueError: If the name is unknown, a field is missing or unknown, or the fields' lengths disagree.
 
     Example:
-        >>> import torch
-        >>> from mmcpd.models import SeaFormer
-        >>> features = SeaFormer('tiny').eval()(torch.rand(1, 3, 64, 64))
-        >>> [tuple(f.shape) for f in features]
+        >>> [tuple(features.shape) for features in SeaFormer('tiny').eval()(torch.rand(1, 3, 64, 64))]
         [(1, 32, 8, 8), (1, 128, 2, 2), (1, 160, 1, 1)]
     """
 
@@ -268,7 +229,7 @@ class SeaFormer(BaseModule):
         arch: str | Mapping[str, Any] = 'tiny',
         in_channels: int = 3,
         drop_path_rate: float = 0.1,
-        norm_cfg: dict[str, Any] = NORM_CFG,
+        norm_cfg: dict = NORM_CFG,
         init_cfg: dict[str, Any] | list[dict[str, Any]] | None = None,
     ) -> None:
         super().__init__(init_cfg)
@@ -335,14 +296,13 @@ def _resolve(arch: str | Mapping[str, Any]) -> Mapping[str, Any]:
     fields = set(ARCHS['tiny'])
     if set(arch) != fields:
         raise ValueError(f'SeaFormer: a dict arch needs exactly {sorted(fields)}, not {sorted(arch)}')
-    per_stage: dict[str, Sequence[int]] = {k: arch[k] for k in ('depths', 'key_dims', 'num_heads', 'mlp_ratios')}
-    lengths = {k: len(v) for k, v in per_stage.items()}
+    lengths = {key: len(arch[key]) for key in ('depths', 'key_dims', 'num_heads', 'mlp_ratios')}
     if len(set(lengths.values())) != 1:
         raise ValueError(f'SeaFormer: give one entry per transformer stage in each of {lengths}')
     room = len(arch['stages']) - 2
     if lengths['depths'] > room:
         raise ValueError(
-            f'SeaFormer: {room + 2} mobile stages take at most {room} transformer stages, not '
-            f'{lengths["depths"]}; the first two only make the 1/8 features'
+            f'SeaFormer: {room + 2} mobile stages take at most {room} transformer stages, not {lengths["depths"]}; '
+            'the first two only make the 1/8 features'
         )
     return arch

@@ -8,23 +8,7 @@ from .scores import Curvature, GroupFisher, Hessian, Magnitude, Random
 from .selection import check_floors, check_reachable, reachable, select, shares
 
 __all__ = [
-    'IMPORTANCES',
-    'NORMALIZERS',
-    'Curvature',
-    'GroupFisher',
-    'Hessian',
-    'Importance',
-    'Magnitude',
-    'Pruner',
-    'Random',
-    'Schedule',
-    'build_importance',
-    'check_floors',
-    'check_importance',
-    'check_reachable',
-    'normalize',
-    'reachable',
-    'register_importance',
-    'select',
-    'shares',
-]
+    'IMPORTANCES', 'NORMALIZERS', 'Curvature', 'GroupFisher', 'Hessian', 'Importance', 'Magnitude', 'Pruner', 'Random',
+    'Schedule', 'build_importance', 'check_floors', 'check_importance', 'check_reachable', 'normalize', 'reachable',
+    'register_importance', 'select', 'shares',
+]  # fmt: skip

@@ -34,31 +34,17 @@ class CutRows(NamedTuple):
 
 
 def row_dot(w: Tensor, g: Tensor, dim: int) -> Tensor:
-    """Sum `w * g` over every dimension except `dim`.
-
-    Args:
-        w: any shape, size C in `dim`.
-        g: the same shape.
-        dim: the dimension that is kept.
-
-    Returns:
-        Tensor of shape (C,), in at least float32.
-
-    Example:
-        >>> from mmcpd.prune.gates import row_dot
-        >>> row_dot(torch.ones(4, 2), torch.ones(4, 2), dim=1)
-        tensor([4., 4.])
-    """
+    """Sum `w * g`, two tensors of one shape, over every dimension except `dim`: (C,), in at least float32."""
     if w.dtype in (torch.float16, torch.bfloat16):
         w, g = w.float(), g.float()
     if w.device.type != 'cpu' or not (w.is_contiguous() and g.is_contiguous()):
-        product = w * g
-        others = [d for d in range(w.dim()) if d != dim]
-        return product.sum(others) if others else product
+        return sum_except(w * g, dim)
     channels = w.shape[dim]
     before = w.shape[:dim].numel()
     if before == 1:
-        return _row_dot_leading(w.reshape(channels, -1), g.reshape(channels, -1))
+        w, g = w.reshape(channels, -1), g.reshape(channels, -1)
+        step = max(1, _CACHED // max(1, w.shape[1]))
+        return torch.cat([(w[i : i + step] * g[i : i + step]).sum(1) for i in range(0, channels, step)])
     w, g = w.reshape(before, -1), g.reshape(before, -1)  # (before, C * after)
     step = min(before, max(1, _CACHED // max(1, w.shape[1])))
     total = w.new_zeros(step, w.shape[1])
@@ -68,35 +54,24 @@ def row_dot(w: Tensor, g: Tensor, dim: int) -> Tensor:
     return total.sum(0).reshape(channels, -1).sum(1)
 
 
-def _row_dot_leading(w: Tensor, g: Tensor) -> Tensor:
-    """Sum `w * g` over the last dimension: (C, K) and (C, K) to (C,)."""
-    step = max(1, _CACHED // max(1, w.shape[1]))
-    return torch.cat([(w[i : i + step] * g[i : i + step]).sum(1) for i in range(0, w.shape[0], step)])
+def sum_except(x: Tensor, *dims: int) -> Tensor:
+    """Sum over every dimension except `dims`."""
+    others = [d for d in range(x.dim()) if d not in dims]
+    return x.sum(others) if others else x
 
 
 class Gates:
-    """All units of all groups in one flat vector, and the rows that each of them cuts.
-
-    Args:
-        groups: the groups of a `Coupling`.
+    """All units of the groups of a `Coupling` in one flat vector, and the rows that each of them cuts.
 
     Raises:
         ValueError: a group has no cut.
-
-    Example:
-        >>> from mmcpd.prune.gates import Gates
-        >>> gates = Gates(coupling.groups)
-        >>> model(images).sum().backward()
-        >>> gates.split(gates.gradient(model))['conv1'].shape    # dL/dm of each unit of this group
-        torch.Size([8])
     """
 
     def __init__(self, groups: Iterable[Group]) -> None:
         self.slices: dict[str, slice] = {}
         self.units = 0
         self.groups: dict[Cut, list[str]] = {}  # whose units a cut shows
-        rows: dict[Cut, list[Tensor]] = {}
-        units: dict[Cut, list[Tensor]] = {}
+        found: dict[Cut, list[CutRows]] = {}
         for group in groups:
             if not group.cut:
                 raise ValueError(
@@ -107,11 +82,10 @@ class Gates:
             for member in group.cut:
                 cut = Cut(member.tensor, member.dim)
                 self.groups.setdefault(cut, []).append(group.name)
-                rows.setdefault(cut, []).append(member.index.reshape(-1).cpu())
-                unit = torch.arange(self.units, stop).repeat_interleave(member.index.shape[1])
-                units.setdefault(cut, []).append(unit)
+                units = torch.arange(self.units, stop).repeat_interleave(member.index.shape[1])
+                found.setdefault(cut, []).append(CutRows(member.index.reshape(-1).cpu(), units))
             self.units = stop
-        self.cuts = {cut: CutRows(torch.cat(rows[cut]), torch.cat(units[cut])) for cut in rows}
+        self.cuts = {cut: CutRows(*map(torch.cat, zip(*parts, strict=True))) for cut, parts in found.items()}
 
     def check(self, model: nn.Module) -> None:
         """Refuse a model in which a tensor of the cut gets no gradient: nothing is known about its units.
@@ -149,19 +123,12 @@ class Gates:
 
     @torch.no_grad()
     def scale_(self, model: nn.Module, gates: Tensor) -> None:
-        """Multiply the cut's rows by their gates, in place.
-
-        Args:
-            model: the model that was combed.
-            gates: (units,), one factor a unit.
-        """
+        """Multiply the cut's rows by their gates, (units,), in place."""
         for cut, weight in self._weights(model):
             rows, units = self.rows(cut, weight.device)
             factors = torch.ones(weight.shape[cut.dim], dtype=weight.dtype, device=weight.device)
             factors[rows] = gates[units].to(weight)
-            shape = [1] * weight.dim()
-            shape[cut.dim] = -1
-            weight.mul_(factors.reshape(shape))
+            weight.movedim(cut.dim, -1).mul_(factors)
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
         """Cut a flat vector (units,) into one tensor per group."""
@@ -191,18 +158,11 @@ def never_prune(groups: list[str]) -> str:
 
 @contextmanager
 def untouched(*modules: nn.Module) -> Iterator[None]:
-    """Give back, bit by bit, parameters, gradients, buffers and torch's random state as they were on entry.
-
-    Example:
-        >>> from mmcpd.prune.gates import untouched
-        >>> with untouched(model):
-        ...     model(images).sum().backward()    # batch norm statistics and .grad are as before afterwards
-    """
+    """Give back, bit by bit, parameters, gradients, buffers and torch's random state as they were on entry."""
     parameters = list(dict.fromkeys(p for module in modules for p in module.parameters()))
     held = parameters + list(dict.fromkeys(b for module in modules for b in module.buffers()))
-    with torch.no_grad():
-        values = [t.detach().clone() for t in held]
-        grads = [(p.grad, None if p.grad is None else p.grad.detach().clone()) for p in parameters]
+    values = [t.detach().clone() for t in held]
+    grads = [(p.grad, None if p.grad is None else p.grad.detach().clone()) for p in parameters]
     devices = sorted({t.device.index for t in held if t.device.type == 'cuda'})
     try:
         with torch.random.fork_rng(devices=devices):

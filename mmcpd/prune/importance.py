@@ -1,8 +1,7 @@
 """How much a unit matters: what a score is, and the table of scores by name.
 
 A score is fed at the optimizer's step, where gradients are accumulated, averaged and un-scaled. It is
-read when units are to be removed. To add one: a subclass in `scores.py`, `@register_importance('name')`, and a row in
-the tests.
+read when units are to be removed.
 """
 
 from __future__ import annotations
@@ -30,7 +29,6 @@ def register_importance(name: str) -> Callable[[type[Importance]], type[Importan
         ValueError: the name is taken.
 
     Example:
-        >>> from mmcpd.prune import IMPORTANCES, Importance, register_importance
         >>> @register_importance('taylor')
         ... class Taylor(Importance):
         ...     def accumulate(self, model, *, closure=None, loss_scale=1.0):
@@ -49,18 +47,14 @@ def register_importance(name: str) -> Callable[[type[Importance]], type[Importan
 
 
 def build_importance(spec: str | Mapping[str, object], groups: Sequence[Group], *, seed: int = 0) -> Importance:
-    """Build an importance from its name, or from a mapping of `type` and options.
+    """Build an importance of some groups from its name, or from a mapping of `type` and options.
 
-    Args:
-        spec: `'hessian'`, or `dict(type='curvature', probes=2)`.
-        groups: those of a `Coupling`.
-        seed: of its random numbers, unless the options name another.
+    Its random numbers start from `seed`, unless the options name another.
 
     Raises:
         ValueError: unknown name or option, or a value that makes no sense.
 
     Example:
-        >>> from mmcpd.prune import build_importance
         >>> build_importance(dict(type='curvature', probes=2), coupling.groups).probes
         2
     """
@@ -81,7 +75,6 @@ def check_importance(spec: str | Mapping[str, object]) -> None:
         ValueError: as `build_importance`.
 
     Example:
-        >>> from mmcpd.prune import check_importance
         >>> check_importance('hesian')
         Traceback (most recent call last):
         ValueError: unknown importance 'hesian': did you mean hessian?
@@ -90,11 +83,9 @@ def check_importance(spec: str | Mapping[str, object]) -> None:
 
 
 class Importance:
-    """Scores of the units of some groups, added up over iterations since `reset`.
+    """Scores of the units of a coupling's groups, added up over iterations since `reset`.
 
-    Args:
-        groups: those of a `Coupling`; names in them are those of the model that `accumulate` gets.
-        seed: of whatever is random, the same on all processes.
+    The names in `groups` are those of the model that `accumulate` gets; `seed` is the same on all processes.
 
     Attributes:
         needs_closure: `accumulate` wants a closure that runs this step's forward and backward once more.
@@ -152,10 +143,8 @@ class Importance:
     def accumulate(self, model: nn.Module, *, closure: Closure | None = None, loss_scale: float = 1.0) -> None:
         """Add one optimizer step's evidence: call it before the step, with gradients averaged and un-scaled.
 
-        Args:
-            model: the bare model that was combed.
-            closure: runs forward and backward of the step's batches, leaving un-scaled gradients in `.grad`.
-            loss_scale: what losses were multiplied by before backward (mixed precision).
+        The model is the bare one that was combed. `closure` runs forward and backward of the step's batches and leaves
+        un-scaled gradients in `.grad`; losses were multiplied by `loss_scale` before backward (mixed precision).
         """
         raise NotImplementedError
 

@@ -24,23 +24,15 @@ NORMALIZERS: dict[str, Callable[[Cost, int], int]] = {
 def normalize(
     scores: Mapping[str, Tensor], coupling: Coupling, keep: Mapping[str, Tensor], *, by: str = 'memory'
 ) -> dict[str, Tensor]:
-    """Divide scores by what the unit's removal saves now, in float64 on the CPU.
+    """Divide scores, (units,) per group, by what the unit's removal saves under `keep`: float64 tensors on the CPU.
 
-    Args:
-        scores: one tensor (units,) per group.
-        coupling: what combing found.
-        keep: the kept units now.
-        by: `memory` (bytes of the group's outputs over all kept units), `channel_memory` (bytes of this unit's
-            outputs), `macs`, `params` or `none`.
-
-    Returns:
-        One float64 tensor (units,) per group; infinite where removal saves nothing.
+    `by` is `memory` (bytes of the group's outputs over all kept units), `channel_memory` (bytes of this unit's
+    outputs), `macs`, `params` or `none`. The result is infinite where removal saves nothing.
 
     Source: CPD, the memory regularisation I / M with M = dM * (kept units); `channel_memory` is I / dM of Group
     Fisher Pruning.
 
     Example:
-        >>> from mmcpd.prune import normalize
         >>> scores = {'conv1': torch.ones(8), 'conv2': torch.ones(4)}
         >>> normalize(scores, coupling, coupling.keep(), by='none')['conv2'].tolist()
         [1.0, 1.0, 1.0, 1.0]

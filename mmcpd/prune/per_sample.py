@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .gates import Cut, Gates, never_prune
+from .gates import Cut, Gates, never_prune, sum_except
 
 
 class Place(NamedTuple):
@@ -22,18 +22,12 @@ class Place(NamedTuple):
     channel: int
 
 
-# Module class -> {cut dimension of its weight: where the module shows it}.
+# Module classes -> {cut dimension of its weight: where the module shows it}.
 # An input needs a convolution of one group, where a column of the weight is a channel of the input.
-_CONV = {0: Place(False, 1), 1: Place(True, 1)}
-_CONV_TRANSPOSE = {0: Place(True, 1), 1: Place(False, 1)}
-PLACES: dict[type[nn.Module], dict[int, Place]] = {
-    nn.Linear: {0: Place(False, -1), 1: Place(True, -1)},
-    nn.Conv1d: _CONV,
-    nn.Conv2d: _CONV,
-    nn.Conv3d: _CONV,
-    nn.ConvTranspose1d: _CONV_TRANSPOSE,
-    nn.ConvTranspose2d: _CONV_TRANSPOSE,
-    nn.ConvTranspose3d: _CONV_TRANSPOSE,
+PLACES: dict[tuple[type[nn.Module], ...], dict[int, Place]] = {
+    (nn.Linear,): {0: Place(False, -1), 1: Place(True, -1)},
+    (nn.Conv1d, nn.Conv2d, nn.Conv3d): {0: Place(False, 1), 1: Place(True, 1)},
+    (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d): {0: Place(True, 1), 1: Place(False, 1)},
 }
 
 
@@ -42,13 +36,7 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        offset: Tensor | None,
-        channel: int,
-        copy: bool,
-        taps: SampleTaps,
-        cut: Cut,
+        ctx: Any, x: Tensor, offset: Tensor | None, channel: int, copy: bool, taps: SampleTaps, cut: Cut
     ) -> Tensor:
         ctx.save_for_backward(x, offset)
         ctx.channel, ctx.taps, ctx.cut = channel % x.dim(), taps, cut
@@ -58,25 +46,18 @@ class _Tap(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, offset = ctx.saved_tensors
         if offset is not None:
-            shape = [1] * x.dim()
-            shape[ctx.channel] = -1
-            x = x - offset.reshape(shape)
+            x = (x.movedim(ctx.channel, -1) - offset).movedim(-1, ctx.channel)
         if x.dtype in (torch.float16, torch.bfloat16):
             x = x.float()
-        product = x * grad
-        others = [d for d in range(1, x.dim()) if d != ctx.channel]
-        ctx.taps.receive(ctx.cut, product.sum(others) if others else product)
+        ctx.taps.receive(ctx.cut, sum_except(x * grad, 0, ctx.channel))
         return grad, None, None, None, None, None
 
 
 class SampleTaps:
     """Watch a model's passes and collect dL/dm of each gate for each sample.
 
-    Samples lie along the first dimension; windows or tokens that are folded into it must be its inner part.
-
-    Args:
-        gates: the gates of the model's groups.
-        model: the model itself; hooks stay on it until `remove`. A deep copy of it is not watched.
+    Samples lie along the first dimension; windows or tokens that are folded into it must be its inner part. Hooks stay
+    on the model until `remove`. A deep copy of it is not watched.
 
     Raises:
         ValueError: a tensor of the cut belongs to a module that cannot be tapped.
@@ -97,8 +78,7 @@ class SampleTaps:
     def receive(self, cut: Cut, found: Tensor) -> None:
         """Add one call's (N, C); a module called several times in one pass adds up sample by sample."""
         self._seen.add(cut)
-        before = self._batch.get(cut)
-        self._batch[cut] = found if before is None else before + found
+        self._batch[cut] = self._batch[cut] + found if cut in self._batch else found
 
     def pop(self) -> Tensor | None:
         """Return dL/dm of the batch seen last, (N, units), and forget it; None where nothing was seen.
@@ -113,9 +93,7 @@ class SampleTaps:
         total = first.new_zeros(samples, self.gates.units)
         for cut, found in self._batch.items():
             if len(found) % samples:
-                raise ValueError(
-                    f"'{cut.tensor}' sees {len(found)} samples where others see {samples}: {self._hint(cut)}"
-                )
+                raise self._refusal(cut, f"'{cut.tensor}' sees {len(found)} samples where others see {samples}")
             rows, units = self.gates.rows(cut, total.device)
             folded = found.reshape(samples, -1, found.shape[1]).sum(1)  # (N * windows, C) -> (N, C)
             total.index_add_(1, units, folded[:, rows].to(total))
@@ -133,14 +111,12 @@ class SampleTaps:
             grad = parameters[cut.tensor].grad
             seen = cut in self._seen or self._with_weight(cut)
             if not seen and grad is not None and bool(grad.any()):
-                raise ValueError(
-                    f"group_fisher cannot score '{cut.tensor}': its module is never called with a tensor that has "
-                    f'a gradient (as inside nn.MultiheadAttention): {self._hint(cut)}'
-                )
+                why = 'its module is never called with a tensor that has a gradient (as inside nn.MultiheadAttention)'
+                raise self._refusal(cut, f"group_fisher cannot score '{cut.tensor}': {why}")
         self._seen.clear()
 
-    def _hint(self, cut: Cut) -> str:
-        return f"use importance='hessian', or {never_prune(self.gates.groups[cut])}"
+    def _refusal(self, cut: Cut, why: str) -> ValueError:
+        return ValueError(f"{why}: use importance='hessian', or {never_prune(self.gates.groups[cut])}")
 
     def _with_weight(self, cut: Cut) -> bool:
         """Tell whether a bias of the cut is seen together with its weight, at the module's output."""
@@ -150,16 +126,12 @@ class SampleTaps:
     def _place(self, model: nn.Module, cut: Cut) -> Place:
         path, _, leaf = cut.tensor.rpartition('.')
         module = model.get_submodule(path)
-        places = next((table for cls, table in PLACES.items() if isinstance(module, cls)), {})
+        places = next((table for classes, table in PLACES.items() if isinstance(module, classes)), {})
         if leaf != 'weight' or cut.dim not in places:
-            raise ValueError(
-                f"group_fisher cannot score '{cut.tensor}' of a {type(module).__name__}: {self._hint(cut)}"
-            )
+            raise self._refusal(cut, f"group_fisher cannot score '{cut.tensor}' of a {type(module).__name__}")
         place = places[cut.dim]
         if place.in_input and getattr(module, 'groups', 1) != 1:
-            raise ValueError(
-                f"group_fisher cannot score the grouped convolution '{path}' by its input: {self._hint(cut)}"
-            )
+            raise self._refusal(cut, f"group_fisher cannot score the grouped convolution '{path}' by its input")
         return place
 
     def _tap(self, model: nn.Module, cut: Cut, place: Place) -> RemovableHandle:

@@ -36,8 +36,6 @@ class Pruner:
 
     Args:
         model: the very model that was combed, without a data-parallel wrapper.
-        coupling: what combing found.
-        optimizer: the one that steps its parameters.
         schedule: when units are removed and what remains, in iterations.
         importance: a name in `IMPORTANCES`, or a mapping of `type` and options.
         normalize: a name in `NORMALIZERS`.
@@ -87,9 +85,10 @@ class Pruner:
     ) -> None:
         look_up(NORMALIZERS, normalize, 'normalizer')
         self._begin, self._end = schedule.span()
-        check_reachable(coupling, schedule, min_units=min_units, round_to=round_to)
+        self._floors = {'min_units': min_units, 'round_to': round_to}
+        check_reachable(coupling, schedule, **self._floors)
         self.model, self.coupling, self.optimizer, self.schedule = model, coupling, optimizer, schedule
-        self.normalizer, self.min_units, self.round_to = normalize, min_units, round_to
+        self.normalizer = normalize
         self.importance = build_importance(importance, coupling.groups, seed=seed)
         self.importance.check(model)
         self.masker = Masker(model, coupling)
@@ -130,17 +129,12 @@ class Pruner:
             return False
         if not self.importance.every_iteration:
             self.importance.accumulate(self.model)
-        scores = self._scores()
-        if scores is None:
+        if (scores := self._scores()) is None:
             return False
+        scores = normalize(scores, self.coupling, self.keep, by=self.normalizer)
+        ratios = self.schedule.ratios(self.iteration)
         self.keep = select(
-            normalize(scores, self.coupling, self.keep, by=self.normalizer),
-            self.coupling,
-            self.keep,
-            self.schedule.ratios(self.iteration),
-            min_units=self.min_units,
-            round_to=self.round_to,
-            limit=self.schedule.units_per_event,
+            scores, self.coupling, self.keep, ratios, **self._floors, limit=self.schedule.units_per_event
         )
         self.importance.reset()
         self._last, self._waiting = self.iteration, False

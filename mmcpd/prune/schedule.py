@@ -57,17 +57,17 @@ class Schedule:
         object.__setattr__(self, 'target', dict(self.target))
         look_up(CURVES, self.curve, 'curve')
         for name, value in (('begin', self.begin), ('end', self.end)):
-            if not (_is_count(value, 0) or (isinstance(value, float) and 0 <= value <= 1)):
+            if not (is_count(value, 0) or (isinstance(value, float) and 0 <= value <= 1)):
                 raise ValueError(f'{name} is an iteration (int) or a share of the run (float in [0, 1]): got {value!r}')
         if type(self.end) is int and self.end == 1:
             raise ValueError('end=1 is the first iteration: write 1.0 for the whole run')
         if type(self.begin) is type(self.end) and self.begin >= self.end:
             raise ValueError(f'pruning begins at {self.begin}, so it cannot end at {self.end}')
-        if not _is_count(self.interval, 1):
+        if not is_count(self.interval, 1):
             raise ValueError(f'interval counts iterations, at least 1: got {self.interval!r}')
         if (self.curve == 'paper') != (self.units_per_event is not None):
             raise ValueError("units_per_event belongs to curve='paper', and that curve needs it")
-        if self.units_per_event is not None and not _is_count(self.units_per_event, 1):
+        if self.units_per_event is not None and not is_count(self.units_per_event, 1):
             raise ValueError(f'units_per_event is at least 1: got {self.units_per_event!r}')
 
     def resolve(self, iterations: int) -> Schedule:
@@ -75,11 +75,6 @@ class Schedule:
 
         Raises:
             ValueError: pruning would not end within the run.
-
-        Example:
-            >>> from mmcpd.prune import Schedule
-            >>> Schedule(target=dict(params=0.4), end=0.6).resolve(1000).end
-            600
         """
         begin, end = (
             round(value * iterations) if isinstance(value, float) else value for value in (self.begin, self.end)
@@ -135,5 +130,6 @@ def _check_target(target: object) -> None:
         )
 
 
-def _is_count(value: object, least: int) -> bool:
+def is_count(value: object, least: int) -> bool:
+    """Tell whether a value is an integer, and no boolean, of at least `least`."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least

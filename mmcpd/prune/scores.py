@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..coupling import Group, Role
 from ..names import look_up
-from .gates import untouched
+from .gates import Cut, sum_except, untouched
 from .importance import Closure, Importance, register_importance
 from .per_sample import SampleTaps
 
@@ -21,7 +21,6 @@ class Hessian(Importance):
     Source: CPD (arXiv 2408.03046), I_j = (sum over e of w_e * dL/dw_e)^2, here on one cut through the unit.
 
     Example:
-        >>> from mmcpd.prune import Hessian
         >>> score = Hessian(coupling.groups)
         >>> model(images).square().sum().backward()
         >>> score.accumulate(model)
@@ -37,10 +36,8 @@ class Hessian(Importance):
 class Curvature(Importance):
     """Squared Hessian-vector product on the gates, by a finite difference along random directions.
 
-    Args:
-        groups: those of a `Coupling`.
-        probes: directions z ~ N(0, I) per step, averaged; each costs one more forward and backward.
-        step: h in (grad(1 + h z) - grad(1)) / h.
+    That is (grad(1 + h z) - grad(1)) / h with h = `step`, averaged over `probes` directions z ~ N(0, I); each costs one
+    more forward and backward.
 
     Source: CPD: ||H||_F^2 = E_z ||H z||^2, taken per unit on the gates instead of the weights.
 
@@ -96,7 +93,6 @@ class GroupFisher(Importance):
     Source: Liu et al., Group Fisher Pruning, ICML 2021, equation 4.
 
     Example:
-        >>> from mmcpd.prune import GroupFisher
         >>> score = GroupFisher(coupling.groups)
         >>> score.attach(model)
         >>> model(images).square().sum().backward()
@@ -146,10 +142,7 @@ class GroupFisher(Importance):
 class Magnitude(Importance):
     """Norm of the unit's weights over all members with one of `roles`, the higher the more important.
 
-    Args:
-        groups: those of a `Coupling`.
-        p: 1 for the sum of absolute values, 2 for the sum of squares.
-        roles: members that count; statistics of a norm never do.
+    It is the sum of absolute values (`p=1`) or of squares (`p=2`). Statistics of a norm never count.
 
     Source: Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017 (roles=('out',) is theirs).
 
@@ -182,18 +175,16 @@ class Magnitude(Importance):
     def accumulate(self, model: nn.Module, *, closure: Closure | None = None, loss_scale: float = 1.0) -> None:
         parameters = dict(model.named_parameters(remove_duplicate=False))
         device = next(iter(parameters.values())).device
-        norms: dict[tuple[str, int], Tensor] = {}
+        norms: dict[Cut, Tensor] = {}
         found = []
         for group in self.groups:
             size = torch.zeros(group.units, device=device)
             for member in group.members:
                 if member.role in self.roles and member.tensor in parameters:
-                    at = (member.tensor, member.dim)
-                    if at not in norms:
-                        others = [d for d in range(parameters[at[0]].dim()) if d != at[1]]
-                        powers = parameters[at[0]].abs() if self.p == 1 else parameters[at[0]].square()
-                        norms[at] = powers.sum(others) if others else powers
-                    size = size + norms[at][member.index.to(device)].sum(1)
+                    cut, weight = Cut(member.tensor, member.dim), parameters[member.tensor]
+                    if cut not in norms:
+                        norms[cut] = sum_except(weight.abs() if self.p == 1 else weight.square(), member.dim)
+                    size = size + norms[cut][member.index.to(device)].sum(1)
             found.append(size)
         self.reset()
         self.add(torch.cat(found))

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..coupling import Coupling, Keep
 from ..errors import PruneError
 from ..names import look_up
-from .schedule import QUANTITIES, Schedule
+from .schedule import QUANTITIES, Schedule, is_count
 
 # Groups of at least so many units keep a multiple of `round_to`, because kernels of most hardware work in blocks of 8
 # or more channels. A smaller group would lose too large a part of itself at once.
@@ -24,7 +24,6 @@ def shares(coupling: Coupling, keep: Mapping[str, Tensor]) -> dict[str, float]:
     """Return what remains of each quantity under `keep`, as a share of the dense model's.
 
     Example:
-        >>> from mmcpd.prune import shares
         >>> shares(coupling, coupling.keep())
         {'macs': 1.0, 'params': 1.0, 'memory': 1.0, 'units': 1.0}
     """
@@ -49,24 +48,16 @@ def select(
     `round_to` of them in a large group. The search halves the list of chunks, with the closed-form cost at each trial:
     about 15 for a ResNet-50.
 
-    Args:
-        scores: one tensor (units,) per group, already normalised.
-        coupling: what combing found.
-        keep: the kept units so far; it is not changed.
-        ratios: share of the dense model's quantity that may remain, for some of `macs`, `params`, `memory`, `units`.
-        min_units: kept units of each group, at least one; a smaller group stays whole.
-        round_to: groups of at least 64 units (and of more than `round_to`) keep a multiple of it.
-        limit: at most this many units are removed; a chunk is not broken, so at least one chunk is.
-
-    Returns:
-        A new keep.
+    Scores are normalised ones, (units,) per group; `keep` are the kept units so far, and is not changed. The ratios are
+    shares of the dense model's quantities that may remain, for some of `macs`, `params`, `memory` and `units`. Each
+    group keeps `min_units` (a smaller one stays whole), and a group of at least 64 units, and of more than `round_to`,
+    a multiple of `round_to`. At most `limit` units are removed; a chunk is not broken, so at least one chunk is.
 
     Raises:
         ValueError: an unknown quantity, or a floor below 1.
         PruneError: the floors do not allow as little as the ratios, and there is no `limit`.
 
     Example:
-        >>> from mmcpd.prune import select, shares
         >>> scores = {group.name: torch.rand(group.units) for group in coupling.groups}
         >>> chosen = select(scores, coupling, coupling.keep(), {'macs': 0.5, 'params': 0.8})
         >>> shares(coupling, chosen)['macs'] <= 0.5
@@ -102,7 +93,6 @@ def reachable(coupling: Coupling, *, min_units: int = 1, round_to: int = 8) -> d
     """Return the lowest share of each quantity that the floors of `select` allow.
 
     Example:
-        >>> from mmcpd.prune import reachable
         >>> reachable(coupling)['units'] == 2 / 12    # one unit of each of the two groups
         True
     """
@@ -118,11 +108,10 @@ def check_floors(*, min_units: int, round_to: int) -> None:
         ValueError: one of them is not an integer of at least 1.
 
     Example:
-        >>> from mmcpd.prune import check_floors
         >>> check_floors(min_units=1, round_to=8)
     """
     for name, value in (('min_units', min_units), ('round_to', round_to)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not is_count(value, 1):
             raise ValueError(f'{name} counts units, at least 1: got {value!r}')
 
 
@@ -133,7 +122,6 @@ def check_reachable(coupling: Coupling, schedule: Schedule, *, min_units: int = 
         PruneError: no prunable group, a target below the range, or (curve `paper`) too few events.
 
     Example:
-        >>> from mmcpd.prune import Schedule, check_reachable
         >>> check_reachable(coupling, Schedule(target=dict(macs=0.5, params=0.6), end=100))
     """
     if not any(_steps(coupling, coupling.keep(), min_units, round_to).values()):

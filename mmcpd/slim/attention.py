@@ -7,8 +7,8 @@ replacement has the same parameters under the same names, so state dicts fit. A 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from functools import reduce
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ class SlimMultiheadAttention(nn.Module):
 
     Args:
         source: the attention to take over; parameters, dropout and `batch_first` are its own.
-        num_heads: heads that stay.
+        num_heads: heads that stay; all by default.
         scale: factor on q k^T, that of the dense module.
 
     Shapes: query `(B, L, E)`, key and value `(B, S, E)` with `batch_first`, else `(L, B, E)` and `(S, B, E)`.
@@ -28,9 +28,9 @@ class SlimMultiheadAttention(nn.Module):
 
     _qkv_same_embed_dim = False  # read by torch's encoder, whose fused kernel knows one width only
 
-    def __init__(self, source: nn.MultiheadAttention, num_heads: int, scale: float) -> None:
+    def __init__(self, source: nn.MultiheadAttention, num_heads: int | None = None, scale: float | None = None) -> None:
         super().__init__()
-        self.num_heads, self.scale = num_heads, scale
+        self.num_heads, self.scale = num_heads or source.num_heads, scale or source.head_dim**-0.5
         self.dropout, self.batch_first = source.dropout, source.batch_first
         self.in_proj_weight, self.in_proj_bias = source.in_proj_weight, source.in_proj_bias
         self.out_proj = nn.Linear(1, 1, bias=source.out_proj.bias is not None)
@@ -42,15 +42,8 @@ class SlimMultiheadAttention(nn.Module):
     def embed_dim(self) -> int:
         return int(self.in_proj_weight.shape[1])
 
-    @classmethod
-    def build(
-        cls, source: nn.MultiheadAttention, num_heads: int | None = None, scale: float | None = None
-    ) -> SlimMultiheadAttention:
-        """Take over a module; heads and scale are its own unless given."""
-        return cls(source, num_heads or source.num_heads, scale or source.head_dim**-0.5)
-
     def arguments(self) -> dict[str, Any]:
-        """Return what `build` needs beside the source, in plain types."""
+        """Return what the class needs beside the source, in plain types."""
         return {'num_heads': self.num_heads, 'scale': self.scale}
 
     def forward(
@@ -94,8 +87,7 @@ class SlimMultiheadAttention(nn.Module):
         if need_weights:
             logits = q @ k.transpose(-2, -1) * self.scale  # (B, heads, L, S)
             probabilities = (logits if mask is None else logits + mask).softmax(-1)
-            dropped = F.dropout(probabilities, self.dropout, self.training)
-            out = dropped @ v
+            out = F.dropout(probabilities, self.dropout, self.training) @ v
             probabilities = probabilities.mean(1) if average_attn_weights else probabilities
         else:
             dropout = self.dropout if self.training else 0.0
@@ -107,35 +99,30 @@ class SlimMultiheadAttention(nn.Module):
 
 def _merge_masks(mask: Tensor | None, padding: Tensor | None, like: Tensor, heads: int) -> Tensor | None:
     """Add an attention mask (L, S) or (B * heads, L, S) and a padding mask (B, S) as numbers to add to the logits."""
-    merged = None
-    for part, shape in ((mask, None), (padding, 'padding')):
-        if part is None:
-            continue
-        if part.dtype == torch.bool:
-            part = like.new_zeros(part.shape).masked_fill(part, float('-inf'))
-        if shape == 'padding':
-            part = part[:, None, None, :]
-        elif part.dim() == 3:
-            part = part.unflatten(0, (-1, heads))
-        merged = part if merged is None else merged + part
-    return merged
+    if mask is not None and mask.dim() == 3:
+        mask = mask.unflatten(0, (-1, heads))
+    if padding is not None:
+        padding = padding[:, None, None, :]
+    parts = [
+        like.new_zeros(part.shape).masked_fill(part, float('-inf')) if part.dtype == torch.bool else part
+        for part in (mask, padding)
+        if part is not None
+    ]
+    return reduce(torch.add, parts) if parts else None
 
 
-@dataclass(frozen=True)
-class Replacement:
-    """What is replaced, by what, and how."""
+class Replacement(NamedTuple):
+    """What is replaced, and by what."""
 
     source: Callable[[nn.Module], bool]
     kind: type[nn.Module]
-    build: Callable[..., nn.Module]
 
 
-REPLACEMENTS: dict[str, Replacement] = {
+REPLACEMENTS = {
     'MultiheadAttention': Replacement(
         lambda m: type(m) is nn.MultiheadAttention and m._qkv_same_embed_dim and m.bias_k is None,
         SlimMultiheadAttention,
-        SlimMultiheadAttention.build,
-    ),
+    )
 }
 
 

@@ -52,13 +52,10 @@ def spot(index: int, count: int) -> Spot | None:
         if _of(frame, _TORCH):
             return None
         if not _of(frame, _OURS):
-            return Spot(calling_module(frame), frame.f_code, frame.f_lasti, index, count)
+            # The module whose method runs in the nearest frame: no hook sees a call like `head.forward(x)`.
+            module = next((module for f in _frames(frame) if (module := _module(f)) is not None), None)
+            return Spot(module, frame.f_code, frame.f_lasti, index, count)
     return None
-
-
-def calling_module(frame: FrameType | None = None) -> nn.Module | None:
-    """Return the module whose method runs in the nearest frame: no hook tells where a caller says `head.forward(x)`."""
-    return next((module for f in _frames(frame) if (module := _module(f)) is not None), None)
 
 
 def code_place(path: str = '') -> tuple[nn.Module | None, CodePlace]:
@@ -187,14 +184,9 @@ def rewrite_(module: nn.Module, rewrites: Iterable[Rewrite]) -> None:
     functions = dict(_methods(kind))
     changed: dict[str, Any] = {}
     for name in dict.fromkeys(r.method for r in wanted):
-        function = functions.get(name)
+        function: Any = functions.get(name)
         tree = _parsed(function) if function is not None else None
-        if (
-            function is None
-            or tree is None
-            or function.__code__.co_freevars
-            or not isinstance(tree.body[0], _DEFINITIONS)
-        ):
+        if tree is None or function.__code__.co_freevars or not isinstance(tree.body[0], _DEFINITIONS):
             raise SlimError(f'{kind.__name__}.{name} has no source of its own to put a size into')
         replace = _Replace([r for r in wanted if r.method == name])
         tree = ast.fix_missing_locations(replace.visit(copy.deepcopy(tree)))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..coupling import Coupling, Keep
 from ..errors import SlimError
-from .mask import mask_, named_tensors
+from .mask import kept_rows, mask_, named_tensors
 from .slimming import slim
 
 
@@ -62,22 +62,11 @@ def difference(left: Any, right: Any) -> float:
         if a.numel() and not (a.is_floating_point() or a.is_complex()):
             worst = max(worst, float((a != b).float().mean()))  # labels, masks: the share that differs
         elif a.numel():
-            scale = float(a.abs().max())
-            gap = float((a - b).abs().max())
+            scale, gap = float(a.abs().max()), float((a - b).abs().max())
             worst = max(worst, gap / scale if scale > 0 else gap)
             if gap != gap:
                 return float('inf')
     return worst
-
-
-@torch.no_grad()
-def _masked_copy(model: nn.Module, coupling: Coupling, keep: Keep) -> nn.Module:
-    """Copy a model for masking; tensors that are not masked are shared."""
-    touched = {m.tensor for g in coupling.groups if not bool(keep[g.name].all()) for m in g.members}
-    memo: dict[int, Any] = {id(t): t for n, t in named_tensors(model).items() if n not in touched}
-    twin = copy.deepcopy(model, memo)
-    mask_(twin, coupling, keep)
-    return twin
 
 
 def compare(model: nn.Module, coupling: Coupling, keep: Keep, small: nn.Module | None = None) -> float:
@@ -87,7 +76,10 @@ def compare(model: nn.Module, coupling: Coupling, keep: Keep, small: nn.Module |
         >>> compare(model, coupling, coupling.keep()) < 1e-6
         True
     """
-    masked = _masked_copy(model, coupling, keep)
+    masked_names = kept_rows(coupling, keep)
+    shared: dict[int, Any] = {id(t): t for name, t in named_tensors(model).items() if name not in masked_names}
+    masked = copy.deepcopy(model, shared)
+    mask_(masked, coupling, keep)
     small = small if small is not None else slim(model, coupling, keep)
     with evaluating(masked), evaluating(small):
         return difference(coupling.example.run(masked), coupling.example.run(small))

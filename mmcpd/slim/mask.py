@@ -6,8 +6,7 @@ With both, the masked model computes what the slimmed one computes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +26,7 @@ RMS_NORMS = (F.rms_norm, torch.rms_norm)
 ROOT_MEAN_SQUARE = 'rms_norm'  # the same, where it normalises one dimension
 
 
-@dataclass(frozen=True)
-class Site:
+class Site(NamedTuple):
     """A statistic of a running forward: where it is taken, over which dimension (from the end), how many channels."""
 
     place: CodePlace
@@ -74,12 +72,7 @@ class _OverKept(TorchFunctionMode):
         return y.new_zeros(x.shape).index_copy(dim, kept, y)
 
     def layer_norm(
-        self,
-        input: Tensor,
-        shape: Any,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        eps: float = 1e-5,
+        self, input: Tensor, shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
     ) -> Tensor:
         longer = [d for d in range(-len(shape), 0) if shape[d] > 1]
         if len(longer) != 1:
@@ -88,12 +81,7 @@ class _OverKept(TorchFunctionMode):
         return self._norm(input, longer[0], lambda x, w, b: F.layer_norm(x, x.shape[-span:], w, b, eps), weight, bias)
 
     def group_norm(
-        self,
-        input: Tensor,
-        groups: int,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        eps: float = 1e-5,
+        self, input: Tensor, groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
     ) -> Tensor:
         return self._norm(input, 1 - input.dim(), lambda x, w, b: F.group_norm(x, groups, w, b, eps), weight, bias)
 
@@ -122,21 +110,14 @@ def _no_fused_kernel(module: nn.Module, args: Any) -> None:
 
 
 class MaskedForward:
-    """The forward of one module with its statistics over the kept channels; sits on the instance, not on the class.
-
-    Args:
-        module: the module that normalises.
-        path: its path in the model that was combed.
-        kept: the kept channels of each statistic.
-    """
+    """The forward of one module with its statistics over the kept channels; sits on the instance, not on the class."""
 
     def __init__(self, module: nn.Module, path: str, kept: Kept) -> None:
         self.module, self.path, self.kept = module, path, kept
 
     @classmethod
     def put_on(cls, module: nn.Module, path: str, kept: Kept) -> None:
-        """Let a module's statistics be over these channels from now on."""
-        cls.take_off(module)
+        """Let the statistics of a module that has its own forward be over these channels from now on."""
         module.forward = cls(module, path, kept)
         module.register_forward_pre_hook(_no_fused_kernel)
 
@@ -160,11 +141,7 @@ def unmask_statistics_(model: nn.Module) -> None:
 
 
 class Masker:
-    """Apply a keep to one model again and again, as an optimizer step asks for it.
-
-    Args:
-        model: the model that was combed.
-        coupling: what combing found.
+    """Apply a keep to one combed model again and again, as an optimizer step asks for it.
 
     Example:
         >>> masker = Masker(model, coupling)
@@ -229,10 +206,9 @@ class Masker:
         for path, sites in by_module.items():
             module = self.model.get_submodule(path)
             partly = {site: kept.nonzero().flatten() for site, kept in sites.items() if not bool(kept.all())}
+            MaskedForward.take_off(module)
             if partly:
                 MaskedForward.put_on(module, path, partly)
-            else:
-                MaskedForward.take_off(module)
 
 
 def kept_rows(coupling: Coupling, keep: Mapping[str, Tensor]) -> dict[str, dict[int, Tensor]]:
@@ -246,7 +222,7 @@ def kept_rows(coupling: Coupling, keep: Mapping[str, Tensor]) -> dict[str, dict[
             dims = live.setdefault(member.tensor, {})
             if member.dim not in dims:
                 dims[member.dim] = torch.ones(coupling.tensors[member.tensor].shape[member.dim], dtype=torch.bool)
-            dims[member.dim][member.rows(gone)] = False
+            dims[member.dim][member.index[gone].flatten()] = False
     return live
 
 
@@ -256,12 +232,7 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def mask_(model: nn.Module, coupling: Coupling, keep: Mapping[str, Tensor]) -> None:
-    """Mask a model in place: then it computes what the slimmed model computes.
-
-    Args:
-        model: the model that was combed, or a copy of it.
-        coupling: what combing found.
-        keep: `{group name: BoolTensor(units)}`, True = kept.
+    """Mask a model that was combed, or a copy of it, in place: then it computes what the slimmed model computes.
 
     Raises:
         ValueError: if the keep does not fit.

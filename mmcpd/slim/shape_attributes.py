@@ -1,7 +1,7 @@
 """What a module says about its own widths, beside what its forward was seen to use.
 
-`comb.sizes` observes the integers that a forward reads. Here stand the attributes that only describe (a convolution
-with `in_channels` runs without it, but it prints and exports wrongly), by class, each computed from the new tensors.
+`comb.size_arguments` observes the integers that a forward reads. Here stand the attributes that only describe (a
+convolution runs without `in_channels`, but prints and exports wrongly), by class, each computed from the new tensors.
 """
 
 from __future__ import annotations
@@ -23,34 +23,24 @@ def _conv(module: Any, new: Shapes) -> dict[str, Any]:
     return {'in_channels': inside, 'out_channels': outside}
 
 
-def _linear(module: Any, new: Shapes) -> dict[str, Any]:
-    return {'out_features': new['weight'][0], 'in_features': new['weight'][1]}
-
-
-def _first(attribute: str) -> Callable[[Any, Shapes], dict[str, Any]]:
-    def update(module: Any, new: Shapes) -> dict[str, Any]:
-        return {attribute: new[next(iter(new))][0]}
-
-    return update
+def _sizes(*attributes: str) -> Callable[[Any, Shapes], dict[str, Any]]:
+    """Let the attributes be the sizes of the first tensor."""
+    return lambda module, new: dict(zip(attributes, next(iter(new.values())), strict=False))
 
 
 def _layer_norm(module: Any, new: Shapes) -> dict[str, Any]:
     return {'normalized_shape': tuple(new['weight'])}
 
 
-def _embedding(module: Any, new: Shapes) -> dict[str, Any]:
-    return {'num_embeddings': new['weight'][0], 'embedding_dim': new['weight'][1]}
-
-
 SHAPE_ATTRS: list[tuple[type, Callable[[Any, Shapes], dict[str, Any]]]] = [
     (_ConvNd, _conv),
-    (nn.Linear, _linear),
-    (_NormBase, _first('num_features')),
+    (nn.Linear, _sizes('out_features', 'in_features')),
+    (_NormBase, _sizes('num_features')),
     (nn.LayerNorm, _layer_norm),
     (nn.RMSNorm, _layer_norm),
-    (nn.GroupNorm, _first('num_channels')),
-    (nn.Embedding, _embedding),
-    (nn.PReLU, _first('num_parameters')),
+    (nn.GroupNorm, _sizes('num_channels')),
+    (nn.Embedding, _sizes('num_embeddings', 'embedding_dim')),
+    (nn.PReLU, _sizes('num_parameters')),
 ]
 
 

@@ -18,12 +18,7 @@ _Leaf = TypeVar('_Leaf', Attr, Live, Input)
 
 
 def leaves(expr: Expression, kind: type[_Leaf]) -> list[_Leaf]:
-    """Return the leaves of one kind.
-
-    Example:
-        >>> leaves(Op('*', Attr('attn', 'num_heads'), Live(0)), Live)
-        [Live(axis=0)]
-    """
+    """Return the leaves of one kind."""
     if isinstance(expr, Op):
         return leaves(expr.left, kind) + leaves(expr.right, kind)
     return [expr] if isinstance(expr, kind) else []
@@ -32,13 +27,6 @@ def leaves(expr: Expression, kind: type[_Leaf]) -> list[_Leaf]:
 def may_change(expr: Expression) -> bool:
     """Say whether an expression may change when channels go: it depends on an attribute or on a width."""
     return bool(leaves(expr, Attr) or leaves(expr, Live))
-
-
-def renumbered(expr: Expression, numbers: Mapping[int, int]) -> Expression:
-    """Return an expression with its axes named by other numbers."""
-    if isinstance(expr, Op):
-        return Op(expr.symbol, renumbered(expr.left, numbers), renumbered(expr.right, numbers))
-    return Live(numbers[expr.axis]) if isinstance(expr, Live) else expr
 
 
 # -- attributes by name ------------------------------------------------------------------------------------------------
@@ -62,12 +50,7 @@ def write_attribute(module: nn.Module, name: str, value: int) -> None:
 
 # -- solving -----------------------------------------------------------------------------------------------------------
 def evaluate(expr: Expression, attributes: Attributes, live: Sequence[int]) -> int:
-    """Evaluate an expression at the given attributes and live counts by axis number.
-
-    Example:
-        >>> evaluate(Op('*', Attr('attn', 'num_heads'), Live(0)), {Attr('attn', 'num_heads'): 4}, [8])
-        32
-    """
+    """Evaluate an expression at the given attributes and live counts by axis number."""
     if isinstance(expr, Op):
         return OPERATORS[expr.symbol](evaluate(expr.left, attributes, live), evaluate(expr.right, attributes, live))
     if isinstance(expr, Attr):
@@ -80,15 +63,10 @@ def evaluate(expr: Expression, attributes: Attributes, live: Sequence[int]) -> i
 def solve(
     equations: Sequence[tuple[Expression, int]], attributes: Attributes, live: Sequence[int]
 ) -> tuple[dict[Attr, int], list[int]]:
-    """Find the attributes for which each expression equals its target.
+    """Find the attributes for which each expression equals its target, from their present values.
 
     Only expressions of attributes alone decide an attribute: those that name one first, products are then solved for
     what is left. What reads a tensor's width as well is only checked.
-
-    Args:
-        equations: `(expression, target)`.
-        attributes: the present value of each attribute that occurs.
-        live: the live count of each axis.
 
     Returns:
         The attributes that change, with their new values; and the numbers of the equations that no value satisfies.

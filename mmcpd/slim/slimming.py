@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from ..coupling import Coupling, Keep
 from ..errors import SlimError
-from ..fixes import Attr, CallSite, Equality, Expression, Input, Live, SizeRule
+from ..fixes import Attr, CallSite, Expression, Input, Live, SizeRule
 from .attention import REPLACEMENTS, replacement
 from .call_sites import INFER, Rewrite, rewrite_
 from .mask import kept_rows, named_tensors, unmask_statistics_
@@ -21,15 +22,11 @@ from .size_expressions import evaluate, leaves, read_attribute, show, solve, wri
 
 
 class SizeConflict(SlimError):
-    """Two widths would have to be one number: of an attribute, or of a line that runs twice.
-
-    Attributes:
-        axes: what would have to be equal, pair by pair.
-    """
+    """Two widths would have to be one number: of an attribute, or of a line that runs twice."""
 
     def __init__(self, message: str, axes: Sequence[tuple[int, int]]) -> None:
         super().__init__(message)
-        self.axes = tuple(axes)
+        self.axes = tuple(axes)  # what would have to be equal, pair by pair
 
 
 def slim(model: nn.Module, coupling: Coupling, keep: Mapping[str, Tensor]) -> nn.Module:
@@ -68,16 +65,21 @@ def _sliced(model: nn.Module, coupling: Coupling, keep: Keep) -> nn.Module:
     """Copy a model with the kept rows; what goes is never copied, and shared tensors stay shared."""
     kept = kept_rows(coupling, keep)
     memo: dict[int, Any] = {}
-    for name, tensor in named_tensors(model).items():
-        if name not in kept:
-            continue
+    tensors = named_tensors(model)
+    for name, dims in kept.items():
+        tensor = tensors[name]
         value = tensor.detach()
-        for dim, rows in kept[name].items():
+        for dim, rows in dims.items():
             value = value.index_select(dim, rows.nonzero().flatten().to(value.device))
-        memo[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+        memo[id(tensor)] = as_tensor_of(tensor, value)
     small = copy.deepcopy(model, memo)
     unmask_statistics_(small)
     return small
+
+
+def as_tensor_of(tensor: Tensor, value: Tensor) -> Tensor:
+    """Return the value as a parameter where the tensor is one, and as a plain tensor elsewhere."""
+    return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
 
 
 def _replace_(model: nn.Module, changed: set[str]) -> dict[str, str]:
@@ -86,7 +88,7 @@ def _replace_(model: nn.Module, changed: set[str]) -> dict[str, str]:
     for path, module in list(model.named_modules()):
         kind = replacement(module)
         if kind is not None and path in changed:
-            set_module(model, path, REPLACEMENTS[kind].build(module))
+            set_module(model, path, REPLACEMENTS[kind].kind(module))
             found[path] = kind
     return found
 
@@ -121,7 +123,7 @@ def _set_sizes_(
     model: nn.Module, coupling: Coupling, keep: Keep, before: Mapping[str, Shapes], replaced: Mapping[str, str]
 ) -> None:
     """Set the attributes: those that describe from the tensors, those that a forward reads by solving."""
-    modules = {p: m for p, m in model.named_modules() if not any(p == r or p.startswith(r + '.') for r in replaced)}
+    modules = modules_outside(model, replaced)
 
     def describe() -> None:
         for path, module in modules.items():
@@ -138,15 +140,18 @@ def _set_sizes_(
         rewrite_(modules[path], wanted)
 
 
+def modules_outside(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
+    """Return the modules by path, without those at or below the given paths."""
+    below = [f'{path}.' for path in paths]
+    return {path: module for path, module in model.named_modules() if not f'{path}.'.startswith(tuple(below))}
+
+
 def planned_sizes(
     modules: Mapping[str, nn.Module], coupling: Coupling, live: Sequence[int]
 ) -> tuple[dict[Attr, int], dict[str, list[Rewrite]]]:
     """Work out which attributes change, and which sizes in calls, for the live counts of all axes.
 
-    Args:
-        modules: by path; rules about others (those that were replaced) are left out.
-        coupling: what combing found.
-        live: the live count of each axis.
+    Rules about modules that are not among these (those that were replaced) are left out.
 
     Returns:
         New values of attributes; and by module path what is written into its source.
@@ -159,10 +164,12 @@ def planned_sizes(
     sizes = [rule for rule in fixes.sizes if _within(modules, rule)]
     constants = [rule for rule in fixes.constants if rule.site is not None and _within(modules, rule)]
     pairs = [pair for pair in fixes.equalities if _known(modules, pair.left, pair.right)]
-    named = {leaf for expr in _expressions([*sizes, *constants], pairs) for leaf in leaves(expr, Attr)}
+    rules = [*sizes, *constants]
+    sides = [side for pair in pairs for side in (pair.left, pair.right)]
+    named = {leaf for expr in [*(rule.expression for rule in rules), *sides] for leaf in leaves(expr, Attr)}
     attributes = {
         leaf: read_attribute(modules[leaf.module], leaf.name)
-        for leaf in sorted(named, key=lambda a: (a.module, a.name))
+        for leaf in sorted(named, key=attrgetter('module', 'name'))
     }
     equations = [(rule.expression, _target(rule, live)) for rule in sizes]
     compared = [  # an attribute that the forward holds against a width follows that width
@@ -178,7 +185,7 @@ def planned_sizes(
         message = f'no attribute makes {show(lost[0].expression)} equal {_target(lost[0], live)}'
         raise SizeConflict(message, [pair for rule in lost for pair in _rivals(rule, sizes, live)])
     unsolved += [rule for rule in constants if evaluate(rule.expression, new, live) != rule.target]
-    rewrites = _rewrites({rule.site for rule in unsolved if rule.site is not None}, [*sizes, *constants], live)
+    rewrites = _rewrites({rule.site for rule in unsolved if rule.site is not None}, rules, live)
     if apart := [pair for pair in pairs if evaluate(pair.left, new, live) != evaluate(pair.right, new, live)]:
         left, right = show(apart[0].left), show(apart[0].right)
         axes = [(p.left.axis, p.right.axis) for p in apart if isinstance(p.left, Live) and isinstance(p.right, Live)]
@@ -193,11 +200,6 @@ def _known(modules: Mapping[str, nn.Module], *expressions: Expression) -> bool:
 
 def _within(modules: Mapping[str, nn.Module], rule: SizeRule) -> bool:
     return _known(modules, rule.expression) and (rule.site is None or rule.site.module in modules)
-
-
-def _expressions(rules: Sequence[SizeRule], pairs: Sequence[Equality]) -> Iterator[Expression]:
-    yield from (rule.expression for rule in rules)
-    yield from (side for pair in pairs for side in (pair.left, pair.right))
 
 
 def _target(rule: SizeRule, live: Sequence[int]) -> int:
@@ -231,15 +233,13 @@ def _rewrites(places: set[CallSite], rules: Sequence[SizeRule], live: Sequence[i
     for place in sorted(places, key=lambda p: (p.module, p.method, p.text, p.index)):
         number = INFER
         if inferred.get((place.module, place.method, place.text)) != place:
-            for rule in at[place]:
-                if leaves(rule.expression, Input):
-                    expression = show(rule.expression)
-                    raise SlimError(f'{expression} depends on the input too, so that no number can stand in its place')
+            if dependent := [rule.expression for rule in at[place] if leaves(rule.expression, Input)]:
+                text = show(dependent[0])
+                raise SlimError(f'{text} depends on the input too, so that no number can stand in its place')
             numbers = {_target(rule, live) for rule in at[place]}
             if len(numbers) > 1:
-                message = (
-                    f'{place.method} of {place.module or "the model itself"} runs {place.text} with different sizes'
-                )
+                where = place.module or 'the model itself'
+                message = f'{place.method} of {where} runs {place.text} with different sizes'
                 raise SizeConflict(message, [pair for rule in at[place] for pair in _rivals(rule, at[place], live)])
             number = numbers.pop()
         rewrite = Rewrite(place.method, place.text, place.index, place.count, number)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import SlimError
 from .attention import REPLACEMENTS
 from .call_sites import Rewrite, rewrite_, rewrites_of
-from .slimming import set_module
+from .slimming import as_tensor_of, set_module
 
 
 def structure(model: nn.Module, small: nn.Module) -> dict[str, Any]:
@@ -80,26 +80,20 @@ def restructure_(model: nn.Module, plan: Mapping[str, Any]) -> nn.Module:
             raise SlimError(f'{name} is {have} in this model, and {tuple(shape)} in the structure: another model')
         if id(tensor) not in shared:
             value = tensor.detach()[tuple(slice(0, s) for s in shape)].clone()
-            shared[id(tensor)] = (
-                nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
-            )
+            shared[id(tensor)] = as_tensor_of(tensor, value)
         own[local] = shared[id(tensor)]  # type: ignore[assignment]
     for path, entry in plan['replaced'].items():
-        module = _find(model, path)
-        set_module(model, path, REPLACEMENTS[entry['kind']].build(module, **entry['arguments']))
+        set_module(model, path, REPLACEMENTS[entry['kind']].kind(_find(model, path), **entry['arguments']))
     for path, values in plan['attributes'].items():
         module = _find(model, path)
         for name, value in values.items():
             if not hasattr(module, name):
-                raise SlimError(
-                    f'{path or "the model"} has no attribute {name}, which the structure sets: another model'
-                )
+                where = path or 'the model'
+                raise SlimError(f'{where} has no attribute {name}, which the structure sets: another model')
             setattr(module, name, type(getattr(module, name))(value))
     for path, rewrites in plan.get('rewritten', {}).items():
-        rewrite_(
-            _find(model, path),
-            [Rewrite(method, text, index, count, int(number)) for method, text, index, count, number in rewrites],
-        )
+        wanted = [Rewrite(method, text, index, count, int(number)) for method, text, index, count, number in rewrites]
+        rewrite_(_find(model, path), wanted)
     return model
 
 

@@ -23,31 +23,18 @@ from .mask import named_tensors
 NOISE = 1_000_003  # random numbers for all weights; a prime, so that rows repeat none
 KEEPS = ((0.5, 0), (0.8, 1))  # what a trial leaves, and the seed of the choice
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
-_FAILURES = (
-    RuntimeError,
-    ValueError,
-    TypeError,
-    IndexError,
-    AssertionError,
-    AttributeError,
-    ZeroDivisionError,
-    KeyError,
-)
+_FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AssertionError, AttributeError, ZeroDivisionError,
+             KeyError)  # fmt: skip
 
 
 def random_keep(
     coupling: Coupling, ratio: float, seed: int, *, among: set[str] | None = None, awkward: bool = False
 ) -> Keep:
-    """Return a keep in which units stay at random, always one at least.
+    """Return a keep in which a share `ratio` of each group in `among` (all by default) stays at random, one at least.
 
-    Args:
-        coupling: what combing found.
-        ratio: the share of each group that stays.
-        seed: of the choice.
-        among: the groups that lose units; all by default.
-        awkward: make the number that stays odd, each group's share differ by up to 0.2, and groups of the same size
-            keep different numbers as long as there are any, so that no two widths agree and nothing divides by chance;
-            from three units on more than one stays, for over one channel every statistic is right.
+    `awkward` makes the number that stays odd, each group's share differ by up to 0.2, and groups of the same size keep
+    different numbers as long as there are any, so that no two widths agree and nothing divides by chance; from three
+    units on more than one stays, for over one channel every statistic is right.
     """
     taken: Counter[tuple[int, int]] = Counter()
     generator = torch.Generator().manual_seed(seed)
@@ -55,13 +42,11 @@ def random_keep(
     for group in coupling.groups:
         order = torch.randperm(group.units, generator=generator)
         share = ratio + (0.4 * float(torch.rand((), generator=generator)) - 0.2 if awkward else 0.0)
-        count = round(share * group.units)
+        count = max(1, round(share * group.units))
         if awkward:
-            wanted = share * group.units
             odd = range(3, group.units, 2) or [max(1, group.units - 1)]
-            count = min(odd, key=lambda n: (taken[group.units, n], abs(n - wanted)))
+            count = min(odd, key=lambda n: (taken[group.units, n], abs(n - share * group.units)))
             taken[group.units, count] += 1
-        count = max(1, count)
         if among is None or group.name in among:
             keep[group.name][order[count:]] = False
     return keep

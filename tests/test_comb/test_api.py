@@ -273,7 +273,7 @@ def test_forward_chooses_what_is_run_and_what_is_an_output():
     assert not inner.groups
     reasons = {(f.tensor, f.dim): f.reason for f in inner.frozen}
     assert reasons['a.weight', 0] == 'model output'
-    assert reasons['fc.weight', 0] == 'not a channel of any weight in this forward pass'
+    assert reasons['fc.weight', 0] == 'no layer that ran produces it: a position, a table or an unused part'
 
 
 def test_an_output_that_is_not_finite():

@@ -99,7 +99,7 @@ TOYS = {
         TOKENS,
         {'left': 6},
         {'left': {'left:0': rows(6), 'fc.weight:1': rows(6)}},
-        {'left:1': 'not a channel of any weight', 'right:0': 'not a channel of any weight'},
+        {'left:1': 'no layer that ran produces it', 'right:0': 'no layer that ran produces it'},
     ),
     'bmm': Toy(
         lambda: attending(lambda q, k, v: torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), v)),

@@ -50,7 +50,7 @@ CALLS = {
 @pytest.mark.parametrize('name', CALLS)
 def test_it_is_the_dense_one_before_anything_goes(name, bias, batch_first):
     dense = randomise_(nn.MultiheadAttention(8, 2, bias=bias, batch_first=batch_first))
-    ours = SlimMultiheadAttention.build(copy.deepcopy(dense)).eval()
+    ours = SlimMultiheadAttention(copy.deepcopy(dense)).eval()
     assert list(ours.state_dict()) == list(dense.state_dict())
     query, key = (QUERY, KEY) if batch_first else (QUERY.transpose(0, 1), KEY.transpose(0, 1))
     expected, weights = dense(query, key, key, **CALLS[name])
@@ -64,7 +64,7 @@ def test_it_is_the_dense_one_before_anything_goes(name, bias, batch_first):
 
 def test_causal():
     dense = randomise_(nn.MultiheadAttention(8, 2, batch_first=True))
-    ours = SlimMultiheadAttention.build(copy.deepcopy(dense)).eval()
+    ours = SlimMultiheadAttention(copy.deepcopy(dense)).eval()
     mask = nn.Transformer.generate_square_subsequent_mask(5, dtype=torch.float64)
     for need_weights in (True, False):
         options = dict(attn_mask=mask, is_causal=True, need_weights=need_weights)
@@ -74,7 +74,7 @@ def test_causal():
 
 def test_unbatched_input():
     dense = randomise_(nn.MultiheadAttention(8, 2, batch_first=True))
-    ours = SlimMultiheadAttention.build(copy.deepcopy(dense)).eval()
+    ours = SlimMultiheadAttention(copy.deepcopy(dense)).eval()
     for need_weights in (True, False):
         expected, weights = dense(QUERY[0], KEY[0], KEY[0], need_weights=need_weights)
         found, found_weights = ours(QUERY[0], KEY[0], KEY[0], need_weights=need_weights)
@@ -85,7 +85,7 @@ def test_unbatched_input():
 
 
 def test_dropout_drops_in_training_and_only_there():
-    ours = SlimMultiheadAttention.build(randomise_(nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True)))
+    ours = SlimMultiheadAttention(randomise_(nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True)))
     for need_weights in (True, False):
         still = ours.eval()(QUERY, KEY, KEY, need_weights=need_weights)[0]
         assert gap(still, ours(QUERY, KEY, KEY, need_weights=need_weights)[0]) == 0
@@ -94,7 +94,7 @@ def test_dropout_drops_in_training_and_only_there():
 
 
 def test_the_gradient_reaches_every_parameter():
-    ours = SlimMultiheadAttention.build(randomise_(nn.MultiheadAttention(8, 2, batch_first=True)))
+    ours = SlimMultiheadAttention(randomise_(nn.MultiheadAttention(8, 2, batch_first=True)))
     ours(QUERY, KEY, KEY)[0].square().sum().backward()
     assert all(p.grad is not None and bool(p.grad.any()) for p in ours.parameters())
 

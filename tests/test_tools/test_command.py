@@ -128,7 +128,8 @@ def test_the_screen_shows_the_run_and_the_log_file_everything(tool, pruning, tmp
     lines = out.splitlines()
     first = next(number for number, line in enumerate(lines) if 'Epoch(train)' in line)
     assert first <= 12, out
-    assert 'backbone' not in '\n'.join(lines[:first])  # neither the configuration nor initial weights
+    # Neither the configuration nor initial weights.
+    assert not [line for line in lines[:first] if line.startswith('backbone') or 'backbone=dict(' in line]
     assert [line for line in lines if 'Epoch(val)' in line]
     (log,) = tmp_path.glob('work_dirs/prune/*/*.log')
     content = log.read_text()

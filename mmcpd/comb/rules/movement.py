@@ -151,24 +151,20 @@ def channel_shuffle(run: Run, call: Call) -> None:
 def cat(run: Run, call: Call) -> None:
     # cat(tensors, dim=0), stack(tensors, dim=0)
     tensors: list[Tensor] = [t for t in call.named['tensors'] if t.numel()]
-    stack = call.op == 'stack'
     dim = call.named.get('dim', 0) % call.out.dim()
-    rows = []
-    for tensor in tensors:
-        axes = list(run.axes(tensor))
-        if stack:
-            axes.insert(dim, None)
-        rows.append((tensor, axes))
+    rows = [list(run.axes(tensor)) for tensor in tensors]
+    for axes in rows if call.op == 'stack' else ():
+        axes.insert(dim, None)
     result: list[Axis | None] = []
     for d in range(call.out.dim()):
-        column = [axes[d] for _, axes in rows]
+        column = [axes[d] for axes in rows]
         known = [a for a in column if a is not None]
         if not known or call.out.shape[d] == 1:
             result.append(None)
         elif d == dim:
             parts = [
                 axis.atoms if axis is not None else np.full(tensor.shape[d], FIXED)
-                for (tensor, _), axis in zip(rows, column, strict=True)
+                for tensor, axis in zip(tensors, column, strict=True)
             ]
             zero = all(a is not None and a.zero for a in column)
             result.append(Axis(np.concatenate(parts), zero, all(a.weight for a in known)))
@@ -182,8 +178,7 @@ def cat(run: Run, call: Call) -> None:
 
 def triangle(run: Run, call: Call) -> None:
     # tril(self, diagonal): zeros, which stay what they are in all but the last two dimensions
-    for axis in run.axes(call.named['self'])[-2:]:
-        run.freeze(axis, f'a triangle of channels ({call.op}) in {run.where}')
+    run.freeze_each(run.axes(call.named['self'])[-2:], f'a triangle of channels ({call.op})')
     same(run, call)
 
 
@@ -191,8 +186,7 @@ def im2col(run: Run, call: Call) -> None:
     # im2col(self, kernel_size, dilation, padding, stride): (N, C, H, W) -> (N, C * k, L)
     source = call.named['self']
     batch, channel, *space = run.axes(source)
-    for axis in space:
-        run.freeze(axis, f'a spatial dimension in {run.where}')
+    run.freeze_each(space, 'a spatial dimension')
     taps = call.out.shape[-2] // source.shape[1]
     out = channel and Axis(np.repeat(channel.atoms, taps), channel.zero)
     run.set(call.out, (batch, out, None))

@@ -71,16 +71,9 @@ def meet(run: Run, call: Call, zero_after: ZeroRule = lost) -> None:
     tensors = call.tensors()
     result: list[Axis | None] = []
     for back in range(out.dim(), 0, -1):
-        met: list[Axis] = []
-        bare = False
-        for tensor in tensors:
-            if tensor.dim() < back or tensor.shape[-back] == 1:
-                continue
-            axis = run.axes(tensor)[-back]
-            if axis is not None:
-                met.append(axis)
-            elif tensor.stride(-back) != 0 and tensor.shape[-back] > 1:
-                bare = True
+        wide = [tensor for tensor in tensors if tensor.dim() >= back and tensor.shape[-back] != 1]
+        met = [axis for tensor in wide if (axis := run.axes(tensor)[-back]) is not None]
+        bare = any(run.axes(t)[-back] is None and t.stride(-back) != 0 and t.shape[-back] > 1 for t in wide)
         if not met:
             result.append(None)
             continue
@@ -112,13 +105,9 @@ def same(run: Run, call: Call) -> None:
     run.set(call.out, run.axes(call.tensors()[0]))
 
 
-def zeros_like(run: Run, call: Call) -> None:
-    run.set(call.out, [a and a.activation(True) for a in run.axes(call.tensors()[0])])
-
-
-def ones_like(run: Run, call: Call) -> None:
-    """Keep the axes of any tensor that is made in the shape of another."""
-    run.set(call.out, [a and a.activation(False) for a in run.axes(call.tensors()[0])])
+def like(zero: bool) -> Rule:
+    """Return the rule of a tensor that is made in the shape of another, of zeros or of anything else."""
+    return lambda run, call: run.set(call.out, [a and a.activation(zero) for a in run.axes(call.tensors()[0])])
 
 
 def as_strided(run: Run, call: Call) -> None:

@@ -17,8 +17,7 @@ def pool(space: int) -> Rule:
 
     def rule(run: Run, call: Call) -> None:
         axes = run.axes(call.tensors()[0])
-        for axis in axes[-space:]:
-            run.freeze(axis, f'a spatial dimension in {run.where}')
+        run.freeze_each(axes[-space:], 'a spatial dimension')
         for out in call.outputs():
             run.set(out, (*axes[:-space], *[None] * space))
 
@@ -28,8 +27,7 @@ def pool(space: int) -> Rule:
 def grid_sample(run: Run, call: Call) -> None:
     # grid_sampler_2d(input (N, C, H, W), grid (N, h, w, 2), ...)
     axes = run.axes(call.named['input'])
-    for axis in axes[2:]:
-        run.freeze(axis, f'a spatial dimension in {run.where}')
+    run.freeze_each(axes[2:], 'a spatial dimension')
     run.freeze_all(call.named['grid'], f'a sampling grid in {run.where}')
     run.set(call.out, (*axes[:2], *[None] * (call.out.dim() - 2)))
 
@@ -57,8 +55,7 @@ def convolution(run: Run, call: Call) -> None:
     x_axes, w_axes = run.axes(x), run.axes(weight)
     lead = x_axes[: x.dim() - (weight.dim() - 2)]
     channel = lead[-1]
-    for axis in x_axes[len(lead) :]:
-        run.freeze(axis, f'a spatial dimension in {run.where}')
+    run.freeze_each(x_axes[len(lead) :], 'a spatial dimension')
     for axis in w_axes[2:]:
         run.freeze(axis, KERNEL)
     into, out = (w_axes[0], w_axes[1]) if transposed else (w_axes[1], w_axes[0])
@@ -67,44 +64,30 @@ def convolution(run: Run, call: Call) -> None:
             _contract(run, channel, into, what, x)
     else:
         widths = x.shape[len(lead) - 1], call.out.shape[len(lead) - 1]
-        out = _grouped(run, x, channel, into, out, groups, transposed, widths)
+        out = _grouped(run, x, channel, w_axes, groups, transposed, widths)
     if out is not None:
         run.role(out, Role.PRODUCER)
         out = out.activation(True)
     _beside_bias(run, out, call.named.get('bias'), what)
-    run.output(call.out, (*lead[:-1], out, *[None] * (weight.dim() - 2)))
-    spatial = x if transposed else call.out
-    constant = int(np.prod(spatial.shape[len(lead) :]))
-    batch = lead[0] if len(lead) > 1 else None  # where channels were folded into it, it shrinks with them
-    constant *= spatial.shape[0] if len(lead) > 1 and batch is None else 1
-    for dim, (size, axis) in enumerate(zip(weight.shape, w_axes, strict=True)):
-        constant *= size if axis is None or dim > 1 else 1
-    run.cost(constant, *w_axes[:2], batch)
+    space = [None] * (weight.dim() - 2)
+    run.output(call.out, (*lead[:-1], out, *space))
+    *batch, _ = lead  # where channels were folded into a batch, it shrinks with them
+    places = (x if transposed else call.out).shape
+    sizes = (*weight.shape, *places[: len(batch)], *places[len(lead) :])
+    run.cost(sizes, (*w_axes[:2], *space, *batch, *space))
 
 
 def _grouped(
-    run: Run,
-    x: Tensor,
-    channel: Axis | None,
-    into: Axis | None,
-    out: Axis | None,
-    groups: int,
-    transposed: bool,
-    widths: tuple[int, int],
+    run: Run, x: Tensor, channel: Axis | None, weight: Axes, groups: int, transposed: bool, widths: tuple[int, int]
 ) -> Axis | None:
     """Tie the channels of each convolution group, inputs and outputs, so that it stays or goes whole.
 
-    `into` and `out` are the weight's axes: (O, I / groups) or, transposed, (I, O / groups); `widths` are I and O.
+    `weight` has the axes (O, I / groups) or, transposed, (I, O / groups); `widths` are I and O.
     """
     if run.module in run.policy.narrowed:
-        return _inside(run, x, channel, into, out, groups, transposed)
-    reason = f'channels inside a convolution group in {run.where}'
-    if transposed:
-        run.freeze(out, reason)  # O / groups
-        rows = into
-    else:
-        run.freeze(into, reason)  # I / groups
-        rows = out
+        return _inside(run, x, channel, weight, groups, transposed)
+    rows = weight[0]
+    run.freeze(weight[1], f'channels inside a convolution group in {run.where}')
     if rows is None:
         return None
     run.role(rows, Role.PRODUCER)
@@ -123,11 +106,9 @@ def _grouped(
     return Axis(np.repeat(per_row[:, 0], widths[1] // groups)) if transposed else rows
 
 
-def _inside(
-    run: Run, x: Tensor, channel: Axis | None, into: Axis | None, out: Axis | None, groups: int, transposed: bool
-) -> Axis | None:
+def _inside(run: Run, x: Tensor, channel: Axis | None, weight: Axes, groups: int, transposed: bool) -> Axis | None:
     """Tie the same channel of each convolution group, so that the groups stay equally wide; axes as in `_grouped`."""
-    rows, columns = (into, out) if transposed else (out, into)
+    rows, columns = weight[:2]
     if rows is not None:
         run.tie(rows.atoms.reshape(groups, -1).T)
     read, made = (rows, columns) if transposed else (columns, rows)
@@ -189,8 +170,7 @@ def _product(run: Run, call: Call, left: Tensor, right: Tensor, bias: Tensor | N
     run.output(call.out, axes)
     sizes = [*(left.shape if left.dim() > 1 else (1, *left.shape)), right.shape[-1] if right.dim() > 1 else 1]
     known = [*lead, rows, a[-1] if a[-1] is not None else b[-2], columns]
-    constant = int(np.prod([s for s, axis in zip(sizes, known, strict=True) if axis is None]))
-    run.cost(constant, *known)
+    run.cost(sizes, known)
 
 
 def _bias(run: Run, call: Call, out: list[Axis | None], bias: Tensor) -> None:
@@ -206,8 +186,7 @@ def _bias(run: Run, call: Call, out: list[Axis | None], bias: Tensor) -> None:
 
 
 def product(run: Run, call: Call) -> None:
-    left, right = call.tensors()[:2]
-    _product(run, call, left, right)
+    _product(run, call, *call.tensors()[:2])
 
 
 def add_product(run: Run, call: Call) -> None:
@@ -226,9 +205,7 @@ def linear(run: Run, call: Call) -> None:
         out = out.activation(True)
     _beside_bias(run, out, bias, call.op)
     run.output(call.out, (*(axis and axis.without_full() for axis in axes[:-1]), out))
-    known = [*axes[:-1], into, out]
-    sizes = [*x.shape, weight.shape[0]]
-    run.cost(int(np.prod([s for s, axis in zip(sizes, known, strict=True) if axis is None])), *known)
+    run.cost((*x.shape, weight.shape[0]), (*axes[:-1], into, out))
 
 
 def _per_head(run: Run, *operands: Axes) -> None:
@@ -260,8 +237,7 @@ def attention(run: Run, call: Call) -> None:
     out: Tensor = call.out[0]
     _per_head(run, q, k, v)
     _contract(run, q[-1], k[-1], 'attention', key if k[-1] is None else query)
-    for axes in (q, k, v):
-        run.freeze(axes[-2], f'a token dimension in {run.where}')
+    run.freeze_each((q[-2], k[-2], v[-2]), 'a token dimension')
     lead: list[Axis | None] = []
     for x, y, z in zip(q[:-2], k[:-2], v[:-2], strict=True):
         if x is not None or y is not None or z is not None:
@@ -277,10 +253,7 @@ def attention(run: Run, call: Call) -> None:
             axis = run.axes(mask)[-back]
             if mask.shape[-back] > 1 and (axis is not None or lead[2 - back] is not None):
                 run.equate(axis, lead[2 - back], 'attention mask')
-        for axis in run.axes(mask)[-2:]:
-            run.freeze(axis, f'a token dimension in {run.where}')
+        run.freeze_each(run.axes(mask)[-2:], 'a token dimension')
     run.output(out, (*lead, None, v[-1] and v[-1].activation(v[-1].zero)))
-    shared, length = [a for a in lead if a is not None], query.shape[-2] * key.shape[-2]
-    constant = int(np.prod([s for s, a in zip(query.shape[:-2], lead, strict=True) if a is None])) * length
     for axis, size in ((q[-1], query.shape[-1]), (v[-1], value.shape[-1])):
-        run.cost(constant * (1 if axis is not None else size), *shared, axis)
+        run.cost((*query.shape[:-1], key.shape[-2], size), (*lead, None, None, axis))

@@ -47,12 +47,10 @@ def _over_dims(run: Run, call: Call, safe: bool, zero: bool, last: bool) -> None
             kept.append(axis and axis.activation(axis.zero and zero))
     for out in call.outputs():
         if out.dim() == source.dim():  # keepdim, or a scan
-            full, rest = [], iter(kept)
-            for d in range(source.dim()):
-                full.append(None if d in dims else next(rest))
-            run.set(out, tuple(full))
+            rest = iter(kept)
+            run.set(out, [None if d in dims else next(rest) for d in range(source.dim())])
         elif out.dim() == len(kept):
-            run.set(out, tuple(kept))
+            run.set(out, kept)
 
 
 def softmax(run: Run, call: Call) -> None:
@@ -93,13 +91,9 @@ def batch_norm(run: Run, call: Call) -> None:
     # native_batch_norm(input (N, C, ...), weight, bias, running_mean, running_var, ...)
     x = call.named['input']
     axes, named = run.axes(x), call.named
-    roles = (
-        ('weight', Role.AFFINE),
-        ('bias', Role.AFFINE),
-        ('running_mean', Role.STATISTIC),
-        ('running_var', Role.STATISTIC),
-    )
-    channel = _affine(run, axes[1], [(named.get(n), role) for n, role in roles], 'batch norm')
+    affine = [(named.get(n), Role.AFFINE) for n in ('weight', 'bias')]
+    statistics = [(named.get(n), Role.STATISTIC) for n in ('running_mean', 'running_var')]
+    channel = _affine(run, axes[1], affine + statistics, 'batch norm')
     zero = named.get('weight') is not None or (axes[1] is not None and axes[1].zero)
     run.set(call.out[0], (axes[0], channel and channel.activation(zero), *axes[2:]))
 
@@ -113,8 +107,7 @@ def layer_norm(run: Run, call: Call) -> None:
     longer = [d for d in range(-span, 0) if x.shape[d] > 1]  # (C, 1, 1) normalises over channels alone
     if len(longer) > 1:
         for tensor in (t for t in (x, weight, bias) if t is not None):
-            for axis in run.axes(tensor)[-span:]:
-                run.freeze(axis, f'a layer norm over several dimensions in {run.where}')
+            run.freeze_each(run.axes(tensor)[-span:], 'a layer norm over several dimensions')
         run.set(call.out[0], axes)
         return
     dim = longer[0] if longer else -1
@@ -122,7 +115,7 @@ def layer_norm(run: Run, call: Call) -> None:
     run.statistic(channel, dim, x.shape[dim])
     result = [a and a.activation(False) for a in axes]
     result[dim] = channel and channel.activation(True)
-    run.set(call.out[0], tuple(result))
+    run.set(call.out[0], result)
 
 
 def group_norm(run: Run, call: Call) -> None:
@@ -135,6 +128,5 @@ def group_norm(run: Run, call: Call) -> None:
         if groups > 1:  # the same channel of each group stays or goes, so that the groups stay equally wide
             run.tie(channel.atoms.reshape(groups, -1).T)
         run.statistic(channel, 1 - x.dim(), len(channel))
-    for axis in axes[2:]:
-        run.freeze(axis, f'a spatial dimension in {run.where}')
+    run.freeze_each(axes[2:], 'a spatial dimension')
     run.set(call.out[0], (axes[0], channel and channel.activation(True), *axes[2:]))

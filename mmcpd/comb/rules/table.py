@@ -1,7 +1,8 @@
 """The table of operations: what each one says about the axes of its inputs and outputs.
 
-A rule takes the `Run` and the `Call`, and sets the axes of the call's outputs. To add one: a row here, a function in a
-file of this folder where no kind fits, and a toy net whose groups are written by hand (`docs/design.md`, "How to add").
+A rule takes the `Run` and the `Call`, and sets the axes of the call's outputs. To add one: its name in a row here, a
+function in a file of this folder where no kind fits, and a toy net whose groups are written by hand (`docs/design.md`,
+"How to add").
 """
 
 from __future__ import annotations
@@ -16,14 +17,13 @@ from .pointwise import (
     any_factor,
     as_strided,
     fresh,
+    like,
     numerator,
-    ones_like,
     pointwise,
     positive_power,
     same,
     stays,
     within_bounds,
-    zeros_like,
 )  # fmt: skip
 from .products import add_product, attention, convolution, embedding, grid_sample, linear, pool, product
 from .statistics import batch_norm, group_norm, layer_norm, reduction, softmax
@@ -31,17 +31,11 @@ from .statistics import batch_norm, group_norm, layer_norm, reduction, softmax
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation, by aten's name; in-place and out-of-place forms share it.
+    """One operation, by aten's name; in-place and out-of-place forms share it."""
 
-    Attributes:
-        rule: what it says about axes.
-        plain: where only such ones run, slimming is slicing and needs no trial.
-        counted: it costs something, with axes or without, so that its rule always runs.
-    """
-
-    rule: Rule
-    plain: bool = False
-    counted: bool = False
+    rule: Rule  # what it says about axes
+    plain: bool = False  # where only such ones run, slimming is slicing and needs no trial
+    counted: bool = False  # it costs something, with axes or without, so that its rule always runs
 
 
 plain, op = partial(Operation, plain=True), Operation
@@ -134,7 +128,7 @@ OPERATIONS: dict[str, Operation] = {
     'full': op(fresh), 'arange': op(fresh), 'linspace': op(fresh), 'rand': op(fresh), 'randn': op(fresh),
     'randint': op(fresh), 'scalar_tensor': op(fresh), 'eye': op(fresh), 'randperm': op(fresh),
     'empty_strided': op(fresh), 'is_same_size': op(fresh), 'tril_indices': op(fresh),
-    'zeros_like': op(zeros_like), 'zero': op(zeros_like), 'ones_like': op(ones_like),
-    'full_like': op(ones_like), 'empty_like': op(ones_like), 'rand_like': op(ones_like),
-    'randn_like': op(ones_like), 'bernoulli': op(ones_like), 'fill': op(ones_like),
+    'zeros_like': op(like(zero=True)), 'zero': op(like(zero=True)), 'ones_like': op(like(zero=False)),
+    'full_like': op(like(zero=False)), 'empty_like': op(like(zero=False)), 'rand_like': op(like(zero=False)),
+    'randn_like': op(like(zero=False)), 'bernoulli': op(like(zero=False)), 'fill': op(like(zero=False)),
 }  # fmt: skip
