@@ -41,7 +41,7 @@ lint: env ## run ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-mutants: env ## break the library's claims one by one, and see whether its tests notice (some 20 minutes)
+mutants: env ## break the library's claims one by one, and see whether its tests notice (some ten minutes)
 	$(BIN)/python benchmarks/mutants.py --jobs $(JOBS)
 
 zoo: env ## comb and slim one model of every architecture family, Torch-Pruning beside it (about an hour)

@@ -1,6 +1,6 @@
 """Break the library's claims one by one, and see whether its tests notice.
 
-    python benchmarks/mutants.py                  # all of them: `make mutants`, about a quarter of an hour on two cores
+    python benchmarks/mutants.py                  # all of them: `make mutants`, some ten minutes on two cores
     python benchmarks/mutants.py --only trial     # those whose name holds this text
     python benchmarks/mutants.py --list
 
