@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from mmcpd.comb import comb
@@ -199,26 +198,30 @@ def test_minus_one_takes_the_place_of_a_number():
 
 def test_a_call_has_one_minus_one_and_numbers_beside_it():
     class Two(nn.Module):
+        """Both numbers of a call have to be replaced: -1 in place of one, the width in place of the other."""
+
         def __init__(self):
             super().__init__()
-            self.a, self.b = nn.Linear(3, 6), nn.Linear(3, 4)
-            self.fc = nn.Bilinear(6, 4, 2)
+            self.a, self.b = nn.Conv2d(3, 6, 1), nn.Conv2d(3, 4, 1)
+            self.fc, self.last = nn.Conv2d(6, 2, 1), nn.Conv2d(4, 2, 1)
 
         def forward(self, x):
-            outer = (self.a(x)[:, :, None] * self.b(x)[:, None, :]).flatten(1)
-            outer = outer.reshape(len(x), 6, 4)
-            return F.bilinear(outer.mean(2), outer.mean(1), self.fc.weight, self.fc.bias)
+            n, _, h, w = x.shape
+            a = self.a(x).reshape(n, 6, h * w)
+            b = self.b(x).reshape(n, 4, h * w)
+            outer = (a[:, :, None] * b[:, None]).reshape(n, 6, 4, h, w)
+            return self.fc(outer.mean(2)) + self.last(outer.mean(1))
 
     model = randomise_(Two())
-    found = comb(model, BATCH)
+    found = comb(model, sample((2, 3, 3, 3)))
+    assert {g.name: g.units for g in found.groups} == {'a': 6, 'b': 4}
     keep = found.keep()
-    for name in keep:
-        keep[name][0] = False
-    if keep:
-        small = slim(model, found, keep)
-        numbers = sorted(rewrite.number for rewrite in rewrites_of(small))
-        assert numbers.count(-1) <= 1
-        check_equal(model, found)
+    keep['a'][:3] = keep['b'][:1] = False
+    written = {
+        (rewrite.index, rewrite.number) for rewrite in rewrites_of(slim(model, found, keep)) if rewrite.count == 5
+    }
+    assert written == {(1, -1), (2, 3)}
+    check_equal(model, found)
 
 
 # -- heads concern attention alone -------------------------------------------------------------------------------------

@@ -45,9 +45,8 @@ def within_bounds(call: Call, met: Sequence[Axis], operands: int) -> bool:
     """clamp(self, min, max), hardtanh(self, min_val=-1, max_val=1), clamp_min, clamp_max: zero lies within."""
     if not stays(call, met, operands):
         return False
-    unit = 1 if call.op == 'hardtanh' else None
-    low = call.named.get('min', call.named.get('min_val', unit and -unit))
-    high = call.named.get('max', call.named.get('max_val', unit))
+    low = call.named.get('min', call.named.get('min_val'))
+    high = call.named.get('max', call.named.get('max_val'))
     if isinstance(low, Tensor) or isinstance(high, Tensor):
         # A bound for each channel, which is zero where the channel is; `clamp_min` and `clamp_max` have one alone.
         return call.op == 'clamp' and len(met) == operands

@@ -63,8 +63,7 @@ OPERATIONS: dict[str, Operation] = {
     'masked_fill': op(pointwise()),
     # -- axes pass through
     'clone': plain(same), 'detach': plain(same), 'alias': plain(same), '_to_copy': op(same),
-    'lift_fresh': op(same), 'lift': op(same), 'view_of': op(same),
-    # -- data movement: the very same operation runs on the atoms
+    'lift_fresh': op(same), 'lift': op(same),     # -- data movement: the very same operation runs on the atoms
     'view': plain(movement), '_unsafe_view': plain(movement), '_reshape_alias': op(movement),
     'permute': op(movement), 'transpose': op(movement), 't': plain(movement), 'expand': op(movement),
     'unsqueeze': op(movement), 'squeeze': op(movement), 'select': op(movement), 'slice': op(movement),
@@ -114,7 +113,7 @@ OPERATIONS: dict[str, Operation] = {
     'any': op(reduction(zero=False)), 'all': op(reduction(zero=False)),
     'logcumsumexp': op(reduction(zero=False)), 'cumprod': op(reduction(zero=False)),
     'sort': op(reduction(zero=False, last=True)), 'topk': op(reduction(zero=False, last=True)),
-    '_softmax': op(softmax), '_log_softmax': op(softmax),     '_safe_softmax': op(softmax),
+    '_softmax': op(softmax), '_log_softmax': op(softmax), '_safe_softmax': op(softmax),
     # -- norms
     'native_batch_norm': plain(batch_norm), '_native_batch_norm_legit_no_training': plain(batch_norm),
     '_native_batch_norm_legit': op(batch_norm), 'cudnn_batch_norm': plain(batch_norm),
