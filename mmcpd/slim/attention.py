@@ -60,11 +60,10 @@ class SlimMultiheadAttention(nn.Module):
         """Attend as `nn.MultiheadAttention` does, with its arguments and results."""
         if query.dim() == 2:  # one sequence, (L, E)
             batch = 0 if self.batch_first else 1
-            tensors = (t.unsqueeze(batch) for t in (query, key, value))
+            query, key, value = (t.unsqueeze(batch) for t in (query, key, value))
             padding = None if key_padding_mask is None else key_padding_mask[None]
-            out, probabilities = self.forward(
-                *tensors, padding, need_weights, attn_mask, average_attn_weights, is_causal
-            )
+            mean = average_attn_weights
+            out, probabilities = self.forward(query, key, value, padding, need_weights, attn_mask, mean, is_causal)
             return out.squeeze(batch), probabilities if probabilities is None else probabilities[0]
         v_rows = self.out_proj.weight.shape[1]
         qk_rows = (self.in_proj_weight.shape[0] - v_rows) // 2
