@@ -459,10 +459,11 @@ each group kept.
 - **prunable parameters**: the share that lies in a row of some unit.
 - **frozen, and why**: the largest reasons, with the number of rows (indices of a dimension of a parameter) of each.
 - **comb / forward**: seconds for combing and for one forward pass, float32, one thread of a shared machine.
-- **masked against slim**: largest difference of outputs, relative to the largest output, float64 where not said. The
+- **masked against slim**: largest difference of outputs, relative to the largest output, float64 unless noted. The
   same with each keep shifted by one unit must differ, or the family fails.
 - **ONNX parity**: the same between torch and ONNX Runtime, float32.
-- **Torch-Pruning**: asked for 30 % by magnitude on the same model in the same run: does the pruned model run, and
+- **Torch-Pruning**: asked for 30 % by magnitude on the same model, in the same run or with
+  `--keep-peer` in an earlier one: does the pruned model run, and
   which share of its parameters went. That it runs does not say that the result is right.
 """
 
@@ -481,7 +482,8 @@ def report(results: Path, table: Path) -> None:
         *([f'Swept: {len(rows)} of {len(FAMILIES)}; `--resume` sweeps the rest.'] if len(rows) < len(FAMILIES) else []),
         '',
         f'{about["date"]}, Python {about["python"]}, {about["machine"]}; '
-        + ', '.join(f'{k} {v}' for k, v in about['versions'].items()),
+        + ', '.join(f'{k} {v}' for k, v in about['versions'].items())
+        + f'; `{about["command"]}`',
         '',
         *(f'- {k}: {v}' for k, v in totals.items()),
         '',
