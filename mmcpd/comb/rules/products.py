@@ -245,7 +245,7 @@ def attention(run: Run, call: Call) -> None:
             _heads(run, x, z)
         met = x or y or z
         lead.append(met and met.without_full())
-    if call.named.get('scale') is None and q[-1] is not None:
+    if call.named.get('scale') is None and q[-1] is not None:  # also where another function hides it from Python's mode
         run.scaled(q[-1])
     mask = call.named.get('attn_mask', call.named.get('attn_bias'))
     if mask is not None:

@@ -1,8 +1,8 @@
 """The table of operations: what each one says about the axes of its inputs and outputs.
 
-A rule takes the `Run` and the `Call`, and sets the axes of the call's outputs. To add one: its name in a row here, a
-function in a file of this folder where no kind fits, and a toy net whose groups are written by hand (`docs/design.md`,
-"How to add").
+A rule takes the `Run` and the `Call`, and sets the axes of the call's outputs. To add one: an entry here, a function
+in a file of this folder where no kind fits, and a toy net whose groups are written by hand (`docs/design.md`, "How to
+add").
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ OPERATIONS: dict[str, Operation] = {
     'masked_fill': op(pointwise()),
     # -- axes pass through
     'clone': plain(same), 'detach': plain(same), 'alias': plain(same), '_to_copy': op(same),
-    'lift_fresh': op(same), 'lift': op(same),     # -- data movement: the very same operation runs on the atoms
+    'lift_fresh': op(same), 'lift': op(same),
+    # -- data movement: the very same operation runs on the atoms
     'view': plain(movement), '_unsafe_view': plain(movement), '_reshape_alias': op(movement),
     'permute': op(movement), 'transpose': op(movement), 't': plain(movement), 'expand': op(movement),
     'unsqueeze': op(movement), 'squeeze': op(movement), 'select': op(movement), 'slice': op(movement),
@@ -80,10 +81,8 @@ OPERATIONS: dict[str, Operation] = {
     'triu': op(triangle), 'im2col': op(im2col), 'col2im': op(col2im), 'glu': op(glu),
     'as_strided': plain(as_strided),
     # -- spatial: positions are pooled or sampled, channels stay
-    'avg_pool2d': plain(pool(2)), 'avg_pool3d': op(pool(3)),
-    'max_pool2d_with_indices': plain(pool(2)), 'max_pool3d_with_indices': op(pool(3)),
-    '_adaptive_avg_pool2d': plain(pool(2)),
-    'adaptive_max_pool2d': op(pool(2)),
+    'avg_pool2d': plain(pool(2)), 'avg_pool3d': op(pool(3)), 'max_pool2d_with_indices': plain(pool(2)),
+    'max_pool3d_with_indices': op(pool(3)), '_adaptive_avg_pool2d': plain(pool(2)), 'adaptive_max_pool2d': op(pool(2)),
     '_adaptive_avg_pool3d': op(pool(3)), 'upsample_nearest1d': op(pool(1)), 'upsample_nearest2d': plain(pool(2)),
     'upsample_linear1d': op(pool(1)), 'upsample_bilinear2d': plain(pool(2)), 'upsample_bicubic2d': op(pool(2)),
     '_upsample_bilinear2d_aa': op(pool(2)), '_upsample_bicubic2d_aa': op(pool(2)),
