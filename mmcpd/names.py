@@ -35,6 +35,17 @@ def look_up(table: dict[str, _T], name: object, kind: str) -> _T:
     raise ValueError(f"unknown {kind} '{name}': did you mean {near(str(name), table)}?")
 
 
+def check_options(options: Iterable[str], known: Sequence[str], owner: str) -> None:
+    """Refuse options that their owner does not have; the message lists the near ones.
+
+    Raises:
+        ValueError: an unknown option.
+    """
+    for name in options:
+        if name not in known:
+            raise ValueError(f"{owner} has no option '{name}': did you mean {near(name, known)}?")
+
+
 def match(patterns: Sequence[str], names: Iterable[str], kind: str = 'group') -> set[str]:
     """Return the names that fit any of the shell-style patterns.
 

@@ -24,7 +24,7 @@ from mmcpd.engine.plan import plan
 from mmcpd.engine.report import comparison, costs
 from mmcpd.engine.slim_file import save_whole
 from mmcpd.engine.wrappers import bare_model, unwrapped
-from mmcpd.names import look_up, near
+from mmcpd.names import check_options, look_up
 from mmcpd.prune import NORMALIZERS, Pruner, Schedule, check_floors, check_importance
 from mmcpd.registry import HOOKS
 
@@ -299,5 +299,4 @@ def _comb_options(heads: str, ignore: Sequence[str], strict: bool, input_shape: 
 def _refuse(unknown: Iterable[str], hook: Hook) -> None:
     """Refuse options that are not in the hook's signature: MMEngine would raise a TypeError without near names."""
     known = [name for name in inspect.signature(type(hook)).parameters if name != 'unknown']
-    for name in unknown:
-        raise ValueError(f"{type(hook).__name__} has no option '{name}': did you mean {near(name, known)}?")
+    check_options(unknown, known, type(hook).__name__)

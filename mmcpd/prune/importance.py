@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..coupling import Group
-from ..names import look_up, near
+from ..names import check_options, look_up
 from .gates import Gates
 from .schedule import is_count
 
@@ -67,9 +67,7 @@ def build_importance(spec: str | Mapping[str, object], groups: Sequence[Group], 
         raise ValueError(f'seed is an integer, 0 or more: got {seed!r}')
     cls: Callable[..., Importance] = look_up(IMPORTANCES, kind, 'importance')
     known = [name for name in inspect.signature(cls).parameters if name != 'groups']
-    for name in options:
-        if name not in known:
-            raise ValueError(f"importance '{kind}' has no option '{name}': did you mean {near(name, known)}?")
+    check_options(options, known, f"importance '{kind}'")
     return cls(groups, **{'seed': seed, **options})
 
 
