@@ -36,11 +36,7 @@ def look_up(table: dict[str, _T], name: object, kind: str) -> _T:
 
 
 def check_options(options: Iterable[str], known: Sequence[str], owner: str) -> None:
-    """Refuse options that their owner does not have; the message lists the near ones.
-
-    Raises:
-        ValueError: an unknown option.
-    """
+    """Raise a ValueError, with the near names, for an option that `owner` does not have."""
     for name in options:
         if name not in known:
             raise ValueError(f"{owner} has no option '{name}': did you mean {near(name, known)}?")
