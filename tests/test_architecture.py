@@ -16,19 +16,35 @@ ALLOWED = {
     'cost': BOTTOM,
     'fixes': BOTTOM,
     'coupling': {'cost', 'fixes', *BOTTOM},
+    'layer_calls': set(),
     'slim': {'coupling', 'cost', 'fixes', *BOTTOM},
     'comb': {'slim', 'coupling', 'cost', 'fixes', *BOTTOM},
-    'prune': {'slim', 'coupling', 'cost', *BOTTOM},
+    'prune': {'slim', 'coupling', 'cost', 'layer_calls', *BOTTOM},
+    'rotate': {'slim', 'coupling', 'layer_calls', *BOTTOM},
+    'refit': {'slim', 'coupling', 'layer_calls', *BOTTOM},
     'distill': BOTTOM,
     'deploy': BOTTOM,
     'registry': BOTTOM,
     'models': {*BOTTOM, 'registry'},
     'datasets': {*BOTTOM, 'registry'},
-    'engine': {'comb', 'slim', 'prune', 'distill', 'models', 'datasets', 'registry', 'coupling', 'cost', *BOTTOM},
+    'engine': {
+        'comb',
+        'slim',
+        'prune',
+        'rotate',
+        'refit',
+        'distill',
+        'models',
+        'datasets',
+        'registry',
+        'coupling',
+        'cost',
+        *BOTTOM,
+    },
     'cli': {'engine', 'deploy', 'comb', 'slim', 'prune', 'registry', 'coupling', *BOTTOM},
     '__main__': {'cli', 'engine', *BOTTOM},
 }
-PURE = ('comb', 'slim', 'prune', 'distill', 'coupling', 'cost', 'fixes')
+PURE = ('comb', 'slim', 'prune', 'rotate', 'refit', 'layer_calls', 'distill', 'coupling', 'cost', 'fixes')
 
 
 def module_name(path: Path) -> str:
