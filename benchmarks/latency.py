@@ -23,9 +23,9 @@ import torch
 
 from mmcpd.comb import comb
 from mmcpd.deploy import deploy
-from mmcpd.deploy.latency import progress_line
 from mmcpd.engine.build import as_config, build_dense
 from mmcpd.engine.compat import mend_scopes
+from mmcpd.progress import ProgressLine
 from mmcpd.prune import NORMALIZERS, normalize, select
 from mmcpd.slim import slim
 
@@ -60,7 +60,7 @@ def measure(config: str, share: float, args: argparse.Namespace) -> dict[str, An
             runs=args.runs,
             time_limit=args.time_limit,
             threads=args.threads,
-            progress=progress_line(),
+            progress=ProgressLine('measuring', 'rounds'),
         )
     print(report, flush=True)
     return {

@@ -11,7 +11,7 @@ import mmcpd
 
 ROOT = Path(mmcpd.__file__).parent
 # From the bottom up: each part may import itself and what stands in its row.
-BOTTOM = {'errors', 'names', 'version', 'compat'}
+BOTTOM = {'errors', 'names', 'version', 'compat', 'progress', 'files'}
 ALLOWED = {
     'cost': BOTTOM,
     'fixes': BOTTOM,

@@ -21,10 +21,10 @@ from mmcpd.cli.checks import check_checkpoint, check_data, check_folder
 from mmcpd.cli.common import UserError
 from mmcpd.cli.configs import read_config
 from mmcpd.deploy import deploy
-from mmcpd.deploy.latency import progress_line
 from mmcpd.engine.build import build_dense
 from mmcpd.engine.checkpoints import load_dense, load_slim, read_checkpoint, removed_units
 from mmcpd.engine.examples import data_batches, random_batches
+from mmcpd.progress import ProgressLine
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -97,7 +97,7 @@ def main(args: argparse.Namespace) -> None:
         runs=0 if args.no_bench else args.runs,
         time_limit=args.time_limit,
         threads=args.threads,
-        progress=progress_line(),
+        progress=ProgressLine('measuring', 'rounds'),
         facts={**facts, 'inputs': source, 'seed': 0},
     )
     print(f'\n{report}\n\nwrote {folder}/dense.onnx, {folder}/{name}.onnx and {folder}/latency.json')

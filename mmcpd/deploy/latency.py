@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TextIO
 
 import numpy as np
 
@@ -54,7 +52,7 @@ def measure_latency(
     A round runs each file once; the order turns round from one round to the next. Idle threads do not spin. The first
     file is what the others are compared with. There are `n` rounds after `warmup` rounds that do not count; none starts
     after `time_limit` seconds, warm-up apart. Threads are those within an operator, by default as many as this process
-    may use cores. `progress` is called after each round, outside of what is measured: see `progress_line`.
+    may use cores. `progress` is called after each round, outside of what is measured.
 
     Raises:
         ValueError: No files, or n, warmup or threads out of range.
@@ -93,29 +91,6 @@ def measure_latency(
             left = elapsed / done * (n - done)
             progress(done, n, left if time_limit is None else min(left, max(time_limit - elapsed, 0.0)))
     return _summaries(list(paths), times[:done], threads)
-
-
-def progress_line(stream: TextIO | None = None, every: float | None = None) -> Progress:
-    """Return a progress callback that writes `312/1000 rounds, 0:42 left` at most every so many seconds.
-
-    Without `every` that is once a second over the same line in a terminal, and a line each 15 seconds elsewhere.
-    """
-    stream = sys.stderr if stream is None else stream
-    terminal = stream.isatty()
-    every = (1.0 if terminal else 15.0) if every is None else every
-    last = time.monotonic()
-
-    def show(done: int, total: int, left: float) -> None:
-        nonlocal last
-        finished = done == total or left <= 0
-        if time.monotonic() - last >= every or finished:
-            last = time.monotonic()
-            text = f'{done}/{total} rounds, {int(left) // 60}:{int(left) % 60:02d} left'
-            ending = '\n' if finished or not terminal else ''
-            stream.write(f'\r{text:<40}{ending}' if terminal else f'{text}\n')
-            stream.flush()
-
-    return show
 
 
 def usable_cores() -> int:

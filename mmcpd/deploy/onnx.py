@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from mmcpd.errors import DeployError
+from mmcpd.files import whole
 
 Inputs = Tensor | tuple[Tensor, ...]
 Forward = Callable[..., Any]
@@ -231,15 +231,6 @@ def _outputs(result: Any) -> list[Tensor]:
 
 def _names(label: str, count: int) -> list[str]:
     return [label] if count == 1 else [f'{label}_{number}' for number in range(count)]
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """Give a place to write a file to, which appears at `path` if the block ends without an error."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        unfinished = Path(folder) / 'unfinished'
-        yield unfinished
-        os.replace(unfinished, path)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import platform
 import tempfile
@@ -19,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from mmcpd.deploy.latency import Latency, Progress, measure_latency, usable_cores
-from mmcpd.deploy.onnx import NEW_EXPORTER, Forward, Inputs, Parity, check_parity, export_onnx, whole
+from mmcpd.deploy.onnx import NEW_EXPORTER, Forward, Inputs, Parity, check_parity, export_onnx
 from mmcpd.errors import DeployError
+from mmcpd.files import write_json
 from mmcpd.version import __version__
 
 
@@ -60,8 +60,7 @@ class Report:
 
     def to_json(self, path: str | os.PathLike) -> None:
         """Write everything as JSON, whole or not at all."""
-        with whole(Path(path)) as unfinished:
-            unfinished.write_text(json.dumps(asdict(self), indent=2) + '\n', encoding='utf-8')
+        write_json(Path(path), asdict(self))
 
 
 def deploy(

@@ -173,20 +173,30 @@ def check_start(cfg: Config, path: PathLike) -> None:
         )
 
 
-def save_checked(model: nn.Module, coupling: Coupling, keep: Keep, path: Path, meta: Mapping[str, Any]) -> None:
-    """Cut a bare model that is masked by `keep`, compare the two, and write the slim one to `path` if they agree.
+def cut_checked(model: nn.Module, coupling: Coupling, keep: Keep) -> nn.Module:
+    """Cut a bare model that is masked by `keep`, compare the two, and return the slim one.
 
     Raises:
-        SlimError: the two models do not compute the same; then nothing is written.
+        SlimError: the two models do not compute the same.
     """
     small = slim(model, coupling, keep)
     off = compare(model, coupling, keep, small)
     if off > TOLERANCE:
         raise SlimError(
-            f'the slim model is off the masked one by {off:.1e} of the largest output, so {path} is not written: '
+            f'the slim model is off the masked one by {off:.1e} of the largest output, so nothing is written: '
             'the forward does something that combing does not see. `mmcpd comb` lists the groups; name those of '
-            'the module at fault in ignore=[...] of PruneHook and train again'
+            'the module at fault in ignore=[...] of PruneHook and prune again'
         )
+    return small
+
+
+def save_checked(model: nn.Module, coupling: Coupling, keep: Keep, path: Path, meta: Mapping[str, Any]) -> None:
+    """Cut a bare model that is masked by `keep`, and write the slim one to `path`.
+
+    Raises:
+        SlimError: as `cut_checked`; then nothing is written.
+    """
+    small = cut_checked(model, coupling, keep)
     save_slim(path, small, structure(model, small), meta)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mmcpd.compat import require
 from mmcpd.coupling import Coupling
@@ -14,6 +16,9 @@ ROLES = {
     'affine': ('|', 40, 'goes along (norm, embedding)'),
 }
 ALIAS = {'stat': 'affine', 'free': 'affine'}
+
+# What a curve is drawn against, and how the axis is called.
+CURVE_AXES = {'macs': 'MACs', 'params': 'parameters', 'ratio': 'latency in ONNX Runtime'}
 
 
 def plot(coupling: Coupling, path: str | os.PathLike, title: str = '') -> None:
@@ -51,4 +56,36 @@ def plot(coupling: Coupling, path: str | os.PathLike, title: str = '') -> None:
     axes.set_xticks(range(len(modules)), modules, fontsize=5, rotation=90)
     axes.invert_yaxis()
     axes.set_title(title or f'{len(coupling.groups)} coupling groups, {coupling.units} units', fontsize=10)
+    figure.savefig(path, dpi=110)
+
+
+def plot_curve(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
+    """Write a picture of models of several sizes: their first metric against MACs, parameters and latency.
+
+    Each row has `name`, `macs`, `params`, `ratio` (latency, as a share of the first row's) and `metrics` (name to
+    number); the first row is the dense model. Without metrics the latency is drawn against MACs and parameters.
+
+    Raises:
+        ImportError: matplotlib is missing.
+
+    Example:
+        >>> from tempfile import mkdtemp
+        >>> rows = [{'name': 'dense', 'macs': 2, 'params': 2, 'ratio': 1.0, 'metrics': {'top1': 90.0}}]
+        >>> plot_curve(rows, mkdtemp() + '/curve.png')
+    """
+    require('demo')
+    from matplotlib.figure import Figure
+
+    metric = next(iter(rows[0]['metrics']), None)
+    heights = [100 * row['ratio'] if metric is None else row['metrics'][metric] for row in rows]
+    figure = Figure(figsize=(12, 4), layout='constrained')
+    panels = figure.subplots(1, 3, sharey=True)
+    for axes, (key, label) in zip(panels, CURVE_AXES.items(), strict=True):
+        shares = [100 * row[key] / rows[0][key] for row in rows]
+        axes.plot(shares, heights, marker='o', color='C0')
+        for row, share, height in zip(rows, shares, heights, strict=True):
+            axes.annotate(row['name'], (share, height), xytext=(4, -10), textcoords='offset points', fontsize=7)
+        axes.set_xlabel(f'{label}, % of the dense model')
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel('latency, % of the dense model' if metric is None else metric)
     figure.savefig(path, dpi=110)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from mmcpd.errors import SlimError
+from mmcpd.files import whole
 from mmcpd.version import __version__
 
 VERSION = 1  # of the file; raise it whenever an older mmcpd could not read what is written
@@ -52,13 +53,9 @@ def save_slim(path: PathLike, model: nn.Module, structure: Mapping[str, Any], me
 
 
 def save_whole(path: Path, content: dict[str, Any]) -> None:
-    """Write a file of `torch.save` whole or not at all: beside `path`, then renamed."""
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
-        torch.save(content, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write a file of `torch.save` whole or not at all."""
+    with whole(path) as unfinished:
+        torch.save(content, unfinished)
 
 
 def read_slim(path: PathLike) -> dict[str, Any]:

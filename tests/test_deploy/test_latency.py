@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import re
 import time
 
 import numpy as np
@@ -97,25 +95,6 @@ def test_summaries_are_paired():
     assert second.ratio == 0.5  # of 0.5, 0.25 and 0.75, not 5 / 20
     assert second.mean == pytest.approx(40 / 3)
     assert second.p90 == pytest.approx(25)
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def test_progress_lines():
-    plain, terminal = io.StringIO(), Terminal()
-    for stream in (plain, terminal):
-        show = latency.progress_line(stream, every=0)
-        show(1, 1000, 125.0)
-        show(1000, 1000, 0.0)
-    assert plain.getvalue() == '1/1000 rounds, 2:05 left\n1000/1000 rounds, 0:00 left\n'
-    assert re.sub(' +', ' ', terminal.getvalue()) == '\r1/1000 rounds, 2:05 left \r1000/1000 rounds, 0:00 left \n'
-    rare = io.StringIO()
-    show = latency.progress_line(rare, every=3600)
-    show(1, 1000, 125.0)
-    assert rare.getvalue() == ''
 
 
 @pytest.mark.parametrize('wrong', [dict(n=0), dict(warmup=-1), dict(threads=0), dict(paths={})])
