@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.registry import DefaultScope
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from mmcpd.distill import KDLoss
+from mmcpd.engine.random_state import seeded
 from mmcpd.slim.compare import evaluating, tensors_in
 
 RATE = 0.1  # of the config's learning rate: a model that was refitted needs little, see docs/results.md
@@ -51,18 +52,19 @@ def teach_(
     schedule = CosineAnnealingLR(optimizer.optimizer, iterations)
     batches = _from_pictures(pictures, seed) if pictures is not None else _from_config(student, cfg, seed)
     student.train()
-    for done, (_, inputs) in enumerate(zip(range(iterations), batches, strict=False), 1):
-        with evaluating(teacher):
-            wanted = tensors_in(teacher(inputs))
-        with optimizer.optim_context(student):
-            loss = difference(tensors_in(student(inputs)), wanted, softmax)
-        if not torch.isfinite(loss):
-            rate = optimizer.optimizer.param_groups[0]['initial_lr']
-            raise RuntimeError(f'iteration {done} of the distillation gave a loss of {loss:.1e}: lower lr={rate}')
-        optimizer.update_params(loss)
-        schedule.step()
-        if progress is not None:
-            progress(done, iterations)
+    with seeded(seed):  # augmentation, dropout
+        for done, (_, inputs) in enumerate(zip(range(iterations), batches, strict=False), 1):
+            with evaluating(teacher):
+                wanted = tensors_in(teacher(inputs))
+            with optimizer.optim_context(student):
+                loss = difference(tensors_in(student(inputs)), wanted, softmax)
+            if not torch.isfinite(loss):
+                rate = optimizer.optimizer.param_groups[0]['initial_lr']
+                raise RuntimeError(f'iteration {done} of the distillation gave a loss of {loss:.1e}: lower lr={rate}')
+            optimizer.update_params(loss)
+            schedule.step()
+            if progress is not None:
+                progress(done, iterations)
     student.eval()
 
 
@@ -88,7 +90,7 @@ def _optimizer(student: nn.Module, cfg: Config, lr: float | None) -> OptimWrappe
         config = {key: value for key, value in config.items() if key not in ('loss_scale', 'dtype')}
         config['type'] = 'OptimWrapper'  # MMEngine's mixed precision needs an accelerator
     config['optimizer']['lr'] = RATE * config['optimizer']['lr'] if lr is None else lr
-    return build_optim_wrapper(student, Config(config))
+    return build_optim_wrapper(student, ConfigDict(config))
 
 
 def _from_config(student: nn.Module, cfg: Config, seed: int) -> Iterator[Tensor]:

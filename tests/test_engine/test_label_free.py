@@ -1,0 +1,104 @@
+"""The dense model teaches a small one without labels."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from mmengine.config import Config
+from torch import nn
+
+from mmcpd.distill import KDLoss
+from mmcpd.engine.build import build_dense
+from mmcpd.engine.label_free import RATE, _optimizer, difference, teach_
+from mmcpd.slim.compare import evaluating
+from tests.test_tools.conftest import ROOT, TINY
+
+
+@pytest.fixture
+def cfg(tmp_path) -> Config:
+    file = tmp_path / 'tiny.py'
+    file.write_text(TINY.format(root=str(ROOT)))
+    return Config.fromfile(file)
+
+
+@pytest.fixture
+def pair(cfg) -> tuple[nn.Module, nn.Module]:
+    """A teacher, and a student that was damaged."""
+    torch.manual_seed(0)
+    teacher = build_dense(cfg).train()
+    teacher.head.fc.weight.data.mul_(10)
+    with torch.no_grad():  # statistics as a trained net has them
+        for _ in range(30):
+            teacher(torch.randn(32, 3, 32, 32))
+    teacher.eval()
+    student = copy.deepcopy(teacher)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return student, teacher
+
+
+def gap(student: nn.Module, teacher: nn.Module, pictures: torch.Tensor) -> float:
+    with evaluating(student), evaluating(teacher):
+        return float(difference([student(pictures)], [teacher(pictures)], softmax=False))
+
+
+@pytest.mark.parametrize('softmax', [True, False])
+@pytest.mark.parametrize('own', [True, False])
+def test_the_student_comes_nearer(pair, cfg, softmax, own):
+    student, teacher = pair
+    weights = copy.deepcopy(teacher.state_dict())
+    pictures = torch.randn(32, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    before, seen = gap(student, teacher, pictures), []
+    teach_(
+        student, teacher, cfg, 30, softmax=softmax, lr=0.01, pictures=[*pictures.split(16)] if own else None,
+        progress=lambda done, total: seen.append((done, total)),
+    )  # fmt: skip
+    assert seen == [(done, 30) for done in range(1, 31)]
+    assert gap(student, teacher, pictures) < (0.9 if own else 1) * before
+    assert all(torch.equal(value, weights[name]) for name, value in teacher.state_dict().items())
+    assert not student.training
+
+
+def test_labels_are_not_read(pair, cfg):
+    student, teacher = pair
+    twin = copy.deepcopy(student)
+
+    class Blind(type(student.data_preprocessor)):
+        def forward(self, data, training=False):
+            for sample in data['data_samples']:
+                sample.set_gt_label(torch.tensor([9]))  # all wrong
+            return super().forward(data, training)
+
+    twin.data_preprocessor.__class__ = Blind
+    for model in (student, twin):
+        teach_(model, teacher, cfg, 4, softmax=True, seed=3)
+    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), twin.parameters(), strict=True))
+
+
+def test_the_rate_is_a_tenth_of_the_configs_unless_given(pair, cfg):
+    student, _ = pair
+    assert _optimizer(student, cfg, None).optimizer.param_groups[0]['lr'] == pytest.approx(RATE * 0.01)
+    assert _optimizer(student, cfg, 0.3).optimizer.param_groups[0]['lr'] == 0.3
+    cfg.optim_wrapper = None
+    with pytest.raises(ValueError, match='has no optim_wrapper'):
+        _optimizer(student, cfg, None)
+
+
+def test_a_rate_that_is_too_high_is_said(pair, cfg):
+    student, teacher = pair
+    with pytest.raises(RuntimeError, match='lower lr'):
+        teach_(student, teacher, cfg, 50, softmax=False, lr=1e6)
+
+
+def test_the_difference_is_of_every_output():
+    torch.manual_seed(0)
+    wanted = [torch.randn(4, 5), torch.randn(4, 3, 8, 8), torch.arange(4)]
+    outputs = [wanted[0] + 1.5 * torch.randn(4, 5), wanted[1] * 0, wanted[2]]
+    kd = KDLoss()(outputs[0], wanted[0])
+    share = wanted[1].square().mean() / wanted[1].var()
+    assert difference(outputs, wanted, softmax=True) == pytest.approx(float(kd + share))
+    first = (outputs[0] - wanted[0]).square().mean() / wanted[0].var()
+    assert difference(outputs, wanted, softmax=False) == pytest.approx(float(first + share))
