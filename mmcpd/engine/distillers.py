@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,18 +35,23 @@ class Distiller(StudentWrapper):
             module output as in `mmcpd.distill.Tap`, 'logits' by default), `teacher_tap` (as `tap` by default),
             `name` (in the log: `loss_distill_<name>`), and the arguments of the loss. It is called as
             `loss(student, teacher)`, or `(student, teacher, labels)` if its `needs_labels` is True.
+        task_weight: Factor of the task's own losses (`loss_task` in the log, where the student calls it `loss`) while
+            a teacher teaches. 0: they are not computed, and samples need no labels (take `LoadAnnotations` out of the
+            pipeline). Auxiliary heads then get no gradient: leave them out of the model, or with several processes
+            set `find_unused_parameters=True`.
         data_preprocessor: For a student whose config has none; the Runner gives the config's own here.
         init_cfg: As for any MMEngine module, over the student and the losses.
 
     Raises:
-        ValueError: If a tap, a loss, its arguments or the teacher are not known or do not fit.
+        ValueError: If a tap, a loss, its arguments or the teacher are not known or do not fit, or `task_weight` is
+            negative, or 0 without any loss to train by.
 
     Example:
         >>> model = dict(
         ...     type='mmcpd.Distiller',
         ...     student=dict(type='mmpretrain.ImageClassifier', backbone=dict(type='mmpretrain.ResNet', depth=50)),
         ...     teacher='self',
-        ...     losses=[dict(type='mmcpd.KDLoss', tap='head.fc', tau=1.0, loss_weight=1.0)],
+        ...     losses=[dict(type='mmcpd.KDLoss', tap='head.fc', tau=4.0, loss_weight=1.0)],
         ... )
     """
 
@@ -54,10 +60,16 @@ class Distiller(StudentWrapper):
         student: Mapping[str, Any] | nn.Module,
         teacher: str | Mapping[str, Any] | nn.Module | None = 'self',
         losses: Sequence[Mapping[str, Any]] = (),
+        task_weight: float = 1.0,
         data_preprocessor: Mapping[str, Any] | nn.Module | None = None,
         init_cfg: Mapping[str, Any] | list | None = None,
     ) -> None:
         super().__init__(_build_student(student, data_preprocessor), init_cfg)
+        if not isinstance(task_weight, int | float) or not 0 <= task_weight < math.inf:
+            raise ValueError(f'task_weight is a number, 0 or more: got {task_weight!r}')
+        if task_weight == 0 and not (losses and teacher is not None):
+            raise ValueError('task_weight=0 leaves nothing to train by: give a teacher and losses')
+        self.task_weight = float(task_weight)
         self.loss_configs: dict[str, LossConfig] = {}
         for each in losses:
             config = LossConfig.read(each, self.loss_configs)
@@ -142,12 +154,24 @@ class Distiller(StudentWrapper):
             return dict(self.student(inputs, data_samples, mode='loss')) | self._zero_losses()
         taught = self._teacher(inputs)  # before the student: its activations are freed by then
         with Taps(self.student, {config.tap for config in self.loss_configs.values()}) as taps:
-            losses = dict(self.student(inputs, data_samples, mode='loss'))
+            losses = self._task_losses(inputs, data_samples)
         for name, loss in self.distill.items():
             config = self.loss_configs[name]
             labels = [labels_of(data_samples, name)] if getattr(loss, 'needs_labels', False) else []
             losses[f'loss_distill_{name}'] = loss(taps[config.tap], taught[config.teacher_tap], *labels)
         return losses
+
+    def _task_losses(self, inputs: Tensor, data_samples: list | None) -> dict[str, Any]:
+        """Run the student, and return its own losses times `task_weight`; of weight 0 none, and no label is read."""
+        if self.task_weight == 0:
+            self.student(inputs, mode='tensor')
+            return {}
+        weighted = {}
+        for name, value in self.student(inputs, data_samples, mode='loss').items():
+            if 'loss' in name:  # what MMEngine adds up; the rest are metrics
+                value = [v * self.task_weight for v in value] if isinstance(value, list) else value * self.task_weight
+            weighted['loss_task' if name == 'loss' else name] = value  # `loss` is the total in the log
+        return weighted
 
     def _zero_losses(self) -> dict[str, Tensor]:
         """Return a zero for each loss with parameters: several processes expect a gradient for every one."""

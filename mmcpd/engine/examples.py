@@ -97,7 +97,7 @@ def data_batches(
     if len(dataset) == 0:
         raise ValueError(f'{cfg.filename}: the test data set is empty')
     chosen = torch.linspace(0, len(dataset) - 1, sum(sizes)).long().tolist()
-    pictures = torch.cat([_preprocessed(dataset[index], model, (height, width)) for index in chosen])
+    pictures = torch.cat([preprocessed(dataset[index], model, (height, width)) for index in chosen])
     return list(pictures.split(list(sizes)))
 
 
@@ -113,7 +113,7 @@ def random_batches(config: ConfigLike, sizes: Sequence[int], shape: tuple[int, i
     return list(noise(sum(sizes), size).split(list(sizes)))
 
 
-def _preprocessed(sample: dict, model: nn.Module, shape: tuple[int, int]) -> Tensor:
+def preprocessed(sample: dict, model: nn.Module, shape: tuple[int, int]) -> Tensor:
     """Return one sample as the model sees it, (1, C, H, W)."""
     preprocessor: Any = model.data_preprocessor
     picture = preprocessor(pseudo_collate([sample]), False)['inputs']

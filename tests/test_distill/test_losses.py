@@ -60,8 +60,14 @@ def test_kd_takes_each_pixel_as_a_sample():
 def test_kd_has_the_gradient_of_cross_entropy():
     s, t = pair(shape=(N, C))
     s.requires_grad_()
-    (grad,) = torch.autograd.grad(KDLoss()(s, t), s)
+    (grad,) = torch.autograd.grad(KDLoss(tau=1)(s, t), s)
     torch.testing.assert_close(grad, (s.softmax(1) - t.softmax(1)).detach() / N)
+
+
+def test_kd_is_at_temperature_4_times_its_square_by_default():
+    s, t = pair(shape=(N, C))
+    expected = 16 * sum(kl(softmax(t[n].tolist(), 4), softmax(s[n].tolist(), 4)) for n in range(N)) / N
+    assert KDLoss()(s, t).item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_cwd_is_the_formula():

@@ -142,12 +142,60 @@ def test_loss_is_the_formula_on_both_models_outputs():
     bare = copy.deepcopy(model.student)
     got = model(**data, mode='loss')
     task = bare(**data, mode='loss')
-    torch.testing.assert_close(got['loss'], task['loss'])
-    p = teacher.eval()(data['inputs']).softmax(1)
+    torch.testing.assert_close(got['loss_task'], task['loss'])
+    p = (teacher.eval()(data['inputs']) / 4).softmax(1)
     logits = copy.deepcopy(model.student)
-    s = logits.head.fc(logits.extract_feat(data['inputs'])[-1]).log_softmax(1)
-    kl = 2.0 * (p * (p.log() - s)).sum(1).mean()
+    s = (logits.head.fc(logits.extract_feat(data['inputs'])[-1]) / 4).log_softmax(1)
+    kl = 2.0 * 4**2 * (p * (p.log() - s)).sum(1).mean()
     torch.testing.assert_close(got['loss_distill_kd'], kl)
+    total, log = model.parse_losses(got)
+    torch.testing.assert_close(total, task['loss'] + kl)
+    assert log['loss'] == total, "the log's loss is the total, not the student's own"
+
+
+@pytest.mark.parametrize(('student', 'data'), [(classifier, pictures), (segmentor, scenes)])
+def test_the_task_weight_is_a_factor_of_the_task_s_losses_alone(student, data):
+    found, teacher = [], MODELS.build(student())
+    for weight in (1.0, 0.25):
+        model = distiller(student(), [{'type': 'KDLoss'}], teacher=teacher, task_weight=weight).train()
+        torch.manual_seed(1)  # dropout
+        found.append(losses_of(model, data()))
+    whole, quarter = found
+    assert whole.keys() == quarter.keys() and len(whole) > 1
+    for name in whole:
+        factor = 0.25 if 'loss' in name and 'distill' not in name else 1
+        torch.testing.assert_close(quarter[name], whole[name] * factor)
+
+
+@pytest.mark.parametrize(('student', 'data'), [(classifier, pictures), (segmentor, scenes)])
+def test_without_the_task_no_label_is_needed_and_no_task_loss_computed(student, data):
+    def unlabelled():
+        found = data()
+        found['data_samples'] = [type(sample)() for sample in found['data_samples']]
+        return found
+
+    def at_weight(weight):
+        return distiller(student(), [{'type': 'KDLoss'}], teacher=teacher, task_weight=weight).train()
+
+    teacher = MODELS.build(student())
+    model = at_weight(0)
+    torch.manual_seed(1)
+    found = losses_of(model, unlabelled())
+    assert list(found) == ['loss_distill_kd'] and model.student.training
+    twin = at_weight(1)
+    torch.manual_seed(1)
+    assert torch.equal(found['loss_distill_kd'], losses_of(twin, data())['loss_distill_kd']), 'in train mode too'
+    found['loss_distill_kd'].backward()
+    assert all(p.grad is not None for p in model.parameters())
+    with pytest.raises((ValueError, AttributeError, KeyError)):
+        losses_of(at_weight(1e-9), unlabelled())
+
+
+def test_until_there_is_a_teacher_the_task_trains():
+    model = distiller(task_weight=0).train()
+    assert list(losses_of(model, pictures())) == ['loss']
+    model.begin_distillation()
+    assert list(losses_of(model, pictures())) == ['loss_distill_kd']
 
 
 def test_gradient_reaches_the_student_only():
@@ -218,7 +266,7 @@ def test_unlike_teacher_with_its_own_taps():
     ]
     model = distiller(losses=losses, teacher=MODELS.build(wide)).train()
     found = losses_of(model, pictures())
-    assert list(found) == ['loss', *(f'loss_distill_{n}' for n in ('kd', 'dist', 'kd_2', 'hint'))]
+    assert list(found) == ['loss_task', *(f'loss_distill_{n}' for n in ('kd', 'dist', 'kd_2', 'hint'))]
     found['loss_distill_hint'].backward()
     assert model.distill['hint'].projection.weight.grad.abs().sum() > 0
     assert any(p is model.distill['hint'].projection.weight for p in model.parameters())
@@ -456,6 +504,10 @@ def test_labels_that_are_not_there():
         ({'teacher': {'config': 'x.py'}}, 'needs config and checkpoint'),
         ({'teacher': {'config': 'no/such.py', 'checkpoint': 'x.pth'}}, 'no config no/such.py'),
         ({'student': nn.Linear(1, 1)}, 'must be an MMEngine model'),
+        ({'task_weight': -1}, 'task_weight is a number, 0 or more: got -1'),
+        ({'task_weight': '1'}, "task_weight is a number, 0 or more: got '1'"),
+        ({'task_weight': 0, 'losses': ()}, 'nothing to train by'),
+        ({'task_weight': 0, 'teacher': None}, 'nothing to train by'),
     ],
 )
 def test_wrong_arguments(kwargs, says):
@@ -507,8 +559,10 @@ def test_teacher_of_other_pictures_is_refused():
 
 @DATASETS.register_module()
 class InMemory(Dataset):
-    def __init__(self, scene):
+    def __init__(self, scene, labels=True):
         self.data = (scenes if scene else pictures)(8)
+        if not labels:
+            self.data['data_samples'] = [type(sample)() for sample in self.data['data_samples']]
 
     def __len__(self):
         return 8
@@ -549,7 +603,10 @@ def test_runner_logs_by_name_and_saves_the_bare_student(tmp_path):
     runner.call_hook = _beginning(runner, runner.call_hook)
     runner.train()
     scalars = runner.message_hub.log_scalars
-    assert {'train/loss', 'train/loss_distill_kd', 'train/loss_distill_dist'} <= scalars.keys()
+    names = {'train/loss', 'train/loss_task', 'train/loss_distill_kd', 'train/loss_distill_dist'}
+    assert names <= scalars.keys()
+    parts = [scalars[name].current() for name in sorted(names)]
+    assert parts[0] == pytest.approx(sum(parts[1:]), rel=1e-5), 'the total'
     assert next(tmp_path.rglob('*.log')).read_text().count('loss_distill_kd') >= 3
     checkpoint = torch.load(tmp_path / 'iter_3.pth', weights_only=False)
     bare = MODELS.build(classifier())
@@ -557,6 +614,22 @@ def test_runner_logs_by_name_and_saves_the_bare_student(tmp_path):
     bare.load_state_dict(checkpoint['state_dict'])
     assert not torch.equal(bare.backbone.conv1.weight, runner.model.teacher.backbone.conv1.weight)
     assert len(checkpoint['optimizer']['param_groups'][0]['params']) == len(list(bare.parameters()))
+
+
+@pytest.mark.parametrize(('student', 'data'), [(classifier, pictures), (segmentor, scenes)])
+def test_a_runner_trains_without_labels(tmp_path, student, data):
+    def unlabelled(folder, weight):
+        runner = run(folder, student(), [{'type': 'KDLoss'}], data, model={'task_weight': weight})
+        runner._train_dataloader['dataset']['labels'] = False
+        runner.call_hook = _beginning(runner, runner.call_hook)
+        return runner
+
+    runner = unlabelled(tmp_path / 'a', 0)
+    runner.train()
+    scalars = runner.message_hub.log_scalars
+    assert {name for name in scalars if 'loss' in name} == {'train/loss', 'train/loss_distill_kd'}
+    with pytest.raises((ValueError, AttributeError, KeyError)):
+        unlabelled(tmp_path / 'b', 1).train()
 
 
 def _beginning(runner, call_hook):
