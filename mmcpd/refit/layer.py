@@ -121,7 +121,7 @@ class Layer:
         self._live = form.columns.to(weight.device)[:, self._kept].to(self._start.device)
         self._partly = not bool(self._live.all())  # some groups lost columns that others keep
         self._weight = weight.clone()
-        self._home = None if self.home is None else double(self.home)
+        self._home = None if self.home is None else double(self.home).clone()
         groups, columns, taps, outputs = self._start.shape
         self._moments = Moments(groups, columns * (1 if form.alike else taps), outputs, self._start.device)
         self._added = 0
