@@ -27,7 +27,7 @@ SHAPES = set(
 WORDS = {
     'norm': 'a norm', 'mul': 'a factor for each channel or position (rotary embeddings, a gate)',
     'add': 'a sum (a position table, a residual)', 'sub': 'a difference', 'pool': 'pooling',
-    'softmax': 'a softmax', 'copy': 'a copy into another tensor', 'mean': 'a mean',
+    'softmax': 'a softmax', 'cat': 'a concatenation', 'copy': 'a copy into another tensor', 'mean': 'a mean',
 }  # fmt: skip
 
 

@@ -75,14 +75,12 @@ class _Watch(Follow):
                 self.give_up(HeadKind.QUERY_KEY, (left, right), meeting, reason)
                 return
         rows, tokens = (right, -2) if right is not None else (left, -1)
-        if rows is None or rows.numbers is None:
-            return
-        heads = _channels(rows, tokens)
-        if rows.lost:
+        heads = None if rows is None else _channels(rows, tokens)
+        if rows is not None and rows.lost:
             self.give_up(HeadKind.VALUE_PROJECTION, (rows,), [heads], rows.lost)
-        elif heads is None:
+        elif rows is not None and rows.numbers is not None and heads is None:
             self.ledger.spoil(numbers_in(rows.numbers), 'it is multiplied with a tensor that no layer makes')
-        if rows.lost or heads is None:
+        if rows is None or rows.lost or rows.numbers is None or heads is None:
             return
         for head in np.unique(heads, axis=0):
             self.ledger.add_space(head, HeadKind.VALUE_PROJECTION, self.path())
