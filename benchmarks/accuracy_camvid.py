@@ -140,7 +140,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def mean_iou(confusion: Tensor) -> float:
-    """Return the mean over classes of a confusion matrix (true, predicted), percent; classes without a pixel are out."""
+    """Return the mean IoU of a confusion matrix (true, predicted), percent, over classes that occur."""
     hit = confusion.diagonal().double()
     union = confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
     return float(100 * (hit / union)[union > 0].mean())

@@ -63,7 +63,7 @@ def picture_gradients(model: nn.Module, importance: Any, task: Task, batches: Se
 
 
 def fisher_of_layers(model: nn.Module, importance: Any, task: Task, batches: Sequence[Batch]) -> None:
-    """Let the importance watch its layers while the gradients of sampled labels pass, in eval mode, as its script does."""
+    """Let the importance watch its layers while gradients of sampled labels pass, in eval mode, as its script does."""
     importance._clear_buffer()
     importance._prepare_model(model, importance.pruner)
     for images, _ in batches:
