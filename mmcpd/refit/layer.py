@@ -137,13 +137,13 @@ class Layer:
         return 0.0 if self.mean is None or self._home is None else self._home - double(self.mean)
 
     def add(self, call: LayerCall, output: torch.Size, positions: Tensor, target: Tensor) -> None:
-        """Add what a call reads for some positions of an output of this size, and what it should put out there, `(P, O)` in float64.
+        """Add what a call reads for positions of an output of this size, and its target `(P, O)` in float64.
 
         Raises:
             ValueError: if one of them is not finite.
         """
         form, moments = self.form, self._moments
-        groups, columns, taps, outputs = self._start.shape
+        groups, _, taps, _ = self._start.shape
         fixed = double(call.bias) if call.bias is not None and self.bias is None else None
         offset = self._home if self.bias is not None else fixed
         step = max(1, _ELEMENTS // (groups * form.columns.shape[1] * taps))
@@ -171,7 +171,7 @@ class Layer:
     def refit_(self, ridge: float) -> None:
         """Write the weight and the intercept that fit all moments so far."""
         form, moments = self.form, self._moments
-        groups, columns, taps, outputs = self._start.shape
+        groups, columns, taps, _ = self._start.shape
         live = form.outputs.to(self._start.device)
         found = solve(moments, live, ridge, self.home is not None)
         change = found.weight.unflatten(1, (columns, -1)).expand(-1, -1, taps, -1)
