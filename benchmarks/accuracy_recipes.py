@@ -113,7 +113,7 @@ def small(
     batches = [batch.images for batch in task.plain(REFIT_PICTURES, seed)]
     found = slim(refit(model, coupling, keep, batches).model, coupling, keep)
     absorb_(found, task.augmented(REFIT_PICTURES, seed))
-    return Pruned(found, max(seen, REFIT_PICTURES))
+    return Pruned(found, max(seen, sum(len(images) for images in batches)))
 
 
 class PrunerInLoop(InLoop):

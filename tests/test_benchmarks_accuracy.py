@@ -228,7 +228,7 @@ def test_our_refit_puts_a_better_model_on_the_same_units(task):
     plain = RECIPES['mmcpd, no refit'].prune(task, 0.5, 0)
     fitted, x = recipe(task, 0.5, 0), task.plain(16, 0)[0].images
     assert macs(plain.model, x[:1]) == macs(fitted.model, x[:1])
-    gaps = [float((task.dense()(x) - found.model.eval()(x)).square().mean()) for found in (plain, fitted)]
+    gaps = [(task.dense()(x) - found.model.eval()(x)).square().mean().item() for found in (plain, fitted)]
     assert gaps[1] < gaps[0]
 
 
