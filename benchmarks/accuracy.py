@@ -1,0 +1,236 @@
+"""Compare recipes of pruning side by side: one data set, one training loop, one count of MACs, the same pictures seen.
+
+    python benchmarks/accuracy.py resnet20                     # also resnet56, vit, camvid: hours on one core
+    python benchmarks/accuracy.py resnet20 --budgets 0 40 --rows mmcpd 'Torch-Pruning Taylor' --seeds 0
+    python benchmarks/accuracy.py resnet20 --choose-lr         # tries each rate on held-out training pictures
+    python benchmarks/accuracy.py resnet20 --list              # the rows, and which are done
+    python benchmarks/accuracy.py vit --latency                # the pruned models in ONNX Runtime, beside the dense one
+    python benchmarks/accuracy.py report                       # Markdown from the results
+
+Rows go to `benchmarks/results/accuracy_TABLE.json` as they come; a row that is there is not run again. CIFAR-10 is
+looked for in class folders (`--data`), trained weights in `--weights`: resnet20_cifar10.pth, resnet56_cifar10.pth,
+vit_cifar10.pth; mobilenet_v2_in1k.pth for CamVid, whose dense model is trained once, in some ten minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import importlib.metadata
+import os
+import platform
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from mmengine.registry import DefaultScope
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, installed or not
+
+from benchmarks import accuracy_report
+from benchmarks.accuracy_camvid import CamVidTask
+from benchmarks.accuracy_peers import PeerError
+from benchmarks.accuracy_recipes import RECIPES, Pruned, Recipe
+from benchmarks.accuracy_store import Case, Row, Store
+from benchmarks.accuracy_tasks import Task, cifar_task, load_cifar
+from benchmarks.accuracy_train import macs, reestimate_, train
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / 'benchmarks' / 'results'
+TABLES = ('resnet20', 'resnet56', 'vit', 'camvid')
+PACKAGES = ('torch', 'onedl-mmengine', 'onedl-mmpretrain', 'onedl-mmsegmentation', 'torch_pruning', 'numpy')
+REESTIMATED_ON = 1000
+
+
+class Runner:
+    """Run the cases of one task; the model that a recipe prunes is kept for its other budgets."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.teacher = task.dense()
+        self.dense_macs = macs(self.teacher, task.example())
+        self._pruned: tuple[Case, Pruned, float] | None = None
+
+    def pruned(self, recipe: Recipe, case: Case) -> tuple[Pruned, float]:
+        """Return the pruned model of a case, a copy, and the seconds that it took."""
+        key = replace(case, iterations=0, rate=0.0)
+        if self._pruned is None or self._pruned[0] != key:
+            start = time.perf_counter()
+            torch.manual_seed(case.seed)
+            found = recipe.prune(self.task, case.share, case.seed)
+            self._pruned = key, found, time.perf_counter() - start
+        _, found, seconds = self._pruned
+        return replace(found, model=copy.deepcopy(found.model)), seconds
+
+    def run(self, recipe: Recipe, case: Case, *, held_out: bool = False) -> Row:
+        """Prune, train and score; with `held_out`, on the held-out training pictures instead of the test pictures."""
+        row: Row = {**asdict(case), 'learning': recipe.learning.words if case.iterations else '', **circumstances()}
+        start = time.perf_counter()
+        try:
+            found, seconds = self.pruned(recipe, case)
+        except PeerError as error:
+            return row | {'error': str(error)}
+        torch.manual_seed(case.seed)
+        model = found.model
+        if case.iterations:
+            start = time.perf_counter()
+            options = (case.iterations, case.rate, case.seed, recipe.learning, found.in_loop)
+            model = train(model, self.teacher, self.task, *options)
+            row['train_seconds'] = round(time.perf_counter() - start, 1)
+        elif found.reestimated:
+            reestimate_(model, self.task.augmented(REESTIMATED_ON, case.seed))
+            row['reestimated'] = True
+        name = 'held_out' if held_out else 'test'
+        row |= {'prune_seconds': round(seconds, 1), 'pictures_to_prune': found.pictures}
+        row |= {'pictures_trained': case.iterations * self.task.batch}
+        row |= {'macs': macs(model, self.task.example()) / self.dense_macs}
+        return row | {name: self.task.evaluate(model, held_out=held_out)}
+
+
+def circumstances() -> Row:
+    """Say under what a number was measured."""
+    return {
+        'date': datetime.datetime.now(datetime.UTC).date().isoformat(),
+        'threads': torch.get_num_threads(),
+        'python': platform.python_version(),
+        'versions': {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+
+
+def cases(
+    task: Task, store: Store, seeds: Sequence[int], names: Sequence[str], budgets: Sequence[int]
+) -> Iterator[Case]:
+    """Yield the cases of a table recipe by recipe and seed by seed, so that budgets share a pruned model.
+
+    Raises:
+        ValueError: a recipe that there is not.
+    """
+    for name in names:
+        if name not in RECIPES:
+            raise ValueError(f'no recipe {name!r}: there are {", ".join(RECIPES)}')
+        recipe = RECIPES[name]
+        if recipe.tables and task.name not in recipe.tables:
+            continue
+        for share in task.shares if name != 'dense' else (1.0,):
+            for seed in seeds if name != 'dense' else seeds[:1]:
+                for iterations in budgets if name != 'dense' else (0,):
+                    if iterations == 0 and (recipe.in_loop or name == 'mmcpd, tau 8'):
+                        continue
+                    case = Case(task.name, name, share, iterations, seed, task.default_rate if iterations else 0.0)
+                    rate = store.rate(case) if iterations else None
+                    yield case if rate is None else replace(case, rate=rate)
+
+
+def run_table(runner: Runner, store: Store, wanted: Sequence[Case]) -> None:
+    """Run what is not there yet, and save each row."""
+    for number, case in enumerate(wanted, 1):
+        if store.has('rows', case):
+            continue
+        row = runner.run(RECIPES[case.recipe], case)
+        row['rate_chosen'] = case.iterations > 0 and store.rate(case) is not None
+        store.add('rows', row)
+        print(f'[{number}/{len(wanted)}] {line(row)}', flush=True)
+
+
+def choose_rates(runner: Runner, store: Store, wanted: Sequence[Case]) -> None:
+    """Try each learning rate for one seed of each trained case, on held-out training pictures, and save the trials."""
+    first = min((case.seed for case in wanted), default=0)
+    for case in wanted:
+        for rate in runner.task.rates if case.iterations and case.seed == first else ():
+            trial = replace(case, rate=rate)
+            if not store.has('trials', trial):
+                row = runner.run(RECIPES[case.recipe], trial, held_out=True)
+                if 'error' in row:
+                    break
+                store.add('trials', row)
+                print(f'trial: {line(row)}', flush=True)
+
+
+def measure_latency(runner: Runner, store: Store, wanted: Sequence[Case]) -> None:
+    """Time the pruned models of the first seed in ONNX Runtime, each in turns with the dense model, one thread."""
+    from mmcpd.deploy import deploy
+
+    for case in (case for case in wanted if case.iterations == 0 and not store.has('latency', case)):
+        try:
+            found, _ = runner.pruned(RECIPES[case.recipe], case)
+        except PeerError:
+            continue
+        models = {'dense': runner.teacher, 'pruned': found.model.eval()}
+        with tempfile.TemporaryDirectory() as folder:
+            report = deploy(models, [(runner.task.example(),)], folder, dynamic_batch=False, time_limit=60, threads=1)
+        row = {**asdict(case), **circumstances(), 'latency': [asdict(each) for each in report.latency]}
+        store.add('latency', row)
+        print(f'{case.recipe}: {report.latency[-1].ratio:.3f} of the dense latency', flush=True)
+
+
+def line(row: Row) -> str:
+    """Say one row in one line."""
+    head = f'{row["recipe"]}, {row["share"]:.0%} of the MACs, {row["iterations"]} iterations, seed {row["seed"]}'
+    if 'error' in row:
+        return f'{head}: {row["error"]}'
+    value = row.get('test', row.get('held_out'))
+    seconds = row['prune_seconds'] + row.get('train_seconds', 0)
+    return f'{head}, lr {row["rate"]:g}: {value:.2f} at {row["macs"]:.1%}, {seconds:.0f} s'
+
+
+def build_task(args: argparse.Namespace) -> Task:
+    """Return the task of a table, its data loaded."""
+    if args.table == 'camvid':
+        return CamVidTask(args.data / 'camvid', args.weights / 'mobilenet_v2_in1k.pth', args.work_dir)
+    data = load_cifar(args.data / 'cifar10', args.work_dir / 'cifar10.pt')
+    return cifar_task(args.table, data, args.weights)
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('table', choices=(*TABLES, 'report'))
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
+    parser.add_argument(
+        '--rows', nargs='+', default=list(RECIPES), metavar='NAME', help='recipes; all of them if left out'
+    )
+    parser.add_argument('--budgets', type=int, nargs='+', help="iterations; the table's own if left out")
+    parser.add_argument('--choose-lr', action='store_true', help='try learning rates on held-out pictures first')
+    parser.add_argument('--latency', action='store_true', help='only time the pruned models')
+    parser.add_argument('--list', action='store_true', help='only list the rows')
+    parser.add_argument('--data', type=Path, default=Path('data'))
+    parser.add_argument('--weights', type=Path, default=Path('checkpoints'))
+    parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/accuracy'))
+    parser.add_argument('--results', type=Path, default=RESULTS, help='folder of the JSON files')
+    parser.add_argument('--document', type=Path, action='append', help='files that hold the place for the report')
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse_args(arguments)
+    if args.table == 'report':
+        text = accuracy_report.report({name: Store(args.results / f'accuracy_{name}.json') for name in TABLES})
+        (args.results / 'accuracy.md').write_text(text, encoding='utf-8')
+        for document in args.document or ():
+            accuracy_report.write_between(document, text)
+        return
+    warnings.filterwarnings('ignore')  # torch and OpenMMLab about each other
+    torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', '1')))
+    store = Store(args.results / f'accuracy_{args.table}.json')
+    task = build_task(args)
+    budgets = args.budgets or task.budgets
+    if args.list:
+        for case in cases(task, store, args.seeds, args.rows, budgets):
+            print('done' if store.has('rows', case) else '    ', case)
+        return
+    runner = Runner(task)
+    with DefaultScope.overwrite_default_scope('mmseg' if args.table == 'camvid' else 'mmpretrain'):
+        if args.choose_lr:
+            choose_rates(runner, store, list(cases(task, store, args.seeds, args.rows, budgets)))
+        wanted = list(cases(task, store, args.seeds, args.rows, budgets))
+        measure_latency(runner, store, [c for c in wanted if c.seed == args.seeds[0]]) if args.latency else None
+        run_table(runner, store, wanted if not args.latency else [])
+
+
+if __name__ == '__main__':
+    main()

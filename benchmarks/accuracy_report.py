@@ -1,0 +1,118 @@
+"""Markdown from the results of the accuracy tables: means and deviations over seeds, and what the peer was lent."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.accuracy_peers import LENT
+from benchmarks.accuracy_recipes import RECIPES
+from benchmarks.accuracy_store import Row, Store
+
+BEGIN, END = '<!-- accuracy:begin -->', '<!-- accuracy:end -->'
+TITLES = {
+    'resnet20': 'ResNet-20 on CIFAR-10, accuracy on the 10,000 test pictures',
+    'resnet56': 'ResNet-56 on CIFAR-10, accuracy on the 10,000 test pictures',
+    'vit': 'A small ViT on CIFAR-10, accuracy on the 10,000 test pictures',
+    'camvid': 'MobileNetV2 with a light head on CamVid at 180x240, mIoU on the 233 test pictures',
+}
+
+
+def report(stores: Mapping[str, Store]) -> str:
+    """Return a section with one table for each model and share of the MACs, and how it was measured."""
+    found = {name: store.read('rows') for name, store in stores.items()}
+    parts = [table(name, share, rows) for name, rows in found.items() for share in shares(rows)]
+    latency = [latency_table(name, stores[name].read('latency')) for name in stores]
+    every = [row for rows in found.values() for row in rows]
+    if not every:
+        return 'Nothing was measured yet: run `python benchmarks/accuracy.py resnet20`.\n'
+    return '\n\n'.join([*parts, *(each for each in latency if each), setting(every)]) + '\n'
+
+
+def shares(rows: Sequence[Row]) -> list[float]:
+    return sorted({row['share'] for row in rows if row['recipe'] != 'dense'}, reverse=True)
+
+
+def table(name: str, share: float, rows: Sequence[Row]) -> str:
+    """Return the table of one model at one share of the MACs: recipes down, iterations across."""
+    dense = [row['test'] for row in rows if row['recipe'] == 'dense' and 'test' in row]
+    rows = [row for row in rows if row['share'] == share and row['recipe'] != 'dense']
+    budgets = sorted({row['iterations'] for row in rows})
+    header = ['', *('nothing trained' if n == 0 else f'{n} iterations' for n in budgets), 'trained by']
+    lines = [header, ['---'] * len(header)]
+    for recipe in (each for each in RECIPES if any(row['recipe'] == each for row in rows)):
+        own = [row for row in rows if row['recipe'] == recipe]
+        errors = sorted({row['error'] for row in own if 'error' in row})
+        if errors:
+            lines.append([recipe, f'does not run: {errors[0]}', *[''] * (len(header) - 2)])
+            continue
+        cells = [cell([row for row in own if row['iterations'] == n]) for n in budgets]
+        learning = RECIPES[recipe].learning.words if any(row['iterations'] for row in own) else ''
+        lines.append([recipe, *cells, learning])
+    reference = f', dense {dense[0]:.2f}' if dense else ''
+    text = '\n'.join(f'| {" | ".join(each)} |' for each in lines)
+    return f'**{TITLES[name]}{reference}; {share:.0%} of the MACs remain**\n\n{text}'
+
+
+def cell(rows: Sequence[Row]) -> str:
+    """Return mean and standard deviation over seeds: '86.80 ± 0.14 (3)'; of one seed its value.
+
+    Where a rate was chosen after rows were run with another, the chosen one counts.
+    """
+    chosen = [row for row in rows if row.get('rate_chosen')]
+    values = {row['seed']: row['test'] for row in (chosen or rows)}
+    if not values:
+        return '-'
+    if len(values) == 1:
+        return f'{next(iter(values.values())):.2f}'
+    return f'{np.mean(list(values.values())):.2f} ± {np.std(list(values.values()), ddof=1):.2f} ({len(values)})'
+
+
+def latency_table(name: str, rows: Sequence[Row]) -> str:
+    """Return the medians of one model's pruned forms in ONNX Runtime, or nothing."""
+    if not rows:
+        return ''
+    lines = [['', 'MACs', 'dense, ms', 'pruned, ms', 'ratio (median of paired runs)'], ['---'] * 5]
+    for row in rows:
+        dense, pruned = row['latency']
+        times = [f'{each["median"]:.3f}' for each in (dense, pruned)]
+        lines.append([row['recipe'], f'{row["share"]:.0%}', *times, f'{pruned["ratio"]:.3f}'])
+    text = '\n'.join(f'| {" | ".join(each)} |' for each in lines)
+    return f'**{name}: latency in ONNX Runtime, one picture, one thread**\n\n{text}'
+
+
+def setting(rows: Sequence[Row]) -> str:
+    """Say how the numbers came about, with versions, seeds and dates."""
+    seeds = sorted({row['seed'] for row in rows})
+    dates = sorted({row['date'] for row in rows})
+    versions = ', '.join(f'{name} {version}' for name, version in sorted(rows[-1]['versions'].items()))
+    trained = [row for row in rows if row['iterations']]
+    guessed = sorted({f'{row["recipe"]} ({row["table"]})' for row in trained if not row.get('rate_chosen')})
+    rates = 'Each recipe has its own learning rate for each number of iterations, chosen on held-out pictures.'
+    if guessed:
+        rates += f' Not chosen, but the default: {", ".join(guessed)}.'
+    return (
+        'Mean ± standard deviation over seeds (how many). Every recipe starts from the same dense weights and sees '
+        'equally many training pictures in the same loop (SGD with momentum 0.9, or AdamW for the ViT; a rate that '
+        'falls as a cosine). One counter counts the MACs of all results: within 1 point of the target. '
+        f'{rates} Where nothing is trained and nothing refitted, batch norm is re-estimated on 1,000 augmented '
+        f'training pictures. Torch-Pruning is used as it ships; it was lent: {"; ".join(LENT)}. '
+        f'Seeds {", ".join(map(str, seeds))}; {dates[0]} to {dates[-1]}; {versions}. '
+        'Command: `python benchmarks/accuracy.py TABLE --choose-lr`.'
+    )
+
+
+def write_between(document: Path, text: str) -> None:
+    """Replace what a document holds between `<!-- accuracy:begin -->` and `<!-- accuracy:end -->`.
+
+    Raises:
+        ValueError: it has no such place, or more than one.
+    """
+    before = document.read_text(encoding='utf-8')
+    pattern = re.compile(f'{re.escape(BEGIN)}.*?{re.escape(END)}', re.DOTALL)
+    if len(pattern.findall(before)) != 1:
+        raise ValueError(f'{document} must have one place for the table: write {BEGIN} and {END} where it belongs')
+    document.write_text(pattern.sub(lambda _: f'{BEGIN}\n{text}{END}', before), encoding='utf-8')

@@ -1,0 +1,107 @@
+"""The one training loop of the accuracy tables: the same pictures, optimizer and schedule for every recipe."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.accuracy_tasks import Task
+from mmcpd.distill import KDLoss
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+@dataclass(frozen=True)
+class Learning:
+    """What is minimised: `label_weight` times the label loss, and where `tau` is given the distillation's loss.
+
+    The latter is tau^2 * KL(teacher || student) at temperature `tau`, at weight 1.
+    """
+
+    label_weight: float = 1.0
+    tau: float | None = None
+
+    @property
+    def words(self) -> str:
+        parts = ['labels'] if self.label_weight else []
+        return ' and '.join([*parts, *([f'distillation (tau {self.tau:g})'] if self.tau else [])])
+
+
+class InLoop(Protocol):
+    """Something that prunes a model while it trains."""
+
+    def step(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """Count an iteration, with its gradients still there; return the optimizer to go on with."""
+
+    def finish(self) -> nn.Module:
+        """Return the small model."""
+
+
+InLoopFactory = Callable[[nn.Module, torch.optim.Optimizer, int], InLoop]
+
+
+def train(
+    model: nn.Module,
+    teacher: nn.Module,
+    task: Task,
+    iterations: int,
+    rate: float,
+    seed: int,
+    learning: Learning,
+    in_loop: InLoopFactory | None = None,
+) -> nn.Module:
+    """Train a model in place with a rate that falls as a cosine to 0, and return it, small and in eval mode."""
+    distillation = KDLoss(tau=learning.tau) if learning.tau else None
+    optimizer = task.optimizer(model, rate)
+    pruner = in_loop(model, optimizer, iterations) if in_loop else None
+    model.train()
+    for iteration, (images, labels) in zip(range(iterations), task.stream(seed), strict=False):
+        for group in optimizer.param_groups:
+            group['lr'] = rate * (1 + math.cos(math.pi * iteration / iterations)) / 2
+        optimizer.zero_grad()
+        outputs = model(images)
+        loss = learning.label_weight * task.losses(outputs, labels).mean() if learning.label_weight else 0
+        if distillation is not None:
+            with torch.no_grad():
+                targets = teacher(images)
+            loss = loss + distillation(outputs, targets)
+        loss.backward()
+        optimizer.step()
+        if pruner is not None:
+            optimizer = pruner.step(optimizer)
+    return (pruner.finish() if pruner else model).eval()
+
+
+@torch.no_grad()
+def reestimate_(model: nn.Module, batches: list[Tensor]) -> None:
+    """Replace the statistics of all batch norms by the averages over some batches, in place."""
+    norms = [module for module in model.modules() if isinstance(module, BATCH_NORMS)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain average
+    model.train()
+    for images in batches:
+        model(images)
+    model.eval()
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+@torch.no_grad()
+def macs(model: nn.Module, example: Tensor) -> int:
+    """Count the multiply-accumulates of a forward, by torch's counter for ours and the peer's models alike."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(example)
+    for module, training in modes:
+        module.training = training
+    return counter.get_total_flops() // 2
