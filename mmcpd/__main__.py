@@ -1,4 +1,4 @@
-"""The console command: `mmcpd train`, `test`, `comb`, `slim` and `deploy`; `python -m mmcpd` is the same.
+"""The console command: `mmcpd train`, `test`, `comb`, `prune`, `slim` and `deploy`; `python -m mmcpd` is the same.
 
 What MMEngine needs to start is imported once a command is known, so that `mmcpd --help` answers at once.
 """
@@ -19,6 +19,7 @@ COMMANDS = {
     'test': "Test a config's model with a training checkpoint or a slim.pth, and print the metrics.",
     'comb': "Show the coupling groups of a config's model, and why the rest is frozen.",
     'slim': 'Cut a slim.pth from a training checkpoint that was pruned.',
+    'prune': 'Prune a trained model in minutes, without training and without labels, and write slim.pth.',
     'deploy': 'Export a slim model and its dense original to ONNX, check both against torch, and measure them.',
 }
 

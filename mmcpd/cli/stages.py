@@ -17,18 +17,29 @@ class Stages:
 
     Example:
         >>> stages = Stages()
-        >>> with stages('scoring', 'batches') as progress:
+        >>> with stages('validate', 'batches') as progress:
         ...     progress(1, 1)
         >>> list(stages.seconds)
-        ['scoring']
+        ['validate']
     """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self._lines: dict[str, ProgressLine] = {}
 
     @contextmanager
-    def __call__(self, name: str, unit: str = 'steps') -> Iterator[ProgressLine]:
+    def __call__(self, name: str, unit: str = 'batches') -> Iterator[ProgressLine]:
         begun = time.perf_counter()
-        line = ProgressLine(name, unit)
-        yield line
+        yield ProgressLine(name, unit)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
+
+    def progress(self, name: str, done: int, total: int) -> None:
+        """Show the progress of a stage that is timed elsewhere."""
+        if name not in self._lines or done <= 1:
+            self._lines[name] = ProgressLine(name, 'batches')
+        self._lines[name](done, total)
+
+    def add(self, seconds: dict[str, float]) -> None:
+        """Add the seconds of stages that were timed elsewhere."""
+        for name, value in seconds.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + value
