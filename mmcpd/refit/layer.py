@@ -11,6 +11,7 @@ from ..layer_calls import LayerCall, LayerKind, ParameterRows
 from .columns import as_matrix, as_weight, columns_at, double
 
 _ELEMENTS = 1 << 24  # of a matrix of columns that are in memory at once
+_ROUNDING = 1e-11  # of a mean square in float64 from which the square of a mean is taken
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,10 +90,10 @@ def solve(moments: Moments, outputs: Tensor, ridge: float, intercept: bool) -> S
     mean_x, mean_r = (m / n if intercept else torch.zeros_like(m) for m in (moments.x, moments.r))
     xx = moments.xx / n - mean_x[:, :, None] * mean_x[:, None]
     xr = moments.xr / n - mean_x[:, :, None] * mean_r[:, None]
-    spread = xx.diagonal(dim1=1, dim2=2).clamp(min=0)
-    lam = ridge * spread.mean(1)
-    lam = torch.where(lam > 0, lam, 1.0)  # inputs that do not vary: no change
-    damped = xx + torch.diag_embed(lam[:, None].expand_as(spread))
+    lam = ridge * _mean_diagonal(xx)
+    lam = lam.clamp(min=_ROUNDING * _mean_diagonal(moments.xx / n))  # where inputs hardly vary, all of xx is rounding
+    lam = torch.where(lam > 0, lam, 1.0)
+    damped = xx + torch.diag_embed(lam[:, None].expand(xx.shape[:2]))
     weight = torch.cholesky_solve(xr, torch.linalg.cholesky(damped)) * outputs[:, None]
     shift = (mean_r - (mean_x[:, None] @ weight)[:, 0]) * outputs
     left = moments.rr / n - mean_r.square() + (weight * (xx @ weight - 2 * xr)).sum(1)
@@ -100,6 +101,11 @@ def solve(moments: Moments, outputs: Tensor, ridge: float, intercept: bool) -> S
     scale = variance if variance > 0 else 1.0
     before, after = (float((error * outputs).sum().clamp(min=0)) / scale for error in (moments.rr / n, left))
     return Solution(weight, shift, before, after)
+
+
+def _mean_diagonal(matrices: Tensor) -> Tensor:
+    """Return the mean of the diagonal of each of `(groups, D, D)`."""
+    return matrices.diagonal(dim1=1, dim2=2).mean(1)
 
 
 class Layer:
