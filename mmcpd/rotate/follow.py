@@ -28,6 +28,7 @@ WORDS = {
     'norm': 'a norm', 'mul': 'a factor for each channel or position (rotary embeddings, a gate)',
     'add': 'a sum (a position table, a residual)', 'sub': 'a difference', 'pool': 'pooling',
     'softmax': 'a softmax', 'cat': 'a concatenation', 'copy': 'a copy into another tensor', 'mean': 'a mean',
+    'mm': 'a product with a table or learned matrix (relative positions)',
 }  # fmt: skip
 
 

@@ -105,7 +105,7 @@ class _Watch(Follow):
             if rows.numbers is not None and not rows.lost:
                 self.ledger.spoil(numbers_in(rows.numbers), reason)
         count = max((len(np.unique(h, axis=0)) for h in heads if h is not None), default=1)
-        self.ledger.lost.add(Lost(self.path(), kind, count, reason))
+        self.ledger.lost[Lost(self.path(), kind, count, reason)] = None
 
     # -- layers ------------------------------------------------------------------------------------------------------
     def layer(self, call: LayerCall) -> Tensor:

@@ -188,11 +188,22 @@ class MaskOfValues(Attention):
         return self.proj(out.transpose(1, 2).flatten(2))
 
 
+class LearnedPositions(Attention):
+    """The same with a parameter (SAM, MViT)."""
+
+    def __init__(self):
+        super().__init__()
+        self.positions = nn.Parameter(torch.ones(WIDTH, 6))
+
+    forward = RelativePositions.forward
+
+
 QK, VP = HeadKind.QUERY_KEY, HeadKind.VALUE_PROJECTION
 ALONE = {
     Table: {QK: 'a sum'}, Rotary: {QK: 'a factor for each channel or position (rotary embeddings, a gate)'},
     Normed: {QK: 'a norm in norm'}, Cosine: {QK: 'a norm'}, Gated: {QK: 'a factor for each channel'},
     RelativePositions: {QK: 'it is multiplied with a tensor that no layer makes'},
+    LearnedPositions: {QK: 'a product with a table or learned matrix'},
     Pooled: {QK: 'pooling', VP: 'pooling'}, Convolved: {VP: 'a grouped convolution in local'},
     BatchNormed: {VP: 'a norm in v.1'}, Activated: {QK: None}, ActivatedProjection: {VP: 'the operation relu'},
     Channels: {QK: 'their product sums over tokens', VP: None}, Grouped: {QK: 'used twice', VP: 'used twice'},
