@@ -15,8 +15,8 @@ from mmcpd.rotate.heads import balanced, plan
 from mmcpd.rotate.observe import observe
 from mmcpd.slim.compare import compare, difference
 from mmcpd.slim.trial import random_keep
-
-from .test_kinds import DIM, HEADS, WIDTH, Attention, Packed, Rotary, Table, built, run, tokens
+from tests.test_rotate.attentions import DIM, HEADS, WIDTH, Attention, Packed, built, run, tokens
+from tests.test_rotate.test_left_alone import Rotary, Table
 
 EXAMPLE = api.Example((tokens(),), api.operator.call)
 
