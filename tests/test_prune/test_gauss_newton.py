@@ -137,7 +137,23 @@ class Torchs(nn.Module):
         return self.attention.out_proj(gated(x, gates, 'attention.in_proj', -1).transpose(1, 2).flatten(2))
 
 
-LAYERS = [Narrowed, Functional, Transposed, Computed, TokensFirst, Torchs]
+class KeysFirst(nn.Module):
+    """Keys and queries are rows of one weight, in two calls; the gate is on the queries, the later rows."""
+
+    inputs = (5, 7, 3)
+    sites: ClassVar = {'both': 6, 'v': 5}
+
+    def __init__(self):
+        super().__init__()
+        self.both, self.v, self.proj = nn.Linear(3, 12), nn.Linear(3, 5), nn.Linear(5, 4)
+
+    def forward(self, x, gates):
+        (key, query), (key_bias, query_bias) = self.both.weight.chunk(2), self.both.bias.chunk(2)
+        k, q = F.linear(x, key, key_bias), gated(F.linear(x, query, query_bias), gates, 'both', -1)
+        return self.proj((q @ k.transpose(-2, -1)).softmax(-1) @ gated(self.v(x), gates, 'v', -1)).mean(1)
+
+
+LAYERS = [Narrowed, Functional, KeysFirst, Transposed, Computed, TokensFirst, Torchs]
 
 
 def drawn(z, generator):

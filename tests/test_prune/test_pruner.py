@@ -54,7 +54,10 @@ def train(model, optimizer, pruner, begin, end):
         def closure(iteration=iteration):
             backward(model, iteration)
 
-        pruner.closure = closure
+        def outputs(iteration=iteration):
+            yield model(batch(iteration)[0])
+
+        pruner.closure = outputs if pruner.importance.needs_outputs else closure
         closure()
         optimizer.step()
         assert pruner.iteration == iteration
