@@ -88,7 +88,7 @@ def test_what_cannot_be_measured_is_refused():
     model = randomise_(net())
     with pytest.raises(ValueError, match='no batch to measure'):
         absorb_(model, [])
-    with pytest.raises(ValueError, match="'bn1.running_mean' reads values that are not finite"):
+    with pytest.raises(ValueError, match=r"'bn1.running_mean' reads values that are not finite"):
         absorb_(model, [IMAGES * float('inf')])
 
 

@@ -14,8 +14,8 @@ from mmcpd.comb import comb
 from mmcpd.layer_calls import LayerCalls
 from mmcpd.refit import refit
 from mmcpd.refit.layer import solve
-from mmcpd.slim import mask_, slim
-from mmcpd.slim.compare import compare, evaluating
+from mmcpd.slim import slim
+from mmcpd.slim.compare import evaluating
 from mmcpd.slim.mask import kept_rows, named_tensors
 from mmcpd.slim.trial import random_keep
 from tests.helpers import CONTROL, EXACT, Net, call, gap, masked, randomise_, rotated, sample
@@ -202,7 +202,9 @@ def test_the_target_makes_up_for_what_the_stream_has_lost():
     assert torch.allclose(moved, torch.tensor([1.0, -2, 3, 0, 1, 1]).double() / 0.7, atol=1e-9)
     for net in (model, teacher):
         net.gain.data.fill_(0.005)
-    errors = [refit(model, coupling, keep, [IMAGES], teacher=net).report.refitted[-1].before for net in (model, teacher)]
+    errors = [
+        refit(model, coupling, keep, [IMAGES], teacher=net).report.refitted[-1].before for net in (model, teacher)
+    ]
     assert errors[0] == pytest.approx(errors[1], rel=1e-9)
     assert plain.report.refitted[-1].before < 0.9 * done.report.refitted[-1].before
 
@@ -274,7 +276,7 @@ def test_arguments_that_cannot_be_used_are_refused():
         refit(model, coupling, keep, [IMAGES], teacher=nn.Linear(2, 2))
     broken = IMAGES.clone()
     broken[0] = float('nan')
-    with pytest.raises(ValueError, match="'stem.weight' reads or puts out values that are not finite"):
+    with pytest.raises(ValueError, match=r"'stem.weight' reads or puts out values that are not finite"):
         refit(model, coupling, keep, [broken])
 
 

@@ -61,8 +61,9 @@ NETS = {
     'Swin': (
         lambda: backbone(type='SwinTransformer', img_size=64, window_size=2, arch=dict(
             embed_dims=12, depths=[2, 2, 1, 1], num_heads=[1, 2, 3, 6])), 12),
-    'ViT': (lambda: backbone(type='VisionTransformer', img_size=64, out_type='avg_featmap', with_cls_token=False, arch=dict(
-        embed_dims=24, num_layers=3, num_heads=2, feedforward_channels=32)), 6),
+    'ViT': (
+        lambda: backbone(type='VisionTransformer', img_size=64, out_type='avg_featmap', with_cls_token=False, arch=dict(
+            embed_dims=24, num_layers=3, num_heads=2, feedforward_channels=32)), 6),
     'MobileNetV2': (lambda: backbone(type='MobileNetV2', widen_factor=0.25), 11),
     'EfficientNet': (lambda: backbone(type='EfficientNet', arch='b0'), 9),
 }  # fmt: skip
