@@ -152,7 +152,7 @@ def choose_rates(runner: Runner, store: Store, wanted: Sequence[Case]) -> None:
                 print(f'trial: {line(row)}', flush=True)
 
 
-def measure_latency(runner: Runner, store: Store, wanted: Sequence[Case]) -> None:
+def measure_latency(runner: Runner, store: Store, wanted: Sequence[Case], runs: int = 1000) -> None:
     """Time the pruned models of the first seed in ONNX Runtime, each in turns with the dense model, one thread."""
     from mmcpd.deploy import deploy
 
@@ -163,7 +163,7 @@ def measure_latency(runner: Runner, store: Store, wanted: Sequence[Case]) -> Non
             continue
         models = {'dense': runner.teacher, 'pruned': found.model.eval()}
         with tempfile.TemporaryDirectory() as folder:
-            report = deploy(models, [(runner.task.example(),)], folder, dynamic_batch=False, time_limit=60, threads=1)
+            report = deploy(models, [(runner.task.example(),)], folder, dynamic_batch=False, runs=runs, threads=1)
         row = {**asdict(case), **circumstances(), 'latency': [asdict(each) for each in report.latency]}
         store.add('latency', row)
         print(f'{case.recipe}: {report.latency[-1].ratio:.3f} of the dense latency', flush=True)
@@ -228,8 +228,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.choose_lr:
             choose_rates(runner, store, list(cases(task, store, args.seeds, args.rows, budgets)))
         wanted = list(cases(task, store, args.seeds, args.rows, budgets))
-        measure_latency(runner, store, [c for c in wanted if c.seed == args.seeds[0]]) if args.latency else None
-        run_table(runner, store, wanted if not args.latency else [])
+        if args.latency:
+            measure_latency(runner, store, [case for case in wanted if case.seed == args.seeds[0]])
+        else:
+            run_table(runner, store, wanted)
 
 
 if __name__ == '__main__':

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.accuracy_peers import LENT
+from benchmarks.accuracy_peers import HOW, LENT
 from benchmarks.accuracy_recipes import RECIPES
 from benchmarks.accuracy_store import Row, Store
 
@@ -89,17 +89,17 @@ def setting(rows: Sequence[Row]) -> str:
     seeds = sorted({row['seed'] for row in rows})
     dates = sorted({row['date'] for row in rows})
     versions = ', '.join(f'{name} {version}' for name, version in sorted(rows[-1]['versions'].items()))
-    trained = [row for row in rows if row['iterations']]
+    trained = [row for row in rows if row['iterations'] and 'error' not in row]
     guessed = sorted({f'{row["recipe"]} ({row["table"]})' for row in trained if not row.get('rate_chosen')})
-    rates = 'Each recipe has its own learning rate for each number of iterations, chosen on held-out pictures.'
-    if guessed:
-        rates += f' Not chosen, but the default: {", ".join(guessed)}.'
+    rates = 'Learning rates are chosen for each recipe and number of iterations, on held-out pictures'
+    rates += f', but these have the default: {", ".join(guessed)}.' if guessed else '.'
     return (
         'Mean ± standard deviation over seeds (how many). Every recipe starts from the same dense weights and sees '
         'equally many training pictures in the same loop (SGD with momentum 0.9, or AdamW for the ViT; a rate that '
         'falls as a cosine). One counter counts the MACs of all results: within 1 point of the target. '
         f'{rates} Where nothing is trained and nothing refitted, batch norm is re-estimated on 1,000 augmented '
-        f'training pictures. Torch-Pruning is used as it ships; it was lent: {"; ".join(LENT)}. '
+        f'training pictures. Torch-Pruning ranks globally and {HOW}. '
+        f'It was lent: {"; ".join(LENT)}. '
         f'Seeds {", ".join(map(str, seeds))}; {dates[0]} to {dates[-1]}; {versions}. '
         'Command: `python benchmarks/accuracy.py TABLE --choose-lr`.'
     )

@@ -13,12 +13,14 @@ from torch import nn
 
 pytest.importorskip('torch_pruning')
 pytest.importorskip('mmseg')
+pytest.importorskip('mmpretrain')
 
 import torch_pruning as tp
+from mmpretrain.models.utils import MultiheadAttention
 
 from benchmarks import accuracy, accuracy_report
 from benchmarks.accuracy_camvid import mean_iou
-from benchmarks.accuracy_peers import Peer, PeerError, PeerInLoop, keep_of, prune_by_peer
+from benchmarks.accuracy_peers import Peer, PeerError, PeerInLoop, keep_of, prune_by_peer, split_attention
 from benchmarks.accuracy_recipes import RECIPES, Pruned, Recipe
 from benchmarks.accuracy_store import Case, Store
 from benchmarks.accuracy_tasks import CifarTask, Pictures, Split, cropped_and_flipped
@@ -222,6 +224,16 @@ def test_what_the_peer_dies_of_is_in_its_row(task, tmp_path):
     assert 'NoneType' in row['error'] and 'test' not in row
 
 
+def test_an_attention_for_the_peer_computes_what_its_own_does():
+    torch.manual_seed(0)
+    attention, x = MultiheadAttention(12, 3).eval(), torch.rand(2, 5, 12)
+    assert torch.allclose(split_attention(attention, x), attention(x), atol=1e-6)
+    attention.num_heads, attention.head_dims = 4, 3
+    other = split_attention(attention, x)
+    attention.num_heads, attention.head_dims = 3, 4
+    assert not torch.allclose(other, attention(x), atol=1e-4)
+
+
 # -- recipes and report ------------------------------------------------------------------------------------------------
 def test_our_refit_puts_a_better_model_on_the_same_units(task):
     recipe = RECIPES['mmcpd'].prune
@@ -255,7 +267,8 @@ def test_the_report_gives_means_and_what_was_lent(tmp_path):
     assert '| mmcpd | 87.00 ± 1.00 (3) | distillation (tau 4) |' in text
     assert '| Torch-Pruning Taylor | 80.00 | labels |' in text
     assert 'does not run: it fell' in text and 'dense 91.73; 50% of the MACs' in text
-    assert 'it was lent: batch norm re-estimated' in text and 'Not chosen, but the default: Torch' in text
+    assert 'It was lent: batch norm re-estimated' in text
+    assert 'have the default: Torch-Pruning Taylor (resnet20), mmcpd (resnet20).' in text
 
 
 def test_the_chosen_rate_counts_where_both_were_run():
@@ -272,6 +285,18 @@ def test_the_report_goes_between_its_marks(tmp_path):
     file.write_text('no place\n')
     with pytest.raises(ValueError, match='must have one place'):
         accuracy_report.write_between(file, 'new\n')
+
+
+def test_latency_is_measured_once_beside_the_dense_model(task, tmp_path, monkeypatch):
+    store = Store(tmp_path / 'accuracy_resnet20.json')
+    wanted = recipe_cases(task, store, 'magnitude at once', budgets=[0])[:1]
+    runner = accuracy.Runner(task)
+    accuracy.measure_latency(runner, store, wanted, runs=5)
+    monkeypatch.setattr(runner, 'pruned', lambda *_: pytest.fail('it is measured already'))
+    accuracy.measure_latency(runner, store, wanted, runs=5)
+    [row] = store.read('latency')
+    assert [each['name'] for each in row['latency']] == ['dense', 'pruned'] and row['latency'][1]['ratio'] > 0
+    assert '| magnitude at once | 50% |' in accuracy_report.latency_table('resnet20', [row])
 
 
 def test_every_recipe_has_its_own_name():
