@@ -122,6 +122,8 @@ def cases(
                 for iterations in budgets if name != 'dense' else (0,):
                     if iterations == 0 and (recipe.in_loop or name == 'mmcpd, tau 8'):
                         continue
+                    if iterations and share != task.trained_share:
+                        continue
                     case = Case(task.name, name, share, iterations, seed, task.default_rate if iterations else 0.0)
                     rate = store.rate(case) if iterations else None
                     yield case if rate is None else replace(case, rate=rate)

@@ -13,6 +13,7 @@ from benchmarks.accuracy_tasks import Task
 from benchmarks.accuracy_train import InLoop, InLoopFactory, Learning
 from mmcpd.comb import comb
 from mmcpd.coupling import Coupling, Keep
+from mmcpd.engine.at_once import with_softmax
 from mmcpd.prune import Pruner, Schedule, build_importance, normalize, score, select
 from mmcpd.refit import absorb_, refit
 from mmcpd.rotate import rotate_
@@ -84,7 +85,7 @@ def choose(task: Task, model: nn.Module, coupling: Coupling, share: float, seed:
         scores = fisher(task, model, coupling, seed)
     else:
         batches = [batch.images for batch in task.plain(task.score_pictures, seed)]
-        scores = score(model, coupling, batches, importance=importance, seed=seed)
+        scores = score(model, coupling, batches, importance=with_softmax(importance, model), seed=seed)
     by = 'none' if importance in ('magnitude', 'random') else 'macs'
     scores = normalize(scores, coupling, coupling.keep(), by=by)
     return select(scores, coupling, coupling.keep(), {'macs': share}, round_to=1)

@@ -65,7 +65,8 @@ class Task(ABC):
         metric: what `evaluate` returns, in words.
         classifier: path of the layer whose outputs nobody may prune.
         shares: of the dense model's MACs that may remain.
-        budgets: iterations of training after pruning.
+        trained_share: the one that is trained after pruning.
+        budgets: iterations of training.
         rates: learning rates to choose from, and the one that is used where nothing was chosen.
         score_pictures: how many pictures a score sees.
         batch: pictures of one training iteration.
@@ -75,6 +76,7 @@ class Task(ABC):
     metric: ClassVar[str]
     classifier: ClassVar[str]
     shares: tuple[float, ...]
+    trained_share: float
     budgets: tuple[int, ...]
     rates: tuple[float, ...]
     default_rate: float
@@ -177,7 +179,8 @@ class CifarTask(Task):
     data: Split
     weights: Path
     adam: bool = False
-    shares: tuple[float, ...] = (0.5,)
+    shares: tuple[float, ...] = (0.75, 0.5, 0.35)
+    trained_share: float = 0.5
     budgets: tuple[int, ...] = (0, 40, 80, 240)
     rates: tuple[float, ...] = (0.003, 0.01, 0.03)
     default_rate: float = 0.01

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from mmcpd.progress import ProgressLine
@@ -39,7 +39,7 @@ class Stages:
             self._lines[name] = ProgressLine(name, 'batches')
         self._lines[name](done, total)
 
-    def add(self, seconds: dict[str, float]) -> None:
+    def add(self, seconds: Mapping[str, float]) -> None:
         """Add the seconds of stages that were timed elsewhere."""
         for name, value in seconds.items():
             self.seconds[name] = self.seconds.get(name, 0.0) + value

@@ -66,6 +66,7 @@ def prune_at_once(
     target: Mapping[str, float],
     *,
     importance: str | Mapping[str, object] = 'gauss_newton',
+    scores: Mapping[str, Tensor] | None = None,
     normalize_by: str = 'macs',
     min_units: int = 1,
     round_to: int = 8,
@@ -86,6 +87,7 @@ def prune_at_once(
         batches: preprocessed pictures, each (N, C, H, W); they go to the model's device.
         target: the share of the dense model's quantity that remains, for some of `macs`, `params`, `memory`, `units`.
         importance: one that needs no loss. A `softmax` of 'gauss_newton' that is not given is that of the model's loss.
+        scores: raw ones of an earlier call, (units,) per group, instead of new ones.
         normalize_by: what the score is divided by, a name in `mmcpd.prune.NORMALIZERS`.
         min_units: units that each group keeps.
         round_to: groups of at least 64 units keep a multiple of it.
@@ -120,11 +122,12 @@ def prune_at_once(
         if rotate:
             with _timed('rotate', seconds):
                 rotations = rotate_(model, coupling.example.inputs, forward=coupling.example.forward)
-        with _timed('score', seconds):
-            spec = with_softmax(importance, model)
-            scores = score(model, coupling, batches, importance=spec, seed=seed, progress=reporting('score'))
-            worth = normalize(scores, coupling, coupling.keep(), by=normalize_by)
-            keep = select(worth, coupling, coupling.keep(), target, min_units=min_units, round_to=round_to)
+        if scores is None:
+            with _timed('score', seconds):
+                spec = with_softmax(importance, model)
+                scores = score(model, coupling, batches, importance=spec, seed=seed, progress=reporting('score'))
+        worth = normalize(scores, coupling, coupling.keep(), by=normalize_by)
+        keep = select(worth, coupling, coupling.keep(), target, min_units=min_units, round_to=round_to)
         if refit:
             with _timed('refit', seconds):
                 found = refit_(model, coupling, keep, batches, progress=reporting('refit'))
