@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from mmcpd.distill import KDLoss
+from mmcpd.engine.build import hook_options
 from mmcpd.engine.random_state import seeded
 from mmcpd.slim.compare import evaluating, tensors_in
 
-RATE = 0.1  # of the config's learning rate: a model that was refitted needs little, see docs/results.md
+# Of the learning rate of a config that trains from scratch: a refitted model needs little, see docs/results.md.
+RATE = 0.1
 FLIP = 0.5  # share of pictures from a folder that are turned left to right
 
 
@@ -37,8 +39,8 @@ def teach_(
 ) -> None:
     """Train a student, in place, to give out what its teacher does; it is in eval mode afterwards.
 
-    The config's own optimizer takes `iterations` steps, from `lr` (by default a tenth of the config's) down to nothing
-    along a cosine. Where the outputs are logits of classes (`softmax`) the first of them are compared by `KDLoss`, all
+    The config's own optimizer takes `iterations` steps, from `lr` down to nothing along a cosine; by default that is the
+    config's where it prunes (a `PruneHook`), and a tenth of it where it trains from scratch. Where the outputs are logits of classes (`softmax`) the first of them are compared by `KDLoss`, all
     others by their squared difference, as a share of the teacher's variance.
 
     It trains on the config's training data, whose labels are not read, or on `pictures`: preprocessed batches (N, C, H,
@@ -89,7 +91,8 @@ def _optimizer(student: nn.Module, cfg: Config, lr: float | None) -> OptimWrappe
     if config.get('type') == 'AmpOptimWrapper' and next(student.parameters()).device.type == 'cpu':
         config = {key: value for key, value in config.items() if key not in ('loss_scale', 'dtype')}
         config['type'] = 'OptimWrapper'  # MMEngine's mixed precision needs an accelerator
-    config['optimizer']['lr'] = RATE * config['optimizer']['lr'] if lr is None else lr
+    share = 1 if hook_options(cfg) else RATE
+    config['optimizer']['lr'] = share * config['optimizer']['lr'] if lr is None else lr
     return build_optim_wrapper(student, ConfigDict(config))
 
 

@@ -93,6 +93,8 @@ def test_the_rate_is_a_tenth_of_the_configs_unless_given(pair, cfg):
     student, _ = pair
     assert _optimizer(student, cfg, None).optimizer.param_groups[0]['lr'] == pytest.approx(RATE * 0.01)
     assert _optimizer(student, cfg, 0.3).optimizer.param_groups[0]['lr'] == 0.3
+    cfg.default_hooks.prune = dict(type='mmcpd.PruneHook')
+    assert _optimizer(student, cfg, None).optimizer.param_groups[0]['lr'] == 0.01
     cfg.optim_wrapper = None
     with pytest.raises(ValueError, match='has no optim_wrapper'):
         _optimizer(student, cfg, None)
