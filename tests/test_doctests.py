@@ -20,6 +20,8 @@ import mmcpd
 import mmcpd.comb
 import mmcpd.distill
 import mmcpd.prune
+import mmcpd.refit
+import mmcpd.rotate
 import mmcpd.slim
 from mmcpd.comb import comb
 from mmcpd.slim import mask_, restructure_, slim, structure
@@ -85,11 +87,23 @@ def test_examples_of_a_module(name, tmp_path, monkeypatch):
     assert not ''.join(faults)
 
 
+# What a function returns is shown where that function is.
+RESULTS = (
+    'Absorbed',
+    'Left',
+    'RefitReport',
+    'Refitted',
+    'RefittedLayer',
+    'HeadKind',
+    'LeftAlone',
+    'Rotated',
+    'Rotations',
+)
 PUBLIC = [
     (package.__name__, name)
-    for package in (mmcpd.comb, mmcpd.slim, mmcpd.prune, mmcpd.distill)
+    for package in (mmcpd.comb, mmcpd.slim, mmcpd.prune, mmcpd.rotate, mmcpd.refit, mmcpd.distill)
     for name in package.__all__
-    if callable(getattr(package, name))
+    if callable(getattr(package, name)) and name not in RESULTS
 ]
 
 

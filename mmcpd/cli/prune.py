@@ -77,7 +77,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         '--images', metavar='DIR', help="take them from a folder of plain pictures; default: the config's training data"
     )
     add('--distill', type=int, default=0, metavar='ITERATIONS', help='train so long on what the dense model answers')
-    add('--lr', type=float, help="learning rate of --distill; default: that of a config with a PruneHook, else a tenth of it")
+    add(
+        '--lr',
+        type=float,
+        help='learning rate of --distill; default: that of a config with a PruneHook, else a tenth of it',
+    )
     add('--no-rotate', action='store_true', help='leave the basis inside attention heads as it is')
     add('--no-refit', action='store_true', help='only mask')
     add('--no-validate', action='store_true', help='do not measure before and after')

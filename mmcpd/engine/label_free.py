@@ -40,8 +40,9 @@ def teach_(
     """Train a student, in place, to give out what its teacher does; it is in eval mode afterwards.
 
     The config's own optimizer takes `iterations` steps, from `lr` down to nothing along a cosine; by default that is the
-    config's where it prunes (a `PruneHook`), and a tenth of it where it trains from scratch. Where the outputs are logits of classes (`softmax`) the first of them are compared by `KDLoss`, all
-    others by their squared difference, as a share of the teacher's variance.
+    config's where it prunes (a `PruneHook`), and a tenth of it where it trains from scratch. Where the outputs are
+    logits of classes (`softmax`) the first of them are compared by `KDLoss`, all others by their squared difference, as
+    a share of the teacher's variance.
 
     It trains on the config's training data, whose labels are not read, or on `pictures`: preprocessed batches (N, C, H,
     W), each picture flipped at random.
