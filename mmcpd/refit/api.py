@@ -43,6 +43,8 @@ def refit(
 ) -> Refitted:
     """Mask a copy of a model and give each layer that lost rows or columns the weight that makes up for them best.
 
+    Layers behind it that lost nothing get one too where their output ends in a sum, whose other operand has changed.
+
     No labels, no gradients: each layer is a ridge regression from what it reads in the refitted model to what it puts
     out in the dense one, `W + (Cxx + lam I)^-1 (Cxy - Cxx W)` with `lam = ridge * mean(diag Cxx)`. A constant goes into
     the layer's bias, or is taken from the running mean of the batch norm that alone reads its output; with neither the

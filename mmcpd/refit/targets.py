@@ -54,6 +54,8 @@ class _Seen:
 class DenseRun:
     """Run the dense model on batches and keep targets of the latest one.
 
+    Layers have a target that lost rows or columns, and those after them whose output ends in a sum.
+
     Args:
         model: the dense model.
         lost: the rows that are kept in the masked model.
@@ -69,20 +71,28 @@ class DenseRun:
         self._trails = Trails(model, self._on_sum, self._on_break)
         self._calls = LayerCalls(model, self._on_call)
         self._limit = 1
+        self._lossy = False  # whether a layer that lost something has run in this forward
 
     def run(self, forward: Callable[..., object], batch: tuple[object, ...]) -> None:
         """Run one batch."""
         self._limit, self.targets, self._seen = self.samples * pictures(batch), {}, {}
         self._trails.norms.clear()
         self._calls.restart()
+        self._lossy = False
         with self._trails, self._calls:
             self._trails.close(forward(self.model, *batch))
+        whole = {key.rows for key, target in self.targets.items() if target.total is None and not self._loses(key.rows)}
+        self.targets = {key: target for key, target in self.targets.items() if key.rows not in whole}
+        self._seen = {rows: seen for rows, seen in self._seen.items() if rows not in whole}
 
     def _on_call(self, call: LayerCall) -> Tensor:
         output, rows = call.run(), call.rows
         if rows is None:
             self._trails.readers.setdefault(storage(call.weight), 'a call that transposes it or takes a part of it')
-        if rows is None or call.weight.dim() < 2 or not self._loses(rows):
+        if rows is None or call.weight.dim() < 2:
+            return output
+        self._lossy = self._lossy or self._loses(rows)
+        if not self._lossy:  # what runs before the first loss computes what it did
             return output
         key = CallKey(rows, call.number)
         with torch._C.DisableTorchFunction():
@@ -128,7 +138,7 @@ class DenseRun:
 
     def _form(self, rows: ParameterRows, seen: _Seen) -> Form:
         first, second = (
-            self.lost[rows.tensor].get(dim, torch.ones(size, dtype=torch.bool))
+            self.lost.get(rows.tensor, {}).get(dim, torch.ones(size, dtype=torch.bool))
             for dim, size in enumerate(self._parameters[rows.tensor].shape[:2])
         )
         groups, first = max(seen.groups), first[rows.start : rows.stop]

@@ -174,6 +174,21 @@ def test_the_intercept_goes_into_the_running_mean_of_the_only_reader():
     assert homes['stem.weight'] == '' and homes['conv1.weight'] == 'bn1.running_mean'
 
 
+def test_a_norm_takes_up_the_constant_that_was_lost():
+    """A removed channel that always was the same goes into the running mean, and nothing is lost."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 6, 1), nn.Sigmoid(), nn.Conv2d(6, 5, 1, bias=False), nn.BatchNorm2d(5)
+    model = randomise_(nn.Sequential(*layers, nn.Flatten(), nn.Linear(320, 2)))
+    model[0].weight.data[:2] = 0
+    coupling = comb(model, IMAGES[:1])
+    keep = coupling.keep()
+    keep['0'][:2] = False
+    done = refit(model, coupling, keep, IMAGES.split(2))
+    assert {layer.tensor: layer.intercept for layer in done.report.refitted}['2.weight'] == '3.running_mean'
+    assert gap(model(IMAGES), done.model(IMAGES)) < 1e-9
+    assert gap(model(IMAGES), masked(model, coupling, keep)(IMAGES)) > 1e-2
+
+
 class Lossy(nn.Module):
     """The stream loses a constant that the layer after it can make up for, through a gain."""
 
@@ -207,6 +222,26 @@ def test_the_target_makes_up_for_what_the_stream_has_lost():
     ]
     assert errors[0] == pytest.approx(errors[1], rel=1e-9)
     assert plain.report.refitted[-1].before < 0.9 * done.report.refitted[-1].before
+
+
+def test_a_layer_that_lost_nothing_makes_up_for_the_stream_before_it():
+    def run(m, x):
+        x = m.stem(x)
+        x = x + m.b1(m.a1(x).tanh())
+        return m.fc((x + m.b2(m.a2(x).tanh())).mean((2, 3)))
+
+    torch.manual_seed(0)
+    parts = {f'{kind}{i}': nn.Conv2d(6, 6, 1) for i in (1, 2) for kind in 'ab'}
+    model = randomise_(Net(run, stem=nn.Conv2d(3, 6, 1), **parts, fc=nn.Linear(6, 3)))
+    coupling = comb(model, IMAGES[:1])
+    keep = coupling.keep()
+    keep['a1'][:3] = False
+    report = refit(model, coupling, keep, [IMAGES]).report
+    assert report.corrected == ('b1.weight', 'b2.weight')
+    assert [layer.tensor for layer in report.refitted] == ['a1.weight', 'b1.weight', 'b2.weight']
+    keep = {**coupling.keep(), 'a2': ~keep['a1']}
+    report = refit(model, coupling, keep, [IMAGES]).report
+    assert report.corrected == ('b2.weight',), 'what runs before the first loss is left alone'
 
 
 def test_all_taps_alike_where_the_gram_matrix_is_too_large():
