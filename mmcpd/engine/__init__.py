@@ -16,9 +16,10 @@ with warnings.catch_warnings():
     warnings.filterwarnings('ignore', message='Fail to import ``MultiScaleDeformableAttention``')
     from mmcpd import datasets, models
     from mmcpd.engine.checkpoints import load_slim, slimmed
+    from mmcpd.engine.comb_hook import CombHook
     from mmcpd.engine.compat import mend_scopes
     from mmcpd.engine.distillers import Distiller
-    from mmcpd.engine.hooks import CombHook, PruneHook
+    from mmcpd.engine.hooks import PruneHook
 
 mend_scopes()
 

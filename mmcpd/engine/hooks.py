@@ -1,77 +1,39 @@
-"""When to comb, prune and slim in a training run; the work is done by `mmcpd.comb`, `mmcpd.prune` and `mmcpd.slim`."""
+"""When to prune, distil and slim in a training run; the work is done by `mmcpd.prune`, `mmcpd.slim` and `at_once.py`."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable, Mapping, Sequence
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from mmengine.dist import is_main_process
+from mmengine.dist import broadcast, broadcast_object_list, is_main_process
 from mmengine.hooks import EMAHook, Hook
 from mmengine.optim import AmpOptimWrapper, OptimWrapper, OptimWrapperDict
 from mmengine.runner import Runner
+from torch import Tensor, nn
 
-from mmcpd.comb.api import HEADS
+from mmcpd.engine.at_once import check_label_free, prune_at_once
 from mmcpd.engine.checkpoints import STATE, save_checked
 from mmcpd.engine.closure import StepClosure
+from mmcpd.engine.comb_hook import comb_options, refuse_unknown
 from mmcpd.engine.combing import comb_runner, shape_combed
 from mmcpd.engine.distillers import Distiller
-from mmcpd.engine.examples import check_shape
+from mmcpd.engine.pictures import pictures as draw_pictures
 from mmcpd.engine.plan import plan
 from mmcpd.engine.report import comparison, costs
 from mmcpd.engine.slim_file import save_whole
 from mmcpd.engine.wrappers import bare_model, unwrapped
-from mmcpd.names import check_options, look_up
+from mmcpd.names import look_up
 from mmcpd.prune import NORMALIZERS, Pruner, Schedule, check_floors, check_importance
+from mmcpd.prune.schedule import is_count
 from mmcpd.registry import HOOKS
+from mmcpd.rotate import rotate_
 
 DENSE, SLIM, TABLE = 'dense.pth', 'slim.pth', 'coupling.txt'
-
-
-@HOOKS.register_module()
-class CombHook(Hook):
-    """Comb the bare model before training: show what belongs together, and why the rest is frozen.
-
-    A look at a model that nothing prunes; PruneHook combs by itself.
-
-    Args:
-        heads: what an attention gives up: 'dim', the same index in each head, or 'head', whole heads.
-        ignore: groups that are never pruned, by patterns of their names: ['backbone.conv1', 'backbone.layer1.*'].
-        strict: True: an operation without a rule is an error; False: what goes through it is frozen.
-        input_shape: (C, H, W) of the input that is combed with, see `mmcpd.engine.examples.input_shape`.
-        save: a file name in the work dir, or None.
-
-    Raises:
-        ValueError: an unknown option, or a value that makes no sense.
-
-    Example:
-        >>> CombHook(head='dim')
-        Traceback (most recent call last):
-        ValueError: CombHook has no option 'head': did you mean heads?
-    """
-
-    def __init__(
-        self,
-        *,
-        heads: str = 'dim',
-        ignore: Sequence[str] = (),
-        strict: bool = False,
-        input_shape: Sequence[int] | None = None,
-        save: str | None = 'coupling.json',
-        **unknown: object,
-    ) -> None:
-        _refuse(unknown, self)
-        self.options = _comb_options(heads, ignore, strict, input_shape)
-        self.save = save
-
-    def before_train(self, runner: Runner) -> None:
-        coupling = comb_runner(runner, **self.options)
-        runner.logger.info(f'combed:\n{coupling}')
-        if self.save is not None and is_main_process():
-            coupling.to_json(Path(runner.work_dir) / self.save)
 
 
 @HOOKS.register_module()
@@ -83,7 +45,9 @@ class PruneHook(Hook):
 
         default_hooks = dict(prune=dict(type='mmcpd.PruneHook', target=dict(macs=0.5)))
 
-    and on the command line `--cfg-options default_hooks.prune.target.macs=0.4`.
+    and on the command line `--cfg-options default_hooks.prune.target.macs=0.4`. With `at_once=True` all units go in one
+    step when pruning begins, and the weights that stay are refitted: the best start for a short training of a model
+    that is loaded.
 
     Args:
         target: how far: the share of the dense model's quantity that **remains**, between 0 and 1, by the names `macs`,
@@ -93,7 +57,11 @@ class PruneHook(Hook):
         interval: iterations of scoring between two removals.
         curve: from 1 to the target: 'cubic' (fast first), 'linear', 'cosine', or 'paper': `units_per_event` each time.
         units_per_event: only for the curve 'paper'.
-        importance: 'hessian', 'curvature', 'group_fisher', 'magnitude' or 'random'; with options it is a dict:
+        at_once: choose all units at `begin`; `end`, `interval` and `curve` then have no meaning.
+        pictures, refit: of at_once: how many training pictures it looks at, and whether weights are refitted on them.
+        rotate: at `begin`, sort the dimensions inside attention heads by what they carry; no output changes.
+        importance: 'hessian' (the default), 'curvature', 'group_fisher', 'magnitude', 'random' or 'gauss_newton' (the
+            default with at_once, which takes those that need no loss); with options it is a dict:
             dict(type='curvature', probes=2).
         normalize: what the score is divided by: 'memory', 'channel_memory', 'macs', 'params' or 'none'.
         round_to: groups of at least 64 units keep a multiple of it; 8 suits most hardware.
@@ -120,7 +88,11 @@ class PruneHook(Hook):
         interval: int = 10,
         curve: str = 'cubic',
         units_per_event: int | None = None,
-        importance: str | Mapping[str, object] = 'hessian',
+        at_once: bool = False,
+        pictures: int = 512,
+        refit: bool = True,
+        rotate: bool = False,
+        importance: str | Mapping[str, object] | None = None,
         normalize: str = 'memory',
         round_to: int = 8,
         min_units: int = 1,
@@ -131,14 +103,18 @@ class PruneHook(Hook):
         strict: bool = False,
         **unknown: object,
     ) -> None:
-        _refuse(unknown, self)
-        self.schedule = Schedule(target, begin, end, interval, curve, units_per_event)
-        check_importance(importance, seed=seed)
+        refuse_unknown(unknown, self)
+        gradual = {'end': end, 'interval': interval, 'curve': curve, 'units_per_event': units_per_event}
+        _check_way(at_once, gradual, {'pictures': pictures, 'refit': refit}, rotate)
+        self.schedule = Schedule(target, begin, 1.0) if at_once else Schedule(target, begin, **gradual)
+        self.at_once, self.pictures, self.refit, self.rotate = at_once, pictures, refit, rotate
+        importance = importance or ('gauss_newton' if at_once else 'hessian')
+        (check_label_free if at_once else check_importance)(importance, seed=seed)
         look_up(NORMALIZERS, normalize, 'normalizer')
         check_floors(min_units=min_units, round_to=round_to)
         self.importance, self.normalize, self.seed = importance, normalize, seed
         self.round_to, self.min_units = round_to, min_units
-        self.comb_options = _comb_options(heads, ignore, strict, input_shape)
+        self.comb_options = comb_options(heads, ignore, strict, input_shape)
         self._pruner: Pruner | None = None
         self.closure: StepClosure | None = None
         self.begun = False
@@ -182,7 +158,7 @@ class PruneHook(Hook):
             self.closure = self.pruner.closure = StepClosure(runner.model, runner.optim_wrapper)
         if is_main_process():
             (Path(runner.work_dir) / TABLE).write_text(f'{coupling}\n', encoding='utf-8')
-        for line in plan(runner, self.pruner):
+        for line in plan(runner, self.pruner, self._how_at_once()):
             runner.logger.info(line)
         if loaded is not None:
             self.pruner.load_state_dict(loaded['pruner'])
@@ -241,7 +217,7 @@ class PruneHook(Hook):
         self._loaded = checkpoint.get(STATE)
 
     def _begin(self, runner: Runner) -> None:
-        """Keep the dense model, as a file and as the teacher, before anything is scored."""
+        """Keep the dense model, as a file and as the teacher, before anything is scored; prune, if it is done at once."""
         self.begun = True
         if runner.iter == 0 and runner.cfg.get('load_from') is None:
             runner.logger.warning(
@@ -249,15 +225,63 @@ class PruneHook(Hook):
                 'or a later begin'
             )
         self.pruner.stop()  # its hooks are no part of the teacher, which is a copy
+        if self.rotate:
+            self._rotate(runner)
         self.dense_metrics = self._metrics(runner)
         model = unwrapped(runner.model)
         if isinstance(model, Distiller):
             model.begin_distillation()
         if is_main_process():
             save_whole(Path(runner.work_dir) / DENSE, {'state_dict': self.pruner.model.state_dict()})
-        self.pruner.start()
         metrics = ', '.join(f'{name} {value:.2f}' for name, value in self.dense_metrics.items())
         runner.logger.info(f'pruning begins; the dense model is in {DENSE}: {metrics or "not validated"}')
+        if self.at_once:
+            self._prune_at_once(runner)
+        self.pruner.start()
+
+    def _how_at_once(self) -> str:
+        """Say how units are chosen at once, '' where they are not."""
+        fitted = f'refitted on {self.pictures} training pictures' if self.refit else 'not refitted'
+        return f'all at once, {fitted}' if self.at_once else ''
+
+    def _rotate(self, runner: Runner) -> None:
+        rotated, example = copy.deepcopy(self.pruner.model), self.pruner.coupling.example
+        runner.logger.info(str(rotate_(rotated, example.inputs, forward=example.forward)))
+        self._take_over(rotated)
+
+    def _prune_at_once(self, runner: Runner) -> None:
+        """Choose and refit on training pictures, the same on all processes, as training sees them."""
+        model, coupling = self.pruner.model, self.pruner.coupling
+        shape = shape_combed(coupling)
+        batches = draw_pictures(runner.cfg, model, self.pictures, pipeline='train', shape=shape, seed=self.seed)
+        pruned = prune_at_once(
+            model,
+            coupling,
+            batches,
+            self.schedule.target,
+            importance=self.importance,
+            normalize_by=self.normalize,
+            min_units=self.min_units,
+            round_to=self.round_to,
+            refit=self.refit,
+            seed=self.seed,
+        )
+        self._take_over(pruned.model)
+        keep = [pruned.keep]
+        broadcast_object_list(keep)
+        self.pruner.choose(keep[0])
+        self._log(runner)
+        runner.logger.info(str(pruned))
+
+    @torch.no_grad()
+    def _take_over(self, changed: nn.Module) -> None:
+        """Write a changed copy's weights into the model, process 0's on all, without the optimizer's state of them."""
+        pairs = zip(_tensors(self.pruner.model), _tensors(changed), strict=True)
+        for ours, new in pairs:
+            broadcast(new)
+            if not torch.equal(ours, new):
+                ours.copy_(new)
+                self.pruner.optimizer.state.pop(ours, None)
 
     def _resume(self, runner: Runner, loaded: Mapping[str, Any]) -> None:
         """Bring back what was known of the dense model, and the teacher, which is a copy without the pruner's hooks."""
@@ -285,18 +309,25 @@ class PruneHook(Hook):
             runner.message_hub.update_scalar(f'train/prune_{quantity}', left)
 
 
-def _comb_options(heads: str, ignore: Sequence[str], strict: bool, input_shape: Sequence[int] | None) -> dict[str, Any]:
-    """Check the options of combing, as far as that is possible without a model, and return them by name."""
-    look_up(dict.fromkeys(HEADS), heads, 'heads')
-    if not isinstance(ignore, list | tuple) or not all(isinstance(pattern, str) for pattern in ignore):
-        raise ValueError(f"ignore is a list of patterns of group names, as ['backbone.layer1.*']: got {ignore!r}")
-    if not isinstance(strict, bool):
-        raise ValueError(f'strict is True or False: got {strict!r}')
-    shape = None if input_shape is None else check_shape(input_shape)
-    return {'heads': heads, 'ignore': list(ignore), 'strict': strict, 'input_shape': shape}
+def _tensors(model: nn.Module) -> list[Tensor]:
+    """Return the parameters and the statistics of a model, in a fixed order."""
+    return [*model.parameters(), *(buffer for buffer in model.buffers() if buffer.is_floating_point())]
 
 
-def _refuse(unknown: Iterable[str], hook: Hook) -> None:
-    """Refuse options that are not in the hook's signature: MMEngine would raise a TypeError without near names."""
-    known = [name for name in inspect.signature(type(hook)).parameters if name != 'unknown']
-    check_options(unknown, known, type(hook).__name__)
+def _check_way(at_once: bool, gradual: Mapping[str, object], once: Mapping[str, object], rotate: bool) -> None:
+    """Refuse options of the one way of pruning where the other is wanted, and values that make no sense.
+
+    Raises:
+        ValueError: with what to leave out.
+    """
+    for name, value in (('at_once', at_once), ('rotate', rotate), ('refit', once['refit'])):
+        if not isinstance(value, bool):
+            raise ValueError(f'{name} is True or False: got {value!r}')
+    if not is_count(once['pictures'], 1):
+        raise ValueError(f'pictures counts training pictures, at least 1: got {once["pictures"]!r}')
+    defaults = {field.name: field.default for field in fields(Schedule)} | {'pictures': 512, 'refit': True}
+    foreign = [name for name, value in (gradual if at_once else once).items() if value != defaults[name]]
+    if foreign and at_once:
+        raise ValueError(f'at_once=True removes all units at begin: leave out {", ".join(foreign)}')
+    if foreign:
+        raise ValueError(f'{", ".join(foreign)} belong to at_once=True: set it, or leave them out')

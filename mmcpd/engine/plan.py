@@ -17,14 +17,20 @@ from mmcpd.prune import Pruner
 REASONS = 3  # lines about what is frozen
 
 
-def plan(runner: Runner, pruner: Pruner) -> list[str]:
-    """Say in at most ten lines what a run will do: with what, how far, when, and where the results go."""
+def plan(runner: Runner, pruner: Pruner, at_once: str = '') -> list[str]:
+    """Say in at most ten lines what a run will do: with what, how far, when, and where the results go.
+
+    `at_once` says how all units are chosen when pruning begins, and is '' where they go one by one.
+    """
     coupling, schedule = pruner.coupling, pruner.schedule
     model = unwrapped(runner.model)
     cost = coupling.cost(coupling.keep())
     sizes = ', '.join(f'{cost[key] / unit:,.2f}{sign} {name}' for key, (name, unit, sign) in ROWS.items())
     prunable, total = coupling.prunable()
     target = ' and '.join(f'{share:.1%} of the {ROWS.get(key, (key,))[0]}' for key, share in schedule.target.items())
+    when = f'iterations {schedule.begin} to {schedule.end} of {runner.max_iters}, every {schedule.interval}'
+    if at_once:
+        when = f'iteration {schedule.begin} of {runner.max_iters}, {at_once}'
     lines = [
         ('model', f'{type(pruner.model).__name__} at {"x".join(map(str, shape_combed(coupling)))}: {sizes}'),
         ('data', _data(runner)),
@@ -32,8 +38,7 @@ def plan(runner: Runner, pruner: Pruner) -> list[str]:
          'parameters can be pruned'),
         *(('frozen', reason) for reason in _frozen(coupling)),
         ('target', f'{target} of the dense model remain'),
-        ('pruning', f'iterations {schedule.begin} to {schedule.end} of {runner.max_iters}, every {schedule.interval}, '
-         f'by {type(pruner.importance).__name__} / {pruner.normalizer}'),
+        ('pruning', f'{when}, by {type(pruner.importance).__name__} / {pruner.normalizer}'),
         ('teacher', _teacher(model, int(schedule.begin))),
         ('results', f'{runner.work_dir}: coupling.txt now, dense.pth when pruning begins, slim.pth at the end'),
     ]  # fmt: skip

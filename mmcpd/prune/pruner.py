@@ -180,6 +180,18 @@ class Pruner:
         if self.begun:
             self.start()
 
+    def choose(self, keep: Keep) -> None:
+        """Keep these units from now on, without scores: the schedule removes no others.
+
+        Raises:
+            ValueError: it does not fit the model.
+        """
+        self.coupling.check(keep)
+        self.keep = {group.name: keep[group.name].cpu().clone() for group in self.coupling.groups}
+        self._last, self._waiting = self._end, False
+        self.importance.detach()
+        self._mask()
+
     def left(self) -> dict[str, float]:
         """Return what remains of each quantity, as a share of the dense model's."""
         return shares(self.coupling, self.keep)

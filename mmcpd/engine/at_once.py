@@ -1,0 +1,187 @@
+"""Prune a trained model at once, from pictures alone: score its units, choose, mask, and refit what stays."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from mmcpd.coupling import Coupling, Keep
+from mmcpd.engine.random_state import seeded
+from mmcpd.engine.wrappers import bare_model
+from mmcpd.names import look_up
+from mmcpd.prune import IMPORTANCES, Schedule, check_importance, check_reachable, normalize, score, select, shares
+from mmcpd.refit import Report, absorb_
+from mmcpd.refit import refit as refit_
+from mmcpd.rotate import Rotations, rotate_
+from mmcpd.slim import mask_
+
+# Losses that take a softmax over all classes, by class name: mmpretrain's, mmseg's and torch's.
+SOFTMAX_LOSSES = ('CrossEntropyLoss', 'LabelSmoothLoss', 'OhemCrossEntropy')
+BY_ELEMENT = ('use_sigmoid', 'use_mask')  # their options that take a sigmoid of each class instead
+
+
+@dataclass(frozen=True, eq=False)
+class PrunedAtOnce:
+    """What `prune_at_once` made.
+
+    Attributes:
+        model: the masked copy, refitted where that was wanted.
+        keep: the kept units.
+        scores: raw, (units,) per group.
+        left: what remains of each quantity, as a share of the dense model's.
+        rotations, refitted: what was rotated and refitted, None where it was not wanted; `str` says it.
+        seconds: of each stage, by its name.
+    """
+
+    model: nn.Module
+    keep: Keep
+    scores: Mapping[str, Tensor]
+    left: Mapping[str, float]
+    rotations: Rotations | None
+    refitted: Report | None
+    seconds: Mapping[str, float]
+
+    def __str__(self) -> str:
+        left = ', '.join(f'{share:.1%} of the {quantity}' for quantity, share in self.left.items())
+        times = ', '.join(f'{stage} {seconds:.1f} s' for stage, seconds in self.seconds.items())
+        reports = [str(report) for report in (self.rotations, self.refitted) if report is not None]
+        return '\n'.join([f'chosen at once: {left} remain', *reports, f'time: {times}'])
+
+
+def prune_at_once(
+    model: nn.Module,
+    coupling: Coupling,
+    batches: Sequence[Tensor],
+    target: Mapping[str, float],
+    *,
+    importance: str | Mapping[str, object] = 'gauss_newton',
+    normalize_by: str = 'macs',
+    min_units: int = 1,
+    round_to: int = 8,
+    rotate: bool = False,
+    refit: bool = True,
+    absorb: bool = True,
+    seed: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> PrunedAtOnce:
+    """Prune a copy of a trained model down to a target in one step, from pictures without labels.
+
+    The model is left as it was. All processes of a group must call it, with the same pictures. The time grows with the
+    number of pictures, and with their size; the random numbers of the caller are as before afterwards.
+
+    Args:
+        model: the bare dense model that was combed.
+        batches: preprocessed pictures, each (N, C, H, W); they go to the model's device.
+        target: the share of the dense model's quantity that remains, for some of `macs`, `params`, `memory`, `units`.
+        importance: one that needs no loss. A `softmax` of 'gauss_newton' that is not given is that of the model's loss.
+        normalize_by: what the score is divided by, a name in `mmcpd.prune.NORMALIZERS`.
+        min_units, round_to: the floors of each group, as in `mmcpd.prune.select`.
+        rotate: sort the dimensions inside attention heads first.
+        refit: fit the weights that stay to the dense model's outputs.
+        absorb: write batch norm's statistics anew after that, for a training that follows.
+        progress: called as `progress(stage, done, total)` after each batch of the stages 'score', 'refit' and 'absorb'.
+
+    Raises:
+        ValueError: an option that makes no sense, or groups that cannot be scored.
+        PruneError: nothing can be pruned, or not as far as the target.
+
+    Example:
+        >>> pruned = prune_at_once(model, coupling, [images], {'macs': 0.5})
+        >>> pruned.left['macs'] <= 0.5
+        True
+        >>> small = slim(pruned.model, coupling, pruned.keep)
+    """
+    check_label_free(importance, seed=seed)
+    check_reachable(coupling, Schedule(target), min_units=min_units, round_to=round_to)
+    device = next(model.parameters()).device
+    batches = [batch.to(device) for batch in batches]
+    seconds: dict[str, float] = {}
+
+    def reporting(stage: str) -> Callable[[int, int], None] | None:
+        return None if progress is None else lambda done, total: progress(stage, done, total)
+
+    model = copy.deepcopy(model)
+    rotations = report = None
+    with seeded(seed):
+        if rotate:
+            with _timed('rotate', seconds):
+                rotations = rotate_(model, coupling.example.inputs, forward=coupling.example.forward)
+        with _timed('score', seconds):
+            spec = with_softmax(importance, model)
+            scores = score(model, coupling, batches, importance=spec, seed=seed, progress=reporting('score'))
+            worth = normalize(scores, coupling, coupling.keep(), by=normalize_by)
+            keep = select(worth, coupling, coupling.keep(), target, min_units=min_units, round_to=round_to)
+        if refit:
+            with _timed('refit', seconds):
+                found = refit_(model, coupling, keep, batches, progress=reporting('refit'))
+                model, report = found.model, found.report
+            if absorb:
+                with _timed('absorb', seconds):
+                    absorb_(model, batches, forward=coupling.example.forward)
+        else:
+            mask_(model, coupling, keep)
+    return PrunedAtOnce(model, keep, scores, shares(coupling, keep), rotations, report, seconds)
+
+
+def check_label_free(importance: str | Mapping[str, object], *, seed: int = 0) -> None:
+    """Refuse an importance that cannot be built, or that reads the gradients of a loss; that takes no model.
+
+    Raises:
+        ValueError: with those that can be had.
+
+    Example:
+        >>> check_label_free('hessian')
+        Traceback (most recent call last):
+        ValueError: importance 'hessian' reads the gradients of a loss: to prune at once take gauss_newton, magnitude, ...
+    """
+    check_importance(importance, seed=seed)
+    name = str(importance['type'] if isinstance(importance, Mapping) else importance)
+    free = sorted(each for each, kind in IMPORTANCES.items() if kind.needs_outputs or not kind.every_iteration)
+    if name not in free:
+        raise ValueError(
+            f"importance '{name}' reads the gradients of a loss: to prune at once take {', '.join(free)}, or prune "
+            'while the model trains'
+        )
+
+
+def with_softmax(importance: str | Mapping[str, object], model: nn.Module) -> Mapping[str, object]:
+    """Tell a 'gauss_newton' that does not say so whether the model's outputs go through a softmax.
+
+    Example:
+        >>> with_softmax('gauss_newton', model)
+        {'type': 'gauss_newton', 'softmax': False}
+    """
+    options = {'type': importance} if isinstance(importance, str) else dict(importance)
+    if options['type'] == 'gauss_newton':
+        options.setdefault('softmax', ends_in_softmax(model))
+    return options
+
+
+def ends_in_softmax(model: nn.Module) -> bool:
+    """Tell whether a model is trained by a softmax over several classes, as its head's losses say; False if in doubt.
+
+    Example:
+        >>> ends_in_softmax(nn.Linear(2, 2))
+        False
+    """
+    head = getattr(bare_model(model), 'decode_head', None) or getattr(bare_model(model), 'head', None)
+    head = head[-1] if isinstance(head, nn.ModuleList) else head  # a cascade's last is the one that is tested
+    classes = getattr(head, 'out_channels', None) or getattr(head, 'num_classes', None)
+    losses = getattr(head, 'loss_decode', None) or getattr(head, 'loss_module', None)
+    several = list(losses) if isinstance(losses, nn.ModuleList | list | tuple) else [losses]
+    # Label smoothing has a cross entropy inside.
+    by_element = any(getattr(getattr(loss, 'ce', loss), flag, False) for loss in several for flag in BY_ELEMENT)
+    softmax = any(type(loss).__name__ in SOFTMAX_LOSSES for loss in several)
+    return isinstance(classes, int) and classes > 1 and softmax and not by_element
+
+
+@contextmanager
+def _timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[stage] = time.perf_counter() - start
