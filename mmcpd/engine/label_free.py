@@ -39,8 +39,8 @@ def teach_(
 ) -> None:
     """Train a student, in place, to give out what its teacher does; it is in eval mode afterwards.
 
-    The config's own optimizer takes `iterations` steps, from `lr` down to nothing along a cosine; by default that is the
-    config's where it prunes (a `PruneHook`), and a tenth of it where it trains from scratch. Where the outputs are
+    The config's own optimizer takes `iterations` steps, from `lr` down to nothing along a cosine; by default that is
+    the config's where it prunes (a `PruneHook`), and a tenth of it where it trains from scratch. Where the outputs are
     logits of classes (`softmax`) the first of them are compared by `KDLoss`, all others by their squared difference, as
     a share of the teacher's variance.
 
