@@ -1,8 +1,9 @@
-"""Run a training step's forward and backward once more: the same batches, the same random numbers, no step."""
+"""Run a training step's forward once more, with or without backward: the same batches and random numbers, no step."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 from mmengine.model import BaseModel
@@ -10,13 +11,14 @@ from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.runner.amp import autocast
 from torch import nn
 
+from mmcpd.engine.build import whole_forward
 from mmcpd.engine.random_state import RandomState, random_state, set_random_state
 from mmcpd.engine.wrappers import bare_model, unwrapped
 from mmcpd.prune.gates import untouched
 
 
 class StepClosure:
-    """Remember the batches of an optimizer step, and leave their gradients in `.grad` again when called.
+    """Remember the batches of an optimizer step, and leave their gradients in `.grad` again, or yield their outputs.
 
     Call `record` before each iteration, and the closure before the optimizer's step. The gradients are of the total
     loss, un-scaled, and averaged over the batches and over processes, as the step saw them. Random states, and what
@@ -56,12 +58,29 @@ class StepClosure:
                 if parameter.grad is not None:
                     parameter.grad /= scale
 
+    def outputs(self) -> Iterator[object]:
+        """Yield what the student gives out for each batch of the step, run as it was combed, in the mode it is in."""
+        before = random_state()
+        try:
+            for data_batch, state in self._batches:
+                set_random_state(state)
+                with self._autocast():
+                    data = cast(Any, self.trained).data_preprocessor(data_batch, True)
+                    outputs = whole_forward(self.student, data['inputs'])
+                yield outputs
+        finally:
+            set_random_state(before)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if isinstance(self.optim_wrapper, AmpOptimWrapper):
+            return cast(AbstractContextManager[Any], autocast(dtype=self.optim_wrapper.cast_dtype))
+        return nullcontext()
+
     def _backward(self, data_batch: Any) -> None:
-        mixed = isinstance(self.optim_wrapper, AmpOptimWrapper)
-        with autocast(dtype=self.optim_wrapper.cast_dtype) if mixed else nullcontext():
+        with self._autocast():
             data = cast(Any, self.trained).data_preprocessor(data_batch, True)
             loss, _ = self.trained.parse_losses(cast(Any, self.model)._run_forward(data, mode='loss'))
         loss = loss / len(self._batches)
-        if mixed:
+        if isinstance(self.optim_wrapper, AmpOptimWrapper):
             loss = self.optim_wrapper.loss_scaler.scale(loss)
         loss.backward()

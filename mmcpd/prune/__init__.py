@@ -1,14 +1,16 @@
-"""Prune: score the units, and mask those that matter least while the model trains."""
+"""Prune: score the units, and mask those that matter least, in one step or while the model trains."""
 
+from .gauss_newton import GaussNewton
 from .importance import IMPORTANCES, Importance, build_importance, check_importance, register_importance
 from .normalize import NORMALIZERS, normalize
 from .pruner import Pruner
 from .schedule import Schedule
 from .scores import Curvature, GroupFisher, Hessian, Magnitude, Random
+from .scoring import score
 from .selection import check_floors, check_reachable, reachable, select, shares
 
 __all__ = [
-    'IMPORTANCES', 'NORMALIZERS', 'Curvature', 'GroupFisher', 'Hessian', 'Importance', 'Magnitude', 'Pruner', 'Random',
-    'Schedule', 'build_importance', 'check_floors', 'check_importance', 'check_reachable', 'normalize', 'reachable',
-    'register_importance', 'select', 'shares',
+    'IMPORTANCES', 'NORMALIZERS', 'Curvature', 'GaussNewton', 'GroupFisher', 'Hessian', 'Importance', 'Magnitude',
+    'Pruner', 'Random', 'Schedule', 'build_importance', 'check_floors', 'check_importance', 'check_reachable',
+    'normalize', 'reachable', 'register_importance', 'score', 'select', 'shares',
 ]  # fmt: skip

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..coupling import Group
+from ..coupling import Group, Role
 
 # Elements per step on a CPU: the product stays in the cache, and is just too small for torch to wake its thread pool.
 _CACHED = (1 << 15) - 1
@@ -71,6 +71,7 @@ class Gates:
         self.slices: dict[str, slice] = {}
         self.units = 0
         self.groups: dict[Cut, list[str]] = {}  # whose units a cut shows
+        self.roles: dict[Cut, Role] = {}
         found: dict[Cut, list[CutRows]] = {}
         for group in groups:
             if not group.cut:
@@ -82,6 +83,7 @@ class Gates:
             for member in group.cut:
                 cut = Cut(member.tensor, member.dim)
                 self.groups.setdefault(cut, []).append(group.name)
+                self.roles[cut] = member.role
                 units = torch.arange(self.units, stop).repeat_interleave(member.index.shape[1])
                 found.setdefault(cut, []).append(CutRows(member.index.reshape(-1).cpu(), units))
             self.units = stop
@@ -157,9 +159,12 @@ def never_prune(groups: list[str]) -> str:
 
 
 @contextmanager
-def untouched(*modules: nn.Module) -> Iterator[None]:
-    """Give back, bit by bit, parameters, gradients, buffers and torch's random state as they were on entry."""
-    parameters = list(dict.fromkeys(p for module in modules for p in module.parameters()))
+def untouched(*modules: nn.Module, weights: bool = True) -> Iterator[None]:
+    """Give back, bit by bit, parameters, gradients, buffers and torch's random state as they were on entry.
+
+    With `weights=False`, where nothing writes parameters and gradients, only buffers and the random state.
+    """
+    parameters = list(dict.fromkeys(p for module in modules for p in module.parameters() if weights))
     held = parameters + list(dict.fromkeys(b for module in modules for b in module.buffers()))
     values = [t.detach().clone() for t in held]
     grads = [(p.grad, None if p.grad is None else p.grad.detach().clone()) for p in parameters]

@@ -7,18 +7,19 @@ read when units are to be removed.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..coupling import Group
+from ..coupling import Example, Group
 from ..names import check_options, look_up
 from .gates import Gates
 from .schedule import is_count
 
-Closure = Callable[[], None]
+Closure = Callable[[], Iterable[object] | None]
 
 IMPORTANCES: dict[str, type[Importance]] = {}
 
@@ -92,6 +93,7 @@ class Importance:
 
     Attributes:
         needs_closure: `accumulate` wants a closure that runs this step's forward and backward once more.
+        needs_outputs: it wants a closure that runs the forward alone, and yields the outputs batch by batch.
         needs_batches: it tells batches apart, and sees scaled losses in mixed precision.
         every_iteration: scores are a sum over iterations; otherwise only the newest `accumulate` counts.
         iterations: how many entered the scores since `reset`.
@@ -108,6 +110,7 @@ class Importance:
     """
 
     needs_closure: ClassVar[bool] = False
+    needs_outputs: ClassVar[bool] = False
     needs_batches: ClassVar[bool] = False
     every_iteration: ClassVar[bool] = True
 
@@ -126,8 +129,8 @@ class Importance:
     def skipped(self) -> int:
         return int(self._counts[1])
 
-    def check(self, model: nn.Module) -> None:
-        """Refuse a model that this score cannot be taken of, before any training.
+    def check(self, model: nn.Module, example: Example | None = None) -> None:
+        """Refuse a model that this score cannot be taken of, before any training; `example` is what it was combed with.
 
         Raises:
             ValueError: with the groups that cannot be scored, and why.
@@ -147,7 +150,9 @@ class Importance:
         """Add one optimizer step's evidence: call it before the step, with gradients averaged and un-scaled.
 
         The model is the bare one that was combed. `closure` runs forward and backward of the step's batches and leaves
-        un-scaled gradients in `.grad`; losses were multiplied by `loss_scale` before backward (mixed precision).
+        un-scaled gradients in `.grad`; for `needs_outputs` it runs the forward only and yields the outputs, and this
+        method sees to eval mode, gradients, and that the model stays as it was. Losses were multiplied by `loss_scale`
+        before backward (mixed precision).
         """
         raise NotImplementedError
 
@@ -187,3 +192,20 @@ class Importance:
             self._counts = self._counts.to(evidence.device)
         self.total = self.total + torch.where(finite, evidence, torch.zeros_like(evidence))
         self._counts = self._counts + torch.stack([finite, ~finite])
+
+
+def averaged(importance: Importance, device: torch.device) -> dict[str, Tensor] | None:
+    """Return the scores averaged over processes, so that all choose the same units; None where none scored.
+
+    Example:
+        >>> averaged(build_importance('hessian', coupling.groups), torch.device('cpu')) is None
+        True
+    """
+    scores, iterations = importance.scores(), importance.iterations
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        flat = torch.cat([torch.tensor([iterations], device=device), *(s.to(device) for s in scores.values())])
+        flat = flat.double()
+        dist.all_reduce(flat)
+        iterations, parts = int(flat[0]), flat[1:].split([len(s) for s in scores.values()])
+        scores = {name: part / dist.get_world_size() for name, part in zip(scores, parts, strict=True)}
+    return scores if iterations else None

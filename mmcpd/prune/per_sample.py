@@ -1,4 +1,4 @@
-"""Gradients of gates sample by sample, read where a module of the cut takes its input or gives its output.
+"""Gradients of gates sample by sample, read where a layer of the cut takes its input or gives its output.
 
 For a gate on the inputs of a layer, the sum of w * dL/dw over a column equals the sum of x * dL/dx over that
 channel: the second form is known for each sample of a batch, the first only for their sum.
@@ -6,153 +6,190 @@ channel: the second form is known for each sample of a batch, the first only for
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from .gates import Cut, Gates, never_prune, sum_except
+from ..layer_calls import LayerCall, LayerCalls
+from .cut_calls import CutCalls, Place, refusal
+from .gates import Cut, Gates
+from .layouts import FIRST, Layout
+
+_CHUNK = 1 << 20  # elements of a product at a time, one sample at least
 
 
-class Place(NamedTuple):
-    """Where a module shows the channels of a cut: in its input or in its output, and in which dimension."""
+def sample_dot(x: Tensor, g: Tensor, sample: int | None, channel: int) -> Tensor:
+    """Sum `x * g` over all but two dimensions: (S, C), in at least float32; (1, C) without a sample dimension.
 
-    in_input: bool
-    channel: int
+    Example:
+        >>> sample_dot(torch.ones(2, 3, 4, 4), torch.ones(2, 3, 4, 4), 0, 1).tolist()
+        [[16.0, 16.0, 16.0], [16.0, 16.0, 16.0]]
+    """
+    channel %= x.dim()
+    if sample is None or sample == channel:
+        return sample_dot(x.unsqueeze(0), g.unsqueeze(0), 0, channel + 1).sum(0, keepdim=True)
+    others = [d for d in range(x.dim()) if d not in (sample, channel)]
+    step = max(1, _CHUNK * x.shape[sample] // max(1, x.numel()))
+    found = []
+    for a, b in zip(x.split(step, sample), g.split(step, sample), strict=True):
+        product = a.float() * b if a.dtype in (torch.float16, torch.bfloat16) else a * b
+        found.append(product.sum(others) if others else product)
+    total = torch.cat(found, int(channel < sample))
+    return total.T if channel < sample else total
 
 
-# Module classes -> {cut dimension of its weight: where the module shows it}.
-# An input needs a convolution of one group, where a column of the weight is a channel of the input.
-PLACES: dict[tuple[type[nn.Module], ...], dict[int, Place]] = {
-    (nn.Linear,): {0: Place(False, -1), 1: Place(True, -1)},
-    (nn.Conv1d, nn.Conv2d, nn.Conv3d): {0: Place(False, 1), 1: Place(True, 1)},
-    (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d): {0: Place(True, 1), 1: Place(False, 1)},
-}
+@dataclass(frozen=True, eq=False)
+class _Reading:
+    """What a tap hands over, and to whom."""
+
+    taps: SampleTaps
+    place: Place
+    layout: Layout | None
+    offset: Tensor | None  # (C,), the part of the activation that no gate multiplies
 
 
 class _Tap(torch.autograd.Function):
-    """Pass a tensor on, and hand x * dL/dx, summed to (N, C), to `taps` on the way back."""
+    """Pass a tensor on, and hand x * dL/dx, summed to (S, C), over on the way back.
+
+    Thanks to the anchor, a scalar with a gradient, a way back passes here whatever else has one.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, offset: Tensor | None, channel: int, copy: bool, taps: SampleTaps, cut: Cut
-    ) -> Tensor:
-        ctx.save_for_backward(x, offset)
-        ctx.channel, ctx.taps, ctx.cut = channel % x.dim(), taps, cut
-        return x.clone() if copy else x.view_as(x)  # copy: what follows may write into a module's output
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, reading: _Reading) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.reading = reading
+        return x.view_as(x) if reading.place.in_input else x.clone()  # what follows may write into an output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, offset = ctx.saved_tensors
-        if offset is not None:
-            x = (x.movedim(ctx.channel, -1) - offset).movedim(-1, ctx.channel)
-        if x.dtype in (torch.float16, torch.bfloat16):
-            x = x.float()
-        ctx.taps.receive(ctx.cut, sum_except(x * grad, 0, ctx.channel))
-        return grad, None, None, None, None, None
+        (x,), reading = ctx.saved_tensors, ctx.reading
+        place, sample = reading.place, None if reading.layout is None else reading.layout.dim
+        found = sample_dot(x, grad, sample, place.channel)
+        if reading.offset is not None:
+            found = found - reading.offset * sample_dot(grad.new_ones(()).expand_as(grad), grad, sample, place.channel)
+        reading.taps.receive(place, found.unflatten(1, (-1, place.size)).sum(1))  # (S, groups, rows)
+        return grad, None, None
 
 
 class SampleTaps:
-    """Watch a model's passes and collect dL/dm of each gate for each sample.
+    """Collect dL/dm of each gate for each sample, in passes that run within a `with`, or after `watch`.
 
-    Samples lie along the first dimension; windows or tokens that are folded into it must be its inner part. Hooks stay
-    on the model until `remove`. A deep copy of it is not watched.
+    Attributes:
+        anchor: what every tap's way back ends in: `torch.autograd.grad(outputs, taps.anchor, allow_unused=True)` visits
+            all taps and computes no gradient of a weight.
 
-    Raises:
-        ValueError: a tensor of the cut belongs to a module that cannot be tapped.
+    Args:
+        layouts: where samples lie in the activations of each cut, None where they cannot be told apart: then the batch
+            counts as one sample. Without an entry they lie along the first dimension.
     """
 
-    def __init__(self, gates: Gates, model: nn.Module) -> None:
-        self.gates = gates
+    def __init__(self, gates: Gates, model: nn.Module, layouts: Mapping[Cut, Layout | None] | None = None) -> None:
+        self.gates, self.model, self.layouts = gates, model, layouts or {}
+        self.anchor = torch.zeros((), requires_grad=True)
+        self.calls = CutCalls(gates, model)
         self._batch: dict[Cut, Tensor] = {}
-        self._seen: set[Cut] = set()
-        places = {cut: self._place(model, cut) for cut in gates.cuts if not self._with_weight(cut)}
-        self._handles = [self._tap(model, cut, place) for cut, place in places.items()]
+        self._mode: LayerCalls | None = None
+        self._depth = 0
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> SampleTaps:
+        self._depth += 1
+        if self._depth == 1:
+            self._mode = LayerCalls(self.model, self._on_call)
+            self._mode.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._depth -= 1
+        if self._depth == 0 and self._mode is not None:
+            self._mode.__exit__(kind, error, trace)
+            self._mode = None
+
+    def watch(self) -> None:
+        """Watch every pass from now on, until `remove`; one through a part of the model too (checkpointing repeats it).
+
+        A deep copy of the model, which carries these hooks, is not watched.
+        """
+        own = set(map(id, self.model.modules()))
+
+        def enter(module: nn.Module, _: Any) -> None:
+            if id(module) in own:
+                self.__enter__()
+
+        def leave(module: nn.Module, *_: Any) -> None:
+            if id(module) in own and self._depth:
+                self.__exit__(None, None, None)
+
+        for module in self.model.modules():
+            self._handles.append(module.register_forward_pre_hook(enter, prepend=True))
+            self._handles.append(module.register_forward_hook(leave, always_call=True))
 
     def remove(self) -> None:
         """Take the hooks off the model."""
         for handle in self._handles:
             handle.remove()
+        self._handles = []
 
-    def receive(self, cut: Cut, found: Tensor) -> None:
-        """Add one call's (N, C); a module called several times in one pass adds up sample by sample."""
-        self._seen.add(cut)
-        self._batch[cut] = self._batch[cut] + found if cut in self._batch else found
+    def receive(self, place: Place, found: Tensor) -> None:
+        """Add one call's (S, rows); a weight that is called several times in one pass adds up sample by sample."""
+        beyond = self.calls.shapes[place.cut.tensor][place.cut.dim] - place.start - place.size
+        if place.start or beyond:
+            found = F.pad(found, (place.start, beyond))
+        before = self._batch.get(place.cut)
+        self._batch[place.cut] = found if before is None else before + found
 
     def pop(self) -> Tensor | None:
         """Return dL/dm of the batch seen last, (N, units), and forget it; None where nothing was seen.
 
         Raises:
-            ValueError: modules of the cut disagree on how many samples there are.
+            ValueError: layers of the cut disagree on how many samples there are.
         """
         if not self._batch:
             return None
-        samples = min(len(found) for found in self._batch.values())
+        layouts = {cut: self.layouts.get(cut, FIRST) for cut in self._batch}
+        samples = min((len(found) for cut, found in self._batch.items() if layouts[cut] is not None), default=1)
         first = next(iter(self._batch.values()))
         total = first.new_zeros(samples, self.gates.units)
+        whole = torch.zeros(self.gates.units, dtype=torch.bool, device=total.device)
         for cut, found in self._batch.items():
-            if len(found) % samples:
-                raise self._refusal(cut, f"'{cut.tensor}' sees {len(found)} samples where others see {samples}")
             rows, units = self.gates.rows(cut, total.device)
-            folded = found.reshape(samples, -1, found.shape[1]).sum(1)  # (N * windows, C) -> (N, C)
-            total.index_add_(1, units, folded[:, rows].to(total))
+            layout = layouts[cut]
+            if layout is None:
+                whole[units] = True
+                total[0].index_add_(0, units, found[0, rows].to(total))
+                continue
+            if len(found) % samples:
+                raise refusal(self.gates, cut, f"'{cut.tensor}' sees {len(found)} samples where others see {samples}")
+            parts = found.unflatten(0, (-1, samples) if layout.inner else (samples, -1))
+            total.index_add_(1, units, parts.sum(int(not layout.inner))[:, rows].to(total))
         self._batch.clear()
+        total[0] = torch.where(whole, total.sum(0), total[0])
+        total[1:].masked_fill_(whole, 0)
         return total
 
-    def check(self, model: nn.Module) -> None:
-        """Say so if part of the cut took part in the loss unseen, and start a new record.
+    def _on_call(self, call: LayerCall) -> Tensor:
+        """Run a call with taps on the channels that it shows."""
+        if not torch.is_grad_enabled():
+            return call.run()
+        places = list(self.calls.places(call))
+        given = call.input
+        for place in places:
+            if place.in_input:
+                given = self._tapped(given, place, None)
+        out = call.run(input=given) if places else call.run()
+        for place in places:
+            if not place.in_input:
+                out = self._tapped(out, place, self.calls.offset(call))
+        return out
 
-        Raises:
-            ValueError: a module's weight has a gradient but its forward was not called.
-        """
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        for cut in self.gates.cuts:
-            grad = parameters[cut.tensor].grad
-            seen = cut in self._seen or self._with_weight(cut)
-            if not seen and grad is not None and bool(grad.any()):
-                why = 'its module is never called with a tensor that has a gradient (as inside nn.MultiheadAttention)'
-                raise self._refusal(cut, f"group_fisher cannot score '{cut.tensor}': {why}")
-        self._seen.clear()
-
-    def _refusal(self, cut: Cut, why: str) -> ValueError:
-        return ValueError(f"{why}: use importance='hessian', or {never_prune(self.gates.groups[cut])}")
-
-    def _with_weight(self, cut: Cut) -> bool:
-        """Tell whether a bias of the cut is seen together with its weight, at the module's output."""
-        path, _, leaf = cut.tensor.rpartition('.')
-        return leaf == 'bias' and Cut(f'{path}.weight' if path else 'weight', cut.dim) in self.gates.cuts
-
-    def _place(self, model: nn.Module, cut: Cut) -> Place:
-        path, _, leaf = cut.tensor.rpartition('.')
-        module = model.get_submodule(path)
-        places = next((table for classes, table in PLACES.items() if isinstance(module, classes)), {})
-        if leaf != 'weight' or cut.dim not in places:
-            raise self._refusal(cut, f"group_fisher cannot score '{cut.tensor}' of a {type(module).__name__}")
-        place = places[cut.dim]
-        if place.in_input and getattr(module, 'groups', 1) != 1:
-            raise self._refusal(cut, f"group_fisher cannot score the grouped convolution '{path}' by its input")
-        return place
-
-    def _tap(self, model: nn.Module, cut: Cut, place: Place) -> RemovableHandle:
-        path = cut.tensor.rpartition('.')[0]
-        tapped = model.get_submodule(path)
-        gated_bias = Cut(f'{path}.bias' if path else 'bias', 0) in self.gates.cuts
-
-        def watched(module: nn.Module, x: object) -> bool:
-            # A deep copy of the model (a teacher, an average) carries these hooks too.
-            return module is tapped and torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad
-
-        def on_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            if not args or not watched(module, args[0]):
-                return None
-            return _Tap.apply(args[0], None, place.channel, False, self, cut), *args[1:]
-
-        def on_output(module: nn.Module, _: tuple[Any, ...], output: Any) -> Any:
-            if not watched(module, output):
-                return None
-            bias = getattr(module, 'bias', None)
-            offset = None if bias is None or gated_bias else bias.detach()
-            return _Tap.apply(output, offset, place.channel, True, self, cut)
-
-        return tapped.register_forward_pre_hook(on_input) if place.in_input else tapped.register_forward_hook(on_output)
+    def _tapped(self, x: Tensor, place: Place, offset: Tensor | None) -> Tensor:
+        layout = self.layouts.get(place.cut, FIRST)
+        return _Tap.apply(x, self.anchor, _Reading(self, place, layout, offset))

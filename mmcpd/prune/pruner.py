@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from typing import TypedDict
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..coupling import Coupling, Keep
 from ..names import look_up
 from ..slim.mask import Masker
-from .importance import Closure, build_importance
+from .importance import Closure, averaged, build_importance
 from .normalize import NORMALIZERS, normalize
 from .schedule import Schedule
 from .selection import check_reachable, select, shares
@@ -45,7 +44,7 @@ class Pruner:
     Attributes:
         keep: the kept units now.
         iteration: how many iterations are finished.
-        closure: runs a step's forward and backward once more, for importances that ask for it.
+        closure: runs a step's forward and backward once more, or its forward, for importances that ask for it.
         loss_scale: what losses are multiplied by before backward (mixed precision).
 
     Raises:
@@ -90,7 +89,7 @@ class Pruner:
         self.model, self.coupling, self.optimizer, self.schedule = model, coupling, optimizer, schedule
         self.normalizer = normalize
         self.importance = build_importance(importance, coupling.groups, seed=seed)
-        self.importance.check(model)
+        self.importance.check(model, coupling.example)
         self.masker = Masker(model, coupling)
         self.keep = coupling.keep()
         self.closure: Closure | None = None
@@ -129,7 +128,8 @@ class Pruner:
             return False
         if not self.importance.every_iteration:
             self.importance.accumulate(self.model)
-        if (scores := self._scores()) is None:
+        scores = averaged(self.importance, next(self.model.parameters()).device)
+        if scores is None:
             return False
         scores = normalize(scores, self.coupling, self.keep, by=self.normalizer)
         ratios = self.schedule.ratios(self.iteration)
@@ -249,15 +249,3 @@ class Pruner:
         if self._factors():
             self.masker.apply_(self.keep)
             self.masker.apply_state_(self.keep, self.optimizer)
-
-    def _scores(self) -> dict[str, Tensor] | None:
-        """Return the scores averaged over processes, so that all choose the same units; None where none scored."""
-        scores, iterations = self.importance.scores(), self.importance.iterations
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            device = next(self.model.parameters()).device
-            flat = torch.cat([torch.tensor([iterations], device=device), *(s.to(device) for s in scores.values())])
-            flat = flat.double()
-            dist.all_reduce(flat)
-            iterations, parts = int(flat[0]), flat[1:].split([len(s) for s in scores.values()])
-            scores = {name: part / dist.get_world_size() for name, part in zip(scores, parts, strict=True)}
-        return scores if iterations else None

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ..coupling import Group, Role
+from ..coupling import Example, Group, Role
 from ..names import look_up
+from .cut_calls import CutCalls, refusal
 from .gates import Cut, sum_except, untouched
 from .importance import Closure, Importance, register_importance
+from .layouts import Layout, find_layouts
 from .per_sample import SampleTaps
 from .schedule import is_count
 
@@ -107,16 +109,22 @@ class GroupFisher(Importance):
 
     def __init__(self, groups: Sequence[Group], *, seed: int = 0) -> None:
         super().__init__(groups, seed=seed)
+        self.layouts: Mapping[Cut, Layout | None] = {}
         self._taps: SampleTaps | None = None
         self._pending: Tensor | None = None
 
-    def check(self, model: nn.Module) -> None:
+    def check(self, model: nn.Module, example: Example | None = None) -> None:
         super().check(model)
-        SampleTaps(self.gates, model).remove()
+        if example is not None:
+            self.layouts = find_layouts(model, self.gates, example, 'group_fisher')
+            for cut in (cut for cut, layout in self.layouts.items() if layout is None):
+                why = f"group_fisher cannot tell samples apart where '{cut.tensor}' is used"
+                raise refusal(self.gates, cut, f"{why}; 'gauss_newton' can do without")
 
     def attach(self, model: nn.Module) -> None:
         self.detach()
-        self._taps = SampleTaps(self.gates, model)
+        self._taps = SampleTaps(self.gates, model, self.layouts)
+        self._taps.watch()
 
     def detach(self) -> None:
         if self._taps is not None:
@@ -133,10 +141,18 @@ class GroupFisher(Importance):
         if self._taps is None:
             raise ValueError("importance 'group_fisher' watches forward passes: call attach(model) before them")
         self.next_batch()
-        self._taps.check(model)
+        self._check_seen(self._taps.calls, model)
         if self._pending is not None:
             self.add(self._pending / loss_scale**2)
             self._pending = None
+
+    def _check_seen(self, calls: CutCalls, model: nn.Module) -> None:
+        """Refuse a cut that has a gradient though no call has shown it, and start a new record."""
+        for cut in calls.unseen():
+            grad = model.get_parameter(cut.tensor).grad
+            if grad is not None and bool(grad.any()):
+                calls.check('group_fisher')
+        calls.seen.clear()
 
 
 @register_importance('magnitude')
@@ -169,7 +185,7 @@ class Magnitude(Importance):
             raise ValueError(f'magnitude takes p=1 or p=2, got {p}')
         self.p, self.roles = p, tuple(look_up({r.value: r for r in Role}, role, 'role') for role in roles)
 
-    def check(self, model: nn.Module) -> None:
+    def check(self, model: nn.Module, example: Example | None = None) -> None:
         """Refuse nothing: weights are there, with or without a gradient."""
 
     @torch.no_grad()
@@ -206,7 +222,7 @@ class Random(Importance):
         super().__init__(groups, seed=seed)
         self._draw()
 
-    def check(self, model: nn.Module) -> None:
+    def check(self, model: nn.Module, example: Example | None = None) -> None:
         """Refuse nothing."""
 
     def _draw(self) -> None:

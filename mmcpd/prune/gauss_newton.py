@@ -1,0 +1,124 @@
+"""The Gauss-Newton score: how much a unit moves the outputs, without labels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..coupling import Example, Group
+from ..slim.compare import tensors_in
+from .gates import Cut
+from .importance import Closure, Importance, register_importance
+from .layouts import Layout, find_layouts, scoring
+from .per_sample import SampleTaps
+from .schedule import is_count
+
+
+@register_importance('gauss_newton')
+class GaussNewton(Importance):
+    """Squared gradient of a random sum of the outputs by the unit's gate, summed over samples: no labels.
+
+    That is (d(r . z) / dm)^2 for each sample, with outputs z in eval mode and r ~ N(0, I); in expectation the sum of
+    squares of dz/dm, the Gauss-Newton curvature of distilling the model into itself. Outputs are all floating-point
+    tensors of the model, each divided by its standard deviation over the batches so far.
+
+    Args:
+        draws: so many r are averaged; each costs one more backward.
+        softmax: the outputs go through a softmax over dimension 1, (N, C) or (N, C, H, W): what it ignores, a shift of
+            all classes alike, does not count.
+
+    Source: Martens, New insights and perspectives on the natural gradient method, JMLR 2020, section 8.
+
+    Example:
+        >>> score = GaussNewton(coupling.groups)
+        >>> score.accumulate(model, closure=lambda: [model(images)])
+        >>> score.scores()['conv1'].shape
+        torch.Size([8])
+    """
+
+    needs_outputs = True
+
+    def __init__(self, groups: Sequence[Group], *, draws: int = 1, softmax: bool = False, seed: int = 0) -> None:
+        super().__init__(groups, seed=seed)
+        if not is_count(draws, 1) or not isinstance(softmax, bool):
+            raise ValueError(f'gauss_newton needs draws >= 1 and softmax True or False, got {draws!r} and {softmax!r}')
+        self.draws, self.softmax = draws, softmax
+        self.layouts: Mapping[Cut, Layout | None] = {}
+        self._moments = torch.zeros(0, 3, dtype=torch.float64)  # of each output: elements, sum, sum of squares
+
+    def check(self, model: nn.Module, example: Example | None = None) -> None:
+        if example is not None:
+            self.layouts = find_layouts(model, self.gates, example, 'gauss_newton')
+
+    def accumulate(self, model: nn.Module, *, closure: Closure | None = None, loss_scale: float = 1.0) -> None:
+        if closure is None:
+            raise ValueError("importance 'gauss_newton' reads outputs: give accumulate() a closure that yields them")
+        taps = SampleTaps(self.gates, model, self.layouts)
+        found = torch.zeros(self.gates.units)
+        with scoring(model, self.gates), taps:
+            for outputs in closure() or ():
+                squares = self._squares(taps, outputs)
+                found = squares + found.to(squares)
+        taps.calls.check('gauss_newton')
+        self.add(found)
+
+    def reset(self) -> None:
+        super().reset()
+        self._moments = self._moments[:0]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {**super().state_dict(), 'moments': self._moments.clone()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        super().load_state_dict(state)
+        self._moments = state['moments'].cpu().clone()
+
+    def _squares(self, taps: SampleTaps, outputs: object) -> Tensor:
+        """Return the squares of one batch, (units,), summed over its samples."""
+        found = [t for t in tensors_in(outputs) if t.is_floating_point()]
+        scales = self._scales(found)
+        pairs = [(z, scale) for z, scale in zip(found, scales, strict=True) if z.requires_grad]
+        if not pairs:
+            raise ValueError('the closure yields no tensor with a gradient: run the model inside it, undetached')
+        total = torch.zeros((), device=pairs[0][0].device)
+        for draw in range(self.draws):
+            directions = [self._direction(z) * scale for z, scale in pairs]
+            torch.autograd.grad(
+                [z for z, _ in pairs],
+                [taps.anchor],
+                directions,
+                retain_graph=draw + 1 < self.draws,
+                allow_unused=True,
+            )
+            gradient = taps.pop()
+            if gradient is not None:
+                total = total + gradient.square().sum(0) / self.draws
+        return total.expand(self.gates.units)
+
+    def _direction(self, z: Tensor) -> Tensor:
+        """Return r for one output."""
+        seed = int(torch.randint(2**62, (), generator=self.generator))
+        r = torch.randn(z.shape, generator=torch.Generator(z.device).manual_seed(seed), dtype=z.dtype, device=z.device)
+        return r - r.mean(1, keepdim=True) if self.softmax and z.dim() in (2, 4) and z.shape[1] > 1 else r
+
+    def _scales(self, outputs: Sequence[Tensor]) -> list[float]:
+        """Return 1 / standard deviation of each output over the batches so far, these included."""
+        new = torch.tensor([_moments(z) for z in outputs], dtype=torch.float64).reshape(-1, 3)
+        if len(self._moments) not in (0, len(new)):
+            raise ValueError(
+                f'batches have {len(self._moments)} and {len(new)} output tensors: give one kind at a time'
+            )
+        self._moments = self._moments + new if len(self._moments) else new
+        elements, total, squares = self._moments.unbind(1)
+        spread = (squares / elements - (total / elements).square()).clamp(min=0).sqrt()
+        return torch.where(spread > 0, 1 / spread, 1).tolist()
+
+
+def _moments(z: Tensor) -> tuple[float, float, float]:
+    """Return (elements, sum, sum of squares) of an output."""
+    if not z.numel():
+        return 0.0, 0.0, 0.0
+    variance, mean = (float(value) for value in torch.var_mean(z.detach().float(), correction=0))
+    return z.numel(), z.numel() * mean, z.numel() * (variance + mean**2)

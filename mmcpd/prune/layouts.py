@@ -1,0 +1,135 @@
+"""Find out in which dimension of an activation the samples of a batch lie, by changing one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..coupling import Example
+from ..layer_calls import LayerCall, LayerCalls
+from ..slim.compare import evaluating, tensors_in
+from .cut_calls import CutCalls
+from .gates import Cut, Gates, untouched
+
+_FAILURES = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where samples lie: in dimension `dim`, as its outer part (N * windows) or its inner one (tokens * N)."""
+
+    dim: int
+    inner: bool = False
+
+
+FIRST = Layout(0)
+Seen = dict[Cut, list[Tensor]]  # the activations of each cut, summed over channels
+
+
+@contextmanager
+def scoring(model: nn.Module, gates: Gates) -> Iterator[None]:
+    """Run a model as it is scored, in eval mode and with gradients, and put everything back afterwards.
+
+    Inside, tensors of the cut have `requires_grad=True`, so that a weight that is computed from one shows it.
+    """
+    names = {cut.tensor for cut in gates.cuts}
+    frozen = [p for name, p in model.named_parameters() if name in names and not p.requires_grad]
+    with untouched(model, weights=False), evaluating(model), torch.enable_grad(), ExitStack() as stack:
+        for parameter in frozen:
+            stack.callback(parameter.requires_grad_, False)
+            parameter.requires_grad_(True)
+        yield
+
+
+def find_layouts(model: nn.Module, gates: Gates, example: Example, importance: str) -> dict[Cut, Layout | None]:
+    """Return for each cut where samples lie, None where they cannot be told apart.
+
+    The example runs once as it is, and three times with two of it in a batch: as they are, and with either changed.
+    What changes with the first alone belongs to it. Nothing of the kind is found where activations do not depend on the
+    input (a table of positions), or the model takes no larger batch.
+
+    Raises:
+        ValueError: a tensor of the cut was used by no layer.
+    """
+    calls = CutCalls(gates, model)
+    batch = next((len(t) for t in tensors_in(example.inputs) if t.dim()), 1)
+    with scoring(model, gates):
+        _run(model, calls, example, lambda t: t)
+        calls.check(importance)
+        try:
+            plain, *changed = (
+                _run(model, calls, example, lambda t, which=which: _doubled(t, which)) for which in (None, 0, 1)
+            )
+        except _FAILURES:
+            return dict.fromkeys(calls.seen)
+    return {cut: _common([_layout(*each, batch) for each in _together(cut, plain, *changed)]) for cut in calls.seen}
+
+
+def _run(model: nn.Module, calls: CutCalls, example: Example, change: Callable[[Tensor], Tensor]) -> Seen:
+    seen: Seen = {}
+
+    def note(call: LayerCall) -> Tensor:
+        out = call.run()
+        for place in calls.places(call):
+            activation = (call.input if place.in_input else out).detach()
+            seen.setdefault(place.cut, []).append(activation.sum(place.channel, keepdim=True))
+        return out
+
+    with LayerCalls(model, note):
+        example.forward(model, *_mapped(example.inputs, change))
+    return seen
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Change all tensors in nested tuples, lists and dictionaries."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _mapped(each, change) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_mapped(each, change) for each in value)
+    return value
+
+
+def _doubled(tensor: Tensor, which: int | None) -> Tensor:
+    """Return a batch of twice the tensor, one of the two changed, along the first dimension."""
+    parts = [tensor, tensor]
+    if which is not None and tensor.is_floating_point():
+        noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)).to(tensor)
+        parts[which] = tensor + (1 + tensor.abs().mean()) * noise
+    return torch.cat(parts) if tensor.dim() else tensor
+
+
+def _together(cut: Cut, *runs: Seen) -> list[tuple[Tensor, ...]]:
+    """Return a cut's activations call by call; none where runs had different calls."""
+    calls = [run.get(cut, []) for run in runs]
+    shapes = [[t.shape for t in seen] for seen in calls]
+    return list(zip(*calls, strict=True)) if all(s == shapes[0] for s in shapes) else []
+
+
+def _layout(plain: Tensor, first: Tensor, second: Tensor, batch: int) -> Layout | None:
+    """Return where two samples of `batch` pictures each lie, given what changes with the first and with the second."""
+    for dim, size in enumerate(plain.shape):
+        if size % (2 * batch):
+            continue
+        others = [d for d in range(plain.dim()) if d != dim]
+        for inner in (False, True):
+            halves = []
+            for run in (first, second):
+                changed = plain.ne(run)
+                changed = changed.any(others) if others else changed  # (size,)
+                parts = changed.unflatten(0, (-1, 2, batch) if inner else (1, 2, -1))
+                halves.append([bool(part.any()) for part in parts.unbind(1)])
+            if halves == [[True, False], [False, True]]:
+                return Layout(dim, inner)
+    return None
+
+
+def _common(layouts: list[Layout | None]) -> Layout | None:
+    """Return the one layout of all calls, or None."""
+    return layouts[0] if layouts and len(set(layouts)) == 1 else None

@@ -1,0 +1,64 @@
+"""Score the units of a model that nobody trains, from batches of inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sized
+
+from torch import Tensor, nn
+
+from ..coupling import Coupling
+from .importance import averaged, build_importance
+
+
+def score(
+    model: nn.Module,
+    coupling: Coupling,
+    batches: Iterable[Tensor | tuple[object, ...]],
+    *,
+    importance: str | Mapping[str, object] = 'gauss_newton',
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Tensor]:
+    """Score all units from batches of inputs alone, without labels or an optimizer: raw scores, (units,) per group.
+
+    The model runs in eval mode as it was combed, `coupling.example.forward(model, *inputs)`, and is left bit by bit as
+    it was. Several processes, each with batches of its own, get the same scores.
+
+    Args:
+        model: the very model that was combed.
+        coupling: what combing found.
+        batches: inputs, each a tensor (N, C, H, W) or a tuple of the forward's arguments.
+        importance: one that needs no loss: 'gauss_newton', 'magnitude' or 'random'; with options it is a dict.
+        seed: of the importance's random numbers.
+        progress: called after each batch with (done, total); total is 0 where `batches` has no length.
+
+    Raises:
+        ValueError: an importance that needs a loss, groups that cannot be scored, or no batch with a finite score.
+
+    Example:
+        >>> from mmcpd.prune import normalize, score, select, shares
+        >>> scores = normalize(score(model, coupling, [images]), coupling, coupling.keep(), by='macs')
+        >>> chosen = select(scores, coupling, coupling.keep(), {'macs': 0.5})
+        >>> shares(coupling, chosen)['macs'] <= 0.5
+        True
+    """
+    found = build_importance(importance, coupling.groups, seed=seed)
+    if found.every_iteration and not found.needs_outputs:
+        name = importance if isinstance(importance, str) else importance['type']
+        raise ValueError(f"importance '{name}' needs a loss: score with 'gauss_newton', 'magnitude' or 'random' here")
+    found.check(model, coupling.example)
+    if not found.every_iteration:
+        found.accumulate(model)
+    else:
+        total = len(batches) if isinstance(batches, Sized) else 0
+        for done, batch in enumerate(batches, 1):
+            inputs = batch if isinstance(batch, tuple) else (batch,)
+            found.accumulate(model, closure=lambda inputs=inputs: [coupling.example.forward(model, *inputs)])
+            if progress is not None:
+                progress(done, total)
+    scores = averaged(found, next(model.parameters()).device)
+    if scores is None:
+        raise ValueError(
+            f'nothing was scored: {found.skipped} batches, none with a finite score; give batches of inputs'
+        )
+    return scores
