@@ -1,0 +1,118 @@
+"""The safety net: a rotated model computes what it computed, or the heads at fault are found and left alone.
+
+It is tried in float64, once with the model's own weights and once with random ones, for behind a branch that is still
+almost zero no mistake would show.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..coupling import Example
+from ..errors import SlimError
+from ..slim.compare import difference, evaluating, tensors_in
+from .heads import Head, rotated
+from .report import HeadKind
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 1e-1}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """The heads of one attention that differ once they are rotated, and how."""
+
+    attention: str
+    kind: HeadKind
+    reason: str
+
+
+def faults_of(model: nn.Module, example: Example, heads: Sequence[Head]) -> list[Fault]:
+    """Return the attentions that may not be rotated, found by bisection; the model is not touched."""
+    faults: list[Fault] = []
+    twin, tried = _in_double(model, example)
+    for randomise in (False, True):
+        if randomise:
+            _randomise_(twin)
+        out = _run(twin, tried)
+        if not is_finite(out):
+            break
+        while left := [h for h in heads if (h.attention, h.kind) not in {(f.attention, f.kind) for f in faults}]:
+            found = _bisect(twin, tried, out, left)
+            if not found:
+                break
+            faults += found
+    return faults
+
+
+def _bisect(model: nn.Module, example: Example, out: object, heads: Sequence[Head]) -> list[Fault]:
+    gap = _gap(model, example, out, heads)
+    if gap <= min((TOLERANCE.get(t.dtype, 0.0) for t in tensors_in(out) if t.is_floating_point()), default=0.0):
+        return []
+    reason = f'rotated, the outputs would differ by {gap:.0e}'
+    parts = list(dict.fromkeys((head.attention, head.kind) for head in heads))
+    first = set(parts[: len(parts) // 2])
+    halves = [[h for h in heads if ((h.attention, h.kind) in first) is side] for side in (True, False)]
+    found = [] if len(parts) == 1 else [fault for half in halves for fault in _bisect(model, example, out, half)]
+    return found or [Fault(*part, reason) for part in parts]
+
+
+@torch.no_grad()
+def _gap(model: nn.Module, example: Example, out: object, heads: Sequence[Head]) -> float:
+    """Return how far the outputs are from `out` with these heads rotated; the model is put back."""
+    tensors = dict(model.named_parameters())
+    values = rotated(tensors, heads)
+    before = {name: tensors[name].detach().clone() for name in values}
+    write_(tensors, values)
+    try:
+        return difference(out, _run(model, example))
+    except SlimError:  # other shapes: a forward that chooses by value
+        return float('inf')
+    finally:
+        write_(tensors, before)
+
+
+@torch.no_grad()
+def write_(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Copy values into parameters of the same names, in their type."""
+    for name, value in values.items():
+        tensors[name].copy_(value)
+
+
+def _run(model: nn.Module, example: Example) -> object:
+    with evaluating(model):
+        return example.run(model)
+
+
+def is_finite(out: object) -> bool:
+    """Say whether an output has a number everywhere."""
+    return all(bool(torch.isfinite(t).all()) for t in tensors_in(out) if t.is_floating_point())
+
+
+def _in_double(model: nn.Module, example: Example) -> tuple[nn.Module, Example]:
+    """Return copies in float64, or as they are where the forward does not run in it."""
+    inputs = tuple(
+        i.double() if isinstance(i, Tensor) and i.is_floating_point() else copy.deepcopy(i) for i in example.inputs
+    )
+    double, tried = copy.deepcopy(model).double(), Example(inputs, example.forward)
+    try:
+        if is_finite(_run(double, tried)):
+            return double, tried
+    except (RuntimeError, TypeError, ValueError):
+        pass
+    return copy.deepcopy(model), example
+
+
+@torch.no_grad()
+def _randomise_(model: nn.Module) -> None:
+    """Draw weights that all matter: unit variance over what is summed, scales and biases about one."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.numel():
+            values = torch.rand(parameter.shape, generator=generator)
+            spread = (12 / parameter[0].numel()) ** 0.5 if parameter.dim() > 1 else 1.0
+            parameter.copy_((values - 0.5) * spread if parameter.dim() > 1 else values + 0.5)
