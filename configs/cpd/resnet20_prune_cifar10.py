@@ -1,5 +1,5 @@
-# A trained ResNet-20 to half of its MACs at once, before training: scored, chosen and refitted on 512 training pictures.
-# Then 10 epochs in which only the unpruned model teaches: no label is read. CIFAR-10 is looked for in class folders,
+# A trained ResNet-20 to half of its MACs at once, before training: scored, chosen and refitted on 512 pictures. Then 10
+# epochs in which only the unpruned model teaches: no label is read. CIFAR-10 is looked for in class folders,
 # data/cifar10/{train,test}/<class>/*.png, and the dense weights where load_from says.
 _base_ = [
     '../_base_/models/resnet20_cifar.py',

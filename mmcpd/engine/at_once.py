@@ -6,16 +6,18 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+import torch
+from mmengine.dist import broadcast
 from torch import Tensor, nn
 
 from mmcpd.coupling import Coupling, Keep
 from mmcpd.engine.random_state import seeded
 from mmcpd.engine.wrappers import bare_model
-from mmcpd.names import look_up
 from mmcpd.prune import IMPORTANCES, Schedule, check_importance, check_reachable, normalize, score, select, shares
-from mmcpd.refit import Report, absorb_
+from mmcpd.prune.schedule import is_count
+from mmcpd.refit import RefitReport, absorb_
 from mmcpd.refit import refit as refit_
 from mmcpd.rotate import Rotations, rotate_
 from mmcpd.slim import mask_
@@ -34,7 +36,7 @@ class PrunedAtOnce:
         keep: the kept units.
         scores: raw, (units,) per group.
         left: what remains of each quantity, as a share of the dense model's.
-        rotations, refitted: what was rotated and refitted, None where it was not wanted; `str` says it.
+        rotations, refitted: what was rotated and what was refitted, None where it was not wanted.
         seconds: of each stage, by its name.
     """
 
@@ -43,7 +45,7 @@ class PrunedAtOnce:
     scores: Mapping[str, Tensor]
     left: Mapping[str, float]
     rotations: Rotations | None
-    refitted: Report | None
+    refitted: RefitReport | None
     seconds: Mapping[str, float]
 
     def __str__(self) -> str:
@@ -76,14 +78,17 @@ def prune_at_once(
 
     Args:
         model: the bare dense model that was combed.
+        coupling: what combing it found.
         batches: preprocessed pictures, each (N, C, H, W); they go to the model's device.
         target: the share of the dense model's quantity that remains, for some of `macs`, `params`, `memory`, `units`.
         importance: one that needs no loss. A `softmax` of 'gauss_newton' that is not given is that of the model's loss.
         normalize_by: what the score is divided by, a name in `mmcpd.prune.NORMALIZERS`.
-        min_units, round_to: the floors of each group, as in `mmcpd.prune.select`.
+        min_units: units that each group keeps.
+        round_to: groups of at least 64 units keep a multiple of it.
         rotate: sort the dimensions inside attention heads first.
         refit: fit the weights that stay to the dense model's outputs.
         absorb: write batch norm's statistics anew after that, for a training that follows.
+        seed: of the score's random numbers.
         progress: called as `progress(stage, done, total)` after each batch of the stages 'score', 'refit' and 'absorb'.
 
     Raises:
@@ -137,7 +142,7 @@ def check_label_free(importance: str | Mapping[str, object], *, seed: int = 0) -
     Example:
         >>> check_label_free('hessian')
         Traceback (most recent call last):
-        ValueError: importance 'hessian' reads the gradients of a loss: to prune at once take gauss_newton, magnitude, ...
+        ValueError: importance 'hessian' reads the gradients of a loss: to prune at once take gauss_newton, ...
     """
     check_importance(importance, seed=seed)
     name = str(importance['type'] if isinstance(importance, Mapping) else importance)
@@ -185,3 +190,52 @@ def _timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[stage] = time.perf_counter() - start
+
+
+@torch.no_grad()
+def take_over_(model: nn.Module, changed: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Write a changed copy's weights into a model in training: on all processes those of process 0.
+
+    What the optimizer knows of a parameter that changed (its momentum) is forgotten.
+
+    Example:
+        >>> changed = copy.deepcopy(model)
+        >>> _ = nn.init.ones_(changed.fc.weight)
+        >>> take_over_(model, changed, optimizer)
+        >>> float(model.fc.weight.min())
+        1.0
+    """
+    for ours, new in zip(_weights(model), _weights(changed), strict=True):
+        broadcast(new)
+        if not torch.equal(ours, new):
+            ours.copy_(new)
+            optimizer.state.pop(ours, None)
+
+
+def _weights(model: nn.Module) -> list[Tensor]:
+    """Return the parameters and the statistics of a model, in a fixed order."""
+    return [*model.parameters(), *(buffer for buffer in model.buffers() if buffer.is_floating_point())]
+
+
+def check_way(at_once: bool, gradual: Mapping[str, object], once: Mapping[str, object], rotate: bool) -> None:
+    """Refuse options of pruning in training (`gradual`) where all units go at once, the reverse, and wrong values.
+
+    Raises:
+        ValueError: with what to leave out.
+
+    Example:
+        >>> check_way(True, {'end': 100}, {'pictures': 512, 'refit': True}, False)
+        Traceback (most recent call last):
+        ValueError: at_once=True removes all units at begin: leave out end
+    """
+    for name, value in (('at_once', at_once), ('rotate', rotate), ('refit', once['refit'])):
+        if not isinstance(value, bool):
+            raise ValueError(f'{name} is True or False: got {value!r}')
+    if not is_count(once['pictures'], 1):
+        raise ValueError(f'pictures counts training pictures, at least 1: got {once["pictures"]!r}')
+    defaults = {field.name: field.default for field in fields(Schedule)} | {'pictures': 512, 'refit': True}
+    foreign = [name for name, value in (gradual if at_once else once).items() if value != defaults[name]]
+    if foreign and at_once:
+        raise ValueError(f'at_once=True removes all units at begin: leave out {", ".join(foreign)}')
+    if foreign:
+        raise ValueError(f'{", ".join(foreign)} belong to at_once=True: set it, or leave them out')

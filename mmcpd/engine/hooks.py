@@ -1,22 +1,20 @@
-"""When to prune, distil and slim in a training run; the work is done by `mmcpd.prune`, `mmcpd.slim` and `at_once.py`."""
+"""When to prune, distil and slim in a training run; `mmcpd.prune`, `mmcpd.slim` and `at_once.py` do the work."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from mmengine.dist import broadcast, broadcast_object_list, is_main_process
+from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.hooks import EMAHook, Hook
 from mmengine.optim import AmpOptimWrapper, OptimWrapper, OptimWrapperDict
 from mmengine.runner import Runner
-from torch import Tensor, nn
 
-from mmcpd.engine.at_once import check_label_free, prune_at_once
+from mmcpd.engine.at_once import check_label_free, check_way, prune_at_once, take_over_, with_softmax
 from mmcpd.engine.checkpoints import STATE, save_checked
 from mmcpd.engine.closure import StepClosure
 from mmcpd.engine.comb_hook import comb_options, refuse_unknown
@@ -29,7 +27,6 @@ from mmcpd.engine.slim_file import save_whole
 from mmcpd.engine.wrappers import bare_model, unwrapped
 from mmcpd.names import look_up
 from mmcpd.prune import NORMALIZERS, Pruner, Schedule, check_floors, check_importance
-from mmcpd.prune.schedule import is_count
 from mmcpd.registry import HOOKS
 from mmcpd.rotate import rotate_
 
@@ -105,7 +102,7 @@ class PruneHook(Hook):
     ) -> None:
         refuse_unknown(unknown, self)
         gradual = {'end': end, 'interval': interval, 'curve': curve, 'units_per_event': units_per_event}
-        _check_way(at_once, gradual, {'pictures': pictures, 'refit': refit}, rotate)
+        check_way(at_once, gradual, {'pictures': pictures, 'refit': refit}, rotate)
         self.schedule = Schedule(target, begin, 1.0) if at_once else Schedule(target, begin, **gradual)
         self.at_once, self.pictures, self.refit, self.rotate = at_once, pictures, refit, rotate
         importance = importance or ('gauss_newton' if at_once else 'hessian')
@@ -148,14 +145,16 @@ class PruneHook(Hook):
             coupling,
             runner.optim_wrapper.optimizer,
             self.schedule.resolve(runner.max_iters),
-            importance=self.importance,
+            importance=with_softmax(self.importance, bare_model(runner.model)),
             normalize=self.normalize,
             min_units=self.min_units,
             round_to=self.round_to,
             seed=self.seed,
         )
-        if self.pruner.importance.needs_closure:
-            self.closure = self.pruner.closure = StepClosure(runner.model, runner.optim_wrapper)
+        score = self.pruner.importance
+        if not self.at_once and (score.needs_closure or score.needs_outputs):
+            self.closure = StepClosure(runner.model, runner.optim_wrapper)
+            self.pruner.closure = self.closure if score.needs_closure else self.closure.outputs
         if is_main_process():
             (Path(runner.work_dir) / TABLE).write_text(f'{coupling}\n', encoding='utf-8')
         for line in plan(runner, self.pruner, self._how_at_once()):
@@ -217,7 +216,7 @@ class PruneHook(Hook):
         self._loaded = checkpoint.get(STATE)
 
     def _begin(self, runner: Runner) -> None:
-        """Keep the dense model, as a file and as the teacher, before anything is scored; prune, if it is done at once."""
+        """Keep the dense model, as a file and as the teacher, before anything is scored; then prune at once, or start to score."""
         self.begun = True
         if runner.iter == 0 and runner.cfg.get('load_from') is None:
             runner.logger.warning(
@@ -247,7 +246,7 @@ class PruneHook(Hook):
     def _rotate(self, runner: Runner) -> None:
         rotated, example = copy.deepcopy(self.pruner.model), self.pruner.coupling.example
         runner.logger.info(str(rotate_(rotated, example.inputs, forward=example.forward)))
-        self._take_over(rotated)
+        take_over_(self.pruner.model, rotated, self.pruner.optimizer)
 
     def _prune_at_once(self, runner: Runner) -> None:
         """Choose and refit on training pictures, the same on all processes, as training sees them."""
@@ -266,22 +265,12 @@ class PruneHook(Hook):
             refit=self.refit,
             seed=self.seed,
         )
-        self._take_over(pruned.model)
+        take_over_(model, pruned.model, self.pruner.optimizer)
         keep = [pruned.keep]
         broadcast_object_list(keep)
         self.pruner.choose(keep[0])
         self._log(runner)
         runner.logger.info(str(pruned))
-
-    @torch.no_grad()
-    def _take_over(self, changed: nn.Module) -> None:
-        """Write a changed copy's weights into the model, process 0's on all, without the optimizer's state of them."""
-        pairs = zip(_tensors(self.pruner.model), _tensors(changed), strict=True)
-        for ours, new in pairs:
-            broadcast(new)
-            if not torch.equal(ours, new):
-                ours.copy_(new)
-                self.pruner.optimizer.state.pop(ours, None)
 
     def _resume(self, runner: Runner, loaded: Mapping[str, Any]) -> None:
         """Bring back what was known of the dense model, and the teacher, which is a copy without the pruner's hooks."""
@@ -307,27 +296,3 @@ class PruneHook(Hook):
     def _log(self, runner: Runner) -> None:
         for quantity, left in self.pruner.left().items():
             runner.message_hub.update_scalar(f'train/prune_{quantity}', left)
-
-
-def _tensors(model: nn.Module) -> list[Tensor]:
-    """Return the parameters and the statistics of a model, in a fixed order."""
-    return [*model.parameters(), *(buffer for buffer in model.buffers() if buffer.is_floating_point())]
-
-
-def _check_way(at_once: bool, gradual: Mapping[str, object], once: Mapping[str, object], rotate: bool) -> None:
-    """Refuse options of the one way of pruning where the other is wanted, and values that make no sense.
-
-    Raises:
-        ValueError: with what to leave out.
-    """
-    for name, value in (('at_once', at_once), ('rotate', rotate), ('refit', once['refit'])):
-        if not isinstance(value, bool):
-            raise ValueError(f'{name} is True or False: got {value!r}')
-    if not is_count(once['pictures'], 1):
-        raise ValueError(f'pictures counts training pictures, at least 1: got {once["pictures"]!r}')
-    defaults = {field.name: field.default for field in fields(Schedule)} | {'pictures': 512, 'refit': True}
-    foreign = [name for name, value in (gradual if at_once else once).items() if value != defaults[name]]
-    if foreign and at_once:
-        raise ValueError(f'at_once=True removes all units at begin: leave out {", ".join(foreign)}')
-    if foreign:
-        raise ValueError(f'{", ".join(foreign)} belong to at_once=True: set it, or leave them out')

@@ -53,6 +53,7 @@ def pictures(
         pipeline: 'test': the transforms of the test data, less those that load annotations; 'train': the pictures as
             training sees them, augmented and at random.
         shape: (C, H, W); what the model is combed with by default.
+        seed: of the choice, and of random transforms.
         progress: called as `progress(done, total)` after each batch.
 
     Raises:

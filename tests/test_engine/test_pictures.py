@@ -129,7 +129,7 @@ def test_a_folder_of_pictures(folder):
     order = [file.name for file in sorted(folder.rglob('*')) if file.suffix.lower() in SUFFIXES]
     with seeded(0):
         drawn = [order[index] for index in torch.randperm(3)]
-    assert ['red.PNG', 'green.jpg', 'blue.bmp'] == [drawn[rgb.argmax(0)[channel]] for channel in range(3)], 'RGB'
+    assert [drawn[rgb.argmax(0)[channel]] for channel in range(3)] == ['red.PNG', 'green.jpg', 'blue.bmp']
 
 
 def test_a_folder_for_a_config_whose_own_data_lie_in_memory(folder, digits):
@@ -142,7 +142,7 @@ def test_what_is_refused(folder, digits, tmp_path):
     for number in (0, -1, 2.0, True):
         with pytest.raises(ValueError, match='is an integer, 1 or more'):
             pictures(cfg, model, number)
-    with pytest.raises(ValueError, match='no folder .*nowhere'):
+    with pytest.raises(ValueError, match=r'no folder .*nowhere'):
         pictures(cfg, model, 1, folder=tmp_path / 'nowhere')
     with pytest.raises(ValueError, match='no folder'):
         pictures(cfg, model, 1, folder=folder / 'notes.txt')
@@ -159,7 +159,7 @@ def test_what_is_refused(folder, digits, tmp_path):
         pictures(cfg, model, 1, pipeline='trian')
     bare = Config(cfg.to_dict())
     bare.train_dataloader = None
-    with pytest.raises(ValueError, match='no train_dataloader .* give a folder'):
+    with pytest.raises(ValueError, match=r'no train_dataloader .* give a folder'):
         pictures(bare, model, 1)
     bare.test_dataloader = bare.val_dataloader = None
     with pytest.raises(ValueError, match='no test_dataloader'):
