@@ -210,7 +210,49 @@ FAST = ('mobilevit_prune', 'vit_prune', 'mobilenetv2_prune')
 def test_every_embedded_config_has_a_miniature():
     texts = {name: (FOLDER / f'{name}.py').read_text() for name in NAMES if name not in FULL_SCALE}
     own = [name for name, text in texts.items() if "_base_ = './" not in text]
-    assert sorted([*MINIATURES, 'resnet50_prune_cifar10']) == own  # the latter is resnet50_prune on other data
+    cifar = [name for name in own if name.endswith('_cifar10')]  # data that are not here; see the tests below
+    assert sorted([*MINIATURES, *cifar]) == own
+
+
+@pytest.fixture
+def cifar(tmp_path):
+    """Two noisy pictures of each class and split, in the folders of CIFAR-10."""
+    rng = np.random.default_rng(0)
+    for split in ('train', 'test'):
+        for name in read('resnet20_prune_cifar10').classes:
+            (tmp_path / 'data/cifar10' / split / name).mkdir(parents=True)
+            for index in range(2):
+                picture = rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+                cv2.imwrite(str(tmp_path / f'data/cifar10/{split}/{name}/{index}.png'), picture)
+
+
+@pytest.mark.parametrize(
+    ('name', 'params', 'macs'),
+    [('resnet20', 272_474, 40.8), ('resnet56', 855_770, 125.7), ('vit', 1_834_186, 125.0)],
+)
+def test_the_models_for_cifar_are_those_that_published_weights_fit(name, params, macs):
+    _, model, coupling = combed(f'{name}_prune_cifar10')
+    cost = coupling.cost(coupling.keep())
+    assert (cost.params, round(cost.macs / 1e6, 1)) == (params, macs)
+    preprocessor = model.data_preprocessor
+    assert preprocessor.to_rgb and preprocessor.mean.flatten().tolist() == pytest.approx([123.675, 116.28, 103.53])
+
+
+@pytest.mark.parametrize('name', ['resnet20_prune_cifar10', 'vit_prune_cifar10'])
+def test_a_trained_model_is_pruned_at_once_and_distilled_without_labels(tool, cifar, tmp_path, name):  # noqa: F811
+    torch.manual_seed(0)
+    torch.save({'state_dict': build_dense(read(name)).state_dict()}, tmp_path / 'dense.pth')
+    options = ['load_from=dense.pth', 'train_cfg.max_epochs=1', 'train_dataloader.batch_size=8']
+    for loader in ('train', 'val', 'test'):
+        options += [f'{loader}_dataloader.{option}' for option in ('num_workers=0', 'persistent_workers=False')]
+    code, _, err = tool('train', FOLDER / f'{name}.py', '--work-dir', 'w', '--cfg-options', *options)
+    assert code == 0, err[-3000:]
+    meta = read_slim(tmp_path / 'w/slim.pth')['meta']
+    assert 0.4 < meta['slim']['macs'] / meta['dense']['macs'] <= 0.5
+    (log,) = (tmp_path / 'w').glob('*/*.log')
+    text = log.read_text()
+    assert 'chosen at once' in text and 'loss_distill_kd' in text and 'loss_task' not in text
+    assert ('rotated 18 heads' in text) == name.startswith('vit')
 
 
 @pytest.fixture

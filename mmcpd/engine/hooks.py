@@ -216,7 +216,7 @@ class PruneHook(Hook):
         self._loaded = checkpoint.get(STATE)
 
     def _begin(self, runner: Runner) -> None:
-        """Keep the dense model, as a file and as the teacher, before anything is scored; then prune at once, or start to score."""
+        """Keep the dense model, as a file and as the teacher; then prune at once, or start to score."""
         self.begun = True
         if runner.iter == 0 and runner.cfg.get('load_from') is None:
             runner.logger.warning(
