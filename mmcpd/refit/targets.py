@@ -1,0 +1,173 @@
+"""Run the dense model: what each layer should put out at sampled positions, and which layers can be refitted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from ..layer_calls import LayerCall, LayerCalls, LayerKind, ParameterRows
+from ..slim.compare import tensors_in
+from .columns import flat, outputs_at, sample
+from .layer import Form
+from .report import Left
+from .trails import CallKey, Origin, Trail, Trails, storage
+
+Lost = Mapping[str, Mapping[int, Tensor]]  # kept rows by tensor and dimension, only where some are removed
+
+
+@dataclass(eq=False)
+class Target:
+    """What one call of a layer puts out in the dense model at some positions, `(P, O)` in float64.
+
+    `total` is the sum that the output ends in, moved to where it lies in the output.
+    """
+
+    size: torch.Size  # of the whole output
+    positions: Tensor
+    output: Tensor
+    total: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """A layer that can be refitted, and the tensor that takes up its intercept."""
+
+    form: Form
+    bias: ParameterRows | None
+    mean: str | None  # name of the running mean
+
+
+@dataclass(eq=False)
+class _Seen:
+    """The calls with some rows of a weight in one forward."""
+
+    kind: LayerKind
+    shape: torch.Size  # of these rows
+    bias: set[ParameterRows | None] = field(default_factory=set)
+    groups: set[int] = field(default_factory=set)
+    origins: list[Origin] = field(default_factory=list)
+
+
+class DenseRun:
+    """Run the dense model on batches and keep targets of the latest one.
+
+    Args:
+        model: the dense model.
+        lost: the rows that are kept in the masked model.
+        samples: positions per picture.
+    """
+
+    def __init__(self, model: nn.Module, lost: Lost, samples: int) -> None:
+        self.model, self.lost, self.samples = model, lost, samples
+        self._parameters = dict(model.named_parameters())
+        self.targets: dict[CallKey, Target] = {}
+        self.broken: dict[ParameterRows, str] = {}  # why the sum behind a layer is no use
+        self._seen: dict[ParameterRows, _Seen] = {}
+        self._trails = Trails(model, self._on_sum, self._on_break)
+        self._calls = LayerCalls(model, self._on_call)
+        self._limit = 1
+
+    def run(self, forward: Callable[..., object], batch: tuple[object, ...]) -> None:
+        """Run one batch."""
+        self._limit, self.targets, self._seen = self.samples * pictures(batch), {}, {}
+        self._trails.norms.clear()
+        self._calls.restart()
+        with self._trails, self._calls:
+            self._trails.close(forward(self.model, *batch))
+
+    def _on_call(self, call: LayerCall) -> Tensor:
+        output, rows = call.run(), call.rows
+        if rows is None:
+            self._trails.readers.setdefault(storage(call.weight), 'a call that transposes it or takes a part of it')
+        if rows is None or call.weight.dim() < 2 or not self._loses(rows):
+            return output
+        key = CallKey(rows, call.number)
+        with torch._C.DisableTorchFunction():
+            shape = flat(output, call.weight.dim())
+            positions = sample(shape.shape[0] * shape.shape[2], self._limit, len(self.targets), output.device)
+            self.targets[key] = Target(output.shape, positions, outputs_at(output, call.weight.dim(), positions))
+        seen = self._seen.setdefault(rows, _Seen(call.kind, call.weight.shape))
+        seen.bias.add(call.bias_rows)
+        seen.groups.add(call.groups)
+        seen.origins.append(self._trails.start(output, key, call.input))
+        return output
+
+    def _loses(self, rows: ParameterRows) -> bool:
+        lost = self.lost.get(rows.tensor, {})
+        return any(not bool((kept[rows.start : rows.stop] if dim == 0 else kept).all()) for dim, kept in lost.items())
+
+    def _on_sum(self, trail: Trail, operand: Tensor, stream: Tensor) -> None:
+        key = trail.origin.key
+        target, dims = self.targets[key], len(self._seen[key.rows].shape)
+        target.total = outputs_at(trail.back(operand + stream), dims, target.positions)
+
+    def _on_break(self, trail: Trail, reason: str) -> None:
+        self.broken[trail.origin.key.rows] = reason
+
+    def places(self, gram_limit: int) -> Iterator[Place | Left]:
+        """Return each layer that lost rows or columns, in the order in which they ran, and what is left alone."""
+        for rows, seen in self._seen.items():
+            form = self._form(rows, seen)
+            reason = self._obstacle(rows, seen)
+            if reason is None and form.gram_bytes > gram_limit:
+                form = replace(form, alike=True)
+                if form.gram_bytes > gram_limit:
+                    reason = f'its Gram matrix takes {form.gram_bytes:,} bytes, more than gram_limit={gram_limit:,}'
+            bias, mean = self._bias(rows, seen), self._mean(seen)
+            yield Left(form.name, reason) if reason else Place(form, bias, None if bias else mean)
+        called = {rows.tensor for rows in self._seen}
+        for name in self.lost:
+            if name not in called and name in self._parameters and self._parameters[name].dim() > 1:
+                reader = self._trails.readers.get(storage(self._parameters[name]))
+                yield Left(name, f'read by {reader}, which is no layer' if reader else 'no layer reads it in this forward')
+
+    def _form(self, rows: ParameterRows, seen: _Seen) -> Form:
+        first, second = (
+            self.lost[rows.tensor].get(dim, torch.ones(size, dtype=torch.bool))
+            for dim, size in enumerate(self._parameters[rows.tensor].shape[:2])
+        )
+        groups, first = max(seen.groups), first[rows.start : rows.stop]
+        one, other = first.reshape(groups, -1), second.expand(groups, -1)
+        columns, outputs = (one, other) if seen.kind is LayerKind.TRANSPOSED else (other, one)
+        whole = len(first) == len(self._parameters[rows.tensor])
+        name = rows.tensor if whole else f'{rows.tensor}[{rows.start}:{rows.stop}]'
+        return Form(name, rows, seen.kind, len(seen.origins), columns, outputs, seen.shape[2:].numel(), False)
+
+    def _obstacle(self, rows: ParameterRows, seen: _Seen) -> str | None:
+        """Return why a layer cannot be refitted."""
+        reader = self._trails.readers.get(storage(self._parameters[rows.tensor]))
+        if reader is not None:
+            return f'its weight is also read by {reader}'
+        if any(other != rows and _overlap(other, rows) for other in self._seen):
+            return 'other calls use a part of the same rows of its weight'
+        return 'it is called with different numbers of groups' if len(seen.groups) > 1 else None
+
+    def _bias(self, rows: ParameterRows, seen: _Seen) -> ParameterRows | None:
+        """Return the bias if no one else reads it."""
+        (bias,) = seen.bias if len(seen.bias) == 1 else (None,)
+        if bias is None or storage(self._parameters[bias.tensor]) in self._trails.readers:
+            return None
+        others = (b for r, other in self._seen.items() if r != rows for b in other.bias)
+        return None if any(other and _overlap(other, bias) for other in others) else bias
+
+    def _mean(self, seen: _Seen) -> str | None:
+        """Return the running mean of the norm that follows, if that norm and the layer read and feed no one else."""
+        means = {storage(o.mean) for o in seen.origins if o.mean is not None and o.output_reads == 1}
+        if len(means) != 1 or any(o.mean is None or o.output_reads != 1 for o in seen.origins):
+            return None
+        normalised = self._trails.norms[means.pop()]
+        if {id(origin) for origin in normalised} != {id(origin) for origin in seen.origins}:
+            return None
+        return next((n for n, b in self.model.named_buffers() if storage(b) == storage(seen.origins[0].mean)), None)
+
+
+def pictures(batch: tuple[object, ...]) -> int:
+    """Return how many pictures a batch holds."""
+    return next((len(x) for x in tensors_in(batch) if x.dim()), 1)
+
+
+def _overlap(one: ParameterRows, other: ParameterRows) -> bool:
+    return one.tensor == other.tensor and one.start < other.stop and other.start < one.stop
