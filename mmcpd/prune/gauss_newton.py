@@ -56,13 +56,12 @@ class GaussNewton(Importance):
         if closure is None:
             raise ValueError("importance 'gauss_newton' reads outputs: give accumulate() a closure that yields them")
         taps = SampleTaps(self.gates, model, self.layouts)
-        found = torch.zeros(self.gates.units)
         with scoring(model, self.gates), taps:
-            for outputs in closure() or ():
-                squares = self._squares(taps, outputs)
-                found = squares + found.to(squares)
+            found = [self._squares(taps, outputs) for outputs in closure() or ()]
+        if not found:
+            raise ValueError("importance 'gauss_newton' got no outputs: the closure yields those of each batch")
         taps.calls.check('gauss_newton')
-        self.add(found)
+        self.add(torch.stack(found).sum(0))
 
     def reset(self) -> None:
         super().reset()
