@@ -51,8 +51,12 @@ class PrunedAtOnce:
     def __str__(self) -> str:
         left = ', '.join(f'{share:.1%} of the {quantity}' for quantity, share in self.left.items())
         times = ', '.join(f'{stage} {seconds:.1f} s' for stage, seconds in self.seconds.items())
-        reports = [str(report) for report in (self.rotations, self.refitted) if report is not None]
-        return '\n'.join([f'chosen at once: {left} remain', *reports, f'time: {times}'])
+        lines = [f'chosen at once: {left} remain', *([str(self.rotations)] if self.rotations else [])]
+        if self.refitted is not None:
+            number, alone = len(self.refitted.refitted), len(self.refitted.skipped)
+            head = str(self.refitted).partition('\n')[0]
+            lines.append(f'{number} layers refitted{f", {alone} left alone" if alone else ""}: {head}')
+        return '\n'.join([*lines, f'time: {times}'])
 
 
 def prune_at_once(
@@ -89,7 +93,7 @@ def prune_at_once(
         refit: fit the weights that stay to the dense model's outputs.
         absorb: write batch norm's statistics anew after that, for a training that follows.
         seed: of the score's random numbers.
-        progress: called as `progress(stage, done, total)` after each batch of the stages 'score', 'refit' and 'absorb'.
+        progress: called as `progress(stage, done, total)` after each batch of the stages 'score' and 'refit'.
 
     Raises:
         ValueError: an option that makes no sense, or groups that cannot be scored.
@@ -161,7 +165,7 @@ def with_softmax(importance: str | Mapping[str, object], model: nn.Module) -> Ma
         >>> with_softmax('gauss_newton', model)
         {'type': 'gauss_newton', 'softmax': False}
     """
-    options = {'type': importance} if isinstance(importance, str) else dict(importance)
+    options: dict[str, object] = {'type': importance} if isinstance(importance, str) else dict(importance)
     if options['type'] == 'gauss_newton':
         options.setdefault('softmax', ends_in_softmax(model))
     return options

@@ -18,6 +18,7 @@ from mmcpd.comb import comb
 from mmcpd.engine.at_once import check_label_free, ends_in_softmax, prune_at_once, take_over_, with_softmax
 from mmcpd.engine.checkpoints import load_slim, read_slim
 from mmcpd.engine.hooks import PruneHook
+from mmcpd.engine.pictures import pictures
 from mmcpd.engine.wrappers import bare_model
 from mmcpd.errors import PruneError
 from mmcpd.prune import shares
@@ -204,7 +205,7 @@ def test_a_run_that_prunes_at_once(runner_of, tmp_path, begin):  # noqa: F811
 
 
 def test_what_goes_is_what_the_function_chooses(runner_of):  # noqa: F811
-    """The hook looks at training pictures as training sees them, and the loss decides about the softmax."""
+    """The hook looks at training pictures that are not augmented, and the loss decides about the softmax."""
     runner = runner_of(**AT_ONCE, epochs=1, **{'prune.seed': 3})
     found = []
     original = PruneHook._prune_at_once
@@ -216,10 +217,8 @@ def test_what_goes_is_what_the_function_chooses(runner_of):  # noqa: F811
 
     hook_of(runner)._prune_at_once = watched.__get__(hook_of(runner))
     train(runner)
-    from mmcpd.engine.pictures import pictures
-
     ((model, coupling, keep, weights),) = found
-    batches = pictures(runner.cfg, model, 32, pipeline='train', seed=3)
+    batches = pictures(runner.cfg, model, 32, seed=3)
     options = {'normalize_by': 'memory', 'round_to': 8, 'seed': 3}
     again = prune_at_once(model, coupling, batches, {'macs': 0.5}, **options)
     assert all(torch.equal(keep[name], again.keep[name]) for name in keep)
