@@ -1,4 +1,4 @@
-"""Refit: give a masked model new weights in closed form, layer by layer, so that it computes what the dense one does."""
+"""Refit: give a masked model new weights in closed form, layer by layer, so that it follows the dense one."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def refit(
 ) -> Refitted:
     """Mask a copy of a model and give each layer that lost rows or columns the weight that makes up for them best.
 
-    No labels and no gradients: each layer is a ridge regression from what it reads in the refitted model to what it puts
+    No labels, no gradients: each layer is a ridge regression from what it reads in the refitted model to what it puts
     out in the dense one, `W + (Cxx + lam I)^-1 (Cxy - Cxx W)` with `lam = ridge * mean(diag Cxx)`. A constant goes into
     the layer's bias, or is taken from the running mean of the batch norm that alone reads its output; with neither the
     moments are not centred. Where an output ends in a sum, its target makes up for what the other operand lost too.
@@ -128,18 +128,16 @@ def _check(
         raise ValueError('there is no batch to refit on: give at least one')
     if not ridge > 0:
         raise ValueError(f'ridge must be positive, not {ridge}')
-    tensors = named_tensors(model)
-    for name, tensor in tensors.items() if teacher is not None else ():
-        other = named_tensors(teacher).get(name)
+    tensors, others = named_tensors(model), named_tensors(model if teacher is None else teacher)
+    for name, tensor in tensors.items():
+        other = others.get(name)
         if other is None or other.shape != tensor.shape:
             raise ValueError(f"the teacher has no '{name}' of shape {tuple(tensor.shape)}: give the same architecture")
     if teacher is None and _is_masked(model, tensors, coupling, keep):
         raise ValueError('the model is masked already: give the dense model, or the dense one as `teacher`')
 
 
-def _is_masked(
-    model: nn.Module, tensors: Mapping[str, Tensor], coupling: Coupling, keep: Mapping[str, Tensor]
-) -> bool:
+def _is_masked(model: nn.Module, tensors: Mapping[str, Tensor], coupling: Coupling, keep: Mapping[str, Tensor]) -> bool:
     """Say whether what `keep` removes is zero already, or statistics leave channels out."""
     if any(isinstance(vars(module).get('forward'), MaskedForward) for module in model.modules()):
         return True

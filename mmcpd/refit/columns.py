@@ -91,7 +91,9 @@ def double(x: Tensor) -> Tensor:
 def as_matrix(kind: LayerKind, groups: int, weight: Tensor) -> Tensor:
     """Return a weight as `(groups, columns, taps, outputs)`."""
     flat = weight.flatten(2) if weight.dim() > 2 else weight[:, :, None]
-    flat = flat.unflatten(0, (groups, -1))  # (groups, outputs, columns, taps); transposed: (groups, columns, outputs, taps)
+    flat = flat.unflatten(
+        0, (groups, -1)
+    )  # (groups, outputs, columns, taps); transposed: (groups, columns, outputs, taps)
     return flat.permute(0, 1, 3, 2) if kind is LayerKind.TRANSPOSED else flat.permute(0, 2, 3, 1)
 
 

@@ -11,6 +11,7 @@ from ..layer_calls import LayerCall, LayerKind, ParameterRows
 from .columns import as_matrix, as_weight, columns_at, double
 
 _ELEMENTS = 1 << 24  # of a matrix of columns that are in memory at once
+_ROUNDING = 1e-11  # of a mean square in float64 from which the square of a mean is taken
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,10 +90,10 @@ def solve(moments: Moments, outputs: Tensor, ridge: float, intercept: bool) -> S
     mean_x, mean_r = (m / n if intercept else torch.zeros_like(m) for m in (moments.x, moments.r))
     xx = moments.xx / n - mean_x[:, :, None] * mean_x[:, None]
     xr = moments.xr / n - mean_x[:, :, None] * mean_r[:, None]
-    spread = xx.diagonal(dim1=1, dim2=2).clamp(min=0)
-    lam = ridge * spread.mean(1)
-    lam = torch.where(lam > 0, lam, 1.0)  # inputs that do not vary: no change
-    damped = xx + torch.diag_embed(lam[:, None].expand_as(spread))
+    lam = ridge * _mean_diagonal(xx)
+    lam = lam.clamp(min=_ROUNDING * _mean_diagonal(moments.xx / n))  # where inputs hardly vary, all of xx is rounding
+    lam = torch.where(lam > 0, lam, 1.0)
+    damped = xx + torch.diag_embed(lam[:, None].expand(xx.shape[:2]))
     weight = torch.cholesky_solve(xr, torch.linalg.cholesky(damped)) * outputs[:, None]
     shift = (mean_r - (mean_x[:, None] @ weight)[:, 0]) * outputs
     left = moments.rr / n - mean_r.square() + (weight * (xx @ weight - 2 * xr)).sum(1)
@@ -100,6 +101,11 @@ def solve(moments: Moments, outputs: Tensor, ridge: float, intercept: bool) -> S
     scale = variance if variance > 0 else 1.0
     before, after = (float((error * outputs).sum().clamp(min=0)) / scale for error in (moments.rr / n, left))
     return Solution(weight, shift, before, after)
+
+
+def _mean_diagonal(matrices: Tensor) -> Tensor:
+    """Return the mean of the diagonal of each of `(groups, D, D)`."""
+    return matrices.diagonal(dim1=1, dim2=2).mean(1)
 
 
 class Layer:
@@ -121,7 +127,7 @@ class Layer:
         self._live = form.columns.to(weight.device)[:, self._kept].to(self._start.device)
         self._partly = not bool(self._live.all())  # some groups lost columns that others keep
         self._weight = weight.clone()
-        self._home = None if self.home is None else double(self.home)
+        self._home = None if self.home is None else double(self.home).clone()
         groups, columns, taps, outputs = self._start.shape
         self._moments = Moments(groups, columns * (1 if form.alike else taps), outputs, self._start.device)
         self._added = 0
@@ -137,13 +143,13 @@ class Layer:
         return 0.0 if self.mean is None or self._home is None else self._home - double(self.mean)
 
     def add(self, call: LayerCall, output: torch.Size, positions: Tensor, target: Tensor) -> None:
-        """Add what a call reads for some positions of an output of this size, and what it should put out there, `(P, O)` in float64.
+        """Add what a call reads for positions of an output of this size, and its target `(P, O)` in float64.
 
         Raises:
             ValueError: if one of them is not finite.
         """
         form, moments = self.form, self._moments
-        groups, columns, taps, outputs = self._start.shape
+        groups, _, taps, _ = self._start.shape
         fixed = double(call.bias) if call.bias is not None and self.bias is None else None
         offset = self._home if self.bias is not None else fixed
         step = max(1, _ELEMENTS // (groups * form.columns.shape[1] * taps))
@@ -171,7 +177,7 @@ class Layer:
     def refit_(self, ridge: float) -> None:
         """Write the weight and the intercept that fit all moments so far."""
         form, moments = self.form, self._moments
-        groups, columns, taps, outputs = self._start.shape
+        groups, columns, taps, _ = self._start.shape
         live = form.outputs.to(self._start.device)
         found = solve(moments, live, ridge, self.home is not None)
         change = found.weight.unflatten(1, (columns, -1)).expand(-1, -1, taps, -1)

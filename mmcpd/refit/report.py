@@ -9,7 +9,7 @@ from ..coupling import aligned
 
 @dataclass(frozen=True)
 class RefittedLayer:
-    """A layer with a new weight; errors are mean squares at the sampled positions, as shares of the target's variance."""
+    """A layer with a new weight; errors are mean squares at sampled positions, as shares of the target's variance."""
 
     tensor: str  # name of the weight, with its rows where they are a part of it
     before: float

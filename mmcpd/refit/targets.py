@@ -122,7 +122,9 @@ class DenseRun:
         for name in self.lost:
             if name not in called and name in self._parameters and self._parameters[name].dim() > 1:
                 reader = self._trails.readers.get(storage(self._parameters[name]))
-                yield Left(name, f'read by {reader}, which is no layer' if reader else 'no layer reads it in this forward')
+                yield Left(
+                    name, f'read by {reader}, which is no layer' if reader else 'no layer reads it in this forward'
+                )
 
     def _form(self, rows: ParameterRows, seen: _Seen) -> Form:
         first, second = (
@@ -155,13 +157,11 @@ class DenseRun:
 
     def _mean(self, seen: _Seen) -> str | None:
         """Return the running mean of the norm that follows, if that norm and the layer read and feed no one else."""
-        means = {storage(o.mean) for o in seen.origins if o.mean is not None and o.output_reads == 1}
-        if len(means) != 1 or any(o.mean is None or o.output_reads != 1 for o in seen.origins):
+        means = {None if o.mean is None or o.output_reads != 1 else storage(o.mean) for o in seen.origins}
+        mean = means.pop() if len(means) == 1 else None
+        if mean is None or {id(o) for o in self._trails.norms[mean]} != {id(o) for o in seen.origins}:
             return None
-        normalised = self._trails.norms[means.pop()]
-        if {id(origin) for origin in normalised} != {id(origin) for origin in seen.origins}:
-            return None
-        return next((n for n, b in self.model.named_buffers() if storage(b) == storage(seen.origins[0].mean)), None)
+        return next((name for name, buffer in self.model.named_buffers() if storage(buffer) == mean), None)
 
 
 def pictures(batch: tuple[object, ...]) -> int:

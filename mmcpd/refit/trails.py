@@ -221,9 +221,7 @@ class Trails(TorchFunctionMode):
             elif self.on_break is not None:
                 self.on_break(trail, next(reason for reason, holds in reasons.items() if holds))
 
-    def _step(
-        self, func: Any, name: str, args: Any, kwargs: Any, found: list[tuple[Tensor, Trail]]
-    ) -> Step | None:
+    def _step(self, func: Any, name: str, args: Any, kwargs: Any, found: list[tuple[Tensor, Trail]]) -> Step | None:
         """Return this call as a step of the trail that it reads, or None where it ends the trail."""
         tensor = found[0][0]
         places: list[int | str] = [i for i, x in enumerate(args) if x is tensor]
