@@ -30,10 +30,10 @@ from types import ModuleType
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, installed or not
 
-from benchmarks import mutants_comb, mutants_prune, mutants_slim
+from benchmarks import mutants_comb, mutants_prune, mutants_rotate, mutants_slim
 from benchmarks.mutant import Mutant
 
-MUTANTS = (*mutants_comb.MUTANTS, *mutants_slim.MUTANTS, *mutants_prune.MUTANTS)
+MUTANTS = (*mutants_comb.MUTANTS, *mutants_slim.MUTANTS, *mutants_prune.MUTANTS, *mutants_rotate.MUTANTS)
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ('mmcpd', 'tests', 'benchmarks', 'pyproject.toml')
 PASSED, FAILED = 0, 1  # pytest's exit statuses

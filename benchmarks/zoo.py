@@ -4,6 +4,7 @@
     python benchmarks/zoo.py --only resnet --only mmseg/unet
     python benchmarks/zoo.py --resume               # what the results file has not yet; --failed: what did not pass
     python benchmarks/zoo.py --list                 # the families, and the folders that are out, with the reason
+    python benchmarks/zoo.py --rotate               # rotate alone, in families that the results file has
     python benchmarks/zoo.py --report               # the table from the results as they are
 
 For each family (see `zoo_models.py`), with random weights and on one thread:
@@ -14,7 +15,9 @@ For each family (see `zoo_models.py`), with random weights and on one thread:
    keep rotated by one unit must fail (float32, 1e-4, where a forward has float32 written into it);
 4. `Coupling.cost` against torch's flop counter and a parameter count on the slimmed model: equal, to the last one;
 5. ONNX export of the slimmed model, and parity in ONNX Runtime, float32;
-6. Torch-Pruning on the same model: 30 % by magnitude, local, the classifier left out; does it build its graph, does
+6. `rotate_` on the model, float64: the outputs change by at most 1e-10, relative (float32, 1e-4, as above), while a
+   change by a tenth of one weight that was written must show;
+7. Torch-Pruning on the same model: 30 % by magnitude, local, the classifier left out; does it build its graph, does
    the pruned model still run, is the output's shape still the same.
 
 Results go to `benchmarks/results/zoo.json` as they come, the table to `docs/zoo.md`.
@@ -57,6 +60,7 @@ RESULTS = ROOT / 'benchmarks' / 'results' / 'zoo.json'
 TABLE = ROOT / 'docs' / 'zoo.md'
 KEEP = 0.7
 TOLERANCE = {'float64': 1e-9, 'float32': 1e-4}
+ROTATED_TOLERANCE = {'float64': 1e-10, 'float32': 1e-4}
 ONNX_TOLERANCE = 1e-3
 PEER_SECONDS = 90
 MARK = '@@zoo '
@@ -154,6 +158,24 @@ def in_double(model: Deployed, x: Tensor) -> tuple[Deployed, Tensor, str]:
         if 'dtype' not in str(error) and 'type' not in str(error):
             raise
     return copy.deepcopy(model), x, 'float32'
+
+
+@torch.no_grad()
+def sweep_rotate(model: Deployed, x: Tensor) -> Row:
+    """Rotate a copy, and compare its outputs; a control changes one weight that was written."""
+    from mmcpd.rotate import rotate_
+
+    row: Row = {}
+    with stage(row, 'rotate'):
+        double, z, row['dtype'] = in_double(model, x)
+        before = double(z)
+        done = rotate_(double, z)
+        row |= {'heads': done.heads, 'found': done.found, 'gap': relative(double(z), before)}
+        row['left_alone'] = str(done).splitlines()[1:]
+        if done.rotated:
+            double.get_parameter(done.rotated[-1].layers[-1]).mul_(1.1)
+            row['gap_control'] = relative(double(z), before)
+    return row
 
 
 def count_macs(model: nn.Module, x: Tensor) -> int:
@@ -269,6 +291,7 @@ def child(family: Family, seed: int, gigabytes: float, peer: bool) -> None:
     if 'error' in row:
         tell({'build': row})
         return
+    tell({'rotate': sweep_rotate(model, x)})
     ours, small = sweep_ours(model, x, seed)
     tell({'ours': ours})
     if small is not None:
@@ -322,6 +345,8 @@ def verdict(row: Row) -> str:
         return ours['error']
     if not ours:
         return row.get('died', 'no result')
+    if (fault := rotation_fault(row.get('rotate', {}))) is not None:
+        return fault
     if not ours['groups']:
         return 'nothing can be pruned'
     tolerance = TOLERANCE[ours['dtype']]
@@ -340,6 +365,20 @@ def verdict(row: Row) -> str:
     if onnx['error_parity'] > ONNX_TOLERANCE:
         return f'ONNX differs by {onnx["error_parity"]:.1e}'
     return 'pass'
+
+
+def rotation_fault(rotate: Row) -> str | None:
+    """Say what went wrong in rotating, if anything."""
+    if not rotate:
+        return 'not rotated; --rotate does'
+    if 'error' in rotate:
+        return rotate['error']
+    tolerance = ROTATED_TOLERANCE[rotate['dtype']]
+    if rotate['gap'] > tolerance:
+        return f'WRONG: rotated, the outputs differ by {rotate["gap"]:.1e}'
+    if rotate.get('gap_control', 1.0) <= tolerance:
+        return f'the control of rotating does not differ ({rotate["gap_control"]:.1e})'
+    return None
 
 
 def passed(row: Row) -> bool:
@@ -405,6 +444,22 @@ def sweep(args: argparse.Namespace) -> dict[str, Row]:
     return rows
 
 
+def sweep_rotations(args: argparse.Namespace) -> None:
+    """Rotate the chosen families of the results file, in this process; the rest of their rows is kept."""
+    torch.set_num_threads(1)
+    warnings.filterwarnings('ignore')
+    stored = json.loads(args.out.read_text())
+    rows: dict[str, Row] = stored['families']
+    families = [f for f in choose(args, rows) if f.key in rows]
+    for done, family in enumerate(families, 1):
+        row = rows[family.key]
+        row['rotate'] = sweep_rotate(*build(family, args.seed))
+        row['verdict'] = verdict(row)
+        save(args.out, rows, stored['about'])
+        heads = f'{row["rotate"].get("heads")} / {row["rotate"].get("found")} heads'
+        print(f'[{done}/{len(families)}] {family.key}: {heads}, {row["verdict"]}', flush=True)
+
+
 # -- the table ---------------------------------------------------------------------------------------------------------
 def summary(rows: dict[str, Row]) -> dict[str, Any]:
     """Count what passed, and take the medians."""
@@ -418,6 +473,9 @@ def summary(rows: dict[str, Row]) -> dict[str, Any]:
         'median comb / forward': statistics.median(o['comb_s'] / o['forward_s'] for o in combed) if combed else None,
         'at least 95 % of the parameters prunable': sum(o['prunable'] >= 0.95 for o in combed),
         'median prunable': statistics.median(o['prunable'] for o in combed) if combed else None,
+        'families with heads that are rotated': sum(bool(r.get('rotate', {}).get('heads')) for r in rows.values()),
+        'heads rotated': sum(r.get('rotate', {}).get('heads', 0) for r in rows.values()),
+        'heads found': sum(r.get('rotate', {}).get('found', 0) for r in rows.values()),
         'Torch-Pruning runs': sum(bool(p.get('runs')) for p in peers),
         'Torch-Pruning runs, same shape': sum(bool(p.get('shape')) for p in peers),
     }
@@ -434,6 +492,8 @@ def line(row: Row) -> str:
         cells += [''] * 5
     gap = ours.get('error_masked_slim')
     cells.append('' if gap is None else f'{gap:.0e}' + ('' if ours['dtype'] == 'float64' else ' (float32)'))
+    turned = row.get('rotate', {})
+    cells.append(f'{turned["heads"]} / {turned["found"]}' if turned.get('found') else '')
     cells.append(f'{onnx["error_parity"]:.0e}' if 'error_parity' in onnx else 'no')
     cells.append(row['verdict'].split('\n')[0][:120])
     cells.append(peer_cell(peer, row.get('died')))
@@ -461,6 +521,9 @@ each group kept.
 - **comb / forward**: seconds for combing and for one forward pass, float32, one thread of a shared machine.
 - **masked against slim**: largest difference of outputs, relative to the largest output, float64 unless noted. The
   same with each keep shifted by one unit must differ, or the family fails.
+- **heads rotated**: of the attention heads that were found, those of which queries and keys, or values and the
+  projection, were rotated (`mmcpd.rotate`). Outputs change by at most 1e-10 of the largest, float64 (float32: 1e-4),
+  or the family fails.
 - **ONNX parity**: the same between torch and ONNX Runtime, float32.
 - **Torch-Pruning**: asked for 30 % by magnitude on the same model, in the same run or with
   `--keep-peer` in an earlier one: does the pruned model run, and
@@ -475,7 +538,7 @@ def report(results: Path, table: Path) -> None:
     totals = {k: f'{v:.3g}' if isinstance(v, float) else v for k, v in summary(rows).items()}
     head = (
         'family | groups | units | prunable parameters | frozen, and why | comb / forward (s) | masked against slim '
-        '| ONNX parity | verdict | Torch-Pruning'
+        '| heads rotated | ONNX parity | verdict | Torch-Pruning'
     )
     lines = [
         *LEGEND.splitlines(),
@@ -509,6 +572,7 @@ def main() -> None:
     parser.add_argument('--only', action='append', default=[], help='a family, as `resnet` or `mmseg/unet`; repeatable')
     parser.add_argument('--resume', action='store_true', help='sweep only what the results file has not')
     parser.add_argument('--failed', action='store_true', help='sweep again what did not pass')
+    parser.add_argument('--rotate', action='store_true', help='only rotate, and fill that in where a row is there')
     parser.add_argument('--jobs', type=int, default=1, choices=(1, 2))
     parser.add_argument('--limit-seconds', type=float, default=300, help='per family')
     parser.add_argument('--limit-gb', type=float, default=12, help='address space per family')
@@ -532,7 +596,9 @@ def main() -> None:
         print('\n'.join(f'{key:32} out: {reason}' for key, reason in OUT.items()))
         print('\n'.join(f'{key:32} unknown: put it into FAMILIES or OUT' for key in unlisted()))
         return
-    if not args.report:
+    if args.rotate:
+        sweep_rotations(args)
+    elif not args.report:
         sweep(args)
     report(args.out, args.table)
 

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip('mmpretrain')
 pytest.importorskip('mmseg')
 
-from benchmarks.zoo import count_macs, parity, random_keep, relative
+from benchmarks.zoo import count_macs, parity, random_keep, relative, rotation_fault, sweep_rotate
 from benchmarks.zoo_models import Deployed, calibrate_, randomise_
 from mmcpd.comb import comb
 from mmcpd.slim import mask_, slim
@@ -108,6 +108,7 @@ SMALL = {
     ),
 }
 SIZES = {'swin': 56}
+HEADS = {'deit': 8, 'vit_upernet': 8, 'swin': 12, 'segformer': 10}  # that are rotated
 
 
 @pytest.fixture(scope='module', params=SMALL)
@@ -158,3 +159,13 @@ def test_the_cost_is_what_the_slimmed_model_costs(case):
 def test_the_slimmed_model_exports(case):
     model, x, found, keep = case
     assert parity(slim(model, found, keep), x)['error_parity'] < 1e-3
+
+
+def test_heads_are_rotated_and_the_outputs_stay(request, case):
+    model, x, _, _ = case
+    row = sweep_rotate(model, x)
+    assert row['heads'] == HEADS.get(request.node.callspec.params['case'], 0), row
+    assert rotation_fault(row) is None
+    if row['heads']:
+        assert rotation_fault(row | {'gap': 1e-9}).startswith('WRONG')
+        assert rotation_fault(row | {'gap_control': 1e-12}).startswith('the control')

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,8 @@ SHAPES = set(
 WORDS = {
     'norm': 'a norm', 'mul': 'a factor for each channel or position (rotary embeddings, a gate)',
     'add': 'a sum (a position table, a residual)', 'sub': 'a difference', 'pool': 'pooling',
-    'softmax': 'a softmax', 'copy': 'a copy into another tensor', 'mean': 'a mean',
+    'softmax': 'a softmax', 'cat': 'a concatenation', 'copy': 'a copy into another tensor', 'mean': 'a mean',
+    'mm': 'a product with a table or learned matrix (relative positions)',
 }  # fmt: skip
 
 
@@ -51,8 +52,13 @@ class Follow(TorchDispatchMode):
 
     # -- what rules need ---------------------------------------------------------------------------------------------
     def path(self) -> str:
-        """Return the path of the module whose method runs."""
+        """Return the path of the module whose method runs, '' for the model itself."""
         return self.paths.get(id(code_place()[0]), '')
+
+    @property
+    def where(self) -> str:
+        """The same for messages."""
+        return self.path() or 'the model itself'
 
     def rows(self, tensor: Any) -> Rows | None:
         return self.found.get(tensor) if isinstance(tensor, Tensor) else None
@@ -89,11 +95,11 @@ class Follow(TorchDispatchMode):
             self.pad(func, args, kwargs, out)
         elif op in ('mul', 'div') and self.scale(op, args, out):
             pass
-        elif not self.multiply(op, args, out):
+        elif not self.multiply(op, args, kwargs, out):
             self.lose(op, tensors, out)
         return out
 
-    def multiply(self, op: str, args: Any, out: Any) -> bool:
+    def multiply(self, op: str, args: Any, kwargs: Any, out: Any) -> bool:
         """Take up a product of two activations, and say whether it is one."""
         return False
 
@@ -105,7 +111,7 @@ class Follow(TorchDispatchMode):
         lost = next((rows.lost for _, rows in known if rows.lost), '')
         if not all(rows.lost for _, rows in known):
             words = next((w for part, w in WORDS.items() if part in op), f'the operation {op}')
-            reason = f'{words} in {self.path() or "the model itself"}'
+            reason = f'{words} in {self.where}'
             lost = lost or reason
             for tensor, _ in known:
                 self.read(tensor, reason)
@@ -127,7 +133,9 @@ class Follow(TorchDispatchMode):
         elif op in VIEWS:
             moved = [rows.numbers.reshape(out.shape)]
         else:
-            moved = tensors_of([func(rows.numbers.detach(), *_on_cpu(args[1:]), **kwargs)])
+            moved = tensors_of(
+                [func(rows.numbers.detach(), *_on_cpu(args[1:]), **{k: _on_cpu(v) for k, v in kwargs.items()})]
+            )
         for tensor, numbers in zip(outs, moved, strict=True):
             self.found[tensor] = Rows(numbers, rows.weight, rows.lost)
 
@@ -166,7 +174,8 @@ class Follow(TorchDispatchMode):
         return False
 
 
-def tensors_of(values: Any) -> list[Tensor]:
+def tensors_of(values: Iterable[Any]) -> list[Tensor]:
+    """Return the tensors among arguments, lists included."""
     flat = (v for value in values for v in (value if isinstance(value, (list, tuple)) else [value]))
     return [v for v in flat if isinstance(v, Tensor)]
 

@@ -134,7 +134,8 @@ def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 def rotated(tensors: Mapping[str, Tensor], heads: Iterable[Head]) -> dict[str, Tensor]:
     """Return the new values, in float64, of the parameters that these heads write."""
     heads = tuple(heads)
-    values = {name: tensors[name].detach().double().clone() for head in heads for name in head.names}
+    names = {name for head in heads for name in head.names}
+    values = {name: tensors[name].detach().to(torch.float64, copy=True) for name in names}
     for head in heads:
         left, right = balanced(head.left.matrix(values), head.right.matrix(values))
         head.left.write_(values, left)

@@ -67,7 +67,7 @@ class Ledger:
 
     def __init__(self, model: nn.Module) -> None:
         self.spaces: list[Space] = []
-        self.lost: set[Lost] = set()
+        self.lost: dict[Lost, None] = {}  # in the order in which they were met
         self.names: list[str] = []
         self.starts: dict[str, int] = {}
         self.sizes: dict[str, tuple[int, int]] = {}  # rows, columns

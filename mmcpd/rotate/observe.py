@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..coupling import Example
 from ..layer_calls import LayerCall, LayerCalls, LayerKind
 from ..slim.compare import evaluating, tensors_in
-from .follow import Follow
+from .follow import Follow, tensors_of
 from .ledger import Ledger, Lost, Rows, along, numbers_in
 from .report import HeadKind
 
@@ -34,7 +34,7 @@ class _Watch(Follow):
     """Note what layers and products of activations say about rows."""
 
     # -- products of activations -------------------------------------------------------------------------------------
-    def multiply(self, op: str, args: Any, out: Any) -> bool:
+    def multiply(self, op: str, args: Any, kwargs: Any, out: Any) -> bool:
         if op in PRODUCTS:
             first = PRODUCTS[op]
             operands = left, right = args[first : first + 2]
@@ -45,15 +45,20 @@ class _Watch(Follow):
                 self.mix(self.rows(left), self.rows(right), out)
         elif op.startswith(ATTENTION):
             query, key, value = args[:3]
+            for other in tensors_of((*args[3:], *kwargs.values())):
+                self.read(other, 'it is added to scores')
             shared = query.shape[-3] // key.shape[-3] if query.dim() > 3 else 1
             key, value = (self.rows_of_heads(tensor, shared) for tensor in (key, value))
-            self.mix(self.rows(query), _transposed(key), None)
+            self.mix(self.rows_of_heads(query), _transposed(key), None)
             self.mix(None, value, out[0])
         return op in PRODUCTS or op.startswith(ATTENTION)
 
-    def rows_of_heads(self, tensor: Tensor, shared: int) -> Rows | None:
-        """Return the rows of keys or values, repeated where several queries share a head (grouped queries)."""
+    def rows_of_heads(self, tensor: Tensor, shared: int = 1) -> Rows | None:
+        """Return the rows of an operand, repeated where several queries share keys or values (grouped queries)."""
         rows = self.rows(tensor)
+        if rows is not None and rows.weight:
+            self.read(tensor, 'it is multiplied without a layer')
+            return Rows(None, lost='a learned query, key or value')
         if rows is None or rows.numbers is None or shared == 1:
             return rows
         return Rows(rows.numbers.repeat_interleave(shared, -3), rows.weight, rows.lost)
@@ -75,14 +80,12 @@ class _Watch(Follow):
                 self.give_up(HeadKind.QUERY_KEY, (left, right), meeting, reason)
                 return
         rows, tokens = (right, -2) if right is not None else (left, -1)
-        if rows is None or rows.numbers is None:
-            return
-        heads = _channels(rows, tokens)
-        if rows.lost:
+        heads = None if rows is None else _channels(rows, tokens)
+        if rows is not None and rows.lost:
             self.give_up(HeadKind.VALUE_PROJECTION, (rows,), [heads], rows.lost)
-        elif heads is None:
+        elif rows is not None and rows.numbers is not None and heads is None:
             self.ledger.spoil(numbers_in(rows.numbers), 'it is multiplied with a tensor that no layer makes')
-        if rows.lost or heads is None:
+        if rows is None or rows.lost or rows.numbers is None or heads is None:
             return
         for head in np.unique(heads, axis=0):
             self.ledger.add_space(head, HeadKind.VALUE_PROJECTION, self.path())
@@ -102,7 +105,7 @@ class _Watch(Follow):
             if rows.numbers is not None and not rows.lost:
                 self.ledger.spoil(numbers_in(rows.numbers), reason)
         count = max((len(np.unique(h, axis=0)) for h in heads if h is not None), default=1)
-        self.ledger.lost.add(Lost(self.path(), kind, count, reason))
+        self.ledger.lost[Lost(self.path(), kind, count, reason)] = None
 
     # -- layers ------------------------------------------------------------------------------------------------------
     def layer(self, call: LayerCall) -> Tensor:
@@ -119,9 +122,9 @@ class _Watch(Follow):
         weight = self.rows(call.weight)
         name = call.rows.tensor if call.rows is not None else ''
         if weight is None or not weight.weight or weight.numbers is None:
-            why = f'a computed weight in {self.path()}'
+            why = f'a computed weight in {self.where}'
         elif call.kind is LayerKind.TRANSPOSED or call.groups > 1:
-            why = f'a {"grouped " if call.groups > 1 else ""}{call.kind} in {self.path()}'
+            why = f'a {"grouped " if call.groups > 1 else ""}{call.kind} in {self.where}'
         else:
             channel = -1 if call.kind is LayerKind.LINEAR else 1 - call.weight.dim()
             self.read_by_layer(call.input, channel, name, weight)
@@ -140,9 +143,9 @@ class _Watch(Follow):
         if name and columns is not None:
             self.ledger.pair(columns.numpy().astype(np.int64), self.ledger.columns(name))
             return
-        self.read(given, f'a layer across heads or tokens ({name})')
+        self.read(given, f'a layer across heads or tokens in {self.where}')
         if name:
-            self.ledger.spoil(self.ledger.columns(name), f'{name} reads other channels too')
+            self.ledger.spoil(self.ledger.columns(name), 'its projection reads other channels too')
         elif weight.numbers is not None:
             self.ledger.spoil_tensors(numbers_in(weight.numbers), 'a layer reads a part of its columns')
 
@@ -158,7 +161,7 @@ class _Watch(Follow):
         elif bias is not None and bias.weight and bias.numbers is not None:
             self.ledger.give_bias(rows, bias.numbers.numpy().astype(np.int64))
         else:
-            self.ledger.spoil(rows, f'a computed bias in {self.path()}')
+            self.ledger.spoil(rows, f'a computed bias in {self.where}')
         self.found[out] = Rows(made.reshape(-1, *[1] * (-1 - channel)).expand(out.shape))
 
 
