@@ -7,6 +7,8 @@ from .mutant import Mutant
 _PRUNER, _SCHEDULE, _SELECTION = (f'mmcpd/prune/{name}.py' for name in ('pruner', 'schedule', 'selection'))
 _GATES, _IMPORTANCE, _SCORES = (f'mmcpd/prune/{name}.py' for name in ('gates', 'importance', 'scores'))
 _NORMALIZE = 'mmcpd/prune/normalize.py'
+_GAUSS_NEWTON, _PER_SAMPLE, _LAYOUTS = (f'mmcpd/prune/{name}.py' for name in ('gauss_newton', 'per_sample', 'layouts'))
+_GAUSS_NEWTON_TEST = 'test_prune/test_gauss_newton.py'
 
 # fmt: off
 MUTANTS: tuple[Mutant, ...] = (
@@ -50,6 +52,31 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant('normalize-nothing', _NORMALIZE, 'test_prune/test_claims.py',
            'units whose removal saves nothing are removed last',
            'if saved > 0 else torch.full_like(score, torch.inf)', 'if saved > 0 else score'),
+    # -- the score without training
+    Mutant('gauss-newton-samples', _GAUSS_NEWTON, _GAUSS_NEWTON_TEST,
+           'a sample is squared before samples are added',
+           'gradient.square().sum(0)', 'gradient.sum(0).square()'),
+    Mutant('gauss-newton-spread', _GAUSS_NEWTON, _GAUSS_NEWTON_TEST,
+           'each output is divided by its standard deviation',
+           'torch.where(spread > 0, 1 / spread, 1)', 'torch.ones_like(spread)'),
+    Mutant('gauss-newton-softmax', _GAUSS_NEWTON, _GAUSS_NEWTON_TEST,
+           'a shift of all classes does not count before a softmax',
+           'return r - r.mean(1, keepdim=True) if self.softmax', 'return r if self.softmax'),
+    Mutant('scoring-eval', _LAYOUTS, _GAUSS_NEWTON_TEST,
+           'a model in training is scored in eval mode',
+           'evaluating(model), torch.enable_grad()', 'torch.enable_grad()'),
+    Mutant('scoring-frozen', _LAYOUTS, _GAUSS_NEWTON_TEST,
+           'frozen parameters are frozen afterwards',
+           'stack.callback(parameter.requires_grad_, False)', 'pass'),
+    Mutant('samples-inner', _PER_SAMPLE, _GAUSS_NEWTON_TEST,
+           'samples are found where they are the inner part of a dimension',
+           '(-1, samples) if layout.inner else (samples, -1)', '(-1, samples)[::1 if layout.dim else -1]'),
+    Mutant('grouped-column', _PER_SAMPLE, _GAUSS_NEWTON_TEST,
+           'a column of a grouped convolution is one channel in each group',
+           '.unflatten(1, (-1, place.size)).sum(1)', '.unflatten(1, (-1, place.size))[:, 0]'),
+    Mutant('part-of-a-weight', _PER_SAMPLE, _GAUSS_NEWTON_TEST,
+           'a call with some rows of a weight is read at these rows',
+           'F.pad(found, (place.start, beyond))', 'F.pad(found, (0, beyond + place.start))'),
     # -- selection
     Mutant('lowest-unit', _SELECTION, 'test_prune/test_selection.py',
            'of a group the units with the lowest scores are removed',
@@ -123,7 +150,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant('step-scores-now', _PRUNER, 'test_prune/test_pruner.py',
            'a score of the weights is taken at the event',
            '        if not self.importance.every_iteration:\n            self.importance.accumulate(self.model)\n', ''),
-    Mutant('step-evidence', _PRUNER, 'test_prune/test_pruner.py',
+    Mutant('step-evidence', _IMPORTANCE, 'test_prune/test_pruner.py',
            'nothing is chosen without evidence',
            'return scores if iterations else None', 'return scores'),
     Mutant('step-masks', _PRUNER, 'test_prune/test_pruner.py',
@@ -154,7 +181,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant('scaled-gradients', _PRUNER, 'test_prune/test_pruner.py',
            'a fused optimizer that sees scaled gradients is refused',
            "if getattr(optimizer, 'grad_scale', None) is not None:", 'if False:'),
-    Mutant('processes', _PRUNER, 'test_prune/test_pruner.py',
+    Mutant('processes', _IMPORTANCE, 'test_prune/test_pruner.py',
            'all processes choose the same units',
            'dist.all_reduce(flat)', 'pass'),
     Mutant('resume-waiting', _PRUNER, 'test_prune/test_claims.py',

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,12 +63,10 @@ def find_layouts(model: nn.Module, gates: Gates, example: Example, importance: s
         _run(model, calls, example, lambda t: t)
         calls.check(importance)
         try:
-            plain, *changed = (
-                _run(model, calls, example, lambda t, which=which: _doubled(t, which)) for which in (None, 0, 1)
-            )
+            plain, *changed = (_run(model, calls, example, partial(_doubled, which)) for which in (None, 0, 1))
         except _FAILURES:
             return dict.fromkeys(calls.seen)
-    return {cut: _common([_layout(*each, batch) for each in _together(cut, plain, *changed)]) for cut in calls.seen}
+    return {cut: _common([_layout(batch, *each) for each in _together(cut, plain, *changed)]) for cut in calls.seen}
 
 
 def _run(model: nn.Module, calls: CutCalls, example: Example, change: Callable[[Tensor], Tensor]) -> Seen:
@@ -96,7 +95,7 @@ def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
-def _doubled(tensor: Tensor, which: int | None) -> Tensor:
+def _doubled(which: int | None, tensor: Tensor) -> Tensor:
     """Return a batch of twice the tensor, one of the two changed, along the first dimension."""
     parts = [tensor, tensor]
     if which is not None and tensor.is_floating_point():
@@ -112,7 +111,7 @@ def _together(cut: Cut, *runs: Seen) -> list[tuple[Tensor, ...]]:
     return list(zip(*calls, strict=True)) if all(s == shapes[0] for s in shapes) else []
 
 
-def _layout(plain: Tensor, first: Tensor, second: Tensor, batch: int) -> Layout | None:
+def _layout(batch: int, plain: Tensor, first: Tensor, second: Tensor) -> Layout | None:
     """Return where two samples of `batch` pictures each lie, given what changes with the first and with the second."""
     for dim, size in enumerate(plain.shape):
         if size % (2 * batch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sized
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -53,7 +54,7 @@ def score(
         total = len(batches) if isinstance(batches, Sized) else 0
         for done, batch in enumerate(batches, 1):
             inputs = batch if isinstance(batch, tuple) else (batch,)
-            found.accumulate(model, closure=lambda inputs=inputs: [coupling.example.forward(model, *inputs)])
+            found.accumulate(model, closure=partial(_outputs, model, coupling, inputs))
             if progress is not None:
                 progress(done, total)
     scores = averaged(found, next(model.parameters()).device)
@@ -62,3 +63,7 @@ def score(
             f'nothing was scored: {found.skipped} batches, none with a finite score; give batches of inputs'
         )
     return scores
+
+
+def _outputs(model: nn.Module, coupling: Coupling, inputs: tuple[object, ...]) -> list[object]:
+    return [coupling.example.forward(model, *inputs)]

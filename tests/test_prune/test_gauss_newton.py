@@ -164,7 +164,7 @@ def scored(net, coupling, x, **options):
 def test_the_score_is_autograds_through_gates(cls):
     net, coupling, x, _ = built(cls)
     expected = expected_squares(net, x)
-    assert_close(scored(net, coupling, x), expected)
+    assert_close(scored(net.train(), coupling, x), expected)
     with pytest.raises(AssertionError):  # the batch's gradient squared is another score
         gates = ones(net)
         z = net(x, gates)
