@@ -158,7 +158,8 @@ class PruneHook(Hook):
             self.pruner.closure = self.closure if score.needs_closure else self.closure.outputs
         if is_main_process():
             (Path(runner.work_dir) / TABLE).write_text(f'{coupling}\n', encoding='utf-8')
-        for line in plan(runner, self.pruner, self._how_at_once()):
+        fitted = f'refitted on {self.pictures} training pictures' if self.refit else 'not refitted'
+        for line in plan(runner, self.pruner, f'all at once, {fitted}' if self.at_once else ''):
             runner.logger.info(line)
         if loaded is not None:
             self.pruner.load_state_dict(loaded['pruner'])
@@ -238,11 +239,6 @@ class PruneHook(Hook):
         if self.at_once:
             self._prune_at_once(runner)
         self.pruner.start()
-
-    def _how_at_once(self) -> str:
-        """Say how units are chosen at once, '' where they are not."""
-        fitted = f'refitted on {self.pictures} training pictures' if self.refit else 'not refitted'
-        return f'all at once, {fitted}' if self.at_once else ''
 
     def _rotate(self, runner: Runner) -> None:
         rotated, example = copy.deepcopy(self.pruner.model), self.pruner.coupling.example
