@@ -206,7 +206,7 @@ def take_over_(model: nn.Module, changed: nn.Module, optimizer: torch.optim.Opti
         >>> changed = copy.deepcopy(model)
         >>> _ = nn.init.ones_(changed.fc.weight)
         >>> take_over_(model, changed, optimizer)
-        >>> float(model.fc.weight.min())
+        >>> model.fc.weight.min().item()
         1.0
     """
     for ours, new in zip(_weights(model), _weights(changed), strict=True):

@@ -61,7 +61,8 @@ def pictures(
             data or test pipeline.
 
     Example:
-        >>> config = as_config('configs/cpd/resnet50_prune.py')
+        >>> from mmcpd.engine.build import build_dense
+        >>> config = 'configs/cpd/resnet50_prune.py'
         >>> [batch.shape for batch in pictures(config, build_dense(config), 4)]
         [torch.Size([4, 3, 32, 32])]
     """
