@@ -28,10 +28,11 @@ $(STAMP): setup.py mmcpd/compat.py
 	$(BIN)/python -c 'import mmcpd.engine'
 	touch $@
 
-demo: env ## train, comb, prune with distillation, fine-tune, slim, test, export and time a ResNet-50
+demo: env ## train, comb, prune with distillation, fine-tune, slim, test, export and time a ResNet-50; prune it at once
 	$(BIN)/python tools/train.py $(CONFIG) --work-dir $(WORK)
 	$(BIN)/python tools/test.py $(CONFIG) $(WORK)/slim.pth
 	$(BIN)/python tools/deploy.py $(CONFIG) $(WORK)/slim.pth
+	$(BIN)/python tools/prune.py $(CONFIG) $(WORK)/dense.pth --out $(WORK)/at_once
 
 test: env ## run the tests, the slow ones left out
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m 'not slow'
