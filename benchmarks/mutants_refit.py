@@ -74,7 +74,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant('refit-undo', _API, _REFIT,
            'a refit that makes the outputs worse is undone',
            'if undone := not after <= before:', 'if undone := not after < torch.inf:'),
-    Mutant('refit-masked', _API, _REFIT,
+    Mutant('refit-masked', _API, 'test_refit/test_arguments.py',
            'a masked model is refused',
            'if teacher is None and _is_masked(', 'if teacher is not None and _is_masked('),
     Mutant('absorb-bias', _ABSORB, 'test_refit/test_absorb.py',
