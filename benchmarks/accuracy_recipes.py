@@ -113,7 +113,7 @@ def small(
         return Pruned(slim(model, coupling, keep), seen, reestimated=True)
     batches = [batch.images for batch in task.plain(REFIT_PICTURES, seed)]
     found = slim(refit(model, coupling, keep, batches).model, coupling, keep)
-    absorb_(found, task.augmented(REFIT_PICTURES, seed))
+    absorb_(found, batches)
     return Pruned(found, max(seen, sum(len(images) for images in batches)))
 
 
