@@ -74,6 +74,20 @@ def hook_options(cfg: Config) -> dict[str, Any]:
         >>> hook_options(Config({'default_hooks': {'prune': {'type': 'mmcpd.PruneHook', 'heads': 'head'}}}))['heads']
         'head'
     """
-    hooks = [*(cfg.get('default_hooks') or {}).values(), *(cfg.get('custom_hooks') or ())]
-    ours = {type_name(hook): dict(hook) for hook in hooks if hook and type_name(hook) in HOOKS_OF_OURS}
+    ours = _hooks_of_ours(cfg)
     return next((ours[name] for name in HOOKS_OF_OURS if name in ours), {})
+
+
+def prunes(cfg: Config) -> bool:
+    """Say whether a config has a PruneHook.
+
+    Example:
+        >>> prunes(Config({'custom_hooks': [{'type': 'mmcpd.CombHook'}]}))
+        False
+    """
+    return 'PruneHook' in _hooks_of_ours(cfg)
+
+
+def _hooks_of_ours(cfg: Config) -> dict[str, dict[str, Any]]:
+    hooks = [*(cfg.get('default_hooks') or {}).values(), *(cfg.get('custom_hooks') or ())]
+    return {type_name(hook): dict(hook) for hook in hooks if hook and type_name(hook) in HOOKS_OF_OURS}

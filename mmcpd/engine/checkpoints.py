@@ -226,18 +226,30 @@ def slim_checkpoint(cfg: Config, path: PathLike, out: PathLike) -> dict[str, Any
     return meta
 
 
-def use_checkpoint(cfg: Config, path: PathLike, folder: Path) -> None:
-    """Make a config test a checkpoint, in place: its model becomes the bare student, dense or slim.
+def loadable(cfg: Config, path: PathLike, folder: Path) -> PathLike:
+    """Return the path of a checkpoint that `load_any` reads as it was: a pruned training checkpoint is slimmed first.
 
-    A pruned training checkpoint is slimmed first, into `folder`, which must stay until the model is built: its weights
-    alone do not say over which units a norm computes. The hooks that prune are dropped from the config.
+    Its weights alone do not say over which units a norm computes. The slim one goes into `folder`, which must stay
+    until the model is built.
 
     Raises:
         SlimError: The checkpoint is unreadable or of another model.
     """
-    if not is_slim(path) and removed_units(read_checkpoint(path)) > 0:
-        slim_checkpoint(cfg, path, folder / 'slim.pth')
-        path = folder / 'slim.pth'
+    if is_slim(path) or removed_units(read_checkpoint(path)) == 0:
+        return path
+    slim_checkpoint(cfg, path, folder / 'slim.pth')
+    return folder / 'slim.pth'
+
+
+def use_checkpoint(cfg: Config, path: PathLike, folder: Path) -> None:
+    """Make a config test a checkpoint, in place: its model becomes the bare student, dense or slim.
+
+    A pruned training checkpoint is slimmed first, as in `loadable`. The hooks that prune are dropped from the config.
+
+    Raises:
+        SlimError: The checkpoint is unreadable or of another model.
+    """
+    path = loadable(cfg, path, folder)
     load_any(cfg, path)  # to check that it fits, before a Runner is built
     student, weights = student_config(cfg), os.fspath(path)
     if is_slim(path):

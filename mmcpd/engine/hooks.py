@@ -60,7 +60,8 @@ class PruneHook(Hook):
         importance: 'hessian' (the default), 'curvature', 'group_fisher', 'magnitude', 'random' or 'gauss_newton' (the
             default with at_once, which takes those that need no loss); with options it is a dict:
             dict(type='curvature', probes=2).
-        normalize: what the score is divided by: 'memory', 'channel_memory', 'macs', 'params' or 'none'.
+        normalize: what the score is divided by: 'memory', 'channel_memory', 'macs', 'params', 'none'; by default 'macs'
+            at once and 'memory' in training, see docs/results.md.
         round_to: groups of at least 64 units keep a multiple of it; 8 suits most hardware.
         min_units: units that each group keeps.
         heads, ignore, strict, input_shape: as in `CombHook`.
@@ -90,7 +91,7 @@ class PruneHook(Hook):
         refit: bool = True,
         rotate: bool = False,
         importance: str | Mapping[str, object] | None = None,
-        normalize: str = 'memory',
+        normalize: str | None = None,
         round_to: int = 8,
         min_units: int = 1,
         heads: str = 'dim',
@@ -108,6 +109,7 @@ class PruneHook(Hook):
         self.at_once, self.pictures, self.refit, self.rotate = at_once, pictures, refit, rotate
         importance = importance or ('gauss_newton' if at_once else 'hessian')
         (check_label_free if at_once else check_importance)(importance, seed=seed)
+        normalize = normalize or ('macs' if at_once else 'memory')
         look_up(NORMALIZERS, normalize, 'normalizer')
         check_floors(min_units=min_units, round_to=round_to)
         self.importance, self.normalize, self.seed = importance, normalize, seed

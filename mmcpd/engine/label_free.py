@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from mmcpd.distill import KDLoss
-from mmcpd.engine.build import hook_options
+from mmcpd.engine.build import prunes
 from mmcpd.engine.random_state import seeded
 from mmcpd.slim.compare import evaluating, tensors_in
 
@@ -48,8 +48,8 @@ def teach_(
     W), each picture flipped at random.
 
     Raises:
-        ValueError: the config has no optimizer, or no data to train on and no pictures are given.
-        RuntimeError: the loss is not finite: the learning rate is too high.
+        ValueError: the config has no optimizer, or no data to train on and no pictures are given; the loss is not
+            finite, because the learning rate is too high.
     """
     optimizer = _optimizer(student, cfg, lr)
     schedule = CosineAnnealingLR(optimizer.optimizer, iterations)
@@ -63,7 +63,9 @@ def teach_(
                 loss = difference(tensors_in(student(inputs)), wanted, softmax)
             if not torch.isfinite(loss):
                 rate = optimizer.optimizer.param_groups[0]['initial_lr']
-                raise RuntimeError(f'iteration {done} of the distillation gave a loss of {loss:.1e}: lower lr={rate}')
+                raise ValueError(
+                    f'iteration {done} of the distillation gave a loss of {loss:.1e}: lower the learning rate, {rate:g}'
+                )
             optimizer.update_params(loss)
             schedule.step()
             if progress is not None:
@@ -79,20 +81,28 @@ def difference(outputs: Sequence[Tensor], wanted: Sequence[Tensor], softmax: boo
         0.0
     """
     pairs = [(out, like.detach()) for out, like in zip(outputs, wanted, strict=True) if out.is_floating_point()]
-    terms = [(out - like).square().mean() / like.var().clamp(min=1e-12) for out, like in pairs[softmax:]]
-    if softmax:
-        terms.append(KDLoss()(*pairs[0]))
+    terms = [KDLoss()(*pairs.pop(0))] if softmax else []
+    terms += [(out - like).square().mean() / like.var().clamp(min=1e-12) for out, like in pairs]
     return torch.stack(terms).sum()
 
 
-def _optimizer(student: nn.Module, cfg: Config, lr: float | None) -> OptimWrapper:
-    config = copy.deepcopy(cfg.get('optim_wrapper'))
-    if config is None or 'lr' not in config.get('optimizer', {}):
+def check_teachable(cfg: Config) -> None:
+    """See that a config says how to train.
+
+    Raises:
+        ValueError: it has no optimizer with a learning rate.
+    """
+    if 'lr' not in ((cfg.get('optim_wrapper') or {}).get('optimizer') or {}):
         raise ValueError(f"{cfg.filename} has no optim_wrapper with an lr: distillation trains by the config's own")
+
+
+def _optimizer(student: nn.Module, cfg: Config, lr: float | None) -> OptimWrapper:
+    check_teachable(cfg)
+    config = copy.deepcopy(cfg.optim_wrapper)
     if config.get('type') == 'AmpOptimWrapper' and next(student.parameters()).device.type == 'cpu':
         config = {key: value for key, value in config.items() if key not in ('loss_scale', 'dtype')}
         config['type'] = 'OptimWrapper'  # MMEngine's mixed precision needs an accelerator
-    share = 1 if hook_options(cfg) else RATE
+    share = 1 if prunes(cfg) else RATE
     config['optimizer']['lr'] = share * config['optimizer']['lr'] if lr is None else lr
     return build_optim_wrapper(student, ConfigDict(config))
 

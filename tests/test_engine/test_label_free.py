@@ -102,7 +102,7 @@ def test_the_rate_is_a_tenth_of_the_configs_unless_given(pair, cfg):
 
 def test_a_rate_that_is_too_high_is_said(pair, cfg):
     student, teacher = pair
-    with pytest.raises(RuntimeError, match='lower lr'):
+    with pytest.raises(ValueError, match='lower the learning rate'):
         teach_(student, teacher, cfg, 50, softmax=False, lr=1e6)
 
 

@@ -49,7 +49,9 @@ def test_it_writes_a_slim_model_and_a_report(tool, tiny, dense, tmp_path):
     code, out, err = tool('prune', tiny, dense, '--target', 'macs=0.5', *SMALL)
     assert code == 0, err
     folder = tmp_path / 'work_dirs' / 'tiny'
-    assert sorted(path.name for path in folder.iterdir()) == ['prune.json', 'slim.pth']
+    assert sorted(path.name for path in folder.iterdir()) == ['coupling.txt', 'prune.json', 'refit.txt', 'slim.pth']
+    assert 'backbone.conv1' in (folder / 'coupling.txt').read_text()
+    assert 'backbone.conv1' in (folder / 'refit.txt').read_text()
     report = json.loads((folder / 'prune.json').read_text())
     small = load_slim(tiny, folder / 'slim.pth')
     assert sum(p.numel() for p in small.parameters()) == report['slim']['params'] < report['dense']['params']
@@ -72,7 +74,8 @@ def test_refitting_brings_the_outputs_nearer(tool, tiny, dense, tmp_path):
     files = [tmp_path / name / 'slim.pth' for name in ('with', 'without')]
     gaps = [(outputs(load_slim(tiny, file), tiny) - wanted).norm() for file in files]
     assert gaps[0] < 0.6 * gaps[1]
-    assert json.loads((tmp_path / 'without' / 'prune.json').read_text())['refitted'] is None
+    assert (tmp_path / 'without' / 'refit.txt').read_text() == 'not refitted\n'
+    assert not json.loads((tmp_path / 'without' / 'prune.json').read_text())['settings']['refit']
 
 
 def test_distillation_goes_on_from_there_without_labels(tool, tiny, dense, tmp_path):
@@ -122,9 +125,20 @@ def test_averaged_weights_are_those_that_are_pruned(tool, tiny, tmp_path):
     assert code == 0, err
 
 
+def test_a_pruned_training_checkpoint_is_pruned_further(tool, pruning, tmp_path):
+    assert tool('train', pruning, '--no-validate')[0] == 0
+    work = tmp_path / 'work_dirs' / 'prune'
+    checkpoint, trained = work / 'epoch_4.pth', read_slim(work / 'slim.pth')['meta']['slim']
+    code, _, err = tool('prune', pruning, checkpoint, '--target', 'macs=0.7', *SMALL, '--no-validate', '--out', 'o')
+    assert code == 0, err
+    dense = json.loads((tmp_path / 'o' / 'prune.json').read_text())['dense']
+    assert {name: dense[name] for name in ('macs', 'params')} == {name: trained[name] for name in ('macs', 'params')}
+    assert load_slim(pruning, tmp_path / 'o' / 'slim.pth')
+
+
 def test_the_options_of_a_prune_hook_hold(tool, pruning, dense, tmp_path):
     own = pruning.with_name('own.py')
-    hook = "dict(ignore=['backbone.layer1.*'], importance='magnitude', min_units=3)"
+    hook = "dict(ignore=['backbone.layer1.*'], importance='magnitude', min_units=3, seed=5)"
     own.write_text(f"_base_ = './prune.py'\ndefault_hooks = dict(prune={hook})\n")
     code, _, err = tool('prune', own, dense, *SMALL, '--no-validate')
     assert code == 0, err
@@ -132,6 +146,7 @@ def test_the_options_of_a_prune_hook_hold(tool, pruning, dense, tmp_path):
     shapes = content['structure']['tensors']
     assert shapes['backbone.layer1.0.conv1.weight'][0] == 8 > shapes['backbone.layer2.0.conv1.weight'][1]
     assert all(shape[0] >= 3 for shape in shapes.values())
+    assert json.loads((tmp_path / 'work_dirs' / 'own' / 'prune.json').read_text())['settings']['seed'] == 5
     assert 0.4 < content['meta']['slim']['macs'] / content['meta']['dense']['macs'] <= 0.5  # its target too
     hessian = '--cfg-options', 'default_hooks.prune.importance=hessian'
     code, out, _ = tool('prune', own, dense, *SMALL, '--no-validate', *hessian)
@@ -151,6 +166,8 @@ def test_several_targets_make_a_curve(tool, tiny, dense, tmp_path):
     assert (tmp_path / 'o' / 'curve.png').read_bytes()[:4] == b'\x89PNG'
     assert all((tmp_path / 'o' / name / 'slim.pth').is_file() for name in names[1:])
     assert err.count('score: ') == 1  # for both
+    seconds = [json.loads((tmp_path / 'o' / name / 'prune.json').read_text())['seconds'] for name in names[1:]]
+    assert 'score' in seconds[0] and 'score' not in seconds[1] and seconds[0]['comb'] == seconds[1]['comb']
     assert all(name in out for name in names)
 
 
@@ -161,6 +178,9 @@ def test_several_targets_make_a_curve(tool, tiny, dense, tmp_path):
         (['{tiny}', '{dense}', '--target', 'macs'], "--target: 'macs' is not QUANTITY=SHARE"),
         (['{tiny}', '{dense}', '--target', 'flops=0.5'], "unknown quantity 'flops'"),
         (['{tiny}', '{dense}', '--target', 'macs=1.5'], 'between 0 and 1'),
+        (['{tiny}', '{dense}', '--target', 'macs=0.5', '--target', 'macs=1e-5'], 'macs cannot go down to 0.0000'),
+        (['{bare}', '{dense}', '--target', 'macs=0.5', '--distill', '5'], 'has no optim_wrapper with an lr'),
+        (['{mistaken}', '{dense}', '--target', 'macs=0.5'], "unknown importance 'gaus_newton'"),
         (['{tiny}', '{dense}', '--target', 'macs=0.0001'], 'macs cannot go down to 0.0001'),
         (['{tiny}', 'none.pth', '--target', 'macs=0.5'], 'checkpoint: there is no checkpoint none.pth'),
         (['none.py', '{dense}', '--target', 'macs=0.5'], 'none.py: there is no such config'),
@@ -175,9 +195,13 @@ def test_several_targets_make_a_curve(tool, tiny, dense, tmp_path):
 )
 def test_bad_input_is_one_line_and_writes_nothing(tool, tiny, dense, tmp_path, arguments, message):
     (tmp_path / 'empty').mkdir()
+    bare, mistaken = tiny.with_name('bare.py'), tiny.with_name('mistaken.py')
+    bare.write_text("_base_ = './tiny.py'\noptim_wrapper = None\n")
+    hook = "dict(type='mmcpd.PruneHook', at_once=True, importance='gaus_newton')"
+    mistaken.write_text(f"_base_ = './tiny.py'\ndefault_hooks = dict(prune={hook})\n")
     before = sorted(tmp_path.rglob('*'))
     few = '--pictures' not in arguments
-    paths = {'tiny': tiny, 'dense': dense, 'empty': tmp_path / 'empty'}
+    paths = {'tiny': tiny, 'dense': dense, 'empty': tmp_path / 'empty', 'bare': bare, 'mistaken': mistaken}
     code, _, err = tool(
         'prune', *(argument.format(**paths) for argument in [*arguments, *(map(str, SMALL) if few else ())])
     )
