@@ -46,7 +46,7 @@ def table(name: str, share: float, rows: Sequence[Row]) -> str:
     for recipe in (each for each in RECIPES if any(row['recipe'] == each for row in rows)):
         own = [row for row in rows if row['recipe'] == recipe]
         errors = sorted({row['error'] for row in own if 'error' in row})
-        if errors:
+        if errors and not any('test' in row for row in own):
             lines.append([recipe, f'does not run: {errors[0]}', *[''] * (len(header) - 2)])
             continue
         cells = [cell([row for row in own if row['iterations'] == n]) for n in budgets]
@@ -63,7 +63,7 @@ def cell(rows: Sequence[Row]) -> str:
     Where a rate was chosen after rows were run with another, the chosen one counts.
     """
     chosen = [row for row in rows if row.get('rate_chosen')]
-    values = {row['seed']: row['test'] for row in (chosen or rows)}
+    values = {row['seed']: row['test'] for row in (chosen or rows) if 'test' in row}
     if not values:
         return '-'
     if len(values) == 1:
@@ -91,7 +91,7 @@ def setting(rows: Sequence[Row]) -> str:
     versions = ', '.join(f'{name} {version}' for name, version in sorted(rows[-1]['versions'].items()))
     trained = [row for row in rows if row['iterations'] and 'error' not in row]
     guessed = sorted({f'{row["recipe"]} ({row["table"]})' for row in trained if not row.get('rate_chosen')})
-    rates = 'Learning rates are chosen for each recipe and number of iterations, on held-out pictures'
+    rates = 'Learning rates are chosen for each recipe by one run of 80 iterations, on held-out training pictures'
     rates += f', but these have the default: {", ".join(guessed)}.' if guessed else '.'
     return (
         'Mean ± standard deviation over seeds (how many). Every recipe starts from the same dense weights and sees '

@@ -53,9 +53,9 @@ class Store:
             part.write_text('{' + ',\n'.join(f'{json.dumps(k)}: {text}' for k, text in lines.items()) + '}\n')
             os.replace(part, self.file)
 
-    def rate(self, case: Case) -> float | None:
-        """Return the learning rate that did best on the held-out pictures for a case, whatever its seed and rate."""
-        wanted = {k: v for k, v in asdict(case).items() if k not in ('seed', 'rate')}
+    def rate(self, case: Case, tried: int) -> float | None:
+        """Return the learning rate that did best on the held-out pictures for a recipe, at `tried` iterations."""
+        wanted = {'table': case.table, 'recipe': case.recipe, 'share': case.share, 'iterations': tried}
         trials = [row for row in self.read('trials') if all(row[k] == v for k, v in wanted.items())]
         return max(trials, key=lambda row: row['held_out'])['rate'] if trials else None
 

@@ -67,6 +67,7 @@ class Task(ABC):
         shares: of the dense model's MACs that may remain.
         trained_share: the one that is trained after pruning.
         budgets: iterations of training.
+        tried: iterations after which learning rates are compared.
         rates: learning rates to choose from, and the one that is used where nothing was chosen.
         score_pictures: how many pictures a score sees.
         batch: pictures of one training iteration.
@@ -78,6 +79,7 @@ class Task(ABC):
     shares: tuple[float, ...]
     trained_share: float
     budgets: tuple[int, ...]
+    tried: int
     rates: tuple[float, ...]
     default_rate: float
     score_pictures: int
@@ -182,6 +184,7 @@ class CifarTask(Task):
     shares: tuple[float, ...] = (0.75, 0.5, 0.35)
     trained_share: float = 0.5
     budgets: tuple[int, ...] = (0, 40, 80, 240)
+    tried: int = 80
     rates: tuple[float, ...] = (0.003, 0.01, 0.03)
     default_rate: float = 0.01
     score_pictures: int = 1000

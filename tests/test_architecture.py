@@ -41,7 +41,7 @@ ALLOWED = {
         'cost',
         *BOTTOM,
     },
-    'cli': {'engine', 'deploy', 'comb', 'slim', 'prune', 'registry', 'coupling', *BOTTOM},
+    'cli': {'engine', 'deploy', 'comb', 'slim', 'prune', 'rotate', 'registry', 'coupling', *BOTTOM},
     '__main__': {'cli', 'engine', *BOTTOM},
 }
 PURE = ('comb', 'slim', 'prune', 'rotate', 'refit', 'layer_calls', 'distill', 'coupling', 'cost', 'fixes')
