@@ -141,7 +141,7 @@ def run_table(runner: Runner, store: Store, wanted: Sequence[Case]) -> None:
 
 
 def choose_rates(runner: Runner, store: Store, wanted: Sequence[Case]) -> None:
-    """Try each learning rate for each recipe, at one seed and `task.tried` iterations, on held-out training pictures."""
+    """Try each rate for each recipe, at one seed and `task.tried` iterations, on held-out training pictures."""
     first = min((case.seed for case in wanted), default=0)
     for case in wanted:
         for rate in runner.task.rates if case.iterations == runner.task.tried and case.seed == first else ():

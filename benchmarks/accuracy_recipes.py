@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -67,26 +68,36 @@ def dense(task: Task, share: float, seed: int) -> Pruned:
 
 
 def at_once(
-    task: Task, share: float, seed: int, *, rotated: bool = True, refitted: bool = True, importance: str = ''
+    task: Task,
+    share: float,
+    seed: int,
+    *,
+    rotated: bool = True,
+    refitted: bool = True,
+    importance: str = 'gauss_newton',
+    by: str = 'macs',
+    augmented: bool = False,
 ) -> Pruned:
     """Rotate, score, choose and refit, before any training; `importance` is one of those that choose without it."""
     model = task.dense()
     if rotated:
         rotate_(model, task.example())
     coupling = comb(model, task.example())
-    keep = choose(task, model, coupling, share, seed, importance or 'gauss_newton')
+    keep = choose(task, model, coupling, share, seed, importance, by)
     seen = 0 if importance in ('magnitude', 'random') else task.score_pictures
-    return small(task, model, coupling, keep, seed, seen, refitted=refitted)
+    return small(task, model, coupling, keep, seed, seen, refitted=refitted, augmented=augmented)
 
 
-def choose(task: Task, model: nn.Module, coupling: Coupling, share: float, seed: int, importance: str) -> Keep:
+def choose(
+    task: Task, model: nn.Module, coupling: Coupling, share: float, seed: int, importance: str, by: str = 'macs'
+) -> Keep:
     """Choose units so that a share of the MACs remains; norms of weights and noise are not divided by anything."""
     if importance == 'group_fisher':
         scores = fisher(task, model, coupling, seed)
     else:
         batches = [batch.images for batch in task.plain(task.score_pictures, seed)]
         scores = score(model, coupling, batches, importance=with_softmax(importance, model), seed=seed)
-    by = 'none' if importance in ('magnitude', 'random') else 'macs'
+    by = 'none' if importance in ('magnitude', 'random') else by
     scores = normalize(scores, coupling, coupling.keep(), by=by)
     return select(scores, coupling, coupling.keep(), {'macs': share}, round_to=1)
 
@@ -105,13 +116,22 @@ def fisher(task: Task, model: nn.Module, coupling: Coupling, seed: int) -> dict[
 
 
 def small(
-    task: Task, model: nn.Module, coupling: Coupling, keep: Keep, seed: int, seen: int, *, refitted: bool
+    task: Task,
+    model: nn.Module,
+    coupling: Coupling,
+    keep: Keep,
+    seed: int,
+    seen: int,
+    *,
+    refitted: bool,
+    augmented: bool = False,
 ) -> Pruned:
     """Slim a dense model, refitted first if asked for, with batch norms that training does not disturb then."""
     if not refitted:
         mask_(model, coupling, keep)
         return Pruned(slim(model, coupling, keep), seen, reestimated=True)
-    batches = [batch.images for batch in task.plain(REFIT_PICTURES, seed)]
+    plain = task.plain(REFIT_PICTURES, seed)
+    batches = task.augmented(REFIT_PICTURES, seed) if augmented else [batch.images for batch in plain]
     found = slim(refit(model, coupling, keep, batches).model, coupling, keep)
     absorb_(found, batches)
     return Pruned(found, max(seen, sum(len(images) for images in batches)))
@@ -121,10 +141,16 @@ class PrunerInLoop(InLoop):
     """The default of the training hook: squared gradients over memory, at 24 events in 0.6 of the run."""
 
     def __init__(
-        self, model: nn.Module, coupling: Coupling, optimizer: torch.optim.Optimizer, share: float, iterations: int
+        self,
+        model: nn.Module,
+        coupling: Coupling,
+        optimizer: torch.optim.Optimizer,
+        share: float,
+        iterations: int,
+        by: str,
     ) -> None:
         schedule = Schedule({'macs': share}, interval=interval(iterations)).resolve(iterations)
-        self.pruner = Pruner(model, coupling, optimizer, schedule, round_to=1)
+        self.pruner = Pruner(model, coupling, optimizer, schedule, normalize=by, round_to=1)
 
     def step(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         self.pruner.step()
@@ -135,12 +161,14 @@ class PrunerInLoop(InLoop):
         return slim(self.pruner.model, self.pruner.coupling, self.pruner.keep)
 
 
-def in_training(task: Task, share: float, seed: int) -> Pruned:
+def in_training(task: Task, share: float, seed: int, *, rotated: bool = False, by: str = 'memory') -> Pruned:
     """Return the dense model and what prunes it while it trains."""
     model = task.dense()
+    if rotated:
+        rotate_(model, task.example())
     coupling = comb(model, task.example())
     return Pruned(
-        model, in_loop=lambda net, optimizer, iterations: PrunerInLoop(net, coupling, optimizer, share, iterations)
+        model, in_loop=lambda net, optimizer, iterations: PrunerInLoop(net, coupling, optimizer, share, iterations, by)
     )
 
 
@@ -165,33 +193,34 @@ def by_peer_in_loop(task: Task, share: float, seed: int) -> Pruned:
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------
-def _at_once(**options: bool | str) -> Callable[[Task, float, int], Pruned]:
-    return lambda task, share, seed: at_once(task, share, seed, **options)  # type: ignore[arg-type]
-
-
-def _by_peer(kind: str) -> Callable[[Task, float, int], Pruned]:
-    return lambda task, share, seed: by_peer(task, share, seed, kind=kind)
-
-
-OURS = Recipe('mmcpd', _at_once(), TEACHER_ALONE)
+OURS = Recipe('mmcpd', at_once, TEACHER_ALONE)
+IN_TRAINING = Recipe('mmcpd in training', in_training, TEACHER_AND_LABELS, in_loop=True)
 RECIPES = {
     recipe.name: recipe
     for recipe in (
         Recipe('dense', dense, LABELS_ALONE),
         OURS,
         replace(OURS, name='mmcpd, tau 8', learning=Learning(label_weight=0, tau=8)),
-        replace(OURS, name='mmcpd, no refit', prune=_at_once(refitted=False)),
-        replace(OURS, name='mmcpd, no rotation', prune=_at_once(rotated=False), tables=('vit',)),
-        Recipe('mmcpd in training', in_training, TEACHER_AND_LABELS, in_loop=True),
+        replace(OURS, name='mmcpd, no refit', prune=partial(at_once, refitted=False)),
+        replace(OURS, name='mmcpd, no rotation', prune=partial(at_once, rotated=False), tables=('vit',)),
+        replace(OURS, name='mmcpd, by memory', prune=partial(at_once, by='memory')),
+        replace(OURS, name='mmcpd, augmented pictures', prune=partial(at_once, augmented=True)),
+        IN_TRAINING,
+        replace(IN_TRAINING, name='mmcpd in training, by MACs', prune=partial(in_training, by='macs')),
+        replace(
+            IN_TRAINING, name='mmcpd in training, rotated', prune=partial(in_training, rotated=True), tables=('vit',)
+        ),
         *(
-            Recipe(f'{name} at once', _at_once(rotated=False, refitted=False, importance=name), TEACHER_ALONE)
+            Recipe(f'{name} at once', partial(at_once, rotated=False, refitted=False, importance=name), TEACHER_ALONE)
             for name in ('group_fisher', 'magnitude', 'random')
         ),
         *(
-            Recipe(f'Torch-Pruning {kind}', _by_peer(kind), LABELS_ALONE, peer=True)
+            Recipe(f'Torch-Pruning {kind}', partial(by_peer, kind=kind), LABELS_ALONE, peer=True)
             for kind in ('Taylor', 'group L2', 'Hessian', 'OBDC')
         ),
-        Recipe('Torch-Pruning Taylor, our distillation', _by_peer('Taylor'), TEACHER_AND_LABELS, peer=True),
+        Recipe(
+            'Torch-Pruning Taylor, our distillation', partial(by_peer, kind='Taylor'), TEACHER_AND_LABELS, peer=True
+        ),
         Recipe('Torch-Pruning Taylor in our loop', by_peer_in_loop, TEACHER_AND_LABELS, in_loop=True, peer=True),
         Recipe('Torch-Pruning Taylor, our refit', by_peer_refitted, TEACHER_ALONE, peer=True),
     )
