@@ -5,7 +5,7 @@
     python benchmarks/accuracy.py resnet20 --choose-lr         # tries each rate on held-out training pictures
     python benchmarks/accuracy.py resnet20 --list              # the rows, and which are done
     python benchmarks/accuracy.py vit --latency                # the pruned models in ONNX Runtime, beside the dense one
-    python benchmarks/accuracy.py report                       # Markdown from the results
+    python benchmarks/accuracy.py report                       # into docs/results.md and README.md
 
 Rows go to `benchmarks/results/accuracy_TABLE.json` as they come; a row that is there is not run again. CIFAR-10 is
 looked for in class folders (`--data`), trained weights in `--weights`: resnet20_cifar10.pth, resnet56_cifar10.pth,
@@ -204,17 +204,15 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--weights', type=Path, default=Path('checkpoints'))
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/accuracy'))
     parser.add_argument('--results', type=Path, default=RESULTS, help='folder of the JSON files')
-    parser.add_argument('--document', type=Path, action='append', help='files that hold the place for the report')
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_args(arguments)
     if args.table == 'report':
-        text = accuracy_report.report({name: Store(args.results / f'accuracy_{name}.json') for name in TABLES})
-        (args.results / 'accuracy.md').write_text(text, encoding='utf-8')
-        for document in args.document or ():
-            accuracy_report.write_between(document, text)
+        stores = {name: Store(args.results / f'accuracy_{name}.json') for name in TABLES}
+        accuracy_report.write_between(ROOT / 'docs' / 'results.md', accuracy_report.report(stores))
+        accuracy_report.write_between(ROOT / 'README.md', accuracy_report.summary(stores))
         return
     warnings.filterwarnings('ignore')  # torch and OpenMMLab about each other
     torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', '1')))

@@ -51,6 +51,7 @@ class Recipe:
         in_loop: it prunes while it trains, so that it has no result without training.
         tables: those that show it; empty: all.
         peer: whether Torch-Pruning chooses.
+        shipped: whether that is what it ships, with nothing lent to it.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Recipe:
     in_loop: bool = False
     tables: tuple[str, ...] = ()
     peer: bool = False
+    shipped: bool = False
 
 
 # -- ours --------------------------------------------------------------------------------------------------------------
@@ -215,7 +217,7 @@ RECIPES = {
             for name in ('group_fisher', 'magnitude', 'random')
         ),
         *(
-            Recipe(f'Torch-Pruning {kind}', partial(by_peer, kind=kind), LABELS_ALONE, peer=True)
+            Recipe(f'Torch-Pruning {kind}', partial(by_peer, kind=kind), LABELS_ALONE, peer=True, shipped=True)
             for kind in ('Taylor', 'group L2', 'Hessian', 'OBDC')
         ),
         Recipe(

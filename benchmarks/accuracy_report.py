@@ -13,6 +13,7 @@ from benchmarks.accuracy_recipes import RECIPES
 from benchmarks.accuracy_store import Row, Store
 
 BEGIN, END = '<!-- accuracy:begin -->', '<!-- accuracy:end -->'
+SUMMARISED = ('dense', 'mmcpd', 'mmcpd, no refit', 'magnitude at once', 'random at once')  # and what the peer ships
 TITLES = {
     'resnet20': 'ResNet-20 on CIFAR-10, accuracy on the 10,000 test pictures',
     'resnet56': 'ResNet-56 on CIFAR-10, accuracy on the 10,000 test pictures',
@@ -30,6 +31,19 @@ def report(stores: Mapping[str, Store]) -> str:
     if not every:
         return 'Nothing was measured yet: run `python benchmarks/accuracy.py resnet20`.\n'
     return '\n\n'.join([*parts, *(each for each in latency if each), setting(every)]) + '\n'
+
+
+def summary(stores: Mapping[str, Store], share: float = 0.5) -> str:
+    """Return one small table: every model pruned to a share of its MACs with nothing trained."""
+    rows = {name: [r for r in store.read('rows') if not r['iterations']] for name, store in stores.items()}
+    names = [name for name in stores if any(row['recipe'] != 'dense' for row in rows[name])]
+    lines = [['', *(TITLES[name].split(',')[0] for name in names)], ['---'] * (len(names) + 1)]
+    for recipe in (each for each in RECIPES.values() if each.name in SUMMARISED or each.shipped):
+        wanted = 1.0 if recipe.name == 'dense' else share
+        own = [[r for r in rows[name] if r['recipe'] == recipe.name and r['share'] == wanted] for name in names]
+        if any(own):
+            lines.append([recipe.name, *(cell(each) for each in own)])
+    return '\n'.join(f'| {" | ".join(each)} |' for each in lines) + '\n'
 
 
 def shares(rows: Sequence[Row]) -> list[float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import ClassVar
 
 import pytest
@@ -275,6 +275,20 @@ def test_the_chosen_rate_counts_where_both_were_run():
     rows = rows_of('mmcpd', [80.0]) + rows_of('mmcpd', [85.0], rate_chosen=True)
     assert accuracy_report.cell(rows) == '85.00'
     assert accuracy_report.cell(rows[:1]) == '80.00'
+
+
+def test_the_summary_is_of_what_nobody_trained_or_lent(tmp_path):
+    store = Store(tmp_path / 'accuracy_resnet20.json')
+    named = ('mmcpd', 0.5, 0, 86.0), ('mmcpd', 0.75, 0, 91.0), ('mmcpd', 0.5, 80, 88.0)
+    lent = ('Torch-Pruning Taylor', 0.5, 0, 48.0), ('Torch-Pruning Taylor, our refit', 0.5, 0, 76.0)
+    for recipe, share, iterations, test in (('dense', 1.0, 0, 91.7), *named, *lent):
+        case = Case('resnet20', recipe, share, iterations, 0, 0.0)
+        store.add('rows', {**asdict(case), 'test': test})
+    text = accuracy_report.summary({'resnet20': store, 'vit': Store(tmp_path / 'none.json')})
+    assert text.splitlines() == [
+        '|  | ResNet-20 on CIFAR-10 |', '| --- | --- |', '| dense | 91.70 |', '| mmcpd | 86.00 |',
+        '| Torch-Pruning Taylor | 48.00 |',
+    ]  # fmt: skip
 
 
 def test_the_report_goes_between_its_marks(tmp_path):
