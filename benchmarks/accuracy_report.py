@@ -25,7 +25,7 @@ TITLES = {
 def report(stores: Mapping[str, Store]) -> str:
     """Return a section with one table for each model and share of the MACs, and how it was measured."""
     found = {name: store.read('rows') for name, store in stores.items()}
-    parts = [table(name, share, rows) for name, rows in found.items() for share in shares(rows)]
+    parts = [table(name, rows) for name, rows in found.items() if rows]
     latency = [latency_table(name, stores[name].read('latency')) for name in stores]
     every = [row for rows in found.values() for row in rows]
     if not every:
@@ -46,16 +46,13 @@ def summary(stores: Mapping[str, Store], share: float = 0.5) -> str:
     return '\n'.join(f'| {" | ".join(each)} |' for each in lines) + '\n'
 
 
-def shares(rows: Sequence[Row]) -> list[float]:
-    return sorted({row['share'] for row in rows if row['recipe'] != 'dense'}, reverse=True)
-
-
-def table(name: str, share: float, rows: Sequence[Row]) -> str:
-    """Return the table of one model at one share of the MACs: recipes down, iterations across."""
+def table(name: str, rows: Sequence[Row]) -> str:
+    """Return the table of one model: recipes down; shares of the MACs with nothing trained, then iterations, across."""
     dense = [row['test'] for row in rows if row['recipe'] == 'dense' and 'test' in row]
-    rows = [row for row in rows if row['share'] == share and row['recipe'] != 'dense']
-    budgets = sorted({row['iterations'] for row in rows})
-    header = ['', *('nothing trained' if n == 0 else f'{n} iterations' for n in budgets), 'trained by']
+    rows = [row for row in rows if row['recipe'] != 'dense']
+    columns = sorted({(row['iterations'], row['share']) for row in rows}, key=lambda column: (column[0], -column[1]))
+    names = [f'{share:.0%}' + (f', {count} iterations' if count else '') for count, share in columns]
+    header = ['MACs that remain', *names, 'trained by']
     lines = [header, ['---'] * len(header)]
     for recipe in (each for each in RECIPES if any(row['recipe'] == each for row in rows)):
         own = [row for row in rows if row['recipe'] == recipe]
@@ -63,12 +60,12 @@ def table(name: str, share: float, rows: Sequence[Row]) -> str:
         if errors and not any('test' in row for row in own):
             lines.append([recipe, f'does not run: {errors[0]}', *[''] * (len(header) - 2)])
             continue
-        cells = [cell([row for row in own if row['iterations'] == n]) for n in budgets]
+        cells = [cell([row for row in own if (row['iterations'], row['share']) == column]) for column in columns]
         learning = RECIPES[recipe].learning.words if any(row['iterations'] for row in own) else ''
         lines.append([recipe, *cells, learning])
     reference = f', dense {dense[0]:.2f}' if dense else ''
     text = '\n'.join(f'| {" | ".join(each)} |' for each in lines)
-    return f'**{TITLES[name]}{reference}; {share:.0%} of the MACs remain**\n\n{text}'
+    return f'**{TITLES[name]}{reference}**\n\n{text}'
 
 
 def cell(rows: Sequence[Row]) -> str:
@@ -105,7 +102,8 @@ def setting(rows: Sequence[Row]) -> str:
     versions = ', '.join(f'{name} {version}' for name, version in sorted(rows[-1]['versions'].items()))
     trained = [row for row in rows if row['iterations'] and 'error' not in row]
     guessed = sorted({f'{row["recipe"]} ({row["table"]})' for row in trained if not row.get('rate_chosen')})
-    rates = 'Learning rates are chosen for each recipe by one run of 80 iterations, on held-out training pictures'
+    rates = 'Learning rates are chosen for each recipe by one run of 80 iterations, on training pictures that '
+    rates += 'nothing else here sees (the dense nets were trained on them too)'
     rates += f', but these have the default: {", ".join(guessed)}.' if guessed else '.'
     return (
         'Mean ± standard deviation over seeds (how many). Every recipe starts from the same dense weights and sees '
@@ -114,7 +112,7 @@ def setting(rows: Sequence[Row]) -> str:
         f'{rates} Where nothing is trained and nothing refitted, batch norm is re-estimated on 1,000 augmented '
         f'training pictures. Torch-Pruning ranks globally and {HOW}. '
         f'It was lent: {"; ".join(LENT)}. '
-        f'Seeds {", ".join(map(str, seeds))}; {dates[0]} to {dates[-1]}; {versions}. '
+        f'Seeds {", ".join(map(str, seeds))}; {" to ".join(dict.fromkeys((dates[0], dates[-1])))}; {versions}. '
         'Command: `python benchmarks/accuracy.py TABLE --choose-lr`.'
     )
 
