@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..coupling import arguments
 from ..slim.compare import evaluating
 from .columns import double
 from .report import Left
@@ -82,7 +83,7 @@ def absorb_(
         >>> torch.allclose(net(images), before, atol=1e-5), torch.allclose(net.train()(images), before, atol=1e-2)
         (True, True)
     """
-    inputs = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
+    inputs = [arguments(batch) for batch in batches]
     if not inputs:
         raise ValueError('there is no batch to measure the inputs of norms on: give at least one')
     found = _Inputs()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..coupling import Coupling
+from ..coupling import Coupling, arguments
 from ..slim.compare import evaluating, tensors_in
 from ..slim.mask import MaskedForward, kept_rows, mask_, named_tensors
 from .columns import double
@@ -82,7 +82,7 @@ def refit(
         >>> done.report.refitted_distance < done.report.masked_distance
         True
     """
-    inputs = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
+    inputs = [arguments(batch) for batch in batches]
     _check(model, coupling, keep, inputs, ridge, teacher)
     masked, dense = copy.deepcopy(model), model if teacher is None else teacher
     mask_(masked, coupling, keep)

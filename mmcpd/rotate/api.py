@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor, nn
 
-from ..coupling import Example
+from ..coupling import Example, arguments
 from .heads import Head, plan, rotated
 from .ledger import Lost
 from .observe import observe
@@ -49,7 +49,7 @@ def rotate_(
         >>> torch.allclose(encoder(tokens), before, atol=1e-5)
         True
     """
-    example = Example(inputs if isinstance(inputs, tuple) else (inputs,), forward or operator.call)
+    example = Example(arguments(inputs), forward or operator.call)
     found = plan(observe(model, example))
     tensors = dict(model.named_parameters())
     for name in sorted({name for head in found.heads for name in head.names}):
