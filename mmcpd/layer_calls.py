@@ -38,6 +38,11 @@ FUNCTIONS: dict[Any, tuple[LayerKind, tuple[str, ...]]] = {
 }
 
 
+def storage(tensor: Tensor) -> int:
+    """Return what two tensors have in common that share memory."""
+    return tensor.untyped_storage().data_ptr()
+
+
 @dataclass(frozen=True)
 class ParameterRows:
     """Rows `start` to `stop` of the first dimension of a parameter."""
@@ -102,7 +107,7 @@ class LayerCalls(TorchFunctionMode):
         self._by_storage: dict[int, list[tuple[str, Tensor]]] = {}
         for name, parameter in model.named_parameters():
             if parameter.device.type != 'meta':
-                self._by_storage.setdefault(parameter.untyped_storage().data_ptr(), []).append((name, parameter))
+                self._by_storage.setdefault(storage(parameter), []).append((name, parameter))
 
     def restart(self) -> None:
         """Count calls from 0 again."""
@@ -112,7 +117,7 @@ class LayerCalls(TorchFunctionMode):
         """Return where a tensor is among the model's parameters, or None: whole rows of one of them only."""
         if tensor is None or tensor.dim() == 0 or tensor.numel() == 0:
             return None
-        for name, parameter in self._by_storage.get(tensor.untyped_storage().data_ptr(), ()):
+        for name, parameter in self._by_storage.get(storage(tensor), ()):
             offset = tensor.storage_offset() - parameter.storage_offset()
             like = tensor.shape[1:] == parameter.shape[1:] and tensor.stride() == parameter.stride()
             if like and tensor.dtype == parameter.dtype and offset >= 0 and offset % max(1, parameter.stride(0)) == 0:

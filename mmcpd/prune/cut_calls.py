@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..coupling import Role
-from ..layer_calls import LayerCall, LayerKind, ParameterRows
+from ..layer_calls import LayerCall, LayerKind, ParameterRows, storage
 from .gates import Cut, Gates, never_prune
 
 
@@ -43,7 +43,7 @@ class CutCalls:
         self.seen: set[Cut] = set()
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        self._storages = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        self._storages = {storage(parameter) for parameter in model.parameters()}
 
     def places(self, call: LayerCall) -> Iterator[Place]:
         """Yield where a call shows cuts, and note them as seen."""
@@ -92,7 +92,7 @@ class CutCalls:
 
     def _source(self, weight: Tensor) -> ParameterRows | None:
         """Return the one parameter of the same shape that a weight was computed from, by autograd's graph."""
-        if weight.grad_fn is None or weight.untyped_storage().data_ptr() in self._storages:
+        if weight.grad_fn is None or storage(weight) in self._storages:
             return None
         found, nodes, visited = set(), [weight.grad_fn], {weight.grad_fn}
         while nodes:

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..coupling import arguments
+from ..layer_calls import storage
 from ..slim.compare import evaluating
 from .columns import double
 from .report import Left
-from .trails import Norm, storage
+from .trails import Norm
 
 
 @dataclass(frozen=True)

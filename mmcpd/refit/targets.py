@@ -8,12 +8,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from ..layer_calls import LayerCall, LayerCalls, LayerKind, ParameterRows
+from ..layer_calls import LayerCall, LayerCalls, LayerKind, ParameterRows, storage
 from ..slim.compare import tensors_in
 from .columns import flat, outputs_at, sample
 from .layer import Form
 from .report import Left
-from .trails import CallKey, Origin, Trail, Trails, storage
+from .trails import CallKey, Origin, Trail, Trails
 
 Lost = Mapping[str, Mapping[int, Tensor]]  # kept rows by tensor and dimension, only where some are removed
 
