@@ -6,6 +6,7 @@ Modules are not asked: a net may pad in its own forward, call `F.linear` with a 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import types
 from collections import Counter
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -129,8 +131,9 @@ class LayerCalls(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.multi_head_attention_forward:
+            # To a mode it is one function; opened, its projections are seen, whatever its options.
             with self:
-                return _open_attention(*args, **kwargs)
+                return _opened(inspect.unwrap(func))(*args, **kwargs)
         if func not in FUNCTIONS:
             return func(*args, **kwargs)
         kind, names = FUNCTIONS[func]
@@ -144,15 +147,22 @@ class LayerCalls(TorchFunctionMode):
         return self.on_call(LayerCall(func, kind, given, weight, bias, named, rows, self.rows_of(bias), number))
 
 
+@functools.cache
 def _opened(function: types.FunctionType) -> Callable[..., Any]:
-    """Return a copy of a function of torch that does not hand itself to the mode that runs, but does what it does."""
+    """Return a copy of a function of torch that does not hand itself to the mode that runs, but does what it does.
+
+    Raises:
+        RuntimeError: this version of torch decides otherwise who the function is handed to.
+    """
+    if 'has_torch_function' not in getattr(getattr(function, '__code__', None), 'co_names', ()):
+        raise RuntimeError(
+            f'the layers inside {function.__module__}.{function.__name__} cannot be seen with torch '
+            f'{torch.__version__}, whose function does not ask has_torch_function: use an earlier torch, 2.4 or later, or an '
+            'attention module that calls its projections itself'
+        )
     space = {**function.__globals__, 'has_torch_function': lambda _: False}
     opened = types.FunctionType(
         function.__code__, space, function.__name__, function.__defaults__, function.__closure__
     )
     opened.__kwdefaults__ = function.__kwdefaults__
     return opened
-
-
-# torch's attention is one function to a mode; opened, its projections are seen, whatever its options.
-_open_attention = _opened(inspect.unwrap(F.multi_head_attention_forward))
