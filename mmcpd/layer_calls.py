@@ -157,8 +157,8 @@ def _opened(function: types.FunctionType) -> Callable[..., Any]:
     if 'has_torch_function' not in getattr(getattr(function, '__code__', None), 'co_names', ()):
         raise RuntimeError(
             f'the layers inside {function.__module__}.{function.__name__} cannot be seen with torch '
-            f'{torch.__version__}, whose function does not ask has_torch_function: use an earlier torch, 2.4 or later, or an '
-            'attention module that calls its projections itself'
+            f'{torch.__version__}, whose function does not ask has_torch_function: use an earlier torch, '
+            '2.4 or later, or an attention module that calls its projections itself'
         )
     space = {**function.__globals__, 'has_torch_function': lambda _: False}
     opened = types.FunctionType(
