@@ -13,7 +13,7 @@ from .gates import Cut, Gates, never_prune
 
 
 @dataclass(frozen=True)
-class Place:
+class CutPlace:
     """Where one call of a layer shows rows `start` to `start + size` of a cut.
 
     Attributes:
@@ -45,7 +45,7 @@ class CutCalls:
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self._storages = {storage(parameter) for parameter in model.parameters()}
 
-    def places(self, call: LayerCall) -> Iterator[Place]:
+    def places(self, call: LayerCall) -> Iterator[CutPlace]:
         """Yield where a call shows cuts, and note them as seen."""
         rows = call.rows or self._source(call.weight)
         if rows is None:
@@ -58,7 +58,7 @@ class CutCalls:
             if cut in self.gates.cuts and in_input == (self.gates.roles[cut] is Role.CONSUMER):
                 self.seen.add(cut)
                 start = rows.start if dim == 0 else 0
-                yield Place(cut, start, call.weight.shape[dim], in_input, channel)
+                yield CutPlace(cut, start, call.weight.shape[dim], in_input, channel)
 
     def offset(self, call: LayerCall) -> Tensor | None:
         """Return the part of a call's output that no gate multiplies: a bias that is no part of the cut."""

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from ..layer_calls import LayerCall, LayerCalls
-from .cut_calls import CutCalls, Place, refusal
+from .cut_calls import CutCalls, CutPlace, refusal
 from .gates import Cut, Gates
 from .layouts import FIRST, Layout
 
@@ -49,7 +49,7 @@ class _Reading:
     """What a tap hands over, and to whom."""
 
     taps: SampleTaps
-    place: Place
+    place: CutPlace
     layout: Layout
     offset: Tensor | None  # (C,), the part of the activation that no gate multiplies
 
@@ -138,7 +138,7 @@ class SampleTaps:
             handle.remove()
         self._handles = []
 
-    def receive(self, place: Place, found: Tensor) -> None:
+    def receive(self, place: CutPlace, found: Tensor) -> None:
         """Add one call's (S, rows); a weight that is called several times in one pass adds up sample by sample."""
         beyond = self.calls.shapes[place.cut.tensor][place.cut.dim] - place.start - place.size
         if place.start or beyond:
@@ -190,6 +190,6 @@ class SampleTaps:
                 out = self._tapped(out, place, self.calls.offset(call))
         return out
 
-    def _tapped(self, x: Tensor, place: Place, offset: Tensor | None) -> Tensor:
+    def _tapped(self, x: Tensor, place: CutPlace, offset: Tensor | None) -> Tensor:
         layout = self.layouts.get(place.cut, FIRST)
         return _Tap.apply(x, self.anchor, _Reading(self, place, layout, offset))

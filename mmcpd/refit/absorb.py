@@ -16,7 +16,7 @@ from ..coupling import arguments
 from ..layer_calls import storage
 from ..slim.compare import evaluating
 from .columns import double
-from .report import Left
+from .report import SkippedLayer
 from .trails import Norm
 
 
@@ -25,7 +25,7 @@ class Absorbed:
     """Names of the running means of the batch norms that were rewritten, and those that were left alone."""
 
     rewritten: tuple[str, ...]
-    skipped: tuple[Left, ...]
+    skipped: tuple[SkippedLayer, ...]
 
 
 class _Inputs(TorchFunctionMode):
@@ -97,7 +97,7 @@ def absorb_(
         name = names.get(key, 'a norm outside the model')
         reason = _obstacle(model, norm, name if key in names else None)
         if reason:
-            skipped.append(Left(name, reason))
+            skipped.append(SkippedLayer(name, reason))
             continue
         if not bool(torch.isfinite(found.sums[key]).all()):
             raise ValueError(f"the norm of '{name}' reads values that are not finite: give inputs for which they are")

@@ -14,8 +14,8 @@ from ..slim.compare import evaluating, tensors_in
 from ..slim.mask import MaskedForward, kept_rows, mask_, named_tensors
 from .columns import double
 from .masked_run import MaskedRun
-from .report import Left, RefitReport
-from .targets import DenseRun, Place, pictures
+from .report import RefitReport, SkippedLayer
+from .targets import DenseRun, Refittable, count_pictures
 
 _CHECKED = 128  # pictures, or the first batch if it has more, on which outputs are compared
 Inputs = tuple[object, ...]
@@ -98,7 +98,7 @@ def refit(
         targets = DenseRun(dense, kept_rows(coupling, keep), samples)
         targets.run(forward, inputs[0])
         found = list(targets.places(gram_limit))
-        run = MaskedRun(masked, [place for place in found if isinstance(place, Place)], ridge)
+        run = MaskedRun(masked, [place for place in found if isinstance(place, Refittable)], ridge)
         for number, batch in enumerate(inputs):
             if number:
                 targets.run(forward, batch)
@@ -110,7 +110,7 @@ def refit(
             run.undo_()
     report = RefitReport(
         refitted=run.results(),
-        skipped=tuple(place for place in found if isinstance(place, Left)),
+        skipped=tuple(place for place in found if isinstance(place, SkippedLayer)),
         uncorrected=run.uncorrected(targets.broken),
         masked_distance=before,
         refitted_distance=after,
@@ -160,7 +160,7 @@ def _first(inputs: Sequence[Inputs]) -> list[Inputs]:
     count = 0
     chosen: list[Inputs] = []
     for batch in inputs:
-        count += pictures(batch)
+        count += count_pictures(batch)
         if chosen and count > _CHECKED:
             break
         chosen.append(batch)

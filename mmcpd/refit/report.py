@@ -20,7 +20,7 @@ class RefittedLayer:
 
 
 @dataclass(frozen=True)
-class Left:
+class SkippedLayer:
     """A layer that was left alone, or whose target was not corrected, and why."""
 
     tensor: str
@@ -42,8 +42,8 @@ class RefitReport:
     """
 
     refitted: tuple[RefittedLayer, ...]
-    skipped: tuple[Left, ...]
-    uncorrected: tuple[Left, ...]
+    skipped: tuple[SkippedLayer, ...]
+    uncorrected: tuple[SkippedLayer, ...]
     masked_distance: float
     refitted_distance: float
     undone: bool
@@ -62,5 +62,6 @@ class RefitReport:
         end = ', so the refit was undone' if self.undone else ''
         head = f'outputs differ from the dense ones by {self.masked_distance:.3g} masked, '
         lines = [head + f'{self.refitted_distance:.3g} refitted{end}', '', *aligned(rows)]
-        lines += [f'left alone: {left.tensor}: {left.reason}' for left in self.skipped]
-        return '\n'.join(lines + [f'sum not corrected: {left.tensor}: {left.reason}' for left in self.uncorrected])
+        lines += [f'left alone: {layer.tensor}: {layer.reason}' for layer in self.skipped]
+        lines += [f'sum not corrected: {layer.tensor}: {layer.reason}' for layer in self.uncorrected]
+        return '\n'.join(lines)

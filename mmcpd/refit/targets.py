@@ -12,10 +12,10 @@ from ..layer_calls import LayerCall, LayerCalls, LayerKind, ParameterRows, stora
 from ..slim.compare import tensors_in
 from .columns import flat, outputs_at, sample
 from .layer import Form
-from .report import Left
+from .report import SkippedLayer
 from .trails import CallKey, Origin, Trail, Trails
 
-Lost = Mapping[str, Mapping[int, Tensor]]  # kept rows by tensor and dimension, only where some are removed
+KeptRows = Mapping[str, Mapping[int, Tensor]]  # kept rows by tensor and dimension, only where some are removed
 
 
 @dataclass(eq=False)
@@ -32,7 +32,7 @@ class Target:
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
+class Refittable:
     """A layer that can be refitted, and the tensor that takes up its intercept."""
 
     form: Form
@@ -58,12 +58,12 @@ class DenseRun:
 
     Args:
         model: the dense model.
-        lost: the rows that are kept in the masked model.
+        kept: the rows that are kept in the masked model, where some are removed.
         samples: positions per picture.
     """
 
-    def __init__(self, model: nn.Module, lost: Lost, samples: int) -> None:
-        self.model, self.lost, self.samples = model, lost, samples
+    def __init__(self, model: nn.Module, kept: KeptRows, samples: int) -> None:
+        self.model, self.kept, self.samples = model, kept, samples
         self._parameters = dict(model.named_parameters())
         self.targets: dict[CallKey, Target] = {}
         self.broken: dict[ParameterRows, str] = {}  # why the sum behind a layer is no use
@@ -75,7 +75,7 @@ class DenseRun:
 
     def run(self, forward: Callable[..., object], batch: tuple[object, ...]) -> None:
         """Run one batch."""
-        self._limit, self.targets, self._seen = self.samples * pictures(batch), {}, {}
+        self._limit, self.targets, self._seen = self.samples * count_pictures(batch), {}, {}
         self._trails.norms.clear()
         self._calls.restart()
         self._lossy = False
@@ -106,8 +106,8 @@ class DenseRun:
         return output
 
     def _loses(self, rows: ParameterRows) -> bool:
-        lost = self.lost.get(rows.tensor, {})
-        return any(not bool((kept[rows.start : rows.stop] if dim == 0 else kept).all()) for dim, kept in lost.items())
+        dims = self.kept.get(rows.tensor, {})
+        return any(not bool((kept[rows.start : rows.stop] if dim == 0 else kept).all()) for dim, kept in dims.items())
 
     def _on_sum(self, trail: Trail, operand: Tensor, stream: Tensor) -> None:
         key = trail.origin.key
@@ -117,7 +117,7 @@ class DenseRun:
     def _on_break(self, trail: Trail, reason: str) -> None:
         self.broken[trail.origin.key.rows] = reason
 
-    def places(self, gram_limit: int) -> Iterator[Place | Left]:
+    def places(self, gram_limit: int) -> Iterator[Refittable | SkippedLayer]:
         """Return each layer that lost rows or columns, in the order in which they ran, and what is left alone."""
         for rows, seen in self._seen.items():
             form = self._form(rows, seen)
@@ -127,18 +127,18 @@ class DenseRun:
                 if form.gram_bytes > gram_limit:
                     reason = f'its Gram matrix takes {form.gram_bytes:,} bytes, more than gram_limit={gram_limit:,}'
             bias, mean = self._bias(rows, seen), self._mean(seen)
-            yield Left(form.name, reason) if reason else Place(form, bias, None if bias else mean)
+            yield SkippedLayer(form.name, reason) if reason else Refittable(form, bias, None if bias else mean)
         called = {rows.tensor for rows in self._seen}
-        for name in self.lost:
+        for name in self.kept:
             if name not in called and name in self._parameters and self._parameters[name].dim() > 1:
                 reader = self._trails.readers.get(storage(self._parameters[name]))
-                yield Left(
+                yield SkippedLayer(
                     name, f'read by {reader}, which is no layer' if reader else 'no layer reads it in this forward'
                 )
 
     def _form(self, rows: ParameterRows, seen: _Seen) -> Form:
         first, second = (
-            self.lost.get(rows.tensor, {}).get(dim, torch.ones(size, dtype=torch.bool))
+            self.kept.get(rows.tensor, {}).get(dim, torch.ones(size, dtype=torch.bool))
             for dim, size in enumerate(self._parameters[rows.tensor].shape[:2])
         )
         groups, first = max(seen.groups), first[rows.start : rows.stop]
@@ -174,7 +174,7 @@ class DenseRun:
         return next((name for name, buffer in self.model.named_buffers() if storage(buffer) == mean), None)
 
 
-def pictures(batch: tuple[object, ...]) -> int:
+def count_pictures(batch: tuple[object, ...]) -> int:
     """Return how many pictures a batch holds."""
     return next((len(x) for x in tensors_in(batch) if x.dim()), 1)
 
