@@ -16,7 +16,7 @@ MUTANTS: tuple[Mutant, ...] = (
            'left = dilation * (len(taps) - 1) // 2', 'left = (dilation * (len(taps) - 1) + 1) // 2'),
     Mutant('refit-outside', _COLUMNS, 'test_refit/test_columns.py',
            'what a tap reads outside the input is zero',
-           'torch.where(inside[:, :, None], double(found), 0.0)', 'double(found)'),
+           'torch.where(inside[:, :, None].to(found.device), found, 0.0)', 'found'),
     Mutant('refit-transposed-stride', _COLUMNS, 'test_refit/test_columns.py',
            'a tap of a transposed convolution reads only what the stride reaches',
            'index % stride == 0', 'index == index'),

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from ..coupling import arguments
 from ..layer_calls import storage
 from ..slim.compare import evaluating
-from .columns import double
+from ..slim.trial import double
 from .report import SkippedLayer
 from .trails import Norm
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..coupling import Coupling, arguments
 from ..slim.compare import evaluating, tensors_in
 from ..slim.mask import MaskedForward, kept_rows, mask_, named_tensors
-from .columns import double
+from ..slim.trial import double
 from .masked_run import MaskedRun
 from .report import RefitReport, SkippedLayer
 from .targets import DenseRun, Refittable, count_pictures

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..layer_calls import LayerCall, LayerKind, ParameterRows
-from .columns import as_matrix, as_weight, columns_at, double
+from ..slim.trial import double
+from .columns import as_matrix, as_weight, columns_at
 
 _ELEMENTS = 1 << 24  # of a matrix of columns that are in memory at once
 _ROUNDING = 1e-11  # of a mean square in float64 from which the square of a mean is taken
@@ -122,9 +123,10 @@ class Layer:
     def __init__(self, form: Form, weight: Tensor, bias: Tensor | None, mean: Tensor | None, home_name: str) -> None:
         self.form, self.weight, self.bias, self.mean, self.home_name = form, weight, bias, mean, home_name
         self.solution: Solution | None = None
-        self._kept = form.columns.any(0).nonzero().flatten().to(weight.device)
-        self._start = as_matrix(form.kind, form.groups, double(weight))[:, self._kept]  # (groups, C, taps, O)
-        self._live = form.columns.to(weight.device)[:, self._kept].to(self._start.device)
+        whole = as_matrix(form.kind, form.groups, double(weight))
+        self._kept = form.columns.any(0).nonzero().flatten().to(whole.device)
+        self._start = whole[:, self._kept]  # (groups, C, taps, O)
+        self._live = form.columns.to(whole.device)[:, self._kept]
         self._partly = not bool(self._live.all())  # some groups lost columns that others keep
         self._weight = weight.clone()
         self._home = None if self.home is None else double(self.home).clone()
@@ -182,7 +184,7 @@ class Layer:
         found = solve(moments, live, ridge, self.home is not None)
         change = found.weight.unflatten(1, (columns, -1)).expand(-1, -1, taps, -1)
         matrix = as_matrix(form.kind, groups, double(self._weight))
-        matrix = matrix.index_add(1, self._kept.to(change.device), change)
+        matrix = matrix.index_add(1, self._kept, change)
         self.weight.copy_(as_weight(form.kind, matrix, self.weight.shape))
         if self.home is not None and self._home is not None:
             sign = 1 if self.mean is None else -1

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..slim.trial import double
 from .ledger import FREE, ZERO, Ledger, Position, Space
 from .report import HeadKind, SkippedHeads
 
@@ -135,7 +136,7 @@ def rotated(tensors: Mapping[str, Tensor], heads: Iterable[Head]) -> dict[str, T
     """Return the new values, in float64, of the parameters that these heads write."""
     heads = tuple(heads)
     names = {name for head in heads for name in head.names}
-    values = {name: tensors[name].detach().to(torch.float64, copy=True) for name in names}
+    values = {name: double(tensors[name].detach()).clone() for name in names}
     for head in heads:
         left, right = balanced(head.left.matrix(values), head.right.matrix(values))
         head.left.write_(values, left)
