@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,6 +44,24 @@ class Form:
         """The memory of the columns' products in float64, over all groups."""
         columns = int(self.columns.any(0).sum()) * (1 if self.alike else self.taps)
         return 8 * self.groups * columns**2
+
+
+def within(limit: int, forms: Sequence[Form]) -> dict[ParameterRows, Form]:
+    """Return the forms whose Gram matrices take at most `limit` bytes together.
+
+    A layer that cannot fit alone is left out. Of the others the largest convolutions change their taps alike, until all
+    fit; then the largest layers are left out.
+    """
+    cheapest = {form.rows: replace(form, alike=True) if form.taps > 1 else form for form in forms}
+    found = {form.rows: form for form in forms if cheapest[form.rows].gram_bytes <= limit}
+    while sum(form.gram_bytes for form in found.values()) > limit:
+        full = [form for form in found.values() if form.taps > 1 and not form.alike] or list(found.values())
+        rows = max(full, key=lambda form: form.gram_bytes).rows
+        if found[rows] is cheapest[rows]:
+            del found[rows]
+        else:
+            found[rows] = cheapest[rows]
+    return found
 
 
 class Moments:
@@ -190,9 +209,3 @@ class Layer:
             sign = 1 if self.mean is None else -1
             self.home.copy_(self._home + sign * found.intercept.flatten())
         self.solution = found
-
-    def undo_(self) -> None:
-        """Write the old weight and intercept back."""
-        self.weight.copy_(self._weight)
-        if self.home is not None and self._home is not None:
-            self.home.copy_(self._home)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..layer_calls import LayerCall, LayerCalls, LayerKind, ParameterRows, storage
 from ..slim.compare import tensors_in
 from .columns import flat, outputs_at, sample
-from .layer import Form
+from .layer import Form, within
 from .report import SkippedLayer
 from .trails import CallKey, Origin, Trail, Trails
 
@@ -73,17 +73,19 @@ class DenseRun:
         self._limit = 1
         self._lossy = False  # whether a layer that lost something has run in this forward
 
-    def run(self, forward: Callable[..., object], batch: tuple[object, ...]) -> None:
-        """Run one batch."""
+    def run(self, forward: Callable[..., object], batch: tuple[object, ...]) -> object:
+        """Run one batch and return the outputs."""
         self._limit, self.targets, self._seen = self.samples * count_pictures(batch), {}, {}
         self._trails.norms.clear()
         self._calls.restart()
         self._lossy = False
         with self._trails, self._calls:
-            self._trails.close(forward(self.model, *batch))
+            outputs = forward(self.model, *batch)
+            self._trails.close(outputs)
         whole = {key.rows for key, target in self.targets.items() if target.total is None and not self._loses(key.rows)}
         self.targets = {key: target for key, target in self.targets.items() if key.rows not in whole}
         self._seen = {rows: seen for rows, seen in self._seen.items() if rows not in whole}
+        return outputs
 
     def _on_call(self, call: LayerCall) -> Tensor:
         output, rows = call.run(), call.rows
@@ -117,24 +119,35 @@ class DenseRun:
     def _on_break(self, trail: Trail, reason: str) -> None:
         self.broken[trail.origin.key.rows] = reason
 
-    def places(self, gram_limit: int) -> Iterator[Refittable | SkippedLayer]:
+    def refittable(self, gram_limit: int) -> list[Refittable | SkippedLayer]:
         """Return each layer that lost rows or columns, in the order in which they ran, and what is left alone."""
+        obstacles = {rows: self._obstacle(rows, seen) for rows, seen in self._seen.items()}
+        forms = {rows: self._form(rows, seen) for rows, seen in self._seen.items()}
+        fitting = within(gram_limit, [forms[rows] for rows, reason in obstacles.items() if reason is None])
+        found: list[Refittable | SkippedLayer] = []
         for rows, seen in self._seen.items():
-            form = self._form(rows, seen)
-            reason = self._obstacle(rows, seen)
-            if reason is None and form.gram_bytes > gram_limit:
-                form = replace(form, alike=True)
-                if form.gram_bytes > gram_limit:
-                    reason = f'its Gram matrix takes {form.gram_bytes:,} bytes, more than gram_limit={gram_limit:,}'
-            bias, mean = self._bias(rows, seen), self._mean(seen)
-            yield SkippedLayer(form.name, reason) if reason else Refittable(form, bias, None if bias else mean)
+            form, reason = fitting.get(rows), obstacles[rows]
+            if form is not None:
+                bias, mean = self._bias(rows, seen), self._mean(seen)
+                found.append(Refittable(form, bias, None if bias else mean))
+            else:
+                size = forms[rows].gram_bytes
+                large = (
+                    f'its Gram matrix of {size:,} bytes does not fit beside the others: raise gram_limit={gram_limit:,}'
+                )
+                found.append(SkippedLayer(forms[rows].name, reason or large))
+        return found + self._unread()
+
+    def _unread(self) -> list[SkippedLayer]:
+        """Return the weights that lost something and are read by no layer."""
+        found = []
         called = {rows.tensor for rows in self._seen}
         for name in self.kept:
             if name not in called and name in self._parameters and self._parameters[name].dim() > 1:
                 reader = self._trails.readers.get(storage(self._parameters[name]))
-                yield SkippedLayer(
-                    name, f'read by {reader}, which is no layer' if reader else 'no layer reads it in this forward'
-                )
+                reason = f'read by {reader}, which is no layer' if reader else 'no layer reads it in this forward'
+                found.append(SkippedLayer(name, reason))
+        return found
 
     def _form(self, rows: ParameterRows, seen: _Seen) -> Form:
         first, second = (
