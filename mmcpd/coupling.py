@@ -97,6 +97,11 @@ class Example:
         return self.forward(model, *self.inputs)
 
 
+def arguments(inputs: object) -> tuple[object, ...]:
+    """Return the arguments of a forward: a tuple is all of them, anything else is the only one."""
+    return inputs if isinstance(inputs, tuple) else (inputs,)
+
+
 # -- a whole model -----------------------------------------------------------------------------------------------------
 @dataclass(frozen=True, eq=False)
 class Coupling:
@@ -214,9 +219,8 @@ class Coupling:
     def prunable(self) -> tuple[int, int]:
         """Return (elements in rows of at least one unit, all elements) of the parameters."""
         rows: Counter[tuple[str, int]] = Counter()
-        for group in self.groups:
-            for member in group.members:
-                rows[member.tensor, member.dim] += member.index.numel()
+        for member in (m for group in self.groups for m in group.members):
+            rows[member.tensor, member.dim] += member.index.numel()
         prunable = total = 0
         for name, info in self.tensors.items():
             if info.is_parameter:
@@ -229,9 +233,8 @@ class Coupling:
     def reasons(self) -> Counter[str]:
         """Return how many rows each reason freezes, kernel sizes left out."""
         counts: Counter[str] = Counter()
-        for frozen in self.frozen:
-            if frozen.reason != KERNEL:
-                counts[frozen.reason] += frozen.rows
+        for frozen in (f for f in self.frozen if f.reason != KERNEL):
+            counts[frozen.reason] += frozen.rows
         return counts
 
     def __str__(self) -> str:

@@ -6,6 +6,7 @@ Modules are not asked: a net may pad in its own forward, call `F.linear` with a 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import types
 from collections import Counter
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -36,6 +38,11 @@ FUNCTIONS: dict[Any, tuple[LayerKind, tuple[str, ...]]] = {
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _CONVOLUTION),
     **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), _TRANSPOSED),
 }
+
+
+def storage(tensor: Tensor) -> int:
+    """Return what two tensors have in common that share memory."""
+    return tensor.untyped_storage().data_ptr()
 
 
 @dataclass(frozen=True)
@@ -102,7 +109,7 @@ class LayerCalls(TorchFunctionMode):
         self._by_storage: dict[int, list[tuple[str, Tensor]]] = {}
         for name, parameter in model.named_parameters():
             if parameter.device.type != 'meta':
-                self._by_storage.setdefault(parameter.untyped_storage().data_ptr(), []).append((name, parameter))
+                self._by_storage.setdefault(storage(parameter), []).append((name, parameter))
 
     def restart(self) -> None:
         """Count calls from 0 again."""
@@ -112,7 +119,7 @@ class LayerCalls(TorchFunctionMode):
         """Return where a tensor is among the model's parameters, or None: whole rows of one of them only."""
         if tensor is None or tensor.dim() == 0 or tensor.numel() == 0:
             return None
-        for name, parameter in self._by_storage.get(tensor.untyped_storage().data_ptr(), ()):
+        for name, parameter in self._by_storage.get(storage(tensor), ()):
             offset = tensor.storage_offset() - parameter.storage_offset()
             like = tensor.shape[1:] == parameter.shape[1:] and tensor.stride() == parameter.stride()
             if like and tensor.dtype == parameter.dtype and offset >= 0 and offset % max(1, parameter.stride(0)) == 0:
@@ -124,8 +131,9 @@ class LayerCalls(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.multi_head_attention_forward:
+            # To a mode it is one function; opened, its projections are seen, whatever its options.
             with self:
-                return _open_attention(*args, **kwargs)
+                return _opened(inspect.unwrap(func))(*args, **kwargs)
         if func not in FUNCTIONS:
             return func(*args, **kwargs)
         kind, names = FUNCTIONS[func]
@@ -139,15 +147,22 @@ class LayerCalls(TorchFunctionMode):
         return self.on_call(LayerCall(func, kind, given, weight, bias, named, rows, self.rows_of(bias), number))
 
 
+@functools.cache
 def _opened(function: types.FunctionType) -> Callable[..., Any]:
-    """Return a copy of a function of torch that does not hand itself to the mode that runs, but does what it does."""
+    """Return a copy of a function of torch that does not hand itself to the mode that runs, but does what it does.
+
+    Raises:
+        RuntimeError: this version of torch decides otherwise who the function is handed to.
+    """
+    if 'has_torch_function' not in getattr(getattr(function, '__code__', None), 'co_names', ()):
+        raise RuntimeError(
+            f'the layers inside {function.__module__}.{function.__name__} cannot be seen with torch '
+            f'{torch.__version__}, whose function does not ask has_torch_function: use an earlier torch, '
+            '2.4 or later, or an attention module that calls its projections itself'
+        )
     space = {**function.__globals__, 'has_torch_function': lambda _: False}
     opened = types.FunctionType(
         function.__code__, space, function.__name__, function.__defaults__, function.__closure__
     )
     opened.__kwdefaults__ = function.__kwdefaults__
     return opened
-
-
-# torch's attention is one function to a mode; opened, its projections are seen, whatever its options.
-_open_attention = _opened(inspect.unwrap(F.multi_head_attention_forward))

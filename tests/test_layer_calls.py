@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -36,6 +38,20 @@ def test_torchs_attention_is_open(options):
     assert [c.bias_rows.tensor for c in calls] == ['in_proj_bias'] * (len(calls) - 1) + ['out_proj.bias']
     if not options.get('kdim'):
         assert calls[1].rows == ParameterRows('in_proj_weight', 16, 48)
+
+
+def test_a_torch_whose_attention_cannot_be_opened_is_refused_where_it_is_called(monkeypatch):
+    def closed(query, key, value, *args, **kwargs):
+        """As torch's, but it is handed over without asking."""
+        return torch.overrides.handle_torch_function(closed, (query, key, value), query, key, value, *args, **kwargs)
+
+    monkeypatch.setattr(F, 'multi_head_attention_forward', closed)
+    model, x = nn.MultiheadAttention(4, 2), torch.rand(3, 1, 4)
+    assert len(watch(nn.Linear(4, 4), x)[1]) == 1, 'other layers are seen'
+    with pytest.raises(
+        RuntimeError, match=rf'cannot be seen with torch {re.escape(torch.__version__)}.*use an earlier'
+    ):
+        watch(model, x, x, x)
 
 
 class Parts(nn.Module):

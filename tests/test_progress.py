@@ -43,3 +43,16 @@ def test_the_time_left_is_worked_out(monkeypatch):
     now[0] += 30
     show(1, 4)
     assert stream.getvalue() == 'refitting: 0/4 batches\nrefitting: 1/4 batches, 1:30 left\n'
+
+
+def test_an_unknown_total_is_counted_without_an_end():
+    plain, terminal, rare = io.StringIO(), Terminal(), io.StringIO()
+    for stream, every in ((plain, 0), (terminal, 0), (rare, 3600)):
+        show = ProgressLine('scoring', 'batches', stream, every=every)
+        for done in (0, 1, 7):
+            show(done, 0)
+    assert plain.getvalue() == 'scoring: 0 batches\nscoring: 1 batches\nscoring: 7 batches\n'
+    assert terminal.getvalue().count('\r') == 3 and not terminal.getvalue().endswith('\n')
+    assert rare.getvalue() == ''
+    show(7, 7)
+    assert rare.getvalue() == 'scoring: 7/7 batches, 0:00 left\n'

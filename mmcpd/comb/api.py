@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from ..coupling import Coupling, Example
+from ..coupling import Coupling, Example, arguments
 from ..fixes import Fixes
 from ..slim.attention import replacement
 from ..slim.trial import faults_of
@@ -59,7 +59,7 @@ def comb(
     """
     if heads not in HEADS:
         raise ValueError(f'heads must be one of {HEADS}, not {heads!r}')
-    example = Example(inputs if isinstance(inputs, tuple) else (inputs,), forward or operator.call)
+    example = Example(arguments(inputs), forward or operator.call)
     record = observe(model, example, Policy())
     whole = heads_of(record) if heads == 'head' else None
     if whole is not None:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..coupling import Role
-from ..layer_calls import LayerCall, LayerKind, ParameterRows
+from ..layer_calls import LayerCall, LayerKind, ParameterRows, storage
 from .gates import Cut, Gates, never_prune
 
 
 @dataclass(frozen=True)
-class Place:
+class CutPlace:
     """Where one call of a layer shows rows `start` to `start + size` of a cut.
 
     Attributes:
@@ -43,9 +43,9 @@ class CutCalls:
         self.seen: set[Cut] = set()
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        self._storages = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        self._storages = {storage(parameter) for parameter in model.parameters()}
 
-    def places(self, call: LayerCall) -> Iterator[Place]:
+    def places(self, call: LayerCall) -> Iterator[CutPlace]:
         """Yield where a call shows cuts, and note them as seen."""
         rows = call.rows or self._source(call.weight)
         if rows is None:
@@ -58,7 +58,7 @@ class CutCalls:
             if cut in self.gates.cuts and in_input == (self.gates.roles[cut] is Role.CONSUMER):
                 self.seen.add(cut)
                 start = rows.start if dim == 0 else 0
-                yield Place(cut, start, call.weight.shape[dim], in_input, channel)
+                yield CutPlace(cut, start, call.weight.shape[dim], in_input, channel)
 
     def offset(self, call: LayerCall) -> Tensor | None:
         """Return the part of a call's output that no gate multiplies: a bias that is no part of the cut."""
@@ -92,7 +92,7 @@ class CutCalls:
 
     def _source(self, weight: Tensor) -> ParameterRows | None:
         """Return the one parameter of the same shape that a weight was computed from, by autograd's graph."""
-        if weight.grad_fn is None or weight.untyped_storage().data_ptr() in self._storages:
+        if weight.grad_fn is None or storage(weight) in self._storages:
             return None
         found, nodes, visited = set(), [weight.grad_fn], {weight.grad_fn}
         while nodes:

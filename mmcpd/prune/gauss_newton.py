@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -11,7 +12,7 @@ from ..coupling import Example, Group
 from ..slim.compare import tensors_in
 from .gates import Cut
 from .importance import Closure, Importance, register_importance
-from .layouts import Layout, find_layouts, scoring
+from .layouts import CONSTANT, Layout, find_layouts, scoring
 from .per_sample import SampleTaps
 from .schedule import is_count
 
@@ -45,12 +46,24 @@ class GaussNewton(Importance):
         if not is_count(draws, 1) or not isinstance(softmax, bool):
             raise ValueError(f'gauss_newton needs draws >= 1 and softmax True or False, got {draws!r} and {softmax!r}')
         self.draws, self.softmax = draws, softmax
-        self.layouts: Mapping[Cut, Layout | None] = {}
+        self.layouts: Mapping[Cut, Layout] = {}
         self._moments = torch.zeros(0, 3, dtype=torch.float64)  # of each output: elements, sum, sum of squares
 
     def check(self, model: nn.Module, example: Example | None = None) -> None:
         if example is not None:
             self.layouts = find_layouts(model, self.gates, example, 'gauss_newton')
+            self._warn()
+
+    def _warn(self) -> None:
+        """Say where samples cannot be told apart though inputs matter."""
+        unknown = [(cut, at) for cut, at in self.layouts.items() if at.dim is None and at != CONSTANT]
+        if unknown:
+            (cut, layout), more = unknown[0], f' and {len(unknown) - 1} more' if len(unknown) > 1 else ''
+            warnings.warn(
+                f"gauss_newton counts each batch as one sample where '{cut.tensor}'{more} is used: {layout.reason}; "
+                'the score is right in the mean but noisier: give batches of one sample, or more draws',
+                stacklevel=3,
+            )
 
     def accumulate(self, model: nn.Module, *, closure: Closure | None = None, loss_scale: float = 1.0) -> None:
         if closure is None:

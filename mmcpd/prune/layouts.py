@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,18 +17,24 @@ from ..slim.compare import evaluating, tensors_in
 from .cut_calls import CutCalls
 from .gates import Cut, Gates, untouched
 
-_FAILURES = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError)
+_REFUSALS = (RuntimeError, ValueError, LookupError, AssertionError)  # of a model that takes no larger batch
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where samples lie: in dimension `dim`, as its outer part (N * windows) or its inner one (tokens * N)."""
+    """Where samples lie: in dimension `dim`, as its outer part (N * windows) or its inner one (tokens * N).
 
-    dim: int
+    Without `dim` they cannot be told apart, and `reason` says why.
+    """
+
+    dim: int | None
     inner: bool = False
+    reason: str = ''
 
 
 FIRST = Layout(0)
+CONSTANT = Layout(None, reason='its activations are the same for all inputs')
+MIXED = Layout(None, reason='samples of a batch change one another there, or lie in more than one dimension')
 Seen = dict[Cut, list[Tensor]]  # the activations of each cut, summed over channels
 
 
@@ -47,8 +53,8 @@ def scoring(model: nn.Module, gates: Gates) -> Iterator[None]:
         yield
 
 
-def find_layouts(model: nn.Module, gates: Gates, example: Example, importance: str) -> dict[Cut, Layout | None]:
-    """Return for each cut where samples lie, None where they cannot be told apart.
+def find_layouts(model: nn.Module, gates: Gates, example: Example, importance: str) -> dict[Cut, Layout]:
+    """Return for each cut where samples lie, or why they cannot be told apart.
 
     The example runs once as it is, and three times with two of it in a batch: as they are, and with either changed.
     What changes with the first alone belongs to it. Nothing of the kind is found where activations do not depend on the
@@ -56,6 +62,7 @@ def find_layouts(model: nn.Module, gates: Gates, example: Example, importance: s
 
     Raises:
         ValueError: a tensor of the cut was used by no layer.
+        torch.OutOfMemoryError: a batch of two examples does not fit: comb with a smaller example.
     """
     calls = CutCalls(gates, model)
     batch = next((len(t) for t in tensors_in(example.inputs) if t.dim()), 1)
@@ -64,8 +71,12 @@ def find_layouts(model: nn.Module, gates: Gates, example: Example, importance: s
         calls.check(importance)
         try:
             plain, *changed = (_run(model, calls, example, partial(_doubled, which)) for which in (None, 0, 1))
-        except _FAILURES:
-            return dict.fromkeys(calls.seen)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except _REFUSALS as error:
+            text = (str(error).strip().splitlines() or [''])[0][:160]
+            why = f'the model takes no batch of twice its example ({type(error).__name__}: {text})'
+            return dict.fromkeys(calls.seen, Layout(None, reason=why))
     return {cut: _common([_layout(batch, *each) for each in _together(cut, plain, *changed)]) for cut in calls.seen}
 
 
@@ -85,13 +96,16 @@ def _run(model: nn.Module, calls: CutCalls, example: Example, change: Callable[[
 
 
 def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Change all tensors in nested tuples, lists and dictionaries."""
+    """Change all tensors in nested tuples, lists, dictionaries and data classes."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, dict):
         return {key: _mapped(each, change) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_mapped(each, change) for each in value)
+        parts = (_mapped(each, change) for each in value)
+        return type(value)(*parts) if hasattr(value, '_fields') else type(value)(parts)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: _mapped(getattr(value, f.name), change) for f in fields(value) if f.init})
     return value
 
 
@@ -111,8 +125,10 @@ def _together(cut: Cut, *runs: Seen) -> list[tuple[Tensor, ...]]:
     return list(zip(*calls, strict=True)) if all(s == shapes[0] for s in shapes) else []
 
 
-def _layout(batch: int, plain: Tensor, first: Tensor, second: Tensor) -> Layout | None:
+def _layout(batch: int, plain: Tensor, first: Tensor, second: Tensor) -> Layout:
     """Return where two samples of `batch` pictures each lie, given what changes with the first and with the second."""
+    if torch.equal(plain, first) and torch.equal(plain, second):
+        return CONSTANT
     for dim, size in enumerate(plain.shape):
         if size % (2 * batch):
             continue
@@ -126,9 +142,11 @@ def _layout(batch: int, plain: Tensor, first: Tensor, second: Tensor) -> Layout 
                 halves.append([bool(part.any()) for part in parts.unbind(1)])
             if halves == [[True, False], [False, True]]:
                 return Layout(dim, inner)
-    return None
+    return MIXED
 
 
-def _common(layouts: list[Layout | None]) -> Layout | None:
-    """Return the one layout of all calls, or None."""
-    return layouts[0] if layouts and len(set(layouts)) == 1 else None
+def _common(layouts: list[Layout]) -> Layout:
+    """Return the one layout of all calls, if they have one."""
+    if not layouts:
+        return Layout(None, reason='its layer is called otherwise with other inputs')
+    return layouts[0] if len(set(layouts)) == 1 else MIXED

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from ..layer_calls import LayerCall, LayerCalls
-from .cut_calls import CutCalls, Place, refusal
+from .cut_calls import CutCalls, CutPlace, refusal
 from .gates import Cut, Gates
 from .layouts import FIRST, Layout
 
@@ -49,8 +49,8 @@ class _Reading:
     """What a tap hands over, and to whom."""
 
     taps: SampleTaps
-    place: Place
-    layout: Layout | None
+    place: CutPlace
+    layout: Layout
     offset: Tensor | None  # (C,), the part of the activation that no gate multiplies
 
 
@@ -69,7 +69,7 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,), reading = ctx.saved_tensors, ctx.reading
-        place, sample = reading.place, None if reading.layout is None else reading.layout.dim
+        place, sample = reading.place, reading.layout.dim
         found = sample_dot(x, grad, sample, place.channel)
         if reading.offset is not None:
             found = found - reading.offset * sample_dot(grad.new_ones(()).expand_as(grad), grad, sample, place.channel)
@@ -85,11 +85,11 @@ class SampleTaps:
             all taps and computes no gradient of a weight.
 
     Args:
-        layouts: where samples lie in the activations of each cut, None where they cannot be told apart: then the batch
-            counts as one sample. Without an entry they lie along the first dimension.
+        layouts: where samples lie in the activations of each cut; where they cannot be told apart the batch counts as
+            one sample. Without an entry they lie along the first dimension.
     """
 
-    def __init__(self, gates: Gates, model: nn.Module, layouts: Mapping[Cut, Layout | None] | None = None) -> None:
+    def __init__(self, gates: Gates, model: nn.Module, layouts: Mapping[Cut, Layout] | None = None) -> None:
         self.gates, self.model, self.layouts = gates, model, layouts or {}
         self.anchor = torch.zeros((), requires_grad=True)
         self.calls = CutCalls(gates, model)
@@ -138,7 +138,7 @@ class SampleTaps:
             handle.remove()
         self._handles = []
 
-    def receive(self, place: Place, found: Tensor) -> None:
+    def receive(self, place: CutPlace, found: Tensor) -> None:
         """Add one call's (S, rows); a weight that is called several times in one pass adds up sample by sample."""
         beyond = self.calls.shapes[place.cut.tensor][place.cut.dim] - place.start - place.size
         if place.start or beyond:
@@ -155,14 +155,14 @@ class SampleTaps:
         if not self._batch:
             return None
         layouts = {cut: self.layouts.get(cut, FIRST) for cut in self._batch}
-        samples = min((len(found) for cut, found in self._batch.items() if layouts[cut] is not None), default=1)
+        samples = min((len(found) for cut, found in self._batch.items() if layouts[cut].dim is not None), default=1)
         first = next(iter(self._batch.values()))
         total = first.new_zeros(samples, self.gates.units)
         whole = torch.zeros(self.gates.units, dtype=torch.bool, device=total.device)
         for cut, found in self._batch.items():
             rows, units = self.gates.rows(cut, total.device)
             layout = layouts[cut]
-            if layout is None:
+            if layout.dim is None:
                 whole[units] = True
                 total[0].index_add_(0, units, found[0, rows].to(total))
                 continue
@@ -190,6 +190,6 @@ class SampleTaps:
                 out = self._tapped(out, place, self.calls.offset(call))
         return out
 
-    def _tapped(self, x: Tensor, place: Place, offset: Tensor | None) -> Tensor:
+    def _tapped(self, x: Tensor, place: CutPlace, offset: Tensor | None) -> Tensor:
         layout = self.layouts.get(place.cut, FIRST)
         return _Tap.apply(x, self.anchor, _Reading(self, place, layout, offset))

@@ -109,7 +109,7 @@ class GroupFisher(Importance):
 
     def __init__(self, groups: Sequence[Group], *, seed: int = 0) -> None:
         super().__init__(groups, seed=seed)
-        self.layouts: Mapping[Cut, Layout | None] = {}
+        self.layouts: Mapping[Cut, Layout] = {}
         self._taps: SampleTaps | None = None
         self._pending: Tensor | None = None
 
@@ -117,8 +117,8 @@ class GroupFisher(Importance):
         super().check(model)
         if example is not None:
             self.layouts = find_layouts(model, self.gates, example, 'group_fisher')
-            for cut in (cut for cut, layout in self.layouts.items() if layout is None):
-                why = f"group_fisher cannot tell samples apart where '{cut.tensor}' is used"
+            for cut, layout in ((cut, layout) for cut, layout in self.layouts.items() if layout.dim is None):
+                why = f"group_fisher cannot tell samples apart where '{cut.tensor}' is used: {layout.reason}"
                 raise refusal(self.gates, cut, f"{why}; 'gauss_newton' can do without")
 
     def attach(self, model: nn.Module) -> None:

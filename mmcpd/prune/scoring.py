@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from ..coupling import Coupling
+from ..coupling import Coupling, arguments
 from .importance import averaged, build_importance
 
 
@@ -53,8 +53,7 @@ def score(
     else:
         total = len(batches) if isinstance(batches, Sized) else 0
         for done, batch in enumerate(batches, 1):
-            inputs = batch if isinstance(batch, tuple) else (batch,)
-            found.accumulate(model, closure=partial(_outputs, model, coupling, inputs))
+            found.accumulate(model, closure=partial(_outputs, model, coupling, arguments(batch)))
             if progress is not None:
                 progress(done, total)
     scores = averaged(found, next(model.parameters()).device)

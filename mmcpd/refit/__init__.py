@@ -2,6 +2,6 @@
 
 from .absorb import Absorbed, absorb_
 from .api import Refitted, refit
-from .report import Left, RefitReport, RefittedLayer
+from .report import RefitReport, RefittedLayer, SkippedLayer
 
-__all__ = ['Absorbed', 'Left', 'RefitReport', 'Refitted', 'RefittedLayer', 'absorb_', 'refit']
+__all__ = ['Absorbed', 'RefitReport', 'Refitted', 'RefittedLayer', 'SkippedLayer', 'absorb_', 'refit']

@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..coupling import arguments
+from ..layer_calls import storage
 from ..slim.compare import evaluating
-from .columns import double
-from .report import Left
-from .trails import Norm, storage
+from ..slim.trial import double
+from .report import SkippedLayer
+from .trails import Norm
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Absorbed:
     """Names of the running means of the batch norms that were rewritten, and those that were left alone."""
 
     rewritten: tuple[str, ...]
-    skipped: tuple[Left, ...]
+    skipped: tuple[SkippedLayer, ...]
 
 
 class _Inputs(TorchFunctionMode):
@@ -82,7 +84,7 @@ def absorb_(
         >>> torch.allclose(net(images), before, atol=1e-5), torch.allclose(net.train()(images), before, atol=1e-2)
         (True, True)
     """
-    inputs = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
+    inputs = [arguments(batch) for batch in batches]
     if not inputs:
         raise ValueError('there is no batch to measure the inputs of norms on: give at least one')
     found = _Inputs()
@@ -95,7 +97,7 @@ def absorb_(
         name = names.get(key, 'a norm outside the model')
         reason = _obstacle(model, norm, name if key in names else None)
         if reason:
-            skipped.append(Left(name, reason))
+            skipped.append(SkippedLayer(name, reason))
             continue
         if not bool(torch.isfinite(found.sums[key]).all()):
             raise ValueError(f"the norm of '{name}' reads values that are not finite: give inputs for which they are")

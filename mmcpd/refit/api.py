@@ -9,15 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..coupling import Coupling
+from ..coupling import Coupling, arguments
 from ..slim.compare import evaluating, tensors_in
 from ..slim.mask import MaskedForward, kept_rows, mask_, named_tensors
-from .columns import double
+from ..slim.trial import double
 from .masked_run import MaskedRun
-from .report import Left, RefitReport
-from .targets import DenseRun, Place, pictures
+from .report import RefitReport, SkippedLayer
+from .targets import DenseRun, Refittable
 
-_CHECKED = 128  # pictures, or the first batch if it has more, on which outputs are compared
 Inputs = tuple[object, ...]
 
 
@@ -37,7 +36,7 @@ def refit(
     *,
     ridge: float = 0.1,
     samples: int = 64,
-    gram_limit: int = 1 << 30,
+    gram_limit: int = 2 << 30,
     teacher: nn.Module | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Refitted:
@@ -50,11 +49,13 @@ def refit(
     the layer's bias, or is taken from the running mean of the batch norm that alone reads its output; with neither the
     moments are not centred. Where an output ends in a sum, its target makes up for what the other operand lost too.
 
-    No layer's error at the sampled positions gets larger. Where the outputs on the first 128 pictures (one batch at
-    least) get further from the dense ones, the whole refit is undone, and the report says so.
+    No layer's error at the sampled positions gets larger. Where the outputs on all batches together get further from
+    the dense ones, the whole refit is undone, and the report says so.
 
-    Batches are held in memory, and for one of them the layers' targets. Moments take `8 * D**2` bytes for a layer with
-    D kept columns times kernel taps. Two forwards a batch, and `samples * D**2` multiplications a layer.
+    Memory: the batches, and for one of them the layers' targets; two copies of the model; and a Gram matrix of
+    `8 * D**2` bytes for each layer with D kept columns times kernel taps, `gram_limit` in all, beside a few of the
+    largest while it is solved. Time: for each batch two forwards of the dense model and three of the pruned one, and
+    for each of its layers `D**2` multiplications a sampled position and one Cholesky decomposition of `D**3 / 3`.
 
     Args:
         model: the dense model, which stays as it is.
@@ -64,8 +65,9 @@ def refit(
             enough for a small net.
         ridge: how strongly a weight is pulled towards the old one.
         samples: positions per picture of each layer's output that are fitted, tokens of a linear layer.
-        gram_limit: bytes that a layer's Gram matrix may take. A convolution beyond it changes all taps of its kernel
-            alike, which needs the moments of channels only; a linear layer is left alone.
+        gram_limit: bytes that the Gram matrices of all layers may take together. Where they would take more, the
+            largest convolutions change all taps of their kernels alike, which needs the moments of channels only; if
+            that is not enough, the largest layers are left alone, and the report says which.
         teacher: a module of the same architecture that takes the dense model's part; `model` may then be masked.
         progress: called as `progress(done, total)` after each batch.
 
@@ -82,41 +84,36 @@ def refit(
         >>> done.report.refitted_distance < done.report.masked_distance
         True
     """
-    inputs = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
+    inputs = [arguments(batch) for batch in batches]
     _check(model, coupling, keep, inputs, ridge, teacher)
     masked, dense = copy.deepcopy(model), model if teacher is None else teacher
     mask_(masked, coupling, keep)
-    forward = coupling.example.forward
-    with evaluating(masked), evaluating(dense):
-        checked = _first(inputs)
-        expected = [forward(dense, *batch) for batch in checked]
-
-        def distance() -> float:
-            return _distance(expected, [forward(masked, *batch) for batch in checked])
-
-        before = distance()
+    refitted = copy.deepcopy(masked)
+    forward, before, after = coupling.example.forward, _Distance(), _Distance()
+    with evaluating(masked), evaluating(refitted), evaluating(dense):
         targets = DenseRun(dense, kept_rows(coupling, keep), samples)
-        targets.run(forward, inputs[0])
-        found = list(targets.places(gram_limit))
-        run = MaskedRun(masked, [place for place in found if isinstance(place, Place)], ridge)
+        expected = targets.run(forward, inputs[0])
+        found = targets.refittable(gram_limit)
+        run = MaskedRun(refitted, [layer for layer in found if isinstance(layer, Refittable)], ridge)
         for number, batch in enumerate(inputs):
             if number:
-                targets.run(forward, batch)
+                expected = targets.run(forward, batch)
+            before.add(expected, forward(masked, *batch))
             run.run(forward, batch, targets.targets)
             if progress is not None:
                 progress(number + 1, len(inputs))
-        after = distance()
-        if undone := not after <= before:
-            run.undo_()
+        for batch in inputs:
+            after.add(forward(dense, *batch), forward(refitted, *batch))
     report = RefitReport(
         refitted=run.results(),
-        skipped=tuple(place for place in found if isinstance(place, Left)),
+        skipped=tuple(layer for layer in found if isinstance(layer, SkippedLayer)),
         uncorrected=run.uncorrected(targets.broken),
-        masked_distance=before,
-        refitted_distance=after,
-        undone=undone,
+        masked_distance=before.value,
+        refitted_distance=after.value,
+        undone=not after.value <= before.value,
+        gram_bytes=sum(layer.form.gram_bytes for layer in found if isinstance(layer, Refittable)),
     )
-    return Refitted(masked, report)
+    return Refitted(masked if report.undone else refitted, report)
 
 
 def _check(
@@ -155,24 +152,23 @@ def _is_masked(model: nn.Module, tensors: Mapping[str, Tensor], coupling: Coupli
     return bool(removed) and not any(bool(rows.any()) for rows in removed)
 
 
-def _first(inputs: Sequence[Inputs]) -> list[Inputs]:
-    """Return as many batches as hold `_CHECKED` pictures, at least one."""
-    count = 0
-    chosen: list[Inputs] = []
-    for batch in inputs:
-        count += pictures(batch)
-        if chosen and count > _CHECKED:
-            break
-        chosen.append(batch)
-    return chosen
+class _Distance:
+    """How far outputs are from those expected over batches: the squared difference as a share of the square.
 
+    It is the mean of these shares over the output tensors.
+    """
 
-def _distance(expected: Sequence[object], outputs: Sequence[object]) -> float:
-    """Return the mean square of differences as a share of the mean square of what is expected."""
-    difference = square = 0.0
-    for ours, theirs in zip(tensors_in(list(expected)), tensors_in(list(outputs)), strict=True):
-        if ours.is_floating_point() and ours.numel():
-            scale = double(ours).square().mean().clamp(min=torch.finfo(torch.float64).tiny)
-            difference += float((double(ours) - double(theirs)).square().mean() / scale)
-            square += 1.0
-    return difference / max(square, 1.0)
+    def __init__(self) -> None:
+        self.sums: dict[int, Tensor] = {}  # of each output tensor: (2,), squared difference and square
+
+    def add(self, expected: object, outputs: object) -> None:
+        for number, (ours, theirs) in enumerate(zip(tensors_in(expected), tensors_in(outputs), strict=True)):
+            if ours.is_floating_point() and ours.numel():
+                wanted = double(ours)
+                pair = torch.stack([(wanted - double(theirs)).square().sum(), wanted.square().sum()])
+                self.sums[number] = self.sums.get(number, torch.zeros_like(pair)) + pair
+
+    @property
+    def value(self) -> float:
+        shares = [float(gap / square.clamp(min=torch.finfo(gap.dtype).tiny)) for gap, square in self.sums.values()]
+        return sum(shares) / max(len(shares), 1)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..layer_calls import LayerCall, LayerKind
+from ..slim.trial import double
 
 
 def sample(count: int, limit: int, seed: int, device: torch.device) -> Tensor:
@@ -53,8 +54,8 @@ def columns_at(call: LayerCall, output: torch.Size, positions: Tensor) -> Tensor
         index = index.clamp(0, given.shape[2 + dim] - 1)
         place = (place[:, :, None] * given.shape[2 + dim] + index[:, None]).flatten(1)  # (P, taps so far)
         inside = (inside[:, :, None] & valid[:, None]).flatten(1)
-    found = given.flatten(2)[(positions // size)[:, None], :, place]  # (P, taps, C)
-    found = torch.where(inside[:, :, None], double(found), 0.0)
+    found = double(given.flatten(2)[(positions // size)[:, None], :, place])  # (P, taps, C)
+    found = torch.where(inside[:, :, None].to(found.device), found, 0.0)
     return found.unflatten(2, (call.groups, -1)).permute(0, 2, 3, 1)
 
 
@@ -81,11 +82,6 @@ def _of(call: LayerCall, name: str, dim: int, default: int) -> int:
     if isinstance(value, int):
         return value
     return int(value[dim] if len(value) > 1 else value[0])
-
-
-def double(x: Tensor) -> Tensor:
-    """Return a tensor in float64, on the CPU where its device has none."""
-    return x.double() if x.device.type != 'mps' else x.cpu().double()
 
 
 def as_matrix(kind: LayerKind, groups: int, weight: Tensor) -> Tensor:

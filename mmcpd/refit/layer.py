@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..layer_calls import LayerCall, LayerKind, ParameterRows
-from .columns import as_matrix, as_weight, columns_at, double
+from ..slim.trial import double
+from .columns import as_matrix, as_weight, columns_at
 
 _ELEMENTS = 1 << 24  # of a matrix of columns that are in memory at once
 _ROUNDING = 1e-11  # of a mean square in float64 from which the square of a mean is taken
@@ -42,6 +44,24 @@ class Form:
         """The memory of the columns' products in float64, over all groups."""
         columns = int(self.columns.any(0).sum()) * (1 if self.alike else self.taps)
         return 8 * self.groups * columns**2
+
+
+def within(limit: int, forms: Sequence[Form]) -> dict[ParameterRows, Form]:
+    """Return the forms whose Gram matrices take at most `limit` bytes together.
+
+    A layer that cannot fit alone is left out. Of the others the largest convolutions change their taps alike, until all
+    fit; then the largest layers are left out.
+    """
+    cheapest = {form.rows: replace(form, alike=True) if form.taps > 1 else form for form in forms}
+    found = {form.rows: form for form in forms if cheapest[form.rows].gram_bytes <= limit}
+    while sum(form.gram_bytes for form in found.values()) > limit:
+        full = [form for form in found.values() if form.taps > 1 and not form.alike] or list(found.values())
+        rows = max(full, key=lambda form: form.gram_bytes).rows
+        if found[rows] is cheapest[rows]:
+            del found[rows]
+        else:
+            found[rows] = cheapest[rows]
+    return found
 
 
 class Moments:
@@ -122,9 +142,10 @@ class Layer:
     def __init__(self, form: Form, weight: Tensor, bias: Tensor | None, mean: Tensor | None, home_name: str) -> None:
         self.form, self.weight, self.bias, self.mean, self.home_name = form, weight, bias, mean, home_name
         self.solution: Solution | None = None
-        self._kept = form.columns.any(0).nonzero().flatten().to(weight.device)
-        self._start = as_matrix(form.kind, form.groups, double(weight))[:, self._kept]  # (groups, C, taps, O)
-        self._live = form.columns.to(weight.device)[:, self._kept].to(self._start.device)
+        whole = as_matrix(form.kind, form.groups, double(weight))
+        self._kept = form.columns.any(0).nonzero().flatten().to(whole.device)
+        self._start = whole[:, self._kept]  # (groups, C, taps, O)
+        self._live = form.columns.to(whole.device)[:, self._kept]
         self._partly = not bool(self._live.all())  # some groups lost columns that others keep
         self._weight = weight.clone()
         self._home = None if self.home is None else double(self.home).clone()
@@ -182,15 +203,9 @@ class Layer:
         found = solve(moments, live, ridge, self.home is not None)
         change = found.weight.unflatten(1, (columns, -1)).expand(-1, -1, taps, -1)
         matrix = as_matrix(form.kind, groups, double(self._weight))
-        matrix = matrix.index_add(1, self._kept.to(change.device), change)
+        matrix = matrix.index_add(1, self._kept, change)
         self.weight.copy_(as_weight(form.kind, matrix, self.weight.shape))
         if self.home is not None and self._home is not None:
             sign = 1 if self.mean is None else -1
             self.home.copy_(self._home + sign * found.intercept.flatten())
         self.solution = found
-
-    def undo_(self) -> None:
-        """Write the old weight and intercept back."""
-        self.weight.copy_(self._weight)
-        if self.home is not None and self._home is not None:
-            self.home.copy_(self._home)

@@ -12,8 +12,8 @@ from ..layer_calls import LayerCall, LayerCalls, ParameterRows
 from ..slim.mask import named_tensors
 from .columns import outputs_at
 from .layer import Layer
-from .report import Left, RefittedLayer
-from .targets import Place, Target
+from .report import RefittedLayer, SkippedLayer
+from .targets import Refittable, Target
 from .trails import SMALL_GAIN, CallKey, Trail, Trails
 
 
@@ -28,7 +28,7 @@ class _Pending:
 class MaskedRun:
     """Run the masked model, and refit each layer with all that is known before its output is used."""
 
-    def __init__(self, model: nn.Module, places: Iterable[Place], ridge: float) -> None:
+    def __init__(self, model: nn.Module, refittable: Iterable[Refittable], ridge: float) -> None:
         self.model, self.ridge = model, ridge
         tensors = named_tensors(model)
 
@@ -36,11 +36,11 @@ class MaskedRun:
             return None if rows is None else tensors[rows.tensor].detach()[rows.start : rows.stop]
 
         self.layers: dict[ParameterRows, Layer] = {}
-        for place in places:
-            rows, mean = place.form.rows, tensors.get(place.mean or '')
+        for found in refittable:
+            rows, mean = found.form.rows, tensors.get(found.mean or '')
             weight = tensors[rows.tensor].detach()[rows.start : rows.stop]
-            name = place.bias.tensor if place.bias else place.mean or ''
-            self.layers[rows] = Layer(place.form, weight, part(place.bias), mean, name)
+            name = found.bias.tensor if found.bias else found.mean or ''
+            self.layers[rows] = Layer(found.form, weight, part(found.bias), mean, name)
         self.corrected: set[ParameterRows] = set()
         self.missed: set[ParameterRows] = set()  # ended in a sum in the dense model only
         self._targets: Mapping[CallKey, Target] = {}
@@ -74,19 +74,14 @@ class MaskedRun:
             if layer.solution is not None
         )
 
-    def uncorrected(self, broken: Mapping[ParameterRows, str]) -> tuple[Left, ...]:
+    def uncorrected(self, broken: Mapping[ParameterRows, str]) -> tuple[SkippedLayer, ...]:
         """Return the layers whose output ends in a sum that did not correct their target, given the reasons."""
         reasons = {**dict.fromkeys(self.missed, 'the masked model runs another way to the sum'), **broken}
         return tuple(
-            Left(self.layers[rows].form.name, reason)
+            SkippedLayer(self.layers[rows].form.name, reason)
             for rows, reason in reasons.items()
             if rows in self.layers and rows not in self.corrected
         )
-
-    def undo_(self) -> None:
-        """Write all old weights back."""
-        for layer in self.layers.values():
-            layer.undo_()
 
     def _on_call(self, call: LayerCall) -> Tensor:
         key = CallKey(call.rows, call.number) if call.rows in self.layers else None

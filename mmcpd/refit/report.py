@@ -20,7 +20,7 @@ class RefittedLayer:
 
 
 @dataclass(frozen=True)
-class Left:
+class SkippedLayer:
     """A layer that was left alone, or whose target was not corrected, and why."""
 
     tensor: str
@@ -35,18 +35,20 @@ class RefitReport:
         refitted: the layers in the order in which they run.
         skipped: weights that lost rows or columns and were left alone.
         uncorrected: layers whose output ends in a sum, and whose target could not be corrected.
-        masked_distance: how far the outputs of the masked model are from the dense one's: the mean square of the
-            difference, as a share of the mean square.
+        masked_distance: how far the outputs of the masked model are from the dense one's on all batches: the mean
+            square of the difference, as a share of the mean square.
         refitted_distance: the same after the refit.
         undone: the refit had made the distance larger, and was taken back.
+        gram_bytes: what the Gram matrices of all layers took.
     """
 
     refitted: tuple[RefittedLayer, ...]
-    skipped: tuple[Left, ...]
-    uncorrected: tuple[Left, ...]
+    skipped: tuple[SkippedLayer, ...]
+    uncorrected: tuple[SkippedLayer, ...]
     masked_distance: float
     refitted_distance: float
     undone: bool
+    gram_bytes: int
 
     @property
     def corrected(self) -> tuple[str, ...]:
@@ -61,6 +63,8 @@ class RefitReport:
             rows.append((layer.tensor, f'{layer.before:.3g}', f'{layer.after:.3g}', *flags))
         end = ', so the refit was undone' if self.undone else ''
         head = f'outputs differ from the dense ones by {self.masked_distance:.3g} masked, '
-        lines = [head + f'{self.refitted_distance:.3g} refitted{end}', '', *aligned(rows)]
-        lines += [f'left alone: {left.tensor}: {left.reason}' for left in self.skipped]
-        return '\n'.join(lines + [f'sum not corrected: {left.tensor}: {left.reason}' for left in self.uncorrected])
+        memory = f'; Gram matrices took {self.gram_bytes / 2**20:,.1f} MiB'
+        lines = [head + f'{self.refitted_distance:.3g} refitted{end}{memory}', '', *aligned(rows)]
+        lines += [f'left alone: {layer.tensor}: {layer.reason}' for layer in self.skipped]
+        lines += [f'sum not corrected: {layer.tensor}: {layer.reason}' for layer in self.uncorrected]
+        return '\n'.join(lines)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from ..layer_calls import LayerCall, LayerCalls, LayerKind, ParameterRows
+from ..layer_calls import LayerCall, LayerCalls, LayerKind, ParameterRows, storage
 from ..slim.compare import tensors_in
 from .columns import flat, outputs_at, sample
-from .layer import Form
-from .report import Left
-from .trails import CallKey, Origin, Trail, Trails, storage
+from .layer import Form, within
+from .report import SkippedLayer
+from .trails import CallKey, Origin, Trail, Trails
 
-Lost = Mapping[str, Mapping[int, Tensor]]  # kept rows by tensor and dimension, only where some are removed
+KeptRows = Mapping[str, Mapping[int, Tensor]]  # kept rows by tensor and dimension, only where some are removed
 
 
 @dataclass(eq=False)
@@ -32,7 +32,7 @@ class Target:
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
+class Refittable:
     """A layer that can be refitted, and the tensor that takes up its intercept."""
 
     form: Form
@@ -58,12 +58,12 @@ class DenseRun:
 
     Args:
         model: the dense model.
-        lost: the rows that are kept in the masked model.
+        kept: the rows that are kept in the masked model, where some are removed.
         samples: positions per picture.
     """
 
-    def __init__(self, model: nn.Module, lost: Lost, samples: int) -> None:
-        self.model, self.lost, self.samples = model, lost, samples
+    def __init__(self, model: nn.Module, kept: KeptRows, samples: int) -> None:
+        self.model, self.kept, self.samples = model, kept, samples
         self._parameters = dict(model.named_parameters())
         self.targets: dict[CallKey, Target] = {}
         self.broken: dict[ParameterRows, str] = {}  # why the sum behind a layer is no use
@@ -73,17 +73,19 @@ class DenseRun:
         self._limit = 1
         self._lossy = False  # whether a layer that lost something has run in this forward
 
-    def run(self, forward: Callable[..., object], batch: tuple[object, ...]) -> None:
-        """Run one batch."""
-        self._limit, self.targets, self._seen = self.samples * pictures(batch), {}, {}
+    def run(self, forward: Callable[..., object], batch: tuple[object, ...]) -> object:
+        """Run one batch and return the outputs."""
+        self._limit, self.targets, self._seen = self.samples * count_pictures(batch), {}, {}
         self._trails.norms.clear()
         self._calls.restart()
         self._lossy = False
         with self._trails, self._calls:
-            self._trails.close(forward(self.model, *batch))
+            outputs = forward(self.model, *batch)
+            self._trails.close(outputs)
         whole = {key.rows for key, target in self.targets.items() if target.total is None and not self._loses(key.rows)}
         self.targets = {key: target for key, target in self.targets.items() if key.rows not in whole}
         self._seen = {rows: seen for rows, seen in self._seen.items() if rows not in whole}
+        return outputs
 
     def _on_call(self, call: LayerCall) -> Tensor:
         output, rows = call.run(), call.rows
@@ -106,8 +108,8 @@ class DenseRun:
         return output
 
     def _loses(self, rows: ParameterRows) -> bool:
-        lost = self.lost.get(rows.tensor, {})
-        return any(not bool((kept[rows.start : rows.stop] if dim == 0 else kept).all()) for dim, kept in lost.items())
+        dims = self.kept.get(rows.tensor, {})
+        return any(not bool((kept[rows.start : rows.stop] if dim == 0 else kept).all()) for dim, kept in dims.items())
 
     def _on_sum(self, trail: Trail, operand: Tensor, stream: Tensor) -> None:
         key = trail.origin.key
@@ -117,28 +119,39 @@ class DenseRun:
     def _on_break(self, trail: Trail, reason: str) -> None:
         self.broken[trail.origin.key.rows] = reason
 
-    def places(self, gram_limit: int) -> Iterator[Place | Left]:
+    def refittable(self, gram_limit: int) -> list[Refittable | SkippedLayer]:
         """Return each layer that lost rows or columns, in the order in which they ran, and what is left alone."""
+        obstacles = {rows: self._obstacle(rows, seen) for rows, seen in self._seen.items()}
+        forms = {rows: self._form(rows, seen) for rows, seen in self._seen.items()}
+        fitting = within(gram_limit, [forms[rows] for rows, reason in obstacles.items() if reason is None])
+        found: list[Refittable | SkippedLayer] = []
         for rows, seen in self._seen.items():
-            form = self._form(rows, seen)
-            reason = self._obstacle(rows, seen)
-            if reason is None and form.gram_bytes > gram_limit:
-                form = replace(form, alike=True)
-                if form.gram_bytes > gram_limit:
-                    reason = f'its Gram matrix takes {form.gram_bytes:,} bytes, more than gram_limit={gram_limit:,}'
-            bias, mean = self._bias(rows, seen), self._mean(seen)
-            yield Left(form.name, reason) if reason else Place(form, bias, None if bias else mean)
+            form, reason = fitting.get(rows), obstacles[rows]
+            if form is not None:
+                bias, mean = self._bias(rows, seen), self._mean(seen)
+                found.append(Refittable(form, bias, None if bias else mean))
+            else:
+                size = forms[rows].gram_bytes
+                large = (
+                    f'its Gram matrix of {size:,} bytes does not fit beside the others: raise gram_limit={gram_limit:,}'
+                )
+                found.append(SkippedLayer(forms[rows].name, reason or large))
+        return found + self._unread()
+
+    def _unread(self) -> list[SkippedLayer]:
+        """Return the weights that lost something and are read by no layer."""
+        found = []
         called = {rows.tensor for rows in self._seen}
-        for name in self.lost:
+        for name in self.kept:
             if name not in called and name in self._parameters and self._parameters[name].dim() > 1:
                 reader = self._trails.readers.get(storage(self._parameters[name]))
-                yield Left(
-                    name, f'read by {reader}, which is no layer' if reader else 'no layer reads it in this forward'
-                )
+                reason = f'read by {reader}, which is no layer' if reader else 'no layer reads it in this forward'
+                found.append(SkippedLayer(name, reason))
+        return found
 
     def _form(self, rows: ParameterRows, seen: _Seen) -> Form:
         first, second = (
-            self.lost.get(rows.tensor, {}).get(dim, torch.ones(size, dtype=torch.bool))
+            self.kept.get(rows.tensor, {}).get(dim, torch.ones(size, dtype=torch.bool))
             for dim, size in enumerate(self._parameters[rows.tensor].shape[:2])
         )
         groups, first = max(seen.groups), first[rows.start : rows.stop]
@@ -174,7 +187,7 @@ class DenseRun:
         return next((name for name, buffer in self.model.named_buffers() if storage(buffer) == mean), None)
 
 
-def pictures(batch: tuple[object, ...]) -> int:
+def count_pictures(batch: tuple[object, ...]) -> int:
     """Return how many pictures a batch holds."""
     return next((len(x) for x in tensors_in(batch) if x.dim()), 1)
 

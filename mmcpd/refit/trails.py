@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..layer_calls import FUNCTIONS, ParameterRows
+from ..layer_calls import FUNCTIONS, ParameterRows, storage
 from ..slim.compare import tensors_in
 
 # Names of functions, those of operators and properties of a tensor included. A move takes one tensor and keeps each
@@ -266,8 +266,3 @@ def _name(func: Any) -> str:
     """Return the name of a function, or of a property that is read."""
     name = getattr(func, '__name__', '')
     return getattr(getattr(func, '__self__', None), '__name__', name) if name == '__get__' else name
-
-
-def storage(tensor: Tensor) -> int:
-    """Return what two tensors have in common that share memory."""
-    return tensor.untyped_storage().data_ptr()

@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor, nn
 
-from ..coupling import Example
+from ..coupling import Example, arguments
 from .heads import Head, plan, rotated
-from .ledger import Lost
 from .observe import observe
-from .report import HeadKind, LeftAlone, Rotated, Rotations
+from .report import HeadKind, Rotated, Rotations, SkippedHeads
 from .trial import faults_of, write_
 
 
@@ -49,7 +48,7 @@ def rotate_(
         >>> torch.allclose(encoder(tokens), before, atol=1e-5)
         True
     """
-    example = Example(inputs if isinstance(inputs, tuple) else (inputs,), forward or operator.call)
+    example = Example(arguments(inputs), forward or operator.call)
     found = plan(observe(model, example))
     tensors = dict(model.named_parameters())
     for name in sorted({name for head in found.heads for name in head.names}):
@@ -58,8 +57,9 @@ def rotate_(
     faults = {(f.attention, f.kind): f.reason for f in faults_of(model, example, found.heads)} if found.heads else {}
     heads = [head for head in found.heads if (head.attention, head.kind) not in faults]
     write_(tensors, rotated(tensors, heads))
-    failed = [Lost(h.attention, h.kind, 1, why) for h in found.heads if (why := faults.get((h.attention, h.kind)))]
-    return Rotations(_rotated(heads), _left_alone((*found.lost, *failed)))
+    wrong = ((head, faults.get((head.attention, head.kind))) for head in found.heads)
+    failed = [SkippedHeads(head.attention, head.kind, 1, why) for head, why in wrong if why]
+    return Rotations(_rotated(heads), _added((*found.skipped, *failed)))
 
 
 def _rotated(heads: Sequence[Head]) -> tuple[Rotated, ...]:
@@ -74,9 +74,10 @@ def _rotated(heads: Sequence[Head]) -> tuple[Rotated, ...]:
     )
 
 
-def _left_alone(lost: Iterable[Lost]) -> tuple[LeftAlone, ...]:
+def _added(parts: Iterable[SkippedHeads]) -> tuple[SkippedHeads, ...]:
+    """Return one entry for all heads that were skipped for one reason."""
     counts: dict[tuple[str, HeadKind, str], int] = {}
-    for part in lost:
+    for part in parts:
         key = part.attention, part.kind, part.reason
         counts[key] = counts.get(key, 0) + part.heads
-    return tuple(LeftAlone(where, kind, heads, reason) for (where, kind, reason), heads in counts.items())
+    return tuple(SkippedHeads(where, kind, heads, reason) for (where, kind, reason), heads in counts.items())

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .ledger import FREE, ZERO, Ledger, Lost, Position, Space
-from .report import HeadKind
+from ..slim.trial import double
+from .ledger import FREE, ZERO, Ledger, Position, Space
+from .report import HeadKind, SkippedHeads
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,25 +57,25 @@ class Plan:
     """Heads to rotate, and those that are left alone."""
 
     heads: tuple[Head, ...]
-    lost: tuple[Lost, ...]
+    skipped: tuple[SkippedHeads, ...]
 
 
 def plan(ledger: Ledger) -> Plan:
     """Choose the heads whose rows have no other reader."""
     heads: list[Head] = []
-    lost = list(ledger.lost)
+    skipped = list(ledger.skipped)
     taken: set[int] = set()
     for space in ledger.spaces:
         partner = ledger.partner[space.rows]
         reason = _obstacle(ledger, space, partner)
         if reason:
-            lost.append(Lost(space.attention, space.kind, 1, reason))
+            skipped.append(SkippedHeads(space.attention, space.kind, 1, reason))
         elif taken.isdisjoint(space.rows.tolist()):
             taken.update(space.rows.tolist(), partner.tolist())
             own, other = _side(ledger, space.rows), _side(ledger, partner)
             sides = (own, other) if space.kind is HeadKind.QUERY_KEY else (other, own)
             heads.append(Head(space.attention, space.kind, *sides))
-    return Plan(tuple(heads), tuple(lost))
+    return Plan(tuple(heads), tuple(skipped))
 
 
 def _obstacle(ledger: Ledger, space: Space, partner: np.ndarray) -> str:
@@ -135,7 +136,7 @@ def rotated(tensors: Mapping[str, Tensor], heads: Iterable[Head]) -> dict[str, T
     """Return the new values, in float64, of the parameters that these heads write."""
     heads = tuple(heads)
     names = {name for head in heads for name in head.names}
-    values = {name: tensors[name].detach().to(torch.float64, copy=True) for name in names}
+    values = {name: double(tensors[name].detach()).clone() for name in names}
     for head in heads:
         left, right = balanced(head.left.matrix(values), head.right.matrix(values))
         head.left.write_(values, left)

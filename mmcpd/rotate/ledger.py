@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .report import HeadKind
+from .report import HeadKind, SkippedHeads
 
 ZERO, UNKNOWN = 0, -1  # a position that is zero whatever the rows are; one that no row makes
 FREE = -1  # in a table: nothing yet
@@ -52,22 +52,12 @@ class Space:
     attention: str
 
 
-@dataclass(frozen=True)
-class Lost:
-    """A product of which one operand does not turn as rows do."""
-
-    attention: str
-    kind: HeadKind
-    heads: int
-    reason: str
-
-
 class Ledger:
     """Number the rows and columns of a model, and keep what a run says about them."""
 
     def __init__(self, model: nn.Module) -> None:
         self.spaces: list[Space] = []
-        self.lost: dict[Lost, None] = {}  # in the order in which they were met
+        self.skipped: dict[SkippedHeads, None] = {}  # in the order in which they were met
         self.names: list[str] = []
         self.starts: dict[str, int] = {}
         self.sizes: dict[str, tuple[int, int]] = {}  # rows, columns

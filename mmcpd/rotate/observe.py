@@ -12,8 +12,8 @@ from ..coupling import Example
 from ..layer_calls import LayerCall, LayerCalls, LayerKind
 from ..slim.compare import evaluating, tensors_in
 from .follow import Follow, tensors_of
-from .ledger import Ledger, Lost, Rows, along, numbers_in
-from .report import HeadKind
+from .ledger import Ledger, Rows, along, numbers_in
+from .report import HeadKind, SkippedHeads
 
 PRODUCTS = {'bmm': 0, 'mm': 0, 'baddbmm': 1, 'addmm': 1}  # and the number of their left operand
 ATTENTION = '_scaled_dot_product'  # all kernels: (query, key, value, ...), out first
@@ -105,7 +105,7 @@ class _Watch(Follow):
             if rows.numbers is not None and not rows.lost:
                 self.ledger.spoil(numbers_in(rows.numbers), reason)
         count = max((len(np.unique(h, axis=0)) for h in heads if h is not None), default=1)
-        self.ledger.lost[Lost(self.path(), kind, count, reason)] = None
+        self.ledger.skipped[SkippedHeads(self.path(), kind, count, reason)] = None
 
     # -- layers ------------------------------------------------------------------------------------------------------
     def layer(self, call: LayerCall) -> Tensor:

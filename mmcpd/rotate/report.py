@@ -34,7 +34,7 @@ class Rotated:
 
 
 @dataclass(frozen=True)
-class LeftAlone:
+class SkippedHeads:
     """Heads of one attention that keep their basis, and why; one head where their number is not known."""
 
     attention: str
@@ -48,7 +48,7 @@ class Rotations:
     """What `rotate_` did to a model; `str` says it in a few lines."""
 
     rotated: tuple[Rotated, ...]
-    skipped: tuple[LeftAlone, ...]
+    skipped: tuple[SkippedHeads, ...]
 
     @property
     def heads(self) -> int:
@@ -81,7 +81,7 @@ def _count(number: int, noun: str) -> str:
     return f'{number} {noun}{"" if number == 1 else "s"}'
 
 
-def _heads(parts: Iterable[Rotated | LeftAlone]) -> int:
+def _heads(parts: Iterable[Rotated | SkippedHeads]) -> int:
     by_kind: dict[str, dict[HeadKind, int]] = {}
     for part in parts:
         counts = by_kind.setdefault(part.attention, {})

@@ -6,7 +6,6 @@ almost zero no mistake would show.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from ..coupling import Example
 from ..errors import SlimError
 from ..slim.compare import difference, evaluating, tensors_in
+from ..slim.trial import in_double, is_finite, randomised
 from .heads import Head, rotated
 from .report import HeadKind
 
@@ -34,10 +34,10 @@ class Fault:
 def faults_of(model: nn.Module, example: Example, heads: Sequence[Head]) -> list[Fault]:
     """Return the attentions that may not be rotated, found by bisection; the model is not touched."""
     faults: list[Fault] = []
-    twin, tried = _in_double(model, example)
+    twin, tried = in_double(model, example)
     for randomise in (False, True):
         if randomise:
-            _randomise_(twin)
+            twin = randomised(twin)
         out = _run(twin, tried)
         if not is_finite(out):
             break
@@ -86,33 +86,3 @@ def write_(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
 def _run(model: nn.Module, example: Example) -> object:
     with evaluating(model):
         return example.run(model)
-
-
-def is_finite(out: object) -> bool:
-    """Say whether an output has a number everywhere."""
-    return all(bool(torch.isfinite(t).all()) for t in tensors_in(out) if t.is_floating_point())
-
-
-def _in_double(model: nn.Module, example: Example) -> tuple[nn.Module, Example]:
-    """Return copies in float64, or as they are where the forward does not run in it."""
-    inputs = tuple(
-        i.double() if isinstance(i, Tensor) and i.is_floating_point() else copy.deepcopy(i) for i in example.inputs
-    )
-    double, tried = copy.deepcopy(model).double(), Example(inputs, example.forward)
-    try:
-        if is_finite(_run(double, tried)):
-            return double, tried
-    except (RuntimeError, TypeError, ValueError):
-        pass
-    return copy.deepcopy(model), example
-
-
-@torch.no_grad()
-def _randomise_(model: nn.Module) -> None:
-    """Draw weights that all matter: unit variance over what is summed, scales and biases about one."""
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.is_floating_point() and parameter.numel():
-            values = torch.rand(parameter.shape, generator=generator)
-            spread = (12 / parameter[0].numel()) ** 0.5 if parameter.dim() > 1 else 1.0
-            parameter.copy_((values - 0.5) * spread if parameter.dim() > 1 else values + 0.5)

@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..coupling import Coupling, Example, Keep
 from ..errors import CombError, SlimError
@@ -59,6 +59,8 @@ def _fault(model: nn.Module, coupling: Coupling, among: list[str]) -> str | None
             compare(model, coupling, random_keep(coupling, share, seed, among=set(among), awkward=True))
             for share, seed in KEEPS
         )
+    except torch.cuda.OutOfMemoryError:
+        raise
     except _FAILURES as error:
         text = (str(error).strip().splitlines() or [''])[0][:160]
         return f'a trial failed: {text if isinstance(error, SlimError) else f"{type(error).__name__}: {text}"}'
@@ -69,34 +71,67 @@ def _fault(model: nn.Module, coupling: Coupling, among: list[str]) -> str | None
 
 
 @torch.no_grad()
-def _randomised(model: nn.Module, coupling: Coupling) -> nn.Module:
-    """Return a copy in which every weight matters: unit variance over what is summed, scales and biases about one."""
+def randomised(model: nn.Module) -> nn.Module:
+    """Return a copy in which every weight matters: unit variance over what is summed, scales and biases about one.
+
+    Example:
+        >>> twin = randomised(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+        >>> bool((twin[0].weight == twin[1].weight).any()), bool((twin[0].bias >= 0.5).all())
+        (False, True)
+    """
     twin = copy.deepcopy(model)
     noise = torch.rand(NOISE, generator=torch.Generator().manual_seed(0))
-    for name, tensor in named_tensors(twin).items():
-        if coupling.tensors[name].is_parameter and tensor.is_floating_point() and tensor.numel():
-            values = noise.repeat(-(-tensor.numel() // NOISE))[: tensor.numel()].reshape(tensor.shape)
-            tensor.copy_((values - 0.5) * (12 / tensor[0].numel()) ** 0.5 if tensor.dim() > 1 else values + 0.5)
+    begin = 0
+    for parameter in twin.parameters():
+        if parameter.is_floating_point() and parameter.numel():
+            end = begin + parameter.numel()
+            values = noise.expand(-(-end // NOISE), -1).reshape(-1)[begin:end].reshape(parameter.shape)
+            spread = (12 / parameter[0].numel()) ** 0.5 if parameter.dim() > 1 else 1.0
+            parameter.copy_((values - 0.5) * spread if parameter.dim() > 1 else values + 0.5)
+            begin = end % NOISE
     return twin
 
 
-def _is_finite(model: nn.Module, coupling: Coupling) -> bool:
-    """Say whether the dense model runs on the example input, with a number everywhere in its output."""
+def is_finite(out: object) -> bool:
+    """Say whether an output has a number everywhere."""
+    return all(bool(torch.isfinite(t).all()) for t in tensors_in(out) if t.is_floating_point())
+
+
+def _runs(model: nn.Module, example: Example) -> bool:
+    """Say whether a model runs on the example, with a number everywhere in its output."""
     try:
         with evaluating(model):
-            out = tensors_in(coupling.example.run(model))
+            return is_finite(example.run(model))
     except _FAILURES:
         return False
-    return all(bool(torch.isfinite(t).all()) for t in out if t.is_floating_point())
 
 
-def _in_double(model: nn.Module, coupling: Coupling) -> tuple[nn.Module, Coupling]:
-    """Return both in float64, or as they are where the forward does not run in it."""
-    double = copy.deepcopy(model).double()
-    inputs = coupling.example.inputs
-    inputs = tuple(i.double() if isinstance(i, torch.Tensor) and i.is_floating_point() else i for i in inputs)
-    found = replace(coupling, example=Example(inputs, coupling.example.forward))
-    return (double, found) if _is_finite(double, found) else (model, coupling)
+def double(tensor: Tensor) -> Tensor:
+    """Return a tensor in float64, on the CPU where its device has none."""
+    return tensor.double() if tensor.device.type != 'mps' else tensor.cpu().double()
+
+
+def in_double(model: nn.Module, example: Example) -> tuple[nn.Module, Example]:
+    """Return copies in float64, on the CPU where the device has none, or as they are where they do not run in it."""
+    on_cpu = any(tensor.device.type == 'mps' for tensor in named_tensors(model).values())
+
+    def wide(value: object) -> object:
+        if not isinstance(value, Tensor):
+            return copy.deepcopy(value)
+        value = value.cpu() if on_cpu else value
+        return value.double() if value.is_floating_point() else value.clone()
+
+    try:
+        twin = copy.deepcopy(model)
+        twin, tried = (
+            (twin.cpu() if on_cpu else twin).double(),
+            Example(tuple(map(wide, example.inputs)), example.forward),
+        )
+        if _runs(twin, tried):
+            return twin, tried
+    except _FAILURES:
+        pass
+    return copy.deepcopy(model), example
 
 
 def faults_of(model: nn.Module, coupling: Coupling) -> dict[str, str]:
@@ -108,17 +143,20 @@ def faults_of(model: nn.Module, coupling: Coupling) -> dict[str, str]:
     names = [g.name for g in coupling.groups]
     if not names:
         return {}
-    twin, tried = _randomised(model, coupling), coupling
+    twin, tried = randomised(model), coupling
     why = _fault(twin, tried, names)
     if why is None:
         return {}
-    if not _is_finite(twin, coupling):
+    if not _runs(twin, coupling.example):
         twin = model
-    twin, tried = _in_double(twin, coupling)  # where a choice (a nearest neighbour) depends on the last bit of float32
+    twin, example = in_double(
+        twin, coupling.example
+    )  # where a choice (a nearest neighbour) depends on the last bit of float32
+    tried = replace(coupling, example=example)
     why = _fault(twin, tried, names)
     if why is None:
         return {}
-    if not _is_finite(model, coupling):
+    if not _runs(model, coupling.example):
         raise CombError('the output on the example input is not finite; give an input, or weights, for which it is')
     good: list[str] = []
     faults: dict[str, str] = {}

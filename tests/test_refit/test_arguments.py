@@ -7,7 +7,7 @@ from torch import nn
 
 from mmcpd.refit import refit
 from tests.helpers import call, gap, masked
-from tests.test_refit.test_refit import IMAGES, Block, combed
+from tests.test_refit.nets import IMAGES, Block, combed
 
 
 def test_arguments_that_cannot_be_used_are_refused():

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mmcpd.comb import comb
-from mmcpd.rotate import HeadKind, LeftAlone, Rotated, Rotations, api, heads, rotate_
+from mmcpd.rotate import HeadKind, Rotated, Rotations, SkippedHeads, api, heads, rotate_
 from mmcpd.rotate.heads import balanced, plan
 from mmcpd.rotate.observe import observe
 from mmcpd.slim.compare import compare, difference
@@ -203,7 +203,7 @@ def test_the_report_says_what_was_rotated_and_why_the_rest_was_not():
 
 
 def test_one_line_of_the_report_stands_for_many_attentions():
-    same = [LeftAlone(f'layers.{n}', HeadKind.QUERY_KEY, 4, f'a norm in layers.{n}.norm') for n in range(3)]
+    same = [SkippedHeads(f'layers.{n}', HeadKind.QUERY_KEY, 4, f'a norm in layers.{n}.norm') for n in range(3)]
     done = Rotations((), tuple(same))
     assert str(done).splitlines() == [
         'rotated 0 heads of 0 attentions',
