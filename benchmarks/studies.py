@@ -131,6 +131,8 @@ def config_of(case: Case, scale: Scale, out: Path) -> Config:
     """Return the shipped config of a case, at the study's scale."""
     file = 'seaformer_prune.py' if case.kind in (*DENSE, 'none') else f'seaformer_prune_{case.kind.lower()}.py'
     cfg = Config.fromfile(CONFIGS / file)
+    if case.kind == 'KD':
+        cfg.model.losses[0].tau = 1.0  # as all tables in docs/distillation.md have it
     plain_(cfg.model.student, DENSE.get(case.kind, 1), scale.size)
     for loader, length in ((cfg.train_dataloader, scale.scenes), (cfg.val_dataloader, scale.val_scenes)):
         loader.batch_size = scale.batch
