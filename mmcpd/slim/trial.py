@@ -122,11 +122,8 @@ def in_double(model: nn.Module, example: Example) -> tuple[nn.Module, Example]:
         return value.double() if value.is_floating_point() else value.clone()
 
     try:
-        twin = copy.deepcopy(model)
-        twin, tried = (
-            (twin.cpu() if on_cpu else twin).double(),
-            Example(tuple(map(wide, example.inputs)), example.forward),
-        )
+        twin, tried = copy.deepcopy(model), Example(tuple(map(wide, example.inputs)), example.forward)
+        twin = (twin.cpu() if on_cpu else twin).double()
         if _runs(twin, tried):
             return twin, tried
     except _FAILURES:
@@ -149,9 +146,8 @@ def faults_of(model: nn.Module, coupling: Coupling) -> dict[str, str]:
         return {}
     if not _runs(twin, coupling.example):
         twin = model
-    twin, example = in_double(
-        twin, coupling.example
-    )  # where a choice (a nearest neighbour) depends on the last bit of float32
+    # In float64, where a choice (a nearest neighbour) depends on the last bit of float32.
+    twin, example = in_double(twin, coupling.example)
     tried = replace(coupling, example=example)
     why = _fault(twin, tried, names)
     if why is None:
