@@ -90,12 +90,12 @@ def test_examples_of_a_module(name, tmp_path, monkeypatch):
 # What a function returns is shown where that function is.
 RESULTS = (
     'Absorbed',
-    'Left',
+    'SkippedLayer',
     'RefitReport',
     'Refitted',
     'RefittedLayer',
     'HeadKind',
-    'LeftAlone',
+    'SkippedHeads',
     'Rotated',
     'Rotations',
 )

@@ -197,7 +197,7 @@ def test_a_run_that_prunes_at_once(runner_of, tmp_path, begin):  # noqa: F811
     assert compare(masked, hook.pruner.coupling, hook.pruner.keep, wrong) > 1e-3, 'the control'
     log = next(work.glob('*/*.log')).read_text()
     for text in (
-        f'iteration {begin} of 12, all at once, refitted on 32 training pictures, by GaussNewton / memory',
+        f'iteration {begin} of 12, all at once, refitted on 32 training pictures, by GaussNewton / macs',
         'chosen at once: ',
         *(['no task loss, no labels'] if begin == 0 else []),
     ):

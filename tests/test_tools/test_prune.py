@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -226,7 +227,10 @@ def test_an_interruption_leaves_nothing(tiny, dense, tmp_path):
         if line.startswith('refit'):
             break
     time.sleep(2)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    for _ in range(5):  # one may meet code that ignores every exception, as a destructor does
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            _, err = process.communicate(timeout=30)
+            break
     assert process.returncode == 130 and 'interrupted' in err
     assert not (tmp_path / 'work_dirs').exists()
