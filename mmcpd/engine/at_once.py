@@ -19,7 +19,6 @@ from mmcpd.prune import IMPORTANCES, Schedule, check_importance, check_reachable
 from mmcpd.prune.schedule import is_count
 from mmcpd.refit import RefitReport, absorb_
 from mmcpd.refit import refit as refit_
-from mmcpd.rotate import Rotations, rotate_
 from mmcpd.slim import mask_
 
 # Losses that take a softmax over all classes, by class name: mmpretrain's, mmseg's and torch's.
@@ -36,7 +35,7 @@ class PrunedAtOnce:
         keep: the kept units.
         scores: raw, (units,) per group.
         left: what remains of each quantity, as a share of the dense model's.
-        rotations, refitted: what was rotated and what was refitted, None where it was not wanted.
+        refitted: what was refitted, None where it was not wanted.
         seconds: of each stage, by its name.
     """
 
@@ -44,14 +43,13 @@ class PrunedAtOnce:
     keep: Keep
     scores: Mapping[str, Tensor]
     left: Mapping[str, float]
-    rotations: Rotations | None
     refitted: RefitReport | None
     seconds: Mapping[str, float]
 
     def __str__(self) -> str:
         left = ', '.join(f'{share:.1%} of the {quantity}' for quantity, share in self.left.items())
         times = ', '.join(f'{stage} {seconds:.1f} s' for stage, seconds in self.seconds.items())
-        lines = [f'chosen at once: {left} remain', *([str(self.rotations)] if self.rotations else [])]
+        lines = [f'chosen at once: {left} remain']
         if self.refitted is not None:
             number, alone = len(self.refitted.refitted), len(self.refitted.skipped)
             head = str(self.refitted).partition('\n')[0]
@@ -70,7 +68,6 @@ def prune_at_once(
     normalize_by: str = 'macs',
     min_units: int = 1,
     round_to: int = 8,
-    rotate: bool = False,
     refit: bool = True,
     absorb: bool = True,
     seed: int = 0,
@@ -91,7 +88,6 @@ def prune_at_once(
         normalize_by: what the score is divided by, a name in `mmcpd.prune.NORMALIZERS`.
         min_units: units that each group keeps.
         round_to: groups of at least 64 units keep a multiple of it.
-        rotate: sort the dimensions inside attention heads first.
         refit: fit the weights that stay to the dense model's outputs.
         absorb: write batch norm's statistics anew after that, for a training that follows.
         seed: of the score's random numbers.
@@ -117,11 +113,8 @@ def prune_at_once(
         return None if progress is None else lambda done, total: progress(stage, done, total)
 
     model = copy.deepcopy(model)
-    rotations = report = None
+    report = None
     with seeded(seed):
-        if rotate:
-            with _timed('rotate', seconds):
-                rotations = rotate_(model, coupling.example.inputs, forward=coupling.example.forward)
         if scores is None:
             with _timed('score', seconds):
                 spec = with_softmax(importance, model)
@@ -137,7 +130,7 @@ def prune_at_once(
                     absorb_(model, batches, forward=coupling.example.forward)
         else:
             mask_(model, coupling, keep)
-    return PrunedAtOnce(model, keep, scores, shares(coupling, keep), rotations, report, seconds)
+    return PrunedAtOnce(model, keep, scores, shares(coupling, keep), report, seconds)
 
 
 def check_label_free(importance: str | Mapping[str, object], *, seed: int = 0) -> None:
