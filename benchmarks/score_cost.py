@@ -25,41 +25,23 @@ from typing import Any
 
 import mmpretrain
 import torch
-from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, installed or not
 
 from mmcpd.comb import comb
+from mmcpd.engine.build import build_dense
 from mmcpd.prune import build_importance
 from mmcpd.slim.compare import evaluating
 
 ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / 'configs' / 'cpd'
 RESULTS = ROOT / 'benchmarks' / 'results' / 'score_cost.json'
-RESNET = dict(
-    type='ImageClassifier',
-    backbone=dict(type='ResNet', depth=50),
-    neck=dict(type='GlobalAveragePooling'),
-    head=dict(type='LinearClsHead', num_classes=1000, in_channels=2048),
-)
-VIT = dict(
-    type='ImageClassifier',
-    backbone=dict(
-        type='VisionTransformer',
-        arch=dict(embed_dims=192, num_layers=6, num_heads=3, feedforward_channels=384),
-        img_size=32,
-        patch_size=4,
-        patch_cfg=dict(kernel_size=8, stride=4, padding=2),
-        out_type='avg_featmap',
-        with_cls_token=False,
-    ),
-    head=dict(type='LinearClsHead', num_classes=10, in_channels=192),
-)
 Row = dict[str, Any]
 # Name -> the model's config, pictures of a batch, and their size.
 MODELS_MEASURED: dict[str, Row] = {
-    'resnet50': dict(config=RESNET, batch=8, size=224),
-    'vit': dict(config=VIT, batch=64, size=32),
+    'resnet50': dict(config='resnet50_prune_in1k.py', batch=8, size=224),
+    'vit': dict(config='vit_prune_cifar10.py', batch=64, size=32),
 }
 
 
@@ -82,8 +64,7 @@ def measure(name: str, args: argparse.Namespace) -> Row:
     """Measure one model, and return its row."""
     case = MODELS_MEASURED[name]
     torch.manual_seed(0)
-    with DefaultScope.overwrite_default_scope('mmpretrain'):
-        model = MODELS.build(case['config'])
+    model = build_dense(CONFIGS / case['config'])
     images = torch.randn(args.batch or case['batch'], 3, case['size'], case['size'])
     coupling = comb(model, images[:1], forward=logits)
     score = build_importance('gauss_newton', coupling.groups)
