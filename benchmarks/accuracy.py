@@ -120,7 +120,7 @@ def cases(
         for share in task.shares if name != 'dense' else (1.0,):
             for seed in seeds if name != 'dense' else seeds[:1]:
                 for iterations in budgets if name != 'dense' else (0,):
-                    if iterations == 0 and (recipe.in_loop or name == 'mmcpd, tau 8'):
+                    if iterations == 0 and (recipe.in_loop or recipe.learns_only):
                         continue
                     if iterations and share != task.trained_share:
                         continue

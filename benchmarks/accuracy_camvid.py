@@ -6,14 +6,11 @@ with which that config begins, at 180x240, from ImageNet weights.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
@@ -23,6 +20,7 @@ from torch import Tensor, nn
 
 from benchmarks.accuracy_tasks import CONFIGS, Batch, Task
 from mmcpd.engine.build import build_dense
+from mmcpd.engine.random_state import seeded
 
 ITERATIONS = 1200  # dense
 EVALUATED_TOGETHER = 16
@@ -126,19 +124,6 @@ class CamVidTask(Task):
 def build_scenes(config: Any) -> Any:
     with DefaultScope.overwrite_default_scope('mmseg'):
         return DATASETS.build(config)
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed numpy's and Python's global generators, which pipelines draw from, and put them back afterwards."""
-    states = random.getstate(), np.random.get_state()
-    random.seed(seed)
-    np.random.seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
 
 
 def mean_iou(confusion: Tensor) -> float:

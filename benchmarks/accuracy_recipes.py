@@ -49,6 +49,7 @@ class Recipe:
         prune: called with the task, the share of the MACs that remains, and the seed.
         learning: what is minimised after pruning, or while it goes on.
         in_loop: it prunes while it trains, so that it has no result without training.
+        learns_only: it differs from another in its training alone, and has no result of its own without.
         tables: those that show it; empty: all.
         peer: whether Torch-Pruning chooses.
         shipped: whether that is what it ships, with nothing lent to it.
@@ -58,6 +59,7 @@ class Recipe:
     prune: Callable[[Task, float, int], Pruned]
     learning: Learning
     in_loop: bool = False
+    learns_only: bool = False
     tables: tuple[str, ...] = ()
     peer: bool = False
     shipped: bool = False
@@ -202,7 +204,7 @@ RECIPES = {
     for recipe in (
         Recipe('dense', dense, LABELS_ALONE),
         OURS,
-        replace(OURS, name='mmcpd, tau 8', learning=Learning(label_weight=0, tau=8)),
+        replace(OURS, name='mmcpd, tau 8', learning=Learning(label_weight=0, tau=8), learns_only=True),
         replace(OURS, name='mmcpd, no refit', prune=partial(at_once, refitted=False)),
         replace(OURS, name='mmcpd, no rotation', prune=partial(at_once, rotated=False), tables=('vit',)),
         replace(OURS, name='mmcpd, by memory', prune=partial(at_once, by='memory')),
