@@ -46,7 +46,8 @@ def select(
 
     Units are taken in chunks, ordered by the chunk's mean score, ties in the order of groups: single units, and
     `round_to` of them in a large group. The search halves the list of chunks, with the closed-form cost at each trial:
-    about 15 for a ResNet-50.
+    about 15 for a ResNet-50. A large last chunk may bring a quantity down further than asked for: then the most
+    important ones before it that still fit are kept.
 
     Scores are normalised ones, (units,) per group; `keep` are the kept units so far, and is not changed. The ratios are
     shares of the dense model's quantities that may remain, for some of `macs`, `params`, `memory` and `units`. Each
@@ -65,7 +66,7 @@ def select(
     """
     for quantity in ratios:
         look_up(dict.fromkeys(QUANTITIES), quantity, 'quantity')
-    order, ends = _order(scores, coupling, keep, _steps(coupling, keep, min_units, round_to))
+    order, ends, groups = _order(scores, coupling, keep, _steps(coupling, keep, min_units, round_to))
     if limit is not None:
         ends = ends[: max(1, int((ends <= limit).sum()))]
     dense, kept = _quantities(coupling, coupling.flat(coupling.keep())), coupling.flat(keep)
@@ -76,16 +77,24 @@ def select(
         found[order[: ends[chunks - 1] if chunks else 0]] = False
         return found
 
-    def reached(chunks: int) -> bool:
-        found = _quantities(coupling, without(chunks))
+    def reached(kept: np.ndarray) -> bool:
+        found = _quantities(coupling, kept)
         return all(found[quantity] <= ratio * dense[quantity] for quantity, ratio in ratios.items())
 
-    chunks = bisect_left(range(len(ends) + 1), True, key=reached)
+    chunks = bisect_left(range(len(ends) + 1), True, key=lambda chunks: reached(without(chunks)))
     if chunks > len(ends):
         if limit is None or not len(ends):
             raise _out_of_reach(coupling, ratios, min_units, round_to)
         chunks = len(ends)
-    parts = np.split(without(chunks), list(coupling.start.values())[1:])
+    chosen, full = without(chunks), set()  # groups of which no further chunk fits
+    for chunk in reversed(range(chunks)):
+        if groups[chunk] not in full:
+            units = order[ends[chunk - 1] if chunk else 0 : ends[chunk]]
+            chosen[units] = True
+            if not reached(chosen):
+                chosen[units] = False
+                full.add(groups[chunk])
+    parts = np.split(chosen, list(coupling.start.values())[1:])
     return {group.name: torch.from_numpy(part.copy()) for group, part in zip(coupling.groups, parts, strict=True)}
 
 
@@ -166,9 +175,11 @@ def _steps(coupling: Coupling, keep: Mapping[str, Tensor], min_units: int, round
 
 def _order(
     scores: Mapping[str, Tensor], coupling: Coupling, keep: Mapping[str, Tensor], steps: dict[str, list[int]]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the units that may be removed (numbered through all groups), lowest chunk first, and each chunk's end."""
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Return the units that may be removed (numbered through all groups), lowest chunk first; each chunk's end, group.
+    """
     units, keys, sizes = [np.empty(0, np.int64)], [np.empty(0)], [np.empty(0, np.int64)]
+    groups: list[str] = []
     for name, numbers in steps.items():
         if not numbers:
             continue
@@ -179,11 +190,13 @@ def _order(
         units.append(coupling.start[name] + kept[rank])
         keys.append(np.add.reduceat(score[rank], begins[:-1]) / np.diff(begins))
         sizes.append(np.diff(begins))
+        groups += [name] * len(numbers)
     size, key, unit = np.concatenate(sizes), np.concatenate(keys), np.concatenate(units)
     order = np.argsort(key, kind='stable')
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
-    return unit[np.argsort(np.repeat(place, size), kind='stable')], np.cumsum(size[order])
+    in_order = unit[np.argsort(np.repeat(place, size), kind='stable')]
+    return in_order, np.cumsum(size[order]), [groups[chunk] for chunk in order]
 
 
 def _quantities(coupling: Coupling, kept: np.ndarray) -> dict[str, int]:

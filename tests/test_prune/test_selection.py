@@ -49,12 +49,37 @@ def test_select_takes_the_fewest_of_the_lowest(small, quantity, ratio):
     chosen = select(scores, small, keep, {quantity: ratio})
     assert all(kept.all() for kept in keep.values()), 'the old keep was changed'
     assert shares(small, chosen)[quantity] <= ratio
-    gone = sorted((float(scores[n][u]), n, u) for n, k in chosen.items() for u in (~k).nonzero().flatten().tolist())
-    kept = [float(s) for n, k in chosen.items() if k.sum() > 1 for s in scores[n][k]]
-    assert max(gone)[0] < min(kept)
-    last = gone[-1]
-    chosen[last[1]][last[2]] = True
-    assert shares(small, chosen)[quantity] > ratio, 'one unit fewer would have done'
+    lowest_first = sorted((float(s), n, u) for n in scores for u, s in enumerate(scores[n]))
+    expected = small.keep()
+    removed = []
+    for _, name, unit in lowest_first:  # one by one
+        if expected[name].sum() > 1 and shares(small, expected)[quantity] > ratio:
+            expected[name][unit] = False
+            removed.append((name, unit))
+    for name, unit in reversed(removed):  # what need not have gone
+        expected[name][unit] = True
+        if shares(small, expected)[quantity] > ratio:
+            expected[name][unit] = False
+    assert all(torch.equal(expected[name], chosen[name]) for name in expected)
+
+
+@pytest.mark.parametrize('round_to', [1, 8])
+@pytest.mark.parametrize('quantity', ['macs', 'params', 'memory'])
+def test_a_large_last_chunk_is_made_up_for_by_keeping_smaller_ones(large, quantity, round_to):
+    scores = scores_of(large)
+    scores[large.groups[-1].name] = torch.full((8,), 0.6)  # after many others have gone
+    for ratio in (0.7, 0.5, 0.4):
+        chosen = select(scores, large, large.keep(), {quantity: ratio}, round_to=round_to)
+        for group in large.groups:
+            kept, rounded = chosen[group.name], group.units >= 64
+            chunk = round_to if rounded else 1
+            assert not rounded or kept.sum() % chunk == 0 or kept.all()
+            gone = (~kept).nonzero().flatten()
+            if len(gone):
+                back = {name: value.clone() for name, value in chosen.items()}
+                count = (int(kept.sum()) + chunk) // chunk * chunk - int(kept.sum())
+                back[group.name][gone[scores[group.name][gone].argsort(descending=True)][:count]] = True
+                assert shares(large, back)[quantity] > ratio, f'{group.name} could have kept {count} more'
 
 
 @pytest.mark.parametrize('binding', QUANTITIES)
