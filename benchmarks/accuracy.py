@@ -125,7 +125,7 @@ def cases(
                     if iterations and share != task.trained_share:
                         continue
                     case = Case(task.name, name, share, iterations, seed, task.default_rate if iterations else 0.0)
-                    rate = store.rate(case, task.tried) if iterations else None
+                    rate = store.rate(case, task.tried_for(iterations)) if iterations else None
                     yield case if rate is None else replace(case, rate=rate)
 
 
@@ -135,16 +135,17 @@ def run_table(runner: Runner, store: Store, wanted: Sequence[Case]) -> None:
         if store.has('rows', case):
             continue
         row = runner.run(RECIPES[case.recipe], case)
-        row['rate_chosen'] = case.iterations > 0 and store.rate(case, runner.task.tried) is not None
+        tried = runner.task.tried_for(case.iterations)
+        row['rate_chosen'] = case.iterations > 0 and store.rate(case, tried) is not None
         store.add('rows', row)
         print(f'[{number}/{len(wanted)}] {line(row)}', flush=True)
 
 
 def choose_rates(runner: Runner, store: Store, wanted: Sequence[Case]) -> None:
-    """Try each rate for each recipe, at one seed and `task.tried` iterations, on held-out training pictures."""
+    """Try each rate for each recipe, at one seed and the `task.tried` iterations, on held-out training pictures."""
     first = min((case.seed for case in wanted), default=0)
     for case in wanted:
-        for rate in runner.task.rates if case.iterations == runner.task.tried and case.seed == first else ():
+        for rate in runner.task.rates if case.iterations in runner.task.tried and case.seed == first else ():
             trial = replace(case, rate=rate)
             if not store.has('trials', trial):
                 row = runner.run(RECIPES[case.recipe], trial, held_out=True)

@@ -40,7 +40,7 @@ class CamVidTask(Task):
     shares: tuple[float, ...] = (0.75, 0.5)
     trained_share: float = 0.5
     budgets: tuple[int, ...] = (0,)
-    tried: int = 80
+    tried: tuple[int, ...] = (80,)
     rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
     default_rate: float = 3e-4
     score_pictures: int = 300

@@ -102,7 +102,7 @@ def setting(rows: Sequence[Row]) -> str:
     versions = ', '.join(f'{name} {version}' for name, version in sorted(rows[-1]['versions'].items()))
     trained = [row for row in rows if row['iterations'] and 'error' not in row]
     guessed = sorted({f'{row["recipe"]} ({row["table"]})' for row in trained if not row.get('rate_chosen')})
-    rates = 'Learning rates are chosen for each recipe by one run of 80 iterations, on training pictures that '
+    rates = 'Learning rates are chosen for each recipe by one run of 80 iterations (for 3 epochs of 3 epochs), on training pictures that '
     rates += 'nothing else here sees (the dense nets were trained on them too)'
     rates += f', but these have the default: {", ".join(guessed)}.' if guessed else '.'
     return (

@@ -7,6 +7,7 @@ are chosen on them. Only the reported accuracy is taken on the test pictures.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ class Task(ABC):
         shares: of the dense model's MACs that may remain.
         trained_share: the one that is trained after pruning.
         budgets: iterations of training.
-        tried: iterations after which learning rates are compared.
+        tried: iterations after which learning rates are compared; other budgets take the rate of the nearest.
         rates: learning rates to choose from, and the one that is used where nothing was chosen.
         score_pictures: how many pictures a score sees.
         batch: pictures of one training iteration.
@@ -79,7 +80,7 @@ class Task(ABC):
     shares: tuple[float, ...]
     trained_share: float
     budgets: tuple[int, ...]
-    tried: int
+    tried: tuple[int, ...]
     rates: tuple[float, ...]
     default_rate: float
     score_pictures: int
@@ -112,6 +113,10 @@ class Task(ABC):
     @abstractmethod
     def evaluate(self, model: nn.Module, *, held_out: bool = False) -> float:
         """Return the metric on the test pictures, or on the held-out training pictures, percent."""
+
+    def tried_for(self, iterations: int) -> int:
+        """Return the budget at which the learning rate of another is chosen: the nearest, as a ratio."""
+        return min(self.tried, key=lambda tried: abs(math.log(tried / max(iterations, 1))))
 
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Return the label loss of each sample (N,); maps (N, C, h, w) are resized to their labels."""
@@ -184,7 +189,7 @@ class CifarTask(Task):
     shares: tuple[float, ...] = (0.75, 0.5, 0.35)
     trained_share: float = 0.5
     budgets: tuple[int, ...] = (0, 40, 80, 240)
-    tried: int = 80
+    tried: tuple[int, ...] = (80,)
     rates: tuple[float, ...] = (0.003, 0.01, 0.03)
     default_rate: float = 0.01
     score_pictures: int = 1000
@@ -244,5 +249,6 @@ def cifar_task(name: str, data: Split, weights: Path) -> CifarTask:
     if name == 'vit':
         rates = (1e-4, 3e-4, 1e-3)
         return CifarTask(name, data, file, True, rates=rates, default_rate=3e-4, score_pictures=512)
-    budgets = (0, 40, 80, 240, 1053) if name == 'resnet20' else (0, 40, 80, 240)
-    return CifarTask(name, data, file, budgets=budgets)
+    if name == 'resnet20':  # 1053 iterations are 3 epochs
+        return CifarTask(name, data, file, budgets=(0, 40, 80, 240, 1053), tried=(80, 1053))
+    return CifarTask(name, data, file)

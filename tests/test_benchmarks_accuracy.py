@@ -65,7 +65,7 @@ def pictures(count, seed):
 @pytest.fixture
 def task(tmp_path):
     data = Split(pictures(32, 1), pictures(20, 2), pictures(24, 3))
-    options = dict(shares=(0.5,), budgets=(0, 2), tried=2, rates=(0.01, 0.1), score_pictures=16, batch=8)
+    options = dict(shares=(0.5,), budgets=(0, 2), tried=(2,), rates=(0.01, 0.1), score_pictures=16, batch=8)
     return TinyTask('resnet20', data, tmp_path / 'none.pth', **options)
 
 
