@@ -40,12 +40,15 @@ from benchmarks.accuracy_recipes import RECIPES, Pruned, Recipe
 from benchmarks.accuracy_store import Case, Row, Store
 from benchmarks.accuracy_tasks import Task, cifar_task, load_cifar
 from benchmarks.accuracy_train import macs, reestimate_, train
+from benchmarks.accuracy_variants import VARIANTS
+from mmcpd.names import look_up
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / 'benchmarks' / 'results'
 TABLES = ('resnet20', 'resnet56', 'vit', 'camvid')
 PACKAGES = ('torch', 'onedl-mmengine', 'onedl-mmpretrain', 'onedl-mmsegmentation', 'torch_pruning', 'numpy')
 REESTIMATED_ON = 1000
+EVERY = RECIPES | VARIANTS
 
 
 class Runner:
@@ -112,9 +115,7 @@ def cases(
         ValueError: a recipe that there is not.
     """
     for name in names:
-        if name not in RECIPES:
-            raise ValueError(f'no recipe {name!r}: there are {", ".join(RECIPES)}')
-        recipe = RECIPES[name]
+        recipe = look_up(EVERY, name, 'recipe')
         if recipe.tables and task.name not in recipe.tables:
             continue
         for share in task.shares if name != 'dense' else (1.0,):
@@ -134,7 +135,7 @@ def run_table(runner: Runner, store: Store, wanted: Sequence[Case]) -> None:
     for number, case in enumerate(wanted, 1):
         if store.has('rows', case):
             continue
-        row = runner.run(RECIPES[case.recipe], case)
+        row = runner.run(EVERY[case.recipe], case)
         tried = runner.task.tried_for(case.iterations)
         row['rate_chosen'] = case.iterations > 0 and store.rate(case, tried) is not None
         store.add('rows', row)
@@ -148,7 +149,7 @@ def choose_rates(runner: Runner, store: Store, wanted: Sequence[Case]) -> None:
         for rate in runner.task.rates if case.iterations in runner.task.tried and case.seed == first else ():
             trial = replace(case, rate=rate)
             if not store.has('trials', trial):
-                row = runner.run(RECIPES[case.recipe], trial, held_out=True)
+                row = runner.run(EVERY[case.recipe], trial, held_out=True)
                 if 'error' in row:
                     break
                 store.add('trials', row)
@@ -161,7 +162,7 @@ def measure_latency(runner: Runner, store: Store, wanted: Sequence[Case], runs: 
 
     for case in (case for case in wanted if case.iterations == 0 and not store.has('latency', case)):
         try:
-            found, _ = runner.pruned(RECIPES[case.recipe], case)
+            found, _ = runner.pruned(EVERY[case.recipe], case)
         except PeerError:
             continue
         models = {'dense': runner.teacher, 'pruned': found.model.eval()}
@@ -195,7 +196,11 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('table', choices=(*TABLES, 'report'))
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument(
-        '--rows', nargs='+', default=list(RECIPES), metavar='NAME', help='recipes; all of them if left out'
+        '--rows',
+        nargs='+',
+        default=list(RECIPES),
+        metavar='NAME',
+        help='recipes, and variants by name; all recipes if left out',
     )
     parser.add_argument('--budgets', type=int, nargs='+', help="iterations; the table's own if left out")
     parser.add_argument('--choose-lr', action='store_true', help='try learning rates on held-out pictures first')

@@ -11,9 +11,11 @@ import numpy as np
 from benchmarks.accuracy_peers import HOW, LENT
 from benchmarks.accuracy_recipes import RECIPES
 from benchmarks.accuracy_store import Row, Store
+from benchmarks.accuracy_variants import VARIANTS
 
 BEGIN, END = '<!-- accuracy:begin -->', '<!-- accuracy:end -->'
 SUMMARISED = ('dense', 'mmcpd', 'mmcpd, no refit', 'magnitude at once', 'random at once')  # and what the peer ships
+EVERY = RECIPES | VARIANTS
 TITLES = {
     'resnet20': 'ResNet-20 on CIFAR-10, accuracy on the 10,000 test pictures',
     'resnet56': 'ResNet-56 on CIFAR-10, accuracy on the 10,000 test pictures',
@@ -54,14 +56,14 @@ def table(name: str, rows: Sequence[Row]) -> str:
     names = [f'{share:.0%}' + (f', {count} iterations' if count else '') for count, share in columns]
     header = ['MACs that remain', *names, 'trained by']
     lines = [header, ['---'] * len(header)]
-    for recipe in (each for each in RECIPES if any(row['recipe'] == each for row in rows)):
+    for recipe in (each for each in EVERY if any(row['recipe'] == each for row in rows)):
         own = [row for row in rows if row['recipe'] == recipe]
         errors = sorted({row['error'] for row in own if 'error' in row})
         if errors and not any('test' in row for row in own):
             lines.append([recipe, f'does not run: {errors[0]}', *[''] * (len(header) - 2)])
             continue
         cells = [cell([row for row in own if (row['iterations'], row['share']) == column]) for column in columns]
-        learning = RECIPES[recipe].learning.words if any(row['iterations'] for row in own) else ''
+        learning = EVERY[recipe].learning.words if any(row['iterations'] for row in own) else ''
         lines.append([recipe, *cells, learning])
     reference = f', dense {dense[0]:.2f}' if dense else ''
     text = '\n'.join(f'| {" | ".join(each)} |' for each in lines)
@@ -102,8 +104,8 @@ def setting(rows: Sequence[Row]) -> str:
     versions = ', '.join(f'{name} {version}' for name, version in sorted(rows[-1]['versions'].items()))
     trained = [row for row in rows if row['iterations'] and 'error' not in row]
     guessed = sorted({f'{row["recipe"]} ({row["table"]})' for row in trained if not row.get('rate_chosen')})
-    rates = 'Learning rates are chosen for each recipe by one run of 80 iterations (for 3 epochs of 3 epochs), on training pictures that '
-    rates += 'nothing else here sees (the dense nets were trained on them too)'
+    rates = 'Learning rates are chosen for each recipe by one run of 80 iterations (3 epochs for 3 epochs), on '
+    rates += 'training pictures that nothing else here sees (the dense nets were trained on them too)'
     rates += f', but these have the default: {", ".join(guessed)}.' if guessed else '.'
     return (
         'Mean ± standard deviation over seeds (how many). Every recipe starts from the same dense weights and sees '

@@ -25,6 +25,7 @@ from benchmarks.accuracy_recipes import RECIPES, Pruned, Recipe
 from benchmarks.accuracy_store import Case, Store
 from benchmarks.accuracy_tasks import CifarTask, Pictures, Split, cropped_and_flipped
 from benchmarks.accuracy_train import Learning, macs, reestimate_, train
+from benchmarks.accuracy_variants import VARIANTS
 from mmcpd.comb import comb
 from mmcpd.slim import slim
 
@@ -250,6 +251,21 @@ def test_the_default_in_our_loop_meets_the_target(task):
     assert macs(model, task.example()) <= 0.5 * macs(task.dense(), task.example())
 
 
+@pytest.mark.parametrize('name', [name for name, recipe in VARIANTS.items() if recipe.in_loop])
+def test_every_variant_meets_the_target_with_a_masked_model(task, name):
+    found: Pruned = VARIANTS[name].prune(task, 0.5, 0)
+    loops = []
+
+    def watched(model, optimizer, iterations):
+        loops.append(found.in_loop(model, optimizer, iterations))
+        return loops[0]
+
+    x = task.plain(16, 0)[0].images
+    model = train(found.model, task.dense(), task, 50, 0.01, 0, Learning(1, 4), watched)
+    assert 0.3 < macs(model, task.example()) / macs(task.dense(), task.example()) <= 0.5
+    assert torch.allclose(found.model.eval()(x), model(x), atol=1e-4)
+
+
 def rows_of(recipe, values, iterations=40, **more):
     case = Case('resnet20', recipe, 0.5, iterations, 0, 0.01)
     known = {'date': '2026-01-01', 'versions': {'torch': '2'}, **more}
@@ -314,5 +330,6 @@ def test_latency_is_measured_once_beside_the_dense_model(task, tmp_path, monkeyp
 
 
 def test_every_recipe_has_its_own_name():
-    assert all(isinstance(recipe, Recipe) and name == recipe.name for name, recipe in RECIPES.items())
+    assert all(isinstance(recipe, Recipe) and name == recipe.name for name, recipe in accuracy.EVERY.items())
+    assert len(accuracy.EVERY) == len(RECIPES) + len(VARIANTS)
     assert sum(recipe.peer for recipe in RECIPES.values()) == 7

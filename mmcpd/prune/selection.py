@@ -176,8 +176,7 @@ def _steps(coupling: Coupling, keep: Mapping[str, Tensor], min_units: int, round
 def _order(
     scores: Mapping[str, Tensor], coupling: Coupling, keep: Mapping[str, Tensor], steps: dict[str, list[int]]
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Return the units that may be removed (numbered through all groups), lowest chunk first; each chunk's end, group.
-    """
+    """Return the units that may be removed, as numbers in all units, lowest chunk first; each chunk's end, group."""
     units, keys, sizes = [np.empty(0, np.int64)], [np.empty(0)], [np.empty(0, np.int64)]
     groups: list[str] = []
     for name, numbers in steps.items():
