@@ -110,7 +110,8 @@ def setting(rows: Sequence[Row]) -> str:
     return (
         'Mean ± standard deviation over seeds (how many). Every recipe starts from the same dense weights and sees '
         'equally many training pictures in the same loop (SGD with momentum 0.9, or AdamW for the ViT; a rate that '
-        'falls as a cosine). One counter counts the MACs of all results: within 1 point of the target. '
+        'falls as a cosine; forward passes in bfloat16). One counter counts the MACs of all results: within 1 point of '
+        'the target. '
         f'{rates} Where nothing is trained and nothing refitted, batch norm is re-estimated on 1,000 augmented '
         f'training pictures. Torch-Pruning ranks globally and {HOW}. '
         f'It was lent: {"; ".join(LENT)}. '

@@ -120,7 +120,7 @@ def test_rows_of_two_writers_are_both_kept(tmp_path):
 
 
 def test_an_unknown_recipe_is_refused(task, tmp_path):
-    with pytest.raises(ValueError, match="no recipe 'mmcdp'"):
+    with pytest.raises(ValueError, match="unknown recipe 'mmcdp': did you mean mmcpd"):
         recipe_cases(task, Store(tmp_path / 'a.json'), 'mmcdp')
 
 
