@@ -142,11 +142,11 @@ def run_table(runner: Runner, store: Store, wanted: Sequence[Case]) -> None:
         print(f'[{number}/{len(wanted)}] {line(row)}', flush=True)
 
 
-def choose_rates(runner: Runner, store: Store, wanted: Sequence[Case]) -> None:
+def choose_rates(runner: Runner, store: Store, wanted: Sequence[Case], rates: Sequence[float]) -> None:
     """Try each rate for each recipe, at one seed and the `task.tried` iterations, on held-out training pictures."""
     first = min((case.seed for case in wanted), default=0)
     for case in wanted:
-        for rate in runner.task.rates if case.iterations in runner.task.tried and case.seed == first else ():
+        for rate in rates if case.iterations in runner.task.tried and case.seed == first else ():
             trial = replace(case, rate=rate)
             if not store.has('trials', trial):
                 row = runner.run(EVERY[case.recipe], trial, held_out=True)
@@ -204,6 +204,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument('--budgets', type=int, nargs='+', help="iterations; the table's own if left out")
     parser.add_argument('--choose-lr', action='store_true', help='try learning rates on held-out pictures first')
+    parser.add_argument('--rates', type=float, nargs='+', help="those to try; the table's own if left out")
     parser.add_argument('--latency', action='store_true', help='only time the pruned models')
     parser.add_argument('--list', action='store_true', help='only list the rows')
     parser.add_argument('--data', type=Path, default=Path('data'))
@@ -232,7 +233,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     runner = Runner(task)
     with DefaultScope.overwrite_default_scope('mmseg' if args.table == 'camvid' else 'mmpretrain'):
         if args.choose_lr:
-            choose_rates(runner, store, list(cases(task, store, args.seeds, args.rows, budgets)))
+            wanted = list(cases(task, store, args.seeds, args.rows, budgets))
+            choose_rates(runner, store, wanted, args.rates or task.rates)
         wanted = list(cases(task, store, args.seeds, args.rows, budgets))
         if args.latency:
             measure_latency(runner, store, [case for case in wanted if case.seed == args.seeds[0]])

@@ -88,13 +88,15 @@ class TensorInfo:
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """What a model was combed with: `forward(model, *inputs)`."""
+    """What a model was combed with: `forward(model, *inputs)`, whose cost counts, and passes `also` run in training."""
 
     inputs: tuple[object, ...]
     forward: Callable[..., object]
+    also: tuple[Callable[..., object], ...] = ()
 
-    def run(self, model: torch.nn.Module) -> object:
-        return self.forward(model, *self.inputs)
+    def run(self, model: torch.nn.Module) -> list[object]:
+        """Return the outputs of all passes."""
+        return [each(model, *self.inputs) for each in (self.forward, *self.also)]
 
 
 def arguments(inputs: object) -> tuple[object, ...]:

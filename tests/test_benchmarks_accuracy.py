@@ -129,7 +129,7 @@ def test_rates_are_chosen_without_the_test_pictures(task, tmp_path):
     store = Store(tmp_path / 'accuracy.json')
     blind = replace(task, data=replace(task.data, test=Untouchable()))
     wanted = recipe_cases(blind, store, 'magnitude at once')
-    accuracy.choose_rates(accuracy.Runner(blind), store, wanted)
+    accuracy.choose_rates(accuracy.Runner(blind), store, wanted, blind.rates)
     trials = store.read('trials')
     assert [(row['rate'], row['seed'], row['iterations']) for row in trials] == [(0.01, 0, 2), (0.1, 0, 2)]
     assert all('held_out' in row and 'test' not in row for row in trials)

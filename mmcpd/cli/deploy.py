@@ -62,7 +62,7 @@ def real_batches(cfg: Config, model: nn.Module, args: argparse.Namespace) -> tup
     sizes = (args.batch,) * 3 if args.batch_static else (args.batch, args.batch + 2, args.batch + 3)
     shape = tuple(args.shape) if args.shape else None
     if args.random_input:
-        return random_batches(cfg, sizes, shape), 'normal noise, seed 0 (--random-input)'
+        return random_batches(cfg, model, sizes, shape), 'normal noise, seed 0 (--random-input)'
     try:
         check_data(cfg, ('test_dataloader',))
     except UserError as error:

@@ -25,6 +25,7 @@ def comb(
     inputs: Tensor | tuple[object, ...],
     *,
     forward: Callable[..., object] | None = None,
+    also: Sequence[Callable[..., object]] = (),
     heads: str = 'dim',
     ignore: Sequence[str] = (),
     strict: bool = False,
@@ -39,6 +40,8 @@ def comb(
         model: it is run in eval mode without gradients, and left as it was.
         inputs: one input, or a tuple of the arguments; a batch of one is enough.
         forward: `callable(model, *inputs)`; the default calls the model.
+        also: further passes, called alike, that must work on the slim model too but do not count in its cost: side
+            heads that only training runs.
         heads: what an attention gives up: `dim`, the same width index in each head, or `head`, whole heads.
         ignore: patterns (`fnmatch`) of group names that must not be pruned.
         strict: raise on operations without a rule, instead of freezing what goes through them.
@@ -59,7 +62,7 @@ def comb(
     """
     if heads not in HEADS:
         raise ValueError(f'heads must be one of {HEADS}, not {heads!r}')
-    example = Example(arguments(inputs), forward or operator.call)
+    example = Example(arguments(inputs), forward or operator.call, tuple(also))
     record = observe(model, example, Policy())
     whole = heads_of(record) if heads == 'head' else None
     if whole is not None:

@@ -36,10 +36,12 @@ def observe(model: nn.Module, example: Example, policy: Policy) -> Record:
                 setattr(tensor, AXES, run.record.table.add(name, tensor))
                 marked.append(tensor)
         with evaluating(model), _module_paths(model, run.cursor), observing_sizes(model, run), _Dispatch(run):
-            out = example.run(model)
-        results = tensors_in(out)
-        if not results:
+            out = example.forward(model, *example.inputs)
+            run.counts = False
+            others = [each(model, *example.inputs) for each in example.also]
+        if not tensors_in(out):
             raise CombError(f'the forward pass returned {type(out).__name__} without a tensor; give `forward=` one')
+        results = tensors_in([out, others])
         for tensor in results:
             run.freeze_all(tensor, 'model output')
         _forget_cached(model, run, marked)

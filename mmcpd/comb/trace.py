@@ -159,6 +159,7 @@ class Run:
 
     def __init__(self, policy: Policy, cursor: Cursor) -> None:
         self.policy, self.record, self.cursor = policy, Record(), cursor
+        self.counts = True  # whether what runs now is part of the model's cost
 
     # -- where it is -------------------------------------------------------------------------------------------------
     @property
@@ -268,12 +269,14 @@ class Run:
 
     def cost(self, sizes: Sequence[int], axes: Sequence[Axis | None]) -> None:
         """Count as many multiply-accumulates as the product of these sizes."""
-        self.record.macs.append(self._term(sizes, axes))
+        if self.counts:
+            self.record.macs.append(self._term(sizes, axes))
 
     def output(self, tensor: Tensor, axes: Sequence[Axis | None]) -> None:
         """Set the axes of an output that is stored for the backward pass, and count its elements."""
         self.set(tensor, axes)
-        self.record.elements.append(self._term(tensor.shape, axes))
+        if self.counts:
+            self.record.elements.append(self._term(tensor.shape, axes))
 
     def _term(self, sizes: Sequence[int], axes: Sequence[Axis | None]) -> Term:
         constant = math.prod(size for size, axis in zip(sizes, axes, strict=True) if axis is None)

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from mmengine.config import Config, ConfigDict
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope
-from torch import Tensor, nn
+from torch import nn
 
 from mmcpd.engine.wrappers import student_config, type_name
 
@@ -34,24 +34,6 @@ def build_dense(config: ConfigLike) -> nn.Module:
     cfg = as_config(config)
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmengine')):
         return revert_sync_batchnorm(MODELS.build(student_config(cfg)))
-
-
-def whole_forward(model: nn.Module, inputs: Tensor) -> list[Any]:
-    """Return the output of a model as it is tested on (N, C, H, W), then that of each auxiliary head on its features.
-
-    Without them a backbone channel that only an auxiliary head reads as well would be cut under it.
-    """
-    heads = getattr(model, 'auxiliary_head', None)
-    if not heads:
-        return [model(inputs)]
-    features: list[Any] = []
-    last: Any = model.neck if getattr(model, 'with_neck', False) else model.backbone
-    handle = last.register_forward_hook(lambda _m, _i, out: features.append(out))
-    try:
-        out = model(inputs)
-    finally:
-        handle.remove()
-    return [out, *(head(features[-1]) for head in (heads if isinstance(heads, nn.ModuleList) else [heads]))]
 
 
 def datasets(config: Mapping[str, Any] | None) -> Iterator[ConfigDict]:

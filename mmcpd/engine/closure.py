@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -11,7 +11,7 @@ from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.runner.amp import autocast
 from torch import nn
 
-from mmcpd.engine.build import whole_forward
+from mmcpd.engine.passes import DEPLOYED
 from mmcpd.engine.random_state import RandomState, random_state, set_random_state
 from mmcpd.engine.wrappers import bare_model, unwrapped
 from mmcpd.prune.gates import untouched
@@ -27,10 +27,13 @@ class StepClosure:
     Args:
         model: the model that is trained, as the Runner wraps it.
         optim_wrapper: the one that steps it.
+        forward: runs the student for its outputs on a preprocessed batch.
     """
 
-    def __init__(self, model: nn.Module, optim_wrapper: OptimWrapper) -> None:
-        self.model, self.optim_wrapper = model, optim_wrapper
+    def __init__(
+        self, model: nn.Module, optim_wrapper: OptimWrapper, forward: Callable[..., object] = DEPLOYED
+    ) -> None:
+        self.model, self.optim_wrapper, self.forward = model, optim_wrapper, forward
         self.trained = cast(BaseModel, unwrapped(model))
         self.student = bare_model(model)
         self._batches: list[tuple[Any, RandomState]] = []
@@ -66,7 +69,7 @@ class StepClosure:
                 set_random_state(state)
                 with self._autocast():
                     data = cast(Any, self.trained).data_preprocessor(data_batch, True)
-                    outputs = whole_forward(self.student, data['inputs'])
+                    outputs = self.forward(self.student, data)
                 yield outputs
         finally:
             set_random_state(before)

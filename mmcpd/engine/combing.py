@@ -1,20 +1,24 @@
-"""Comb the model of a config, as the tools do, or of a Runner, as the hooks do: the same options, the same input."""
+"""Comb the model of a config, as the tools do, or of a Runner, as the hooks do: the same options, the same example."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 from mmengine.config import Config
+from mmengine.logging import print_log
 from mmengine.runner import Runner
-from torch import Tensor, nn
+from torch import nn
 
 from mmcpd.comb import comb
 from mmcpd.coupling import Coupling
-from mmcpd.engine.build import hook_options, whole_forward
-from mmcpd.engine.examples import input_shape as shape_of
-from mmcpd.engine.examples import noise
+from mmcpd.engine.build import hook_options
+from mmcpd.engine.examples import example_data, picture_of
+from mmcpd.engine.passes import TESTING, TRAINING, deployed_pass, never_ran, runs
+from mmcpd.engine.samples import Samples
 from mmcpd.engine.wrappers import bare_model
+from mmcpd.slim.compare import map_tensors
+from mmcpd.slim.trial import disagreement
 
 OPTIONS = ('heads', 'ignore', 'strict')  # of `comb` that the hooks have too
 
@@ -29,21 +33,44 @@ def comb_by_config(
         'conv2'
     """
     options = {name: value for name, value in hook_options(cfg).items() if name in OPTIONS}
-    return _comb(model, shape_of(cfg, input_shape), **{**options, **given})
+    data = example_data(model, cfg, Samples.of_config(cfg), input_shape)
+    return comb_passes(model, data, **{**options, **given})
 
 
 def comb_runner(runner: Runner, *, input_shape: Sequence[int] | None, **options: Any) -> Coupling:
     """Comb the bare model of a Runner before it trains; `options` are `heads`, `ignore` and `strict`."""
-    shape = shape_of(runner.cfg, input_shape, runner.train_dataloader.dataset)
-    return _comb(bare_model(runner.model), shape, **options)
+    model = bare_model(runner.model)
+    data = example_data(model, runner.cfg, Samples.of_loader(runner.train_dataloader), input_shape)
+    return comb_passes(model, data, **options)
 
 
-def _comb(model: nn.Module, shape: Sequence[int], **options: Any) -> Coupling:
-    example = noise(1, shape).to(next(model.parameters()).device)
-    return comb(model, example, forward=whole_forward, **options)
+def comb_passes(model: nn.Module, data: Any, **options: Any) -> Coupling:
+    """Comb a bare model of OpenMMLab: what is deployed, and what testing and training run beyond that.
+
+    Those two are tried on a slim model, and combed as well where it cannot run them: side heads that only the loss
+    calls. Their cost does not count. `data` is a preprocessed batch.
+
+    Raises:
+        ValueError: the model does not run on it.
+    """
+    device = next(model.parameters()).device
+    data = map_tensors(data, lambda tensor: tensor.to(device))
+    deployed = deployed_pass(model, data)
+    coupling = comb(model, (data,), forward=deployed, **options)
+    for each in (TESTING, TRAINING):
+        if each == deployed or runs(model, data, each) is not None:
+            continue
+        if disagreement(model, coupling, each) is not None:
+            also = (*coupling.example.also, each)
+            coupling = comb(model, (data,), forward=deployed, also=also, **options)
+    if unused := never_ran(model, coupling.example):
+        shown = ', '.join(unused[:5]) + (f' and {len(unused) - 5} more' if len(unused) > 5 else '')
+        advice = 'if anything calls them later, name the groups that feed them in ignore=[...]'
+        print_log(f'neither testing nor training ran these, so they stay as they are: {shown}; {advice}', 'current')
+    return coupling
 
 
 def shape_combed(coupling: Coupling) -> list[int]:
     """Return the shape (C, H, W) of the input that a model was combed with."""
-    (inputs,) = coupling.example.inputs
-    return list(cast(Tensor, inputs).shape[1:])
+    (data,) = coupling.example.inputs
+    return list(picture_of(data).shape[1:])

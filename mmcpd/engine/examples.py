@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,12 +12,14 @@ from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS, DefaultScope
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import Dataset
+from torch.nn.modules.conv import _ConvNd
 
 from mmcpd.engine.build import ConfigLike, as_config, datasets, hook_options
-from mmcpd.engine.random_state import seeded
+from mmcpd.engine.samples import Samples, made_up
 from mmcpd.engine.wrappers import student_config, type_name
+from mmcpd.slim.compare import map_tensors, tensors_in
 
+ADVICE = 'give PruneHook input_shape=(C, H, W)'
 # Transforms that fix the size of a picture, and the key of the size: (W, H) as in mmcv, (H, W) for crops.
 SIZES = {'CenterCrop': 'crop_size', 'RandomCrop': 'crop_size', 'RandomResizedCrop': 'scale', 'Resize': 'scale'}
 
@@ -38,43 +41,81 @@ def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def input_shape(cfg: Config, given: Sequence[int] | None = None, pictures: Dataset | None = None) -> tuple[int, ...]:
-    """Decide the shape of the input that a model is combed with, (C, H, W), for training and for every tool.
+def example_data(
+    model: nn.Module, cfg: Config, samples: Samples | None = None, given: Sequence[int] | None = None
+) -> Any:
+    """Return the batch of one that a model is combed with, as its `data_preprocessor` returns it.
 
-    It is the first of: `given` (an option of a tool, or what a checkpoint was combed with); the `input_shape` of the
-    config's PruneHook or CombHook; the size in the config (the preprocessor's `size`, the last transform of the test
-    pipeline that fixes one, `crop_size`, the training pipeline); the first training picture, from `pictures` where that
-    data set is built already. Reading the picture leaves all random numbers as they were.
+    It is the first sample to train on, with noise for its pictures. Their size is the first of: `given`, (C, H, W) (an
+    option of a tool, or what a checkpoint was combed with); the `input_shape` of the config's PruneHook or CombHook;
+    the size in the config (the preprocessor's `size`, the last transform of the test pipeline that fixes one,
+    `crop_size`, the training pipeline); that of the sample. Where there are no data, pictures have as many channels as
+    the first convolution takes, and the sample is made up.
 
     Raises:
-        ValueError: nothing gives a size, or it is not (C, H, W).
-
-    Example:
-        >>> input_shape(Config({'crop_size': (48, 64), 'model': {}}))
-        (3, 48, 64)
+        ValueError: nothing gives a size, or it is not (C, H, W), or the preprocessor returns no picture.
     """
     explicit = given or hook_options(cfg).get('input_shape')
-    if explicit is not None:
-        return check_shape(explicit)
-    if 'model' in cfg:
-        preprocessor = student_config(cfg).get('data_preprocessor') or {}
-        size = _config_size(cfg, preprocessor)
-        if size is not None:
-            return (len(preprocessor.get('mean') or (0, 0, 0)), *size)
-    return _first_picture(cfg, pictures)
+    explicit = None if explicit is None else check_shape(explicit)
+    size = explicit[1:] if explicit else _config_size(cfg)
+    if samples is None or not hasattr(model, 'data_preprocessor'):
+        if size is None:
+            raise ValueError(f'{cfg.filename}: no transform fixes the size of the pictures, and no data: {ADVICE}')
+        return made_up(model, noise(1, (explicit[0] if explicit else first_channels(model), *size)))
+    data = model.data_preprocessor(samples.batch(), False)
+    picture = picture_of(data)
+    if picture.dim() != 4:
+        return data
+    shape = explicit or (picture.shape[1], *(size or picture.shape[2:]))
+    return map_tensors(data, partial(_noise_for, tuple(picture.shape), shape))
 
 
-def example_inputs(config: ConfigLike, given: Sequence[int] | None = None) -> Tensor:
-    """Return one random input, (1, C, H, W), of the shape that `input_shape` decides.
+def _noise_for(old: tuple[int, ...], new: tuple[int, ...], tensor: Tensor) -> Tensor:
+    """Return noise in the new shape (C, H, W) for the picture (1, C, H, W), and for others of its size."""
+    if tensor.dim() != 4 or tensor.shape[2:] != old[2:] or not tensor.is_floating_point():
+        return tensor
+    channels = new[0] if tuple(tensor.shape) == old else tensor.shape[1]
+    return noise(len(tensor), (channels, *new[1:])).to(tensor)
+
+
+def picture_of(data: Any) -> Tensor:
+    """Return the first tensor of a preprocessed batch: the pictures (N, C, H, W).
 
     Raises:
-        ValueError: The config tells no size.
+        ValueError: there is none.
+    """
+    tensors = tensors_in(data['inputs'] if isinstance(data, dict) and 'inputs' in data else data)
+    if not tensors:
+        raise ValueError(f"the model's data_preprocessor returns no picture for a sample: {ADVICE}")
+    return tensors[0]
+
+
+def first_channels(model: nn.Module) -> int:
+    """Return how many channels the first convolution of a model takes, 3 where it has none.
 
     Example:
-        >>> example_inputs('configs/cpd/resnet50_prune.py').shape
+        >>> first_channels(nn.Sequential(nn.Conv2d(9, 16, 3)))
+        9
+    """
+    return next((m.in_channels for m in model.modules() if isinstance(m, _ConvNd)), 3)
+
+
+def example_inputs(config: ConfigLike, model: nn.Module, given: Sequence[int] | None = None) -> Tensor:
+    """Return noise of the size that a model is combed with, (1, C, H, W).
+
+    Raises:
+        ValueError: The config tells no size, and there are no data.
+
+    Example:
+        >>> from mmcpd.engine.build import build_dense
+        >>> config = 'configs/cpd/resnet50_prune.py'
+        >>> example_inputs(config, build_dense(config)).shape
         torch.Size([1, 3, 32, 32])
     """
-    return noise(1, input_shape(as_config(config), given))
+    cfg = as_config(config)
+    sized = given or hook_options(cfg).get('input_shape') or _config_size(cfg)
+    samples = None if sized else Samples.of_config(cfg)
+    return noise(1, picture_of(example_data(model, cfg, samples, given)).shape[1:])
 
 
 def data_batches(
@@ -91,7 +132,7 @@ def data_batches(
     cfg = as_config(config)
     if cfg.get('test_dataloader') is None:
         raise ValueError(f'{cfg.filename} has no test_dataloader to take inputs from')
-    height, width = shape or example_inputs(cfg).shape[-2:]
+    height, width = shape or example_inputs(cfg, model).shape[-2:]
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmengine')):
         dataset = DATASETS.build(cfg.test_dataloader.dataset)
     if len(dataset) == 0:
@@ -101,14 +142,18 @@ def data_batches(
     return list(pictures.split(list(sizes)))
 
 
-def random_batches(config: ConfigLike, sizes: Sequence[int], shape: tuple[int, int] | None = None) -> list[Tensor]:
+def random_batches(
+    config: ConfigLike, model: nn.Module, sizes: Sequence[int], shape: tuple[int, int] | None = None
+) -> list[Tensor]:
     """Return batches of normal noise of the size that the config's model is tested at, always the same.
 
     Example:
-        >>> random_batches('configs/cpd/resnet50_prune.py', (2,))[0].shape
+        >>> from mmcpd.engine.build import build_dense
+        >>> config = 'configs/cpd/resnet50_prune.py'
+        >>> random_batches(config, build_dense(config), (2,))[0].shape
         torch.Size([2, 3, 32, 32])
     """
-    example = example_inputs(config)
+    example = example_inputs(config, model)
     size = (example.shape[1], *(shape or example.shape[-2:]))
     return list(noise(sum(sizes), size).split(list(sizes)))
 
@@ -122,7 +167,10 @@ def preprocessed(sample: dict, model: nn.Module, shape: tuple[int, int]) -> Tens
     return F.interpolate(picture, size=shape, mode='bilinear', align_corners=False)
 
 
-def _config_size(cfg: Config, preprocessor: Mapping[str, Any]) -> tuple[int, int] | None:
+def _config_size(cfg: Config) -> tuple[int, int] | None:
+    if 'model' not in cfg:
+        return None
+    preprocessor = student_config(cfg).get('data_preprocessor') or {}
     size = _pair(preprocessor.get('size')) or _pipeline_size(cfg, 'test_dataloader')
     return size or _pair(cfg.get('crop_size')) or _pipeline_size(cfg, 'train_dataloader')
 
@@ -142,23 +190,3 @@ def _pipeline_size(cfg: Config, loader: str) -> tuple[int, int] | None:
                 size = _pair(transform[SIZES[name]])
                 return size[::-1] if size and name == 'Resize' else size  # mmcv's scale is (W, H)
     return None
-
-
-def _first_picture(cfg: Config, pictures: Dataset | None) -> tuple[int, ...]:
-    """Return the shape of the first picture to train on, or to test on where nothing is trained."""
-    advice = 'give PruneHook input_shape=(3, H, W)'
-    configs = (each for name in ('train_dataloader', 'test_dataloader') for each in datasets(cfg.get(name)))
-    if pictures is None:
-        config = next(configs, None)
-        if config is None:
-            raise ValueError(f'{cfg.filename}: no transform fixes the size of the pictures, and no data: {advice}')
-        with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmengine')):
-            pictures = DATASETS.build(config)
-    with seeded(0):  # the same size each time, whatever the pipeline draws
-        sample: Any = pictures[0]
-    try:
-        return check_shape(tuple(sample['inputs'].shape))
-    except (TypeError, KeyError, IndexError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"the first sample of {type(pictures).__name__} has no 'inputs' (C, H, W): {advice}"
-        ) from error

@@ -156,7 +156,7 @@ class PruneHook(Hook):
         )
         score = self.pruner.importance
         if not self.at_once and (score.needs_closure or score.needs_outputs):
-            self.closure = StepClosure(runner.model, runner.optim_wrapper)
+            self.closure = StepClosure(runner.model, runner.optim_wrapper, coupling.example.forward)
             self.pruner.closure = self.closure if score.needs_closure else self.closure.outputs
         if is_main_process():
             (Path(runner.work_dir) / TABLE).write_text(f'{coupling}\n', encoding='utf-8')

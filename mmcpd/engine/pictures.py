@@ -69,7 +69,7 @@ def pictures(
     if isinstance(number, bool) or not isinstance(number, int) or number < 1:
         raise ValueError(f'the number of pictures is an integer, 1 or more: got {number!r}')
     cfg = as_config(config)
-    height, width = tuple(shape or example_inputs(cfg).shape[1:])[-2:]
+    height, width = tuple(shape or example_inputs(cfg, model).shape[1:])[-2:]
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmengine')), seeded(seed):
         samples = _of_data(cfg, pipeline) if folder is None else _of_folder(cfg, Path(folder), pipeline)
         chosen = torch.randperm(len(samples))[:number]

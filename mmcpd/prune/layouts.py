@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..coupling import Example
 from ..layer_calls import LayerCall, LayerCalls
-from ..slim.compare import evaluating, tensors_in
+from ..slim.compare import evaluating, map_tensors, tensors_in
 from .cut_calls import CutCalls
 from .gates import Cut, Gates, untouched
 
@@ -67,7 +67,7 @@ def find_layouts(model: nn.Module, gates: Gates, example: Example, importance: s
     calls = CutCalls(gates, model)
     batch = next((len(t) for t in tensors_in(example.inputs) if t.dim()), 1)
     with scoring(model, gates):
-        _run(model, calls, example, lambda t: t)
+        _run(model, calls, example)
         calls.check(importance)
         try:
             plain, *changed = (_run(model, calls, example, partial(_doubled, which)) for which in (None, 0, 1))
@@ -80,7 +80,7 @@ def find_layouts(model: nn.Module, gates: Gates, example: Example, importance: s
     return {cut: _common([_layout(batch, *each) for each in _together(cut, plain, *changed)]) for cut in calls.seen}
 
 
-def _run(model: nn.Module, calls: CutCalls, example: Example, change: Callable[[Tensor], Tensor]) -> Seen:
+def _run(model: nn.Module, calls: CutCalls, example: Example, change: Callable[[Tensor], Tensor] | None = None) -> Seen:
     seen: Seen = {}
 
     def note(call: LayerCall) -> Tensor:
@@ -90,23 +90,20 @@ def _run(model: nn.Module, calls: CutCalls, example: Example, change: Callable[[
             seen.setdefault(place.cut, []).append(activation.sum(place.channel, keepdim=True))
         return out
 
+    inputs = map_tensors(example.inputs, change or (lambda tensor: tensor))
     with LayerCalls(model, note):
-        example.forward(model, *_mapped(example.inputs, change))
+        replace(example, inputs=_samples_doubled(inputs) if change else inputs).run(model)
     return seen
 
 
-def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Change all tensors in nested tuples, lists, dictionaries and data classes."""
-    if isinstance(value, Tensor):
-        return change(value)
+def _samples_doubled(value: Any) -> Any:
+    """Return the inputs with each list of samples, which stand beside a batch of tensors, twice as long."""
     if isinstance(value, dict):
-        return {key: _mapped(each, change) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        parts = (_mapped(each, change) for each in value)
-        return type(value)(*parts) if hasattr(value, '_fields') else type(value)(parts)
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: _mapped(getattr(value, f.name), change) for f in fields(value) if f.init})
-    return value
+        return {key: _samples_doubled(each) for key, each in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_samples_doubled(each) for each in value)
+    beside = isinstance(value, list) and not any(isinstance(each, Tensor | list | tuple | dict) for each in value)
+    return value * 2 if beside else value
 
 
 def _doubled(which: int | None, tensor: Tensor) -> Tensor:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -34,16 +34,53 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """Return all tensors in nested tuples, lists, dictionaries and data classes."""
+    """Return all tensors in nested tuples, lists, dictionaries and plain objects, data classes among them.
+
+    A plain object has attributes, and is no module and cannot be called: OpenMMLab's data samples.
+    """
+    found: list[Tensor] = []
+    seen: set[int] = set()
+
+    def visit(part: Any) -> None:
+        if isinstance(part, Tensor):
+            found.append(part)
+        elif id(part) not in seen and (children := _children(part)) is not None:
+            seen.add(id(part))
+            for child in children:
+                visit(child)
+
+    visit(value)
+    return found
+
+
+def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return a copy of what `tensors_in` looks into, with each tensor changed.
+
+    Example:
+        >>> map_tensors({'x': [torch.ones(1), 2]}, torch.neg)
+        {'x': [tensor([-1.]), 2]}
+    """
     if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        return [t for v in value.values() for t in tensors_in(v)]
+        return change(value)
+    if _children(value) is None:
+        return value
     if isinstance(value, (list, tuple)):
-        return [t for v in value for t in tensors_in(v)]
-    if is_dataclass(value) and not isinstance(value, type):
-        return [t for f in fields(value) for t in tensors_in(getattr(value, f.name))]
-    return []
+        items = [map_tensors(each, change) for each in value]
+        return type(value)(*items) if hasattr(value, '_fields') else type(value)(items)
+    twin = copy.copy(value)
+    parts = twin if isinstance(twin, dict) else vars(twin)
+    parts.update({name: map_tensors(each, change) for name, each in parts.items()})
+    return twin
+
+
+def _children(value: Any) -> Iterable[Any] | None:
+    """Return what a container or a plain object holds; None of anything else."""
+    if isinstance(value, dict):
+        return value.values()
+    if isinstance(value, (list, tuple)):
+        return value
+    opaque = callable(value) or isinstance(value, nn.Module | ModuleType)
+    return None if opaque or not hasattr(value, '__dict__') else vars(value).values()
 
 
 def difference(left: Any, right: Any) -> float:

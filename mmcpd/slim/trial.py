@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -17,14 +18,15 @@ from torch import Tensor, nn
 
 from ..coupling import Coupling, Example, Keep
 from ..errors import CombError, SlimError
-from .compare import compare, evaluating, tensors_in
+from .compare import compare, evaluating, map_tensors, tensors_in
 from .mask import named_tensors
 
 NOISE = 1_000_003  # random numbers for all weights; a prime, so that rows repeat none
 KEEPS = ((0.5, 0), (0.8, 1))  # what a trial leaves, and the seed of the choice
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
-_FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AssertionError, AttributeError, ZeroDivisionError,
-             KeyError)  # fmt: skip
+# What a forward may raise.
+FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AssertionError, AttributeError, ZeroDivisionError,
+            KeyError, NotImplementedError)  # fmt: skip
 
 
 def random_keep(
@@ -61,7 +63,7 @@ def _fault(model: nn.Module, coupling: Coupling, among: list[str]) -> str | None
         )
     except torch.cuda.OutOfMemoryError:
         raise
-    except _FAILURES as error:
+    except FAILURES as error:
         text = (str(error).strip().splitlines() or [''])[0][:160]
         return f'a trial failed: {text if isinstance(error, SlimError) else f"{type(error).__name__}: {text}"}'
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
@@ -102,7 +104,7 @@ def _runs(model: nn.Module, example: Example) -> bool:
     try:
         with evaluating(model):
             return is_finite(example.run(model))
-    except _FAILURES:
+    except FAILURES:
         return False
 
 
@@ -115,20 +117,34 @@ def in_double(model: nn.Module, example: Example) -> tuple[nn.Module, Example]:
     """Return copies in float64, on the CPU where the device has none, or as they are where they do not run in it."""
     on_cpu = any(tensor.device.type == 'mps' for tensor in named_tensors(model).values())
 
-    def wide(value: object) -> object:
-        if not isinstance(value, Tensor):
-            return copy.deepcopy(value)
+    def wide(value: Tensor) -> Tensor:
         value = value.cpu() if on_cpu else value
         return value.double() if value.is_floating_point() else value.clone()
 
     try:
-        twin, tried = copy.deepcopy(model), Example(tuple(map(wide, example.inputs)), example.forward)
+        twin, tried = copy.deepcopy(model), replace(example, inputs=map_tensors(example.inputs, wide))
         twin = (twin.cpu() if on_cpu else twin).double()
         if _runs(twin, tried):
             return twin, tried
-    except _FAILURES:
+    except FAILURES:
         pass
     return copy.deepcopy(model), example
+
+
+def disagreement(model: nn.Module, coupling: Coupling, forward: Callable[..., object]) -> str | None:
+    """Return why another forward than the one that was combed cannot be run on the slimmed model, or None if it can.
+
+    Example:
+        >>> disagreement(model, coupling, lambda model, images: model(images).relu()) is None
+        True
+    """
+    names = [group.name for group in coupling.groups]
+    tried = replace(coupling, example=Example(coupling.example.inputs, forward))
+    why = _fault(randomised(model), tried, names) if names else None
+    if why is None:
+        return None
+    twin, example = in_double(randomised(model), tried.example)
+    return _fault(twin, replace(tried, example=example), names)
 
 
 def faults_of(model: nn.Module, coupling: Coupling) -> dict[str, str]:

@@ -9,10 +9,13 @@ import mmseg.models  # noqa: F401 - registers
 import pytest
 import torch
 from mmengine.config import Config
+from mmpretrain.structures import DataSample
 
 from mmcpd.datasets.digits import DigitsDataset
 from mmcpd.engine.build import build_dense
-from mmcpd.engine.examples import data_batches, example_inputs, input_shape, random_batches
+from mmcpd.engine.examples import data_batches, example_data, example_inputs, picture_of, random_batches
+from mmcpd.engine.passes import TRAINING
+from mmcpd.engine.samples import Samples
 
 BASE = Path(__file__).resolve().parents[2] / 'configs' / '_base_' / 'datasets' / 'digits.py'
 
@@ -58,11 +61,11 @@ def test_more_inputs_than_pictures_repeat_some(cfg, model):
     assert len(batch.unique(dim=0)) == 2
 
 
-def test_random_inputs_are_always_the_same(cfg):
-    one, two = random_batches(cfg, (2, 3)), random_batches(cfg, (2, 3))
+def test_random_inputs_are_always_the_same(cfg, model):
+    one, two = random_batches(cfg, model, (2, 3)), random_batches(cfg, model, (2, 3))
     assert [x.shape for x in one] == [(2, 3, 32, 32), (3, 3, 32, 32)]
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
-    assert random_batches(cfg, (1,), (8, 16))[0].shape == (1, 3, 8, 16)
+    assert random_batches(cfg, model, (1,), (8, 16))[0].shape == (1, 3, 8, 16)
 
 
 def test_without_test_data_it_says_so(cfg, model):
@@ -97,37 +100,72 @@ def loader(*transforms) -> dict:
     ],
 )
 def test_example_inputs_have_the_size_of_the_test(cfg, entries, shape):
+    model = build_dense(cfg)
     cfg = Config({'model': cfg.model, 'default_scope': 'mmpretrain', **entries})
-    inputs = example_inputs(cfg)
+    first = next(module for module in model.modules() if isinstance(module, torch.nn.Conv2d))
+    first.in_channels = shape[1]  # whatever the mean says
+    inputs = example_inputs(cfg, model)
     assert inputs.shape == shape
-    assert torch.equal(inputs, example_inputs(cfg))
+    assert torch.equal(inputs, example_inputs(cfg, model))
 
 
 def test_a_config_without_any_size_says_how_to_give_one(cfg):
-    with pytest.raises(ValueError, match=r'give PruneHook input_shape=\(3, H, W\)'):
-        example_inputs(Config({'model': cfg.model}))
+    with pytest.raises(ValueError, match=r'give PruneHook input_shape=\(C, H, W\)'):
+        example_inputs(Config({'model': cfg.model}), build_dense(cfg))
 
 
-def test_the_first_picture_decides_last_and_reading_it_draws_nothing(cfg):
-    class Noisy(torch.utils.data.Dataset):
-        def __getitem__(self, index):
-            height, width = torch.randint(8, 1000, (2,)).tolist()
-            return {'inputs': torch.zeros(3, height, width)}
+class Noisy(torch.utils.data.Dataset):
+    """Pictures of any size and as many bands, with a label."""
 
-    bare = Config({'model': cfg.model})
+    def __init__(self, bands=3):
+        self.bands = bands
+
+    def __getitem__(self, index):
+        height, width = torch.randint(8, 1000, (2,)).tolist()
+        return {'inputs': torch.zeros(self.bands, height, width), 'data_samples': DataSample().set_gt_label(1)}
+
+
+def test_the_first_sample_is_the_same_each_time_and_reading_it_draws_nothing(cfg):
+    bare, model = Config({'model': cfg.model}), build_dense(cfg)
+
+    def shape(config, given=None):
+        data = example_data(model, config, Samples(Noisy()), given)
+        assert data['data_samples'][0].gt_label == 1
+        return tuple(picture_of(data).shape)
+
     before = torch.get_rng_state()
-    shape = input_shape(bare, None, Noisy())
+    first = shape(bare)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(5)
-    assert input_shape(bare, None, Noisy()) == shape, 'the same picture each time'
-    assert input_shape(Config({'model': cfg.model, 'crop_size': 20}), None, Noisy()) == (3, 20, 20)
-    assert input_shape(bare, (1, 5, 6), Noisy()) == (1, 5, 6)
-    with pytest.raises(ValueError, match=r"no 'inputs' \(C, H, W\): give PruneHook input_shape"):
-        input_shape(bare, None, [{'inputs': [1, 2]}])
+    assert shape(bare) == first
+    assert shape(Config({'model': cfg.model, 'crop_size': 20})) == (1, 3, 20, 20)
+    assert shape(bare, (1, 5, 6)) == (1, 1, 5, 6)
+
+
+def test_a_sample_without_a_picture_is_refused(cfg):
+    model = build_dense(cfg)
+    model.data_preprocessor.forward = lambda batch, training: {'inputs': ['a.png'], 'data_samples': []}
+    with pytest.raises(ValueError, match=r'returns no picture for a sample: give PruneHook input_shape'):
+        example_data(model, Config({'model': cfg.model}), Samples(Noisy()))
+
+
+@pytest.mark.parametrize('bands', [1, 4, 9])
+def test_bands_come_from_the_data_or_from_the_first_layer_not_from_the_mean(cfg, bands):
+    """The mean of one number, of three, or none at all is broadcast over any number of bands."""
+    plain = Config({'model': cfg.model, 'crop_size': 20, 'default_scope': 'mmpretrain'})
+    plain.model.backbone.in_channels = bands
+    for preprocessor in (None, dict(mean=[0.5], std=[1.0]), dict(mean=[0.1] * bands, std=[1.0] * bands)):
+        plain.model.data_preprocessor = preprocessor
+        model = build_dense(plain)
+        for samples in (Samples(Noisy(bands)), None):
+            data = example_data(model, plain, samples)
+            assert picture_of(data).shape == (1, bands, 20, 20)
+            assert TRAINING(model, data)['loss'] > 0, 'with a label, if only a made-up one'
 
 
 def test_a_real_config_is_sized(tmp_path):
     file = tmp_path / 'config.py'
     file.write_text("_base_ = 'mmseg::segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py'\n")
-    assert example_inputs(str(file)).shape == (1, 3, 512, 512)
-    assert type(build_dense(file)).__name__ == 'EncoderDecoder'
+    model = build_dense(file)
+    assert example_inputs(str(file), model).shape == (1, 3, 512, 512)
+    assert type(model).__name__ == 'EncoderDecoder'

@@ -423,6 +423,7 @@ def test_a_run_that_was_combed_by_its_first_picture_is_cut_later(runner_of, tmp_
     assert {key: meta['slim'][key] for key in ('macs', 'units')} == {
         key: written['slim'][key] for key in ('macs', 'units')
     }
+    cfg.val_dataloader = cfg.test_dataloader = None
     with pytest.raises(ValueError, match='give PruneHook input_shape'):
         comb_by_config(model, cfg)
 

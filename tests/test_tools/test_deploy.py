@@ -22,7 +22,7 @@ def checkpoint(tiny):
     torch.manual_seed(1)
     cfg = Config.fromfile(tiny)
     dense = build_dense(cfg)
-    coupling = comb(dense, example_inputs(cfg))
+    coupling = comb(dense, example_inputs(cfg, build_dense(cfg)))
     keep = coupling.keep()
     for units in keep.values():
         units[len(units) // 2 :] = False

@@ -120,6 +120,12 @@ def as_strided(run: Run, call: Call) -> None:
         same(run, call)
 
 
+def compared(run: Run, call: Call) -> None:
+    """Freeze what a loss compares with labels: classes, coordinates."""
+    for tensor in call.tensors():
+        run.freeze_all(tensor, f'a loss compares it in {run.where}')
+
+
 def unknown(run: Run, call: Call) -> None:
     """Freeze what goes through an operation without a rule, and report it."""
     run.unsupported(call.op)

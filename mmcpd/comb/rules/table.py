@@ -16,6 +16,7 @@ from .pointwise import (
     all_summands,
     any_factor,
     as_strided,
+    compared,
     fresh,
     like,
     numerator,
@@ -119,6 +120,11 @@ OPERATIONS: dict[str, Operation] = {
     'miopen_batch_norm': op(batch_norm), '_batch_norm_no_update': op(batch_norm),
     '_batch_norm_with_update': op(batch_norm), 'native_layer_norm': op(layer_norm),
     'native_group_norm': op(group_norm),
+    # -- losses
+    'nll_loss_forward': op(compared), 'nll_loss2d_forward': op(compared), 'binary_cross_entropy': op(compared),
+    'binary_cross_entropy_with_logits': op(compared), 'mse_loss': op(compared), 'smooth_l1_loss': op(compared),
+    'huber_loss': op(compared), 'soft_margin_loss': op(compared), 'multi_margin_loss': op(compared),
+    'multilabel_margin_loss_forward': op(compared), '_ctc_loss': op(compared),
     # -- fresh tensors, sizes and random numbers: no input axis matters
     'new_zeros': op(fresh), 'new_ones': op(fresh), 'new_empty': op(fresh), 'new_full': op(fresh),
     'new_empty_strided': op(fresh), 'empty': op(fresh), 'zeros': op(fresh), 'ones': op(fresh),
