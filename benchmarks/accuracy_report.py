@@ -104,7 +104,7 @@ def setting(rows: Sequence[Row]) -> str:
     versions = ', '.join(f'{name} {version}' for name, version in sorted(rows[-1]['versions'].items()))
     trained = [row for row in rows if row['iterations'] and 'error' not in row]
     guessed = sorted({f'{row["recipe"]} ({row["table"]})' for row in trained if not row.get('rate_chosen')})
-    rates = 'Learning rates are chosen for each recipe by one run of 80 iterations (3 epochs for 3 epochs), on '
+    rates = 'Learning rates are chosen for each recipe by one run of as many iterations (ResNet-56: 80), on '
     rates += 'training pictures that nothing else here sees (the dense nets were trained on them too)'
     rates += f', but these have the default: {", ".join(guessed)}.' if guessed else '.'
     return (

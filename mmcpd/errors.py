@@ -11,6 +11,10 @@ class SlimError(RuntimeError):
     """A keep or a structure does not fit the model that it is applied to."""
 
 
+class ProofError(SlimError):
+    """A slim file does not become, in a model that is built from its config, what was slimmed."""
+
+
 class PruneError(ValueError):
     """Nothing can be pruned, or not as far as the target."""
 

@@ -15,7 +15,7 @@ from urllib.error import URLError
 from mmengine.config import DictAction
 
 from mmcpd.engine.compat import leave
-from mmcpd.errors import CombError, DeployError, PruneError, SlimError
+from mmcpd.errors import CombError, DeployError, ProofError, PruneError, SlimError
 
 
 class UserError(RuntimeError):
@@ -64,7 +64,10 @@ def add_runner_options(parser: argparse.ArgumentParser) -> None:
 
 
 def guard(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
-    """Call a command and return its exit status: a mistake becomes one line on stderr, Ctrl-C becomes 130."""
+    """Call a command and return its exit status: a mistake becomes one line on stderr, Ctrl-C becomes 130.
+
+    A slim file that could not be proved is status 4.
+    """
     try:
         main(args)
     except KeyboardInterrupt as error:
@@ -80,7 +83,7 @@ def guard(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) 
         if args.debug:
             raise
         print(f'error: {one_line(error)}', file=sys.stderr)
-        return 1
+        return 4 if isinstance(error, ProofError) else 1
     return 0
 
 

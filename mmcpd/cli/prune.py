@@ -38,13 +38,12 @@ from mmcpd.compat import require
 from mmcpd.coupling import Coupling
 from mmcpd.engine.at_once import PrunedAtOnce, ends_in_softmax, prune_at_once
 from mmcpd.engine.build import build_dense
-from mmcpd.engine.checkpoints import cut_checked, load_any, loadable, read_checkpoint
+from mmcpd.engine.checkpoints import Proof, cut_checked, load_any, loadable, read_checkpoint, save_proved
 from mmcpd.engine.combing import comb_by_config, shape_combed
 from mmcpd.engine.evaluate import evaluate
 from mmcpd.engine.label_free import teach_
 from mmcpd.engine.pictures import pictures
 from mmcpd.engine.report import comparison, costs
-from mmcpd.engine.slim_file import save_slim
 from mmcpd.files import whole, write_json
 from mmcpd.prune import Schedule, check_reachable
 from mmcpd.rotate import rotate_
@@ -163,7 +162,7 @@ def write(
         files[COUPLING].write_text(f'{dense.coupling}\n', encoding='utf-8')
         files[REFIT].write_text(f'{pruned.refitted or "not refitted"}\n', encoding='utf-8')
         write_json(files[REPORT], report)
-        save_slim(folder / SLIM, small, plan, meta)
+        save_proved(folder / SLIM, small, plan, meta, Proof.of_config(cfg, small), small)
 
 
 def versions() -> dict[str, str]:

@@ -20,6 +20,7 @@ from mmcpd.cli.configs import read_config, set_runner_options
 from mmcpd.cli.runner import build_runner, resume_hint, run
 from mmcpd.engine.checkpoints import check_start
 from mmcpd.engine.compat import start_processes
+from mmcpd.engine.hooks import PruneHook
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -78,6 +79,10 @@ def main(args: argparse.Namespace) -> None:
         check_start(cfg, cfg.load_from)
     start_processes(cfg)
     try:
-        run(build_runner(cfg), lambda runner: runner.train())
+        runner = build_runner(cfg)
+        run(runner, lambda runner: runner.train())
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(resume_hint(cfg, args)) from error
+    for failure in [hook.failure for hook in runner.hooks if isinstance(hook, PruneHook)]:
+        if failure is not None:  # the hook has said how to go on
+            raise failure

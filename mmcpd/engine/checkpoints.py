@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from torch import nn
 from mmcpd.coupling import Coupling, Keep
 from mmcpd.engine.build import HOOKS_OF_OURS, ConfigLike, build_dense
 from mmcpd.engine.combing import comb_by_config
+from mmcpd.engine.proof import proof_batches, prove
+from mmcpd.engine.random_state import seeded
 from mmcpd.engine.report import costs
 from mmcpd.engine.slim_file import PathLike, is_slim, read_slim, readable, save_slim
 from mmcpd.engine.wrappers import student_config, student_weights, type_name
-from mmcpd.errors import SlimError
+from mmcpd.errors import ProofError, SlimError
 from mmcpd.registry import MODELS
 from mmcpd.slim import mask_, restructure_, slim, structure
 from mmcpd.slim.compare import compare
@@ -190,14 +193,54 @@ def cut_checked(model: nn.Module, coupling: Coupling, keep: Keep) -> nn.Module:
     return small
 
 
-def save_checked(model: nn.Module, coupling: Coupling, keep: Keep, path: Path, meta: Mapping[str, Any]) -> None:
-    """Cut a bare model that is masked by `keep`, and write the slim one to `path`.
+@dataclass(frozen=True)
+class Proof:
+    """What a slim file is proved by: a fresh dense model, and batches as loaders give them."""
+
+    build: Callable[[], nn.Module]
+    batches: Sequence[Any]
+
+    @classmethod
+    def of_config(cls, cfg: Config, model: nn.Module) -> Proof:
+        return cls(lambda: build_dense(cfg), proof_batches(cfg, model))
+
+
+def save_checked(
+    model: nn.Module, coupling: Coupling, keep: Keep, path: Path, meta: Mapping[str, Any], proof: Proof
+) -> None:
+    """Cut a bare model that is masked by `keep`, and write the slim one to `path`, proved.
 
     Raises:
-        SlimError: as `cut_checked`; then nothing is written.
+        SlimError: as `cut_checked` and `save_proved`; then nothing is written.
     """
     small = cut_checked(model, coupling, keep)
-    save_slim(path, small, structure(model, small), meta)
+    save_proved(path, small, structure(model, small), meta, proof, model)
+
+
+def save_proved(
+    path: Path, small: nn.Module, plan: Mapping[str, Any], meta: Mapping[str, Any], proof: Proof, model: nn.Module
+) -> None:
+    """Write a slim model to `path` once the file, read into a fresh model, computes what `model` computes.
+
+    Raises:
+        ProofError: it does not, or cannot be read so; then nothing is written.
+    """
+    unproved = path.with_name(f'{path.name}.unproved')
+    try:
+        save_slim(unproved, small, plan, meta)
+        with seeded(0):
+            fresh = proof.build()
+        try:
+            fresh = _cut_to(fresh, read_slim(unproved), path.name)
+        except SlimError as error:
+            raise ProofError(
+                f'a model that is built anew from the config cannot be filled from {path.name} ({error}), so nothing '
+                'was written: does the config build the model that was trained?'
+            ) from error
+        prove(model, fresh, proof.batches)
+        os.replace(unproved, path)
+    finally:
+        unproved.unlink(missing_ok=True)
 
 
 def slim_checkpoint(cfg: Config, path: PathLike, out: PathLike) -> dict[str, Any]:
@@ -222,7 +265,7 @@ def slim_checkpoint(cfg: Config, path: PathLike, out: PathLike) -> dict[str, Any
     written = checkpoint.get('meta', {})
     meta = {key: written[key] for key in ('cfg', 'epoch', 'iter', 'dataset_meta') if key in written}
     meta |= {'input_shape': shape, 'dense': costs(coupling, coupling.keep()), 'slim': costs(coupling, keep)}
-    save_checked(model, coupling, keep, Path(out), meta)
+    save_checked(model, coupling, keep, Path(out), meta, Proof.of_config(cfg, model))
     return meta
 
 

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.evaluator import Evaluator
@@ -14,6 +13,7 @@ from mmengine.registry import EVALUATOR, DefaultScope
 from mmengine.runner import Runner
 from torch import nn
 
+from mmcpd.engine.report import numbers
 from mmcpd.slim.compare import evaluating
 
 SPLITS = ('val', 'test')  # the first that the config has
@@ -51,7 +51,7 @@ def evaluate(model: nn.Module, cfg: Config, *, progress: Callable[[int, int], No
             if progress is not None:
                 progress(number, len(loader))
         found = evaluator.evaluate(len(loader.dataset))
-    return {name: float(value) for name, value in found.items() if np.ndim(value) == 0}
+    return numbers(found)
 
 
 def _split(cfg: Config) -> str | None:

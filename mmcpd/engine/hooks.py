@@ -5,32 +5,38 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
 from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.hooks import EMAHook, Hook
 from mmengine.optim import AmpOptimWrapper, OptimWrapper, OptimWrapperDict
 from mmengine.runner import Runner
+from torch import nn
 
 from mmcpd.engine.at_once import check_label_free, check_way, prune_at_once, take_over_, with_softmax
-from mmcpd.engine.checkpoints import STATE, save_checked
+from mmcpd.engine.build import build_dense
+from mmcpd.engine.checkpoints import STATE, Proof, save_checked
 from mmcpd.engine.closure import StepClosure
 from mmcpd.engine.comb_hook import comb_options, refuse_unknown
 from mmcpd.engine.combing import comb_runner, shape_combed
 from mmcpd.engine.distillers import Distiller
 from mmcpd.engine.pictures import pictures as draw_pictures
 from mmcpd.engine.plan import plan
-from mmcpd.engine.report import comparison, costs
-from mmcpd.engine.slim_file import save_whole
+from mmcpd.engine.proof import proof_batches
+from mmcpd.engine.report import comparison, costs, numbers
+from mmcpd.engine.slim_file import plain_entries, save_whole
 from mmcpd.engine.wrappers import bare_model, unwrapped
 from mmcpd.names import look_up
 from mmcpd.prune import NORMALIZERS, Pruner, Schedule, check_floors, check_importance
 from mmcpd.registry import HOOKS
 from mmcpd.rotate import rotate_
+from mmcpd.slim import mask_
+from mmcpd.slim.trial import random_keep
 
 DENSE, SLIM, TABLE, REFIT = 'dense.pth', 'slim.pth', 'coupling.txt', 'refit.txt'
+UNSLIMMED = 'unslimmed.pth'  # the last training checkpoint, where no slim file could be written
 
 
 @HOOKS.register_module()
@@ -119,6 +125,8 @@ class PruneHook(Hook):
         self.closure: StepClosure | None = None
         self.begun = False
         self.dense_metrics: dict[str, float] = {}
+        self.failure: Exception | None = None  # why there is no slim file at the end
+        self._untrained: nn.Module | None = None  # a copy of a model that no config describes
         self._loaded: dict[str, Any] | None = None
         self._validated: tuple[int, dict[str, float]] = (-1, {})
 
@@ -142,6 +150,7 @@ class PruneHook(Hook):
         loaded = self._loaded if runner.iter > 0 else None
         if loaded is not None:
             self._resume(runner, loaded)
+        self._untrained = None if 'model' in runner.cfg else copy.deepcopy(bare_model(runner.model))
         coupling = comb_runner(runner, **self.comb_options)
         self._pruner = Pruner(
             bare_model(runner.model),
@@ -166,6 +175,8 @@ class PruneHook(Hook):
         if loaded is not None:
             self.pruner.load_state_dict(loaded['pruner'])
         else:
+            if is_main_process():
+                self._rehearse(runner)
             self.pruner.skip_to(runner.iter)
         self._log(runner)
 
@@ -186,8 +197,7 @@ class PruneHook(Hook):
             self._log(runner)
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
-        numbers = {name: value for name, value in (metrics or {}).items() if np.ndim(value) == 0}
-        self._validated = (runner.iter, {name: float(value) for name, value in numbers.items()})
+        self._validated = (runner.iter, numbers(metrics or {}))
 
     def after_train(self, runner: Runner) -> None:
         self.pruner.stop()
@@ -202,10 +212,40 @@ class PruneHook(Hook):
             path = Path(runner.work_dir) / SLIM
             meta = {'cfg': runner.cfg.pretty_text, 'epoch': runner.epoch, 'iter': runner.iter}
             data = getattr(runner.train_dataloader.dataset, 'metainfo', None)
+            data = None if data is None else plain_entries(data, 'metainfo')
             meta |= {'input_shape': shape_combed(coupling), 'dense': dense, 'slim': small}
             meta |= {'dataset_meta': data} if data is not None else {}
-            save_checked(self.pruner.model, coupling, keep, path, meta)
+            try:
+                save_checked(self.pruner.model, coupling, keep, path, meta, self._proof(runner))
+            except Exception as error:
+                self.failure = error
+                runner.save_checkpoint(runner.work_dir, UNSLIMMED, save_optimizer=False)
+                runner.logger.exception(
+                    f'there is no {SLIM}: {error}. The pruned weights are in {UNSLIMMED}: once the cause is mended, '
+                    f'`mmcpd slim CONFIG {Path(runner.work_dir) / UNSLIMMED}` goes on from there'
+                )
+                return
             runner.logger.info(f'saved {path}\n{comparison(dense, small)}')
+
+    def _proof(self, runner: Runner) -> Proof:
+        """Return what the slim file is proved by: the config alone, or a copy of a model that was handed over."""
+        model = self._untrained
+        return Proof(
+            (lambda: build_dense(runner.cfg)) if model is None else lambda: copy.deepcopy(model),
+            proof_batches(runner, self.pruner.model),
+        )
+
+    def _rehearse(self, runner: Runner) -> None:
+        """See before training that a slim file of this model can be read again, with half of the units gone.
+
+        Raises:
+            ProofError: what would not fit.
+        """
+        coupling = self.pruner.coupling
+        keep, masked = random_keep(coupling, 0.5, 0), copy.deepcopy(self.pruner.model)
+        mask_(masked, coupling, keep)
+        with TemporaryDirectory() as folder:
+            save_checked(masked, coupling, keep, Path(folder) / SLIM, {}, self._proof(runner))
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         if self._pruner is not None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from mmcpd.cost import COSTS
 from mmcpd.coupling import Coupling, Keep, aligned
 
@@ -21,6 +23,18 @@ def costs(coupling: Coupling, keep: Keep) -> dict[str, int]:
     """
     cost = coupling.cost(keep)
     return {**{quantity: cost[quantity] for quantity in COSTS}, 'units': sum(int(k.sum()) for k in keep.values())}
+
+
+def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics that are numbers; names of classes, tables and missing values are no part of a comparison.
+
+    Example:
+        >>> numbers({'mIoU': torch.tensor(71.5), 'worst_class': 'c3', 'per_class': [70.0, 73.0], 'mDice': None})
+        {'mIoU': 71.5}
+    """
+    single = {name: value.item() if hasattr(value, 'item') and np.ndim(value) == 0 else value
+              for name, value in metrics.items()}  # fmt: skip
+    return {name: float(value) for name, value in single.items() if isinstance(value, int | float)}
 
 
 def comparison(dense: Mapping[str, Any], small: Mapping[str, Any]) -> str:

@@ -36,9 +36,9 @@ class Samples:
         return cls(loader.dataset, cast(Any, loader.collate_fn))
 
     @classmethod
-    def of_config(cls, cfg: Config) -> Samples | None:
-        """Build the training data of a config, or its test data; None where they are not on this machine."""
-        for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+    def of_config(cls, cfg: Config, *loaders: str) -> Samples | None:
+        """Build the data of the first of these loaders (train, validation, test), or None where none is here."""
+        for name in loaders or ('train_dataloader', 'val_dataloader', 'test_dataloader'):
             loader = cfg.get(name)
             if next(datasets(loader), None) is None:
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pickle
 import zipfile
@@ -11,7 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
+from mmengine.logging import print_log
 from torch import nn
 
 from mmcpd.errors import SlimError
@@ -109,6 +112,23 @@ def readable(path: PathLike) -> Iterator[None]:
         raise SlimError(f'{path} is truncated or not a checkpoint: {reason}') from error
 
 
+def plain_entries(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the entries that a slim file can hold, arrays as lists; a warning names those that it cannot.
+
+    Example:
+        >>> plain_entries({'palette': np.zeros((1, 3), int), 'draw': print}, 'metainfo')
+        {'palette': [[0, 0, 0]]}
+    """
+    kept = {}
+    for name, value in values.items():
+        try:
+            kept[str(name)] = _plain(value, where)
+        except ValueError:
+            text = f'{name} of the {where} is no plain value ({type(value).__name__}), and is left out of slim.pth'
+            print_log(text, 'current', logging.WARNING)
+    return kept
+
+
 def _plain(value: Any, where: str) -> Any:
     """Return the value as dicts, lists, strings and numbers, of exactly those types."""
     for kind in (bool, int, float, str):
@@ -120,6 +140,6 @@ def _plain(value: Any, where: str) -> Any:
         return {str(key): _plain(item, f'{where}.{key}') for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item, f'{where}[{number}]') for number, item in enumerate(value)]
-    if getattr(value, 'ndim', None) == 0 and hasattr(value, 'item'):  # scalars of numpy and torch
-        return _plain(value.item(), where)
+    if isinstance(value, np.ndarray | np.generic | torch.Tensor):
+        return _plain(value.tolist(), where)
     raise ValueError(f'{where} of a slim checkpoint must be plain values, not {type(value).__name__}')

@@ -38,18 +38,28 @@ def tensors_in(value: Any) -> list[Tensor]:
 
     A plain object has attributes, and is no module and cannot be called: OpenMMLab's data samples.
     """
-    found: list[Tensor] = []
+    return list(named_tensors_in(value).values())
+
+
+def named_tensors_in(value: Any) -> dict[str, Tensor]:
+    """Return all tensors that `tensors_in` returns, each under the path to it.
+
+    Example:
+        >>> list(named_tensors_in({'loss': torch.ones(1), 'boxes': [torch.ones(4)]}))
+        ['loss', 'boxes.0']
+    """
+    found: dict[str, Tensor] = {}
     seen: set[int] = set()
 
-    def visit(part: Any) -> None:
+    def visit(part: Any, path: str) -> None:
         if isinstance(part, Tensor):
-            found.append(part)
+            found[path] = part
         elif id(part) not in seen and (children := _children(part)) is not None:
             seen.add(id(part))
-            for child in children:
-                visit(child)
+            for name, child in children:
+                visit(child, f'{path}.{name}' if path else str(name))
 
-    visit(value)
+    visit(value, '')
     return found
 
 
@@ -73,14 +83,14 @@ def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return twin
 
 
-def _children(value: Any) -> Iterable[Any] | None:
-    """Return what a container or a plain object holds; None of anything else."""
+def _children(value: Any) -> Iterable[tuple[Any, Any]] | None:
+    """Return what a container or a plain object holds, by name; None of anything else."""
     if isinstance(value, dict):
-        return value.values()
+        return value.items()
     if isinstance(value, (list, tuple)):
-        return value
+        return enumerate(value)
     opaque = callable(value) or isinstance(value, nn.Module | ModuleType)
-    return None if opaque or not hasattr(value, '__dict__') else vars(value).values()
+    return None if opaque or not hasattr(value, '__dict__') else vars(value).items()
 
 
 def difference(left: Any, right: Any) -> float:
