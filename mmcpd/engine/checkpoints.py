@@ -19,7 +19,7 @@ from mmcpd.engine.combing import comb_by_config
 from mmcpd.engine.proof import proof_batches, prove
 from mmcpd.engine.random_state import seeded
 from mmcpd.engine.report import costs
-from mmcpd.engine.slim_file import PathLike, is_slim, read_slim, readable, save_slim
+from mmcpd.engine.slim_file import PathLike, is_slim, plain_entries, read_slim, readable, save_slim
 from mmcpd.engine.wrappers import student_config, student_weights, type_name
 from mmcpd.errors import ProofError, SlimError
 from mmcpd.registry import MODELS
@@ -264,6 +264,8 @@ def slim_checkpoint(cfg: Config, path: PathLike, out: PathLike) -> dict[str, Any
         raise SlimError(f'{path} does not fit what combing finds in {cfg.filename}: {error}') from error
     written = checkpoint.get('meta', {})
     meta = {key: written[key] for key in ('cfg', 'epoch', 'iter', 'dataset_meta') if key in written}
+    if 'dataset_meta' in meta:
+        meta['dataset_meta'] = plain_entries(meta['dataset_meta'], 'metainfo')
     meta |= {'input_shape': shape, 'dense': costs(coupling, coupling.keep()), 'slim': costs(coupling, keep)}
     save_checked(model, coupling, keep, Path(out), meta, Proof.of_config(cfg, model))
     return meta

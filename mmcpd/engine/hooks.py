@@ -205,26 +205,32 @@ class PruneHook(Hook):
             runner.logger.info(
                 f'{self.pruner.importance.skipped} iterations entered no score: a gradient was not finite'
             )
+        try:
+            self._save(runner)
+        except Exception as error:
+            self.failure = error
+            runner.save_checkpoint(runner.work_dir, UNSLIMMED, save_optimizer=False)
+            runner.logger.exception(
+                f'there is no {SLIM}: {error}. The pruned weights are in {UNSLIMMED}: once the cause is mended, `mmcpd '
+                f'slim CONFIG {Path(runner.work_dir) / UNSLIMMED}` goes on from there'
+            )
+
+    def _save(self, runner: Runner) -> None:
+        """Validate, and write the slim model.
+
+        Raises:
+            SlimError: it is not what was trained.
+        """
         coupling, keep = self.pruner.coupling, self.pruner.keep
         dense = {**costs(coupling, coupling.keep()), 'metrics': self.dense_metrics}
         small = {**costs(coupling, keep), 'metrics': self._metrics(runner)}  # masked and slim compute the same
         if is_main_process():
             path = Path(runner.work_dir) / SLIM
             meta = {'cfg': runner.cfg.pretty_text, 'epoch': runner.epoch, 'iter': runner.iter}
-            data = getattr(runner.train_dataloader.dataset, 'metainfo', None)
-            data = None if data is None else plain_entries(data, 'metainfo')
             meta |= {'input_shape': shape_combed(coupling), 'dense': dense, 'slim': small}
-            meta |= {'dataset_meta': data} if data is not None else {}
-            try:
-                save_checked(self.pruner.model, coupling, keep, path, meta, self._proof(runner))
-            except Exception as error:
-                self.failure = error
-                runner.save_checkpoint(runner.work_dir, UNSLIMMED, save_optimizer=False)
-                runner.logger.exception(
-                    f'there is no {SLIM}: {error}. The pruned weights are in {UNSLIMMED}: once the cause is mended, '
-                    f'`mmcpd slim CONFIG {Path(runner.work_dir) / UNSLIMMED}` goes on from there'
-                )
-                return
+            data = getattr(runner.train_dataloader.dataset, 'metainfo', None)
+            meta |= {'dataset_meta': plain_entries(data, 'metainfo')} if data is not None else {}
+            save_checked(self.pruner.model, coupling, keep, path, meta, self._proof(runner))
             runner.logger.info(f'saved {path}\n{comparison(dense, small)}')
 
     def _proof(self, runner: Runner) -> Proof:
