@@ -104,8 +104,8 @@ def setting(rows: Sequence[Row]) -> str:
     versions = ', '.join(f'{name} {version}' for name, version in sorted(rows[-1]['versions'].items()))
     trained = [row for row in rows if row['iterations'] and 'error' not in row]
     guessed = sorted({f'{row["recipe"]} ({row["table"]})' for row in trained if not row.get('rate_chosen')})
-    rates = 'Learning rates are chosen for each recipe by one run of as many iterations (ResNet-56: 80), on '
-    rates += 'training pictures that nothing else here sees (the dense nets were trained on them too)'
+    rates = 'Learning rates are chosen for each recipe by one run of as many iterations (3 epochs: 240, ResNet-56: '
+    rates += '80), on training pictures that nothing else here sees (the dense nets were trained on them too)'
     rates += f', but these have the default: {", ".join(guessed)}.' if guessed else '.'
     return (
         'Mean ± standard deviation over seeds (how many). Every recipe starts from the same dense weights and sees '
