@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from mmengine.config import Config
-from mmengine.config.utils import MODULE2PACKAGE
+from mmengine.config.utils import MODULE2PACKAGE, ConfigParsingError
 from mmengine.device import get_device
 
 from mmcpd.cli.common import UserError, one_line
@@ -41,6 +41,8 @@ def read_config(args: argparse.Namespace) -> Config:
                 f'{args.config} inherits from package::..., but {error.filename} is missing: {INSTALL}'
             ) from error
         raise
+    except ConfigParsingError as error:
+        raise UserError(f'{args.config}: {one_line(error)}') from error
     if 'model' not in cfg:
         raise UserError(f'{args.config} has no model; a config inherits from one that has, by _base_')
     if args.cfg_options:
