@@ -137,7 +137,7 @@ def run_table(runner: Runner, store: Store, wanted: Sequence[Case]) -> None:
             continue
         row = runner.run(EVERY[case.recipe], case)
         tried = runner.task.tried_for(case.iterations)
-        row['rate_chosen'] = case.iterations > 0 and store.rate(case, tried) is not None
+        row['rate_chosen'] = case.iterations > 0 and store.rate(case, tried) == case.rate
         store.add('rows', row)
         print(f'[{number}/{len(wanted)}] {line(row)}', flush=True)
 
@@ -205,6 +205,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--budgets', type=int, nargs='+', help="iterations; the table's own if left out")
     parser.add_argument('--choose-lr', action='store_true', help='try learning rates on held-out pictures first')
     parser.add_argument('--rates', type=float, nargs='+', help="those to try; the table's own if left out")
+    parser.add_argument('--rate', type=float, help='train at this rate, whatever was chosen')
     parser.add_argument('--latency', action='store_true', help='only time the pruned models')
     parser.add_argument('--list', action='store_true', help='only list the rows')
     parser.add_argument('--data', type=Path, default=Path('data'))
@@ -239,7 +240,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.latency:
             measure_latency(runner, store, [case for case in wanted if case.seed == args.seeds[0]])
         else:
-            run_table(runner, store, wanted)
+            forced = [replace(case, rate=args.rate if case.iterations else 0.0) for case in wanted]
+            run_table(runner, store, wanted if args.rate is None else forced)
 
 
 if __name__ == '__main__':

@@ -67,7 +67,21 @@ def table(name: str, rows: Sequence[Row]) -> str:
         lines.append([recipe, *cells, learning])
     reference = f', dense {dense[0]:.2f}' if dense else ''
     text = '\n'.join(f'| {" | ".join(each)} |' for each in lines)
-    return f'**{TITLES[name]}{reference}**\n\n{text}'
+    return f'**{TITLES[name]}{reference}**\n\n{text}{other_rates(rows)}'
+
+
+def other_rates(rows: Sequence[Row]) -> str:
+    """Return a line of what recipes reach at rates that were not chosen, or nothing."""
+    trained = [row for row in rows if row['iterations'] and 'test' in row]
+    chosen = {(row['recipe'], row['iterations']) for row in trained if row.get('rate_chosen')}
+    cases = sorted({(row['recipe'], row['iterations'], row['rate']) for row in trained if not row.get('rate_chosen')})
+    found = [
+        f'{recipe} at {rate:g}, {count} iterations: '
+        + cell([row for row in trained if (row['recipe'], row['iterations'], row['rate']) == (recipe, count, rate)])
+        for recipe, count, rate in cases
+        if (recipe, count) in chosen
+    ]
+    return f'\n\nAt rates that were not chosen: {"; ".join(found)}.' if found else ''
 
 
 def cell(rows: Sequence[Row]) -> str:

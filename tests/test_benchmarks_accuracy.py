@@ -329,6 +329,15 @@ def test_latency_is_measured_once_beside_the_dense_model(task, tmp_path, monkeyp
     assert '| magnitude at once | 50% |' in accuracy_report.latency_table('resnet20', [row])
 
 
+def test_rows_at_rates_that_were_not_chosen_stand_below_the_table():
+    chosen = rows_of('mmcpd', [86.0, 87.0], rate_chosen=True)
+    others = [{**row, 'rate': 0.1} for row in rows_of('mmcpd', [80.0, 81.0], rate_chosen=False)]
+    text = accuracy_report.table('resnet20', chosen + others)
+    assert '| mmcpd | 86.50 ± 0.71 (2) |' in text
+    assert text.endswith('At rates that were not chosen: mmcpd at 0.1, 40 iterations: 80.50 ± 0.71 (2).')
+    assert 'not chosen' not in accuracy_report.table('resnet20', chosen)
+
+
 def test_every_recipe_has_its_own_name():
     assert all(isinstance(recipe, Recipe) and name == recipe.name for name, recipe in accuracy.EVERY.items())
     assert len(accuracy.EVERY) == len(RECIPES) + len(VARIANTS)
