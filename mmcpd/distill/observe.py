@@ -133,17 +133,24 @@ class Observer:
         starts = (_Edge(t.grad_fn, t.output_nr) for t in tensors_in(outputs) if t.grad_fn is not None and t.ndim >= 2)
         return merged([replace(self._behind(start), softmax=False, sigmoid=False) for start in starts])
 
+    def behind(self, outputs: Any) -> set[Output]:
+        """Return all module outputs that some tensors are computed from without a layer, each alone or with others."""
+        starts = (_Edge(t.grad_fn, t.output_nr) for t in tensors_in(outputs) if t.grad_fn is not None)
+        return {output for start in starts for edge in _walk(start) for output in self._given.get(edge, ())}
+
     def _behind(self, root: _Edge, stops: Collection[_Edge] = ()) -> Compared:
         """Collect the module outputs that everything on the way from `root` to the last layers comes from."""
-        way = list(_walk(root, stops))
         outputs: list[Output] = []
-        for edge in way:
+        nearest: list[_Edge] = []
+        for edge in _walk(root, stops):
             if edge in self._given and not edge.is_probability() and _comes_from(root, edge, stops):
+                nearest = nearest or [edge]
                 source = edge
                 while RESIZED.search(source.name) and source.inputs():
                     source = source.inputs()[0]  # before it was resized
                     outputs += [output for output in self._given.get(source, ()) if output not in outputs]
                 outputs += [output for output in self._given[edge] if output not in outputs]
+        way = list(_walk(root, {*stops, *nearest}))  # what the loss does, not what a head does with softmax and sigmoid
         return Compared(tuple(outputs), _any(SOFTMAX, way), _any(SIGMOID, way))
 
 

@@ -34,12 +34,10 @@ def read_near(model: nn.Module, path: str, classes: int) -> Compared:
         >>> read_near(net, 'fc', 5).sigmoid
         True
     """
-    while path:
-        path = path.rpartition('.')[0]
-        owner = model.get_submodule(path)
-        if any(True for _ in _loss_modules(owner)):
-            return read_by_losses(owner, classes)
-    return Compared(())
+    owner = model.get_submodule(path)
+    if not path or any(True for _ in _loss_modules(owner)):
+        return read_by_losses(owner, classes)
+    return read_near(model, path.rpartition('.')[0], classes)
 
 
 def _loss_modules(head: nn.Module) -> Iterator[nn.Module]:

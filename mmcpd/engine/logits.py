@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from mmengine.model import BaseModel
+from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
 from mmcpd.distill import Compared, Observer, Output
@@ -38,8 +40,8 @@ class Observed:
 
     Attributes:
         trained: what its losses compare with labels; empty where there are no labels.
-        tested: what it gives out in mode 'tensor', in eval mode.
-        ran: all module outputs of that run.
+        tested: what it gives out in mode 'tensor', in eval mode, as far as its predictions are made of it.
+        ran: all module outputs of the run in mode 'tensor'.
         failed: why that run ended early, '' if it did not.
         classes: the numbers of classes that its heads state.
     """
@@ -96,32 +98,45 @@ class Observed:
 
 
 def observe(model: nn.Module, inputs: Any, data_samples: Any, *, labelled: bool) -> Observed:
-    """Run a model on a preprocessed batch, for its losses where it is labelled and in mode 'tensor', and look on.
+    """Run a model on a preprocessed batch for its losses, where it is labelled, and as it is tested, and look on.
 
     Statistics, random states and modes are afterwards as they were.
     """
-    trained, tested, failed = [], [], ''
+    trained: list[Compared] = []
     with restored(model), torch.enable_grad():
         if labelled:
             with Observer(model) as observer:
-                losses = model(inputs, data_samples, mode='loss')
+                losses = model(inputs, copy.deepcopy(data_samples), mode='loss')
             values = [tensor for name, value in losses.items() if 'loss' in name for tensor in tensors_in(value)]
             trained = observer.compared(values)
         model.eval()
-        with Observer(model) as observer:
-            try:
-                tested = observer.given_out(run_tested(model, _differentiable(inputs), data_samples))
-            except Exception as error:  # noqa: BLE001 - a model may have no such mode; what ran is known
-                failed = f'{type(error).__name__}: {error}'
+        observer, outputs, failed = _looked_on(model, inputs, data_samples, 'tensor')
+        tested, ran = observer.given_out(outputs), tuple(observer.outputs)
+        observer, outputs, _ = _looked_on(model, inputs, data_samples, 'predict')
+        predicting = observer.behind(outputs)
+        tested = [each for each in tested or observer.given_out(outputs) if predicting & {*each.outputs}] or tested
     classes = {getattr(m, name, None) for m in model.modules() for name in ('out_channels', 'num_classes')
                if hasattr(m, 'num_classes')}  # fmt: skip
     whole = frozenset(number for number in classes if isinstance(number, int))
-    return Observed(model, tuple(trained), tuple(tested), tuple(observer.outputs), failed, whole)
+    return Observed(model, tuple(trained), tuple(tested), ran, failed, whole)
 
 
-def run_tested(model: nn.Module, inputs: Any, data_samples: Any = None) -> Any:
-    """Run a model for what it gives out: MMEngine's models do what a plain module would only in mode 'tensor'."""
-    return model(inputs, data_samples, mode='tensor') if isinstance(model, BaseModel) else model(inputs)
+def _looked_on(model: nn.Module, inputs: Any, data_samples: Any, mode: str) -> tuple[Observer, Any, str]:
+    """Run a model in a mode that it may not have; return who looked on, what it gave out, and why it failed."""
+    arguments = (copy.deepcopy(data_samples),) if isinstance(model, BaseModel) else ()
+    options = {'mode': mode} if isinstance(model, BaseModel) else {}
+    with Observer(model) as observer:
+        try:
+            return observer, _plain(model(_differentiable(inputs), *arguments, **options)), ''
+        except Exception as error:  # noqa: BLE001 - anything that a model of anyone may raise
+            return observer, None, f'{type(error).__name__}: {error}'
+
+
+def _plain(value: Any) -> Any:
+    """Turn data samples into dicts."""
+    if isinstance(value, BaseDataElement | Mapping):
+        return {name: _plain(inner) for name, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, tuple | list) else value
 
 
 @contextmanager
