@@ -16,15 +16,11 @@ PATIENCE = 50  # iterations for which a loss may be 0
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """What a loss compares: the output at the student's tap, and at the teacher's.
-
-    `found`: the student's tap was found by observing, in a head that may have no sample in a batch.
-    """
+    """What a loss compares: the output at the student's tap, and at the teacher's."""
 
     tap: str
     teacher_tap: str
     loss: nn.Module
-    found: bool = False
 
 
 def find_comparisons(
@@ -50,7 +46,7 @@ def find_comparisons(
                 'one of them'
             )
         found[name] = [
-            Comparison(tap, other, _reading(losses[name], student.reads_sigmoid(tap)), config.tap == LOGITS)
+            Comparison(tap, other, _reading(losses[name], student.reads_sigmoid(tap)))
             for tap, other in zip(taps, theirs, strict=True)
         ]
     return found
@@ -82,6 +78,25 @@ def _reading(loss: nn.Module, sigmoid: bool | None) -> nn.Module:
     told = copy.copy(loss)  # heads may differ
     setattr(told, 'sigmoid', sigmoid)  # noqa: B010 - not of every module
     return told
+
+
+def same_samples(taught: Tensor, tap: str, rows: int, data_samples: object) -> Tensor:
+    """Return those rows of a teacher's output whose samples the student's head saw: all, or those that have its label.
+
+    mmpretrain's MultiTaskHead gives each task the samples that have a field of the task's name, which is in the tap.
+
+    Example:
+        >>> samples = [{'colour': 1}, {}, {'colour': 2}]
+        >>> same_samples(torch.arange(3.0), 'head.task_heads.colour.fc', 2, samples)
+        tensor([0., 2.])
+    """
+    if rows == len(taught) or not isinstance(data_samples, list):
+        return taught
+    for name in tap.split('.'):
+        having = [i for i, sample in enumerate(data_samples) if name in sample]
+        if len(having) == rows:
+            return taught[having]
+    return taught
 
 
 def zero_reason(name: str, several: Sequence[Comparison]) -> str:

@@ -15,7 +15,7 @@ from mmengine.model import BaseModel
 from torch import Tensor, nn
 
 from mmcpd.distill import Taps
-from mmcpd.engine.comparisons import Comparison, ZeroWatch, described, find_comparisons, zero_reason
+from mmcpd.engine.comparisons import Comparison, ZeroWatch, described, find_comparisons, same_samples, zero_reason
 from mmcpd.engine.logits import observe, restored
 from mmcpd.engine.loss_configs import LOGITS, LossConfig, labels_of
 from mmcpd.engine.teachers import FrozenTeacher, Rehearsal, check_same_input, load_teacher
@@ -176,19 +176,19 @@ class Distiller(StudentWrapper):
 
     def _distil(self, inputs: Tensor, data_samples: list | None, teacher: FrozenTeacher) -> dict[str, Any]:
         """Run the student, and return its own losses and those that compare it with the teacher."""
-        theirs = self._taps(of_teacher=True)
-        taught = teacher(inputs, data_samples, taps=theirs)  # before the student: its activations are freed by then
+        # Before the student: its activations are freed by then.
+        taught = teacher(inputs, data_samples, taps=self._taps(of_teacher=True))
         with Taps(self.student, self._taps()) as taps:
             losses = self._task_losses(inputs, data_samples)
-        pairs = [pair for several in self._comparisons.values() for pair in several if pair.tap in taps.seen]
-        if any(pair.found and len(taps[pair.tap]) != len(taught[pair.teacher_tap]) for pair in pairs):
-            # A head of several tasks sees those samples that have its label.
-            taught = teacher.on_labelled(inputs, data_samples, taps=theirs)
         for name, several in self._comparisons.items():
             wants_labels = getattr(self.distill[name], 'needs_labels', False)
             labels = [labels_of(data_samples, name)] if wants_labels else []
-            here = [pair for pair in several if len(several) == 1 or pair.tap in taps.seen]
-            terms = [pair.loss(taps[pair.tap], taught[pair.teacher_tap], *labels) for pair in here]
+            terms = []
+            for pair in several:
+                if len(several) == 1 or pair.tap in taps.seen:  # else no sample has a label of that head
+                    ours = taps[pair.tap]
+                    theirs = same_samples(taught[pair.teacher_tap], pair.tap, len(ours), data_samples)
+                    terms.append(pair.loss(ours, theirs, *labels))
             none = next(self.student.parameters()).sum() * 0
             losses[f'loss_distill_{name}'] = torch.stack(terms).sum() if terms else none
         return losses

@@ -48,12 +48,6 @@ class FrozenTeacher:
         # Autograd may not save inference tensors; their copies are ordinary ones.
         return {name: tensor.clone() for name, tensor in seen.items()}
 
-    def on_labelled(self, inputs: Any, data_samples: Any, *, taps: Collection[str]) -> dict[str, Tensor]:
-        """Return the same for those parts of a batch that its losses are computed of, where there are any."""
-        with self.running(), Taps(self.module, taps) as seen:
-            self.module(inputs, data_samples, mode='loss')
-        return {name: tensor.clone() for name, tensor in seen.seen.items()}
-
     def running(self) -> AbstractContextManager[Any]:
         return torch.inference_mode()
 
