@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -118,14 +119,13 @@ class ZeroWatch:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._counts: Counter[str] = Counter()
+        self.warned: set[str] = set()
 
     def see(self, name: str, value: Tensor) -> bool:
-        """Take a loss of this iteration; return whether it was 0 in all of the last `PATIENCE` ones."""
+        """Take a loss of this iteration; return whether it was 0 in the last `PATIENCE` ones, and nobody warned yet."""
         self._sums[name] = self._sums.get(name, 0) + value.detach().abs()
-        self._counts[name] = self._counts.get(name, 0) + 1
-        if self._counts[name] < PATIENCE:
+        self._counts[name] += 1
+        if self._counts[name] % PATIENCE or name in self.warned:
             return False
-        zero = float(self._sums.pop(name)) == 0
-        self._counts[name] = 0
-        return zero
+        return float(self._sums.pop(name)) == 0

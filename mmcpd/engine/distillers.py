@@ -207,13 +207,26 @@ class Distiller(StudentWrapper):
         found = find_comparisons(self.loss_configs, dict(self.distill.items()), student, teacher)
         self._comparisons = found
         if self._teacher is None:
-            with restored(self), torch.no_grad():
-                self._distil(inputs, data_samples, Rehearsal(self.student))
+            self._rehearse(inputs, data_samples)
         print_log(described(found), logger='current')
+
+    def _rehearse(self, inputs: Tensor, data_samples: list | None) -> None:
+        """Compute all losses once with the student as its own teacher, which it will be; nothing changes by it."""
+        training = self.distill.training
+        self.distill.eval()  # queues are not written
+        try:
+            with restored(self.student), torch.no_grad():
+                self._distil(inputs, data_samples, Rehearsal(self.student))
+        except Exception:
+            self._comparisons = {}
+            raise
+        finally:
+            self.distill.train(training)
 
     def _warn_of_zeros(self, losses: Mapping[str, Any]) -> None:
         for name, several in self._comparisons.items():
             if self._watch.see(name, losses[f'loss_distill_{name}']) and not self._is_teacher():
+                self._watch.warned.add(name)
                 print_log(zero_reason(name, several), logger='current', level=logging.WARNING)
 
     def _is_teacher(self) -> bool:
