@@ -36,7 +36,7 @@ def watching(
         >>> with watching({'fc': model.fc}, lambda call: seen.append(tuple(call.output.shape))):
         ...     _ = model(images)
         >>> seen
-        [(2, 5)]
+        [(2, 2)]
     """
     own = {name: module.__dict__.get('forward') for name, module in modules.items()}
 

@@ -31,6 +31,10 @@ class Output:
     """A tensor that a module gives out; `part` is its index among several, None where there is one.
 
     Its `(N, C)`, `(N, L, C)` or `(N, C, H, W)` has `dims` dimensions and C `channels`. As a string it is a tap's name.
+
+    Example:
+        >>> str(Output('backbone', 1))
+        'backbone:1'
     """
 
     module: str
@@ -49,6 +53,10 @@ class Compared:
     Attributes:
         outputs: the module outputs that are this tensor, or that it is computed from without a layer; the best first.
         softmax, sigmoid: whether the loss takes a softmax over its channels, a sigmoid of each.
+
+    Example:
+        >>> Compared((Output('fc'),), softmax=True).sigmoid
+        False
     """
 
     outputs: tuple[Output, ...]
@@ -84,7 +92,7 @@ class Observer:
     Example:
         >>> with Observer(model) as observer:
         ...     logits = model(images)
-        >>> loss = nn.functional.cross_entropy(logits, torch.tensor([0, 3]))
+        >>> loss = nn.functional.cross_entropy(logits, torch.tensor([0, 1]))
         >>> [compared] = observer.compared([loss])
         >>> str(compared.outputs[0]), compared.softmax, compared.sigmoid
         ('fc', True, False)

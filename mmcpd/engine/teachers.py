@@ -64,7 +64,7 @@ class Rehearsal(FrozenTeacher):
 
     Example:
         >>> Rehearsal(model.train())(images, taps=['fc'])['fc'].shape, model.training
-        (torch.Size([2, 5]), True)
+        (torch.Size([2, 2]), True)
     """
 
     def __init__(self, student: nn.Module) -> None:

@@ -206,7 +206,7 @@ CLASSIFIERS = {
 
 
 def classifier(name, options, backbone):
-    head = {'type': f'mmpretrain.{name}', 'num_classes': 4, 'in_channels': 6, **options}
+    head = {'type': f'mmpretrain.{name}', 'num_classes': 4, 'in_channels': 6, 'loss': CE, **options}
     if name == 'MultiLabelClsHead':
         del head['num_classes'], head['in_channels']
     net = MODELS.build({'type': 'mmpretrain.ImageClassifier', 'backbone': {'type': 'mmpretrain.LeNet5'}, 'head': head})
@@ -327,7 +327,7 @@ def tasks(n=4, labelled=('colour', 'marks')):
 
 def several_tasks():
     heads = {
-        'colour': {'type': 'mmpretrain.LinearClsHead', 'num_classes': 3, 'in_channels': 6},
+        'colour': {'type': 'mmpretrain.LinearClsHead', 'num_classes': 3, 'in_channels': 6, 'loss': CE},
         'marks': {'type': 'mmpretrain.MultiLabelLinearClsHead', 'num_classes': 5, 'in_channels': 6, 'loss': SIGMOID},
     }
     net = MODELS.build(
