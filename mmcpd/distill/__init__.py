@@ -4,6 +4,19 @@ from __future__ import annotations
 
 from .cirkd import CIRKDLoss
 from .losses import CWDLoss, DistillLoss, DISTLoss, FeatureLoss, KDLoss
+from .observe import Compared, Observer, Output
 from .taps import Tap, Taps
 
-__all__ = ['CIRKDLoss', 'CWDLoss', 'DISTLoss', 'DistillLoss', 'FeatureLoss', 'KDLoss', 'Tap', 'Taps']
+__all__ = [
+    'CIRKDLoss',
+    'CWDLoss',
+    'Compared',
+    'DISTLoss',
+    'DistillLoss',
+    'FeatureLoss',
+    'KDLoss',
+    'Observer',
+    'Output',
+    'Tap',
+    'Taps',
+]

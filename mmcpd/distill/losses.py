@@ -79,7 +79,9 @@ class DistillLoss(nn.Module):
 class KDLoss(DistillLoss):
     r"""Compare class probabilities: `tau^2 * KL(softmax(t / tau) || softmax(s / tau))`, mean over samples.
 
-    A sample is a row of `(N, C)`, a token of `(N, L, C)` or a pixel of `(N, C, H, W)`.
+    A sample is a row of `(N, C)`, a token of `(N, L, C)` or a pixel of `(N, C, H, W)`. With `sigmoid`, where each class
+    is a question of its own (several labels, one channel), the KL divergence of yes and no, summed over the classes. By
+    default that is so for one channel, whose softmax is always 1; a `Distiller` reads it from the loss of the head.
 
     The CPD paper gives no value of the temperature `tau`, nor of the weight. At half of a ResNet-20's MACs on CIFAR-10,
     240 iterations end at 88.0 % with the defaults, `tau=4` and the factor `tau^2` = 16; without that factor `tau=4`
@@ -91,19 +93,36 @@ class KDLoss(DistillLoss):
     Raises:
         ValueError: If `tau` is not positive.
 
-    Source: Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv 1503.02531, section 2.
+    Source: Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv 1503.02531, section 2; for `sigmoid`
+        Yang et al., "Multi-Label Knowledge Distillation", ICCV 2023, section 3.2 (multi-label logits distillation).
 
     Example:
         >>> KDLoss(tau=2.0)(torch.zeros(4, 10), torch.zeros(4, 10))
         tensor(0.)
+        >>> KDLoss(tau=1.0, sigmoid=True)(torch.zeros(4, 10), torch.ones(4, 10))
+        tensor(1.1094)
     """
 
-    def __init__(self, *, tau: float = 4.0, loss_weight: float = 1.0, ignore_index: int | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        tau: float = 4.0,
+        sigmoid: bool | None = None,
+        loss_weight: float = 1.0,
+        ignore_index: int | None = None,
+    ) -> None:
         super().__init__(loss_weight=loss_weight, ignore_index=ignore_index)
-        self.tau = _positive(tau, 'tau', self)
+        if sigmoid not in (True, False, None):
+            raise ValueError(f'KDLoss: sigmoid is True, False or None, got {sigmoid!r}')
+        self.tau, self.sigmoid = _positive(tau, 'tau', self), sigmoid
 
     def compare(self, student: Tensor, teacher: Tensor, labels: Tensor | None, valid: Tensor | None) -> Tensor:
-        rows = _kl_rows(_rows(student, valid) / self.tau, _rows(teacher, valid) / self.tau)
+        s, t = (_rows(x, valid) / self.tau for x in (student, teacher))
+        by_class = s.shape[1] == 1 if self.sigmoid is None else self.sigmoid
+        if by_class:  # a sigmoid is the softmax of a logit and 0
+            s, t = (torch.stack([x, torch.zeros_like(x)], -1) for x in (s, t))  # (rows, classes, 2)
+        rows = _kl_rows(s, t)
+        rows = rows.sum(-1) if by_class else rows
         return _mean(rows, student) * self.tau**2
 
 

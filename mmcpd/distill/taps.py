@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ..names import near
-
-# Where classifiers keep their last layer: what the tap 'logits' stands for, the first that a model has.
-LOGITS = (
-    'decode_head.conv_seg',  # mmseg
-    'decode_head.fc_seg',  # mmseg, point heads
-    'head.fc',  # mmpretrain
-    'head.layers.head',  # mmpretrain, vision transformers
-    'head.head',
-    'fc',  # torchvision
-    'classifier',
-)
+from .forwards import Call, watching
 
 
 @dataclass(frozen=True)
@@ -30,7 +18,7 @@ class Tap:
     """Where to look: a module, and which part of what it takes or gives.
 
     Written as `'backbone.layer4'` (its output, of several the last), `'backbone:0'` (output 0 of several), or
-    `'decode_head.conv_seg:in'` (its first input). `'logits'` is the last layer of the usual classifiers.
+    `'decode_head.conv_seg:in'` (its first input).
 
     Example:
         >>> Tap.parse('fc:in', model)
@@ -48,14 +36,7 @@ class Tap:
             ValueError: If the model has no such module, or the part is neither 'in' nor an integer.
         """
         path, _, part = name.partition(':')
-        modules = dict(model.named_modules())
-        if path == 'logits' and path not in modules:
-            path = next((known for known in LOGITS if known in modules), '')
-            if not path:
-                raise ValueError(
-                    f"tap 'logits': {type(model).__name__} has none of {', '.join(LOGITS)}; name the module "
-                    'that computes the logits'
-                )
+        modules = dict(model.named_modules(remove_duplicate=False))
         if not path or path not in modules:
             raise ValueError(
                 f'tap {name!r}: {type(model).__name__} has no module {path!r}; near: {near(path, modules)}'
@@ -92,27 +73,30 @@ class Taps:
         self.taps = {name: Tap.parse(name, model) for name in names}
         self.seen: dict[str, Tensor] = {}
         self.stop = False
-        self._handles: list[RemovableHandle] = []
+        self._watching: AbstractContextManager[None] | None = None
 
     def __enter__(self) -> Taps:
         self.seen.clear()
-        modules = dict(self.model.named_modules())
-        for name, tap in self.taps.items():
-            module, hook = modules[tap.module], partial(self._see, name, tap)
-            self._handles.append(
-                module.register_forward_pre_hook(hook) if tap.part == 'in' else module.register_forward_hook(hook)
-            )
+        self._watching = watching(
+            {tap.module: self.model.get_submodule(tap.module) for tap in self.taps.values()}, self._after, self._before
+        )
+        self._watching.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+    def __exit__(self, *error: Any) -> None:
+        if self._watching is not None:
+            self._watching.__exit__(*error)
 
-    def _see(self, name: str, tap: Tap, module: nn.Module, *passed: Any) -> None:
-        """Keep what a hook was passed last: a module's inputs before its forward, its output after."""
-        if name not in self.seen:
-            self.seen[name] = _choose(name, tap, passed[-1]).clone()
+    def _before(self, call: Call) -> None:
+        self._see(call, (*call.args, *call.kwargs.values()), of_input=True)
+
+    def _after(self, call: Call) -> None:
+        self._see(call, call.output, of_input=False)
+
+    def _see(self, call: Call, value: Any, of_input: bool) -> None:
+        for name, tap in self.taps.items():
+            if tap.module == call.module and (tap.part == 'in') == of_input and name not in self.seen:
+                self.seen[name] = _choose(name, tap, value).clone()
         if self.stop and len(self.seen) == len(self.taps):
             raise Reached
 

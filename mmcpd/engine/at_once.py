@@ -13,6 +13,7 @@ from mmengine.dist import broadcast
 from torch import Tensor, nn
 
 from mmcpd.coupling import Coupling, Keep
+from mmcpd.engine.head_losses import read_by_losses
 from mmcpd.engine.random_state import seeded
 from mmcpd.engine.wrappers import bare_model
 from mmcpd.prune import IMPORTANCES, Schedule, check_importance, check_reachable, normalize, score, select, shares
@@ -20,10 +21,6 @@ from mmcpd.prune.schedule import is_count
 from mmcpd.refit import RefitReport, absorb_
 from mmcpd.refit import refit as refit_
 from mmcpd.slim import mask_
-
-# Losses that take a softmax over all classes, by class name: mmpretrain's, mmseg's and torch's.
-SOFTMAX_LOSSES = ('CrossEntropyLoss', 'LabelSmoothLoss', 'OhemCrossEntropy')
-BY_ELEMENT = ('use_sigmoid', 'use_mask')  # their options that take a sigmoid of each class instead
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,15 +171,12 @@ def ends_in_softmax(model: nn.Module) -> bool:
         >>> ends_in_softmax(nn.Linear(2, 2))
         False
     """
-    head = getattr(bare_model(model), 'decode_head', None) or getattr(bare_model(model), 'head', None)
+    model = bare_model(model)
+    head = getattr(model, 'decode_head', None) or getattr(model, 'head', None) or model
     head = head[-1] if isinstance(head, nn.ModuleList) else head  # a cascade's last is the one that is tested
-    classes = getattr(head, 'out_channels', None) or getattr(head, 'num_classes', None)
-    losses = getattr(head, 'loss_decode', None) or getattr(head, 'loss_module', None)
-    several = list(losses) if isinstance(losses, nn.ModuleList | list | tuple) else [losses]
-    # Label smoothing has a cross entropy inside.
-    by_element = any(getattr(getattr(loss, 'ce', loss), flag, False) for loss in several for flag in BY_ELEMENT)
-    softmax = any(type(loss).__name__ in SOFTMAX_LOSSES for loss in several)
-    return isinstance(classes, int) and classes > 1 and softmax and not by_element
+    classes = getattr(head, 'out_channels', None) or getattr(head, 'num_classes', None) or 2
+    read = read_by_losses(head, classes)
+    return classes > 1 and read.softmax and not read.sigmoid
 
 
 @contextmanager

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from mmengine.dist import broadcast, is_distributed
+from mmengine.logging import print_log
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
 from mmcpd.distill import Taps
-from mmcpd.engine.loss_configs import LossConfig, labels_of
-from mmcpd.engine.teachers import FrozenTeacher, check_same_input, load_teacher
+from mmcpd.engine.comparisons import Comparison, ZeroWatch, described, find_comparisons, same_samples, zero_reason
+from mmcpd.engine.logits import observe, restored
+from mmcpd.engine.loss_configs import LOGITS, LossConfig, labels_of
+from mmcpd.engine.teachers import FrozenTeacher, Rehearsal, check_same_input, load_teacher
 from mmcpd.engine.wrappers import DISTILL, StudentWrapper
 from mmcpd.registry import MODELS
 
@@ -32,9 +36,10 @@ class Distiller(StudentWrapper):
             losses are returned); or `dict(config=..., checkpoint=..., cfg_options=...)`, or a model, from the
             start; or None.
         losses: Dicts of `type` (a name in `mmcpd.distill`, or of a loss registered in MMEngine's MODELS), `tap` (a
-            module output as in `mmcpd.distill.Tap`, 'logits' by default), `teacher_tap` (as `tap` by default),
-            `name` (in the log: `loss_distill_<name>`), and the arguments of the loss. It is called as
-            `loss(student, teacher)`, or `(student, teacher, labels)` if its `needs_labels` is True.
+            module output as in `mmcpd.distill.Tap`; by default 'logits': what the model gives out and its loss compares
+            with the labels, found by observing the first iteration, of several heads each, added up), `teacher_tap` (as
+            `tap` by default), `name` (in the log: `loss_distill_<name>`), and the arguments of the loss. It is called
+            as `loss(student, teacher)`, or `(student, teacher, labels)` if its `needs_labels` is True.
         task_weight: Factor of the task's own losses (`loss_task` in the log, where the student calls it `loss`) while
             a teacher teaches. 0: they are not computed, and samples need no labels (take `LoadAnnotations` out of the
             pipeline). Auxiliary heads then get no gradient: leave them out of the model, or with several processes
@@ -44,14 +49,14 @@ class Distiller(StudentWrapper):
 
     Raises:
         ValueError: If a tap, a loss, its arguments or the teacher are not known or do not fit, or `task_weight` is
-            negative, or 0 without any loss to train by.
+            negative, or 0 without any loss to train by; in the first iteration if a tap sees no tensor.
 
     Example:
         >>> model = dict(
         ...     type='mmcpd.Distiller',
         ...     student=dict(type='mmpretrain.ImageClassifier', backbone=dict(type='mmpretrain.ResNet', depth=50)),
         ...     teacher='self',
-        ...     losses=[dict(type='mmcpd.KDLoss', tap='head.fc', tau=4.0, loss_weight=1.0)],
+        ...     losses=[dict(type='mmcpd.KDLoss', tau=4.0, loss_weight=1.0)],
         ... )
     """
 
@@ -79,6 +84,8 @@ class Distiller(StudentWrapper):
         local = ((name, buffer) for name, loss in self.distill.items() for buffer in getattr(loss, 'local_buffers', ()))
         self._ddp_params_and_buffers_to_ignore = [f'{DISTILL}{name}.{buffer}' for name, buffer in local]
         self._teacher: FrozenTeacher | None = None
+        self._comparisons: dict[str, list[Comparison]] = {}  # found in the first iteration
+        self._watch = ZeroWatch()
         self.teaches_itself = isinstance(teacher, str)
         if isinstance(teacher, Mapping):
             self.set_teacher(load_teacher(teacher))
@@ -86,6 +93,8 @@ class Distiller(StudentWrapper):
             self.set_teacher(teacher)
         elif teacher != 'self':
             raise ValueError(f"teacher must be 'self', a dict of config and checkpoint, a model or None: {teacher!r}")
+        else:
+            self._check_teacher_taps(self.student)
 
     # -- the teacher ---------------------------------------------------------------------------------------------------
     @property
@@ -105,17 +114,24 @@ class Distiller(StudentWrapper):
         Raises:
             ValueError: If a tap's name is not known there, or its pictures are normalised otherwise.
         """
+        self._comparisons = {}
         if module is None:
             self._teacher = None
             return
         check_same_input(self.student, module)
-        taps = dict.fromkeys(config.teacher_tap for config in self.loss_configs.values())
+        self._check_teacher_taps(module)
+        self._teacher = self._frozen(module)
+
+    def _check_teacher_taps(self, module: nn.Module) -> None:
         try:
-            self._teacher = FrozenTeacher(module, taps)
+            Taps(module, {config.teacher_tap for config in self.loss_configs.values()} - {LOGITS})
         except ValueError as error:
             raise ValueError(f'teacher: {error}') from error
-        device = next(self.student.parameters()).device
-        self._teacher.apply_(lambda tensor: tensor.to(device))
+
+    def _frozen(self, module: nn.Module, is_copy: bool = False) -> FrozenTeacher:
+        teacher, device = FrozenTeacher(module, is_copy), next(self.student.parameters()).device
+        teacher.apply_(lambda tensor: tensor.to(device))
+        return teacher
 
     def snapshot_teacher(self, state_dict: Mapping[str, Tensor] | None = None) -> nn.Module:
         """Let a copy of the student, as it is now or with the weights of an earlier snapshot, teach, and return it."""
@@ -125,7 +141,7 @@ class Distiller(StudentWrapper):
         if is_distributed():
             for buffer in module.buffers():  # each process has batch norm statistics of its own
                 broadcast(buffer)
-        self.set_teacher(module)
+        self._teacher = self._frozen(module, is_copy=True)  # its taps are the student's
         return module
 
     def begin_distillation(self) -> None:
@@ -150,21 +166,78 @@ class Distiller(StudentWrapper):
         """
         if mode != 'loss':
             return self.student(inputs, data_samples, mode=mode)
+        if self.distill and not self._comparisons and (self.teaches_itself or self._teacher is not None):
+            self._find_comparisons(inputs, data_samples)
         if self._teacher is None or not self.distill:
             return dict(self.student(inputs, data_samples, mode='loss')) | self._zero_losses()
-        taught = self._teacher(inputs)  # before the student: its activations are freed by then
-        with Taps(self.student, {config.tap for config in self.loss_configs.values()}) as taps:
-            losses = self._task_losses(inputs, data_samples)
-        for name, loss in self.distill.items():
-            config = self.loss_configs[name]
-            labels = [labels_of(data_samples, name)] if getattr(loss, 'needs_labels', False) else []
-            losses[f'loss_distill_{name}'] = loss(taps[config.tap], taught[config.teacher_tap], *labels)
+        losses = self._distil(inputs, data_samples, self._teacher)
+        self._warn_of_zeros(losses)
         return losses
+
+    def _distil(self, inputs: Tensor, data_samples: list | None, teacher: FrozenTeacher) -> dict[str, Any]:
+        """Run the student, and return its own losses and those that compare it with the teacher."""
+        # Before the student: its activations are freed by then.
+        taught = teacher(inputs, data_samples, taps=self._taps(of_teacher=True))
+        with Taps(self.student, self._taps()) as taps:
+            losses = self._task_losses(inputs, data_samples)
+        for name, several in self._comparisons.items():
+            wants_labels = getattr(self.distill[name], 'needs_labels', False)
+            labels = [labels_of(data_samples, name)] if wants_labels else []
+            terms = []
+            for pair in several:
+                if len(several) == 1 or pair.tap in taps.seen:  # else no sample has a label of that head
+                    ours = taps[pair.tap]
+                    theirs = same_samples(taught[pair.teacher_tap], pair.tap, len(ours), data_samples)
+                    terms.append(pair.loss(ours, theirs, *labels))
+            none = next(self.student.parameters()).sum() * 0
+            losses[f'loss_distill_{name}'] = torch.stack(terms).sum() if terms else none
+        return losses
+
+    def _taps(self, of_teacher: bool = False) -> set[str]:
+        pairs = (pair for several in self._comparisons.values() for pair in several)
+        return {pair.teacher_tap if of_teacher else pair.tap for pair in pairs}
+
+    def _find_comparisons(self, inputs: Tensor, data_samples: list | None) -> None:
+        """Find the taps by observing a batch, and see that all losses can be computed, long before they are needed."""
+        with_labels = self._teacher is None or self.task_weight > 0
+        student = teacher = observe(self.student, inputs, data_samples, labelled=with_labels)
+        finds_teacher_taps = any(config.teacher_tap == LOGITS for config in self.loss_configs.values())
+        if finds_teacher_taps and self._teacher is not None and not self._teacher.is_copy:
+            teacher = observe(self._teacher.module, inputs, data_samples, labelled=False)
+        found = find_comparisons(self.loss_configs, dict(self.distill.items()), student, teacher)
+        self._comparisons = found
+        if self._teacher is None:
+            self._rehearse(inputs, data_samples)
+        print_log(described(found), logger='current')
+
+    def _rehearse(self, inputs: Tensor, data_samples: list | None) -> None:
+        """Compute all losses once with the student as its own teacher, which it will be; nothing changes by it."""
+        training = self.distill.training
+        self.distill.eval()  # queues are not written
+        try:
+            with restored(self.student), torch.no_grad():
+                self._distil(inputs, data_samples, Rehearsal(self.student))
+        except Exception:
+            self._comparisons = {}
+            raise
+        finally:
+            self.distill.train(training)
+
+    def _warn_of_zeros(self, losses: Mapping[str, Any]) -> None:
+        for name, several in self._comparisons.items():
+            if self._watch.see(name, losses[f'loss_distill_{name}']) and not self._is_teacher():
+                self._watch.warned.add(name)
+                print_log(zero_reason(name, several), logger='current', level=logging.WARNING)
+
+    def _is_teacher(self) -> bool:
+        """Tell whether the student has the teacher's weights: nothing was pruned or learnt yet."""
+        ours, theirs = ((m.state_dict() if m is not None else {}) for m in (self.student, self.teacher))
+        return ours.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
     def _task_losses(self, inputs: Tensor, data_samples: list | None) -> dict[str, Any]:
         """Run the student, and return its own losses times `task_weight`; of weight 0 none, and no label is read."""
         if self.task_weight == 0:
-            self.student(inputs, mode='tensor')
+            self.student(inputs, data_samples, mode='tensor')
             return {}
         weighted = {}
         for name, value in self.student(inputs, data_samples, mode='loss').items():

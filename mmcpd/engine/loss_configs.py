@@ -24,6 +24,7 @@ LOSSES: dict[str, type[nn.Module]] = {
 }
 for _loss in LOSSES.values():  # `mmcpd.distill` knows no registry
     OURS.register_module(module=_loss)
+LOGITS = 'logits'  # the tap that is found by observing
 # Attributes of torch's layers that hold the width of their output, and of their input.
 OUTPUT_WIDTHS = ('out_channels', 'out_features', 'num_features')
 INPUT_WIDTHS = ('in_channels', 'in_features', 'num_features')
@@ -37,7 +38,8 @@ class LossConfig:
         name: in the log it is `loss_distill_<name>`.
         kind: the loss's class, or its name.
         arguments: of the class.
-        tap, teacher_tap: module outputs as in `mmcpd.distill.Tap`.
+        tap, teacher_tap: module outputs as in `mmcpd.distill.Tap`, or 'logits': those of each head, which observing
+            finds.
     """
 
     name: str
@@ -63,7 +65,7 @@ class LossConfig:
         kind = arguments.pop('type', None)
         if kind is None:
             raise ValueError(f'losses: {config} has no type; known: {", ".join(LOSSES)}')
-        tap = arguments.pop('tap', 'logits')
+        tap = arguments.pop('tap', LOGITS)
         teacher_tap = arguments.pop('teacher_tap', tap)
         name = arguments.pop('name', None)
         if name is None:
@@ -83,7 +85,7 @@ class LossConfig:
         Raises:
             ValueError: If the student has no such tap, there is no such loss, or it does not take the arguments.
         """
-        tap = Tap.parse(self.tap, student)
+        tap = None if self.tap == LOGITS else Tap.parse(self.tap, student)
         short = _short(self.kind)
         try:
             if isinstance(self.kind, str):
@@ -97,14 +99,17 @@ class LossConfig:
             raise ValueError(f'losses: {short}: {error}') from error
 
 
-def _sizes(loss: type[nn.Module], student: nn.Module, tap: Tap) -> dict[str, int]:
+def _sizes(loss: type[nn.Module], student: nn.Module, tap: Tap | None) -> dict[str, int]:
     """Return those arguments of a loss that are sizes of the student: of its head, and of the module under the tap."""
-    module = student.get_submodule(tap.module)
-    widths = INPUT_WIDTHS if tap.part == 'in' else OUTPUT_WIDTHS
-    sizes = {
-        'num_classes': getattr(getattr(student, 'decode_head', None), 'num_classes', None),
-        'student_channels': next((getattr(module, name) for name in widths if hasattr(module, name)), None),
-    }
+    head = getattr(student, 'decode_head', None) or getattr(student, 'head', None)
+    classes = getattr(head, 'num_classes', None)
+    if tap is None:
+        width = getattr(head, 'out_channels', None) or classes
+    else:
+        module = student.get_submodule(tap.module)
+        widths = INPUT_WIDTHS if tap.part == 'in' else OUTPUT_WIDTHS
+        width = next((getattr(module, name) for name in widths if hasattr(module, name)), None)
+    sizes = {'num_classes': classes, 'student_channels': width}
     wanted = inspect.signature(loss).parameters
     return {name: size for name, size in sizes.items() if name in wanted and isinstance(size, int)}
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from mmcpd.distill import Taps
 from mmcpd.engine.build import as_config
 from mmcpd.engine.checkpoints import load_any
 from mmcpd.errors import SlimError
+from mmcpd.slim.compare import evaluating
 
 
 class FrozenTeacher:
@@ -24,30 +26,30 @@ class FrozenTeacher:
     It is no `nn.Module`, so that a distiller may hold it without its weights being parameters, saved, broadcast or
     put into training mode. Copies of the distiller (an EMA's) share it. It runs no further than its last tap.
 
-    Raises:
-        ValueError: If a tap's name is not known.
+    `is_copy` says that it is a copy of the student.
 
     Example:
-        >>> FrozenTeacher(model, ['fc'])(images)['fc'].requires_grad
+        >>> FrozenTeacher(model)(images, taps=['fc'])['fc'].requires_grad
         False
     """
 
-    def __init__(self, module: nn.Module, taps: Iterable[str]) -> None:
-        self.taps = Taps(module, taps)
+    def __init__(self, module: nn.Module, is_copy: bool = False) -> None:
         self.module = module.requires_grad_(False).eval()
-        # MMEngine's models return what a plain module would only in this mode.
-        self.options = {'mode': 'tensor'} if isinstance(module, BaseModel) else {}
+        self.is_copy = is_copy
 
-    def __call__(self, inputs: Tensor) -> dict[str, Tensor]:
-        """Return what each tap sees for a preprocessed batch `(N, C, H, W)`.
+    def __call__(self, inputs: Any, data_samples: Any = None, *, taps: Collection[str]) -> dict[str, Tensor]:
+        """Return what each tap sees for a preprocessed batch.
 
         Raises:
-            ValueError: If a tap's module is not called, or gives no tensor.
+            ValueError: If a tap's name is not known, its module is not called, or gives no tensor.
         """
-        with torch.inference_mode():
-            seen = self.taps.run(inputs, **self.options)
+        with self.running():
+            seen = run_to_taps(self.module, taps, inputs, data_samples)
         # Autograd may not save inference tensors; their copies are ordinary ones.
         return {name: tensor.clone() for name, tensor in seen.items()}
+
+    def running(self) -> AbstractContextManager[Any]:
+        return torch.inference_mode()
 
     def apply_(self, change: Callable[[Tensor], Tensor]) -> None:
         """Follow the student to another device or precision."""
@@ -55,6 +57,33 @@ class FrozenTeacher:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FrozenTeacher:
         return self
+
+
+class Rehearsal(FrozenTeacher):
+    """Let the student itself teach for once, as its copy will later; it is not frozen, and its mode is put back.
+
+    Example:
+        >>> Rehearsal(model.train())(images, taps=['fc'])['fc'].shape, model.training
+        (torch.Size([2, 2]), True)
+    """
+
+    def __init__(self, student: nn.Module) -> None:
+        self.module, self.is_copy = student, True
+
+    def running(self) -> AbstractContextManager[Any]:
+        return evaluating(self.module)
+
+
+def run_to_taps(module: nn.Module, taps: Collection[str], inputs: Any, data_samples: Any = None) -> dict[str, Tensor]:
+    """Run a model for what it gives out, as far as the taps need, and return what they see.
+
+    Example:
+        >>> list(run_to_taps(model, ['conv2', 'fc:in'], images))
+        ['conv2', 'fc:in']
+    """
+    if isinstance(module, BaseModel):  # MMEngine's models return what a plain module would only in this mode
+        return Taps(module, taps).run(inputs, data_samples, mode='tensor')
+    return Taps(module, taps).run(inputs)
 
 
 def load_teacher(teacher: Mapping[str, Any]) -> nn.Module:

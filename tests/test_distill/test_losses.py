@@ -51,6 +51,29 @@ def test_kd_is_the_formula():
     assert KDLoss(tau=tau, loss_weight=3)(s, t).item() == pytest.approx(3 * naive, rel=1e-12)
 
 
+def test_kd_by_sigmoid_is_the_formula():
+    s, t = pair(shape=(N, C))
+    tau = 2.5
+    naive = 0.0
+    for n in range(N):
+        for c in range(C):
+            p, q = (1 / (1 + math.exp(-x[n, c].item() / tau)) for x in (t, s))
+            naive += kl([p, 1 - p], [q, 1 - q]) / N * tau**2
+    got = KDLoss(tau=tau, sigmoid=True)(s, t).item()
+    assert got == pytest.approx(naive, rel=1e-12)
+    assert got != pytest.approx(KDLoss(tau=tau)(s, t).item(), rel=1e-3)
+
+
+def test_kd_of_one_channel_is_by_sigmoid_unless_told_otherwise():
+    s, t = pair(shape=(N, 1, H, W))
+    left_open, by_sigmoid, by_softmax = (KDLoss(sigmoid=each)(s, t).item() for each in (None, True, False))
+    assert left_open == by_sigmoid > 1e-3 and by_softmax == 0
+    valid = labels() != IGNORED
+    valid[0] = False
+    some = KDLoss(sigmoid=True, ignore_index=IGNORED)(s, t, torch.where(valid, labels(), IGNORED))
+    assert some.item() == pytest.approx(KDLoss(sigmoid=True)(s[1:], t[1:]).item(), rel=1e-9)
+
+
 def test_kd_takes_each_pixel_as_a_sample():
     s, t = pair()
     rows = [x.permute(0, 2, 3, 1).reshape(-1, C) for x in (s, t)]

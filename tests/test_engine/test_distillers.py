@@ -226,7 +226,7 @@ def test_teacher_runs_once_in_inference_mode_no_further_than_its_taps():
         losses=[{'type': 'FeatureLoss', 'tap': 'backbone.layer1', 'student_channels': 8}], teacher=teacher
     )
     calls = []
-    teacher.backbone.layer1.register_forward_hook(lambda *a: calls.append(torch.is_inference_mode_enabled()))
+    teacher.backbone.layer1.register_forward_pre_hook(lambda *a: calls.append(torch.is_inference_mode_enabled()))
     teacher.backbone.layer2.register_forward_hook(lambda *a: calls.append('too far'))
     losses_of(model.train(), pictures())
     assert calls == [True]
@@ -274,7 +274,13 @@ def test_unlike_teacher_with_its_own_taps():
 
 def test_parameters_of_losses_get_a_gradient_before_there_is_a_teacher():
     """Several processes wait for the gradient of every parameter."""
-    hint = {'type': 'FeatureLoss', 'tap': 'backbone.layer2', 'student_channels': 16, 'teacher_channels': 32}
+    hint = {
+        'type': 'FeatureLoss',
+        'tap': 'backbone.layer2',
+        'teacher_tap': 'backbone.layer3',
+        'student_channels': 16,
+        'teacher_channels': 32,
+    }
     model = distiller(losses=[hint]).train()
     losses = losses_of(model, pictures())
     assert losses['loss_distill_feature'] == 0
@@ -479,9 +485,8 @@ def test_wrong_losses(losses, says):
 
 def test_wrong_teacher_taps_and_outputs():
     with pytest.raises(ValueError, match=r"teacher: tap 'head.fcc'.*near: head.fc"):
-        distiller(losses=[{'type': 'KDLoss', 'teacher_tap': 'head.fcc'}]).begin_distillation()
+        distiller(losses=[{'type': 'KDLoss', 'teacher_tap': 'head.fcc'}])
     model = distiller(losses=[{'type': 'FeatureLoss', 'tap': 'backbone:3', 'student_channels': 64}])
-    model.begin_distillation()
     with pytest.raises(ValueError, match=r'gives 1 outputs, there is no output 3'):
         losses_of(model, pictures())
 
