@@ -168,7 +168,7 @@ MUTANTS: tuple[Mutant, ...] = (
            'normalize(scores, self.coupling, self.keep, by=self.normalizer)', 'scores'),
     Mutant('step-limit', _PRUNER, 'test_prune/test_claims.py',
            'curve paper removes its number of units at each event',
-           'limit = self.schedule.units_per_event', 'limit = None'),
+           'limit=limit', 'limit=None'),
     Mutant('gradient-cleared', _PRUNER, 'test_prune/test_pruner.py',
            'removed rows get no gradient, so that no step revives them',
            'tensor.grad.mul_(factor)', 'pass'),

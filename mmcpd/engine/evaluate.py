@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -51,7 +51,18 @@ def evaluate(model: nn.Module, cfg: Config, *, progress: Callable[[int, int], No
             if progress is not None:
                 progress(number, len(loader))
         found = evaluator.evaluate(len(loader.dataset))
-    return {name: float(value) for name, value in found.items() if np.ndim(value) == 0}
+    return numbers(found)
+
+
+def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics that are numbers: others report names, tables or nothing as well.
+
+    Example:
+        >>> numbers({'top1': np.float32(50), 'worst_class': 'c3', 'per_class': [1.0, 2.0], 'recall': None})
+        {'top1': 50.0}
+    """
+    kinds = (int, float, np.number, np.ndarray, torch.Tensor)
+    return {name: float(value) for name, value in metrics.items() if isinstance(value, kinds) and np.size(value) == 1}
 
 
 def _split(cfg: Config) -> str | None:

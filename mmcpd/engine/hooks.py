@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from mmengine.dist import broadcast_object_list, is_main_process
-from mmengine.hooks import EMAHook, Hook
-from mmengine.optim import AmpOptimWrapper, OptimWrapper, OptimWrapperDict
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+from mmengine.optim import AmpOptimWrapper
 from mmengine.runner import Runner
 
-from mmcpd.engine.at_once import check_label_free, check_way, prune_at_once, take_over_, with_softmax
-from mmcpd.engine.checkpoints import STATE, save_checked
+from mmcpd.engine.at_once import check_label_free, check_way, with_softmax
+from mmcpd.engine.averages import Averages
+from mmcpd.engine.begin import prune_at_once_in_training_, rotate_in_training_
+from mmcpd.engine.best import BestFiles
+from mmcpd.engine.checkpoints import STATE, removed_units, save_checked
 from mmcpd.engine.closure import StepClosure
 from mmcpd.engine.comb_hook import comb_options, refuse_unknown
 from mmcpd.engine.combing import comb_runner, shape_combed
 from mmcpd.engine.distillers import Distiller
-from mmcpd.engine.pictures import pictures as draw_pictures
-from mmcpd.engine.plan import plan
+from mmcpd.engine.evaluate import numbers
+from mmcpd.engine.optimizers import optimizer_of, refuse_shards
+from mmcpd.engine.plan import left_alone, plan
 from mmcpd.engine.report import comparison, costs
 from mmcpd.engine.slim_file import save_whole
+from mmcpd.engine.stage import at_target, no_start, stage_of
+from mmcpd.engine.validation import validate_unseen
 from mmcpd.engine.wrappers import bare_model, unwrapped
+from mmcpd.errors import SlimError
 from mmcpd.names import look_up
 from mmcpd.prune import NORMALIZERS, Pruner, Schedule, check_floors, check_importance
 from mmcpd.registry import HOOKS
-from mmcpd.rotate import rotate_
 
 DENSE, SLIM, TABLE, REFIT = 'dense.pth', 'slim.pth', 'coupling.txt', 'refit.txt'
 
@@ -68,9 +72,10 @@ class PruneHook(Hook):
         seed: of importances that draw random numbers.
 
     Raises:
-        ValueError: an unknown option, or a value that makes no sense, when the hook is built; groups that the
-            importance cannot score (those of frozen stages), before training.
+        ValueError: an unknown option, or a value that makes no sense, when the hook is built; optimizers or a strategy
+            that it cannot follow, before training.
         PruneError: nothing can be pruned, or not as far as the target, before training.
+        SlimError: `load_from` is a training checkpoint that was pruned.
 
     Example:
         >>> PruneHook(target=dict(macs=0.4), importance='curvature').schedule.target
@@ -121,6 +126,8 @@ class PruneHook(Hook):
         self.dense_metrics: dict[str, float] = {}
         self._loaded: dict[str, Any] | None = None
         self._validated: tuple[int, dict[str, float]] = (-1, {})
+        self._left_alone: Mapping[str, str] = {}  # what was said of them
+        self.best = BestFiles()
 
     @property
     def pruner(self) -> Pruner:
@@ -134,39 +141,45 @@ class PruneHook(Hook):
         return self._pruner
 
     def before_train(self, runner: Runner) -> None:
-        if any(isinstance(hook, EMAHook) for hook in runner.hooks):
-            raise ValueError('EMAHook averages over weights that PruneHook removes: take one of them out of the hooks')
-        if not isinstance(runner.optim_wrapper, OptimWrapper) or isinstance(runner.optim_wrapper, OptimWrapperDict):
-            raise ValueError('PruneHook reads the gradients of one optimizer: OptimWrapperDict is not supported')
+        refuse_shards(runner)
         runner.model.train()  # some backbones freeze their first stages only here
         loaded = self._loaded if runner.iter > 0 else None
         if loaded is not None:
             self._resume(runner, loaded)
+        elif self._loaded is not None and removed_units({STATE: self._loaded}):
+            raise SlimError(no_start(runner.cfg.get('load_from') or 'what was loaded', self._loaded))
         coupling = comb_runner(runner, **self.comb_options)
+        model = bare_model(runner.model)
+        self._stepping = optimizer_of(runner.optim_wrapper, model, coupling)
         self._pruner = Pruner(
-            bare_model(runner.model),
+            model,
             coupling,
-            runner.optim_wrapper.optimizer,
+            self._stepping.optimizer,
             self.schedule.resolve(runner.max_iters),
-            importance=with_softmax(self.importance, bare_model(runner.model)),
+            importance=with_softmax(self.importance, model),
             normalize=self.normalize,
             min_units=self.min_units,
             round_to=self.round_to,
             seed=self.seed,
         )
+        self.averages = Averages(runner)
+        for average in self.averages.copies:
+            self.pruner.also_mask(average)
         score = self.pruner.importance
         if not self.at_once and (score.needs_closure or score.needs_outputs):
-            self.closure = StepClosure(runner.model, runner.optim_wrapper)
+            self.closure = StepClosure(runner.model, self._stepping)
             self.pruner.closure = self.closure if score.needs_closure else self.closure.outputs
         if is_main_process():
             (Path(runner.work_dir) / TABLE).write_text(f'{coupling}\n', encoding='utf-8')
         fitted = f'refitted on {self.pictures} training pictures' if self.refit else 'not refitted'
+        self._left_alone = self.pruner.left_alone
         for line in plan(runner, self.pruner, f'all at once, {fitted}' if self.at_once else ''):
             runner.logger.info(line)
         if loaded is not None:
             self.pruner.load_state_dict(loaded['pruner'])
         else:
             self.pruner.skip_to(runner.iter)
+        self.best.restarted = at_target(self.pruner.left(), self.schedule.target)
         self._log(runner)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
@@ -176,8 +189,8 @@ class PruneHook(Hook):
             self.closure.record(data_batch)
         if self.pruner.importance.needs_batches:
             self.pruner.importance.next_batch()
-            if isinstance(runner.optim_wrapper, AmpOptimWrapper):
-                self.pruner.loss_scale = runner.optim_wrapper.loss_scaler.get_scale()
+            if isinstance(self._stepping, AmpOptimWrapper):
+                self.pruner.loss_scale = self._stepping.loss_scaler.get_scale()
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
@@ -185,16 +198,30 @@ class PruneHook(Hook):
         if self.pruner.step():
             self._log(runner)
 
+    def after_train_epoch(self, runner: Runner) -> None:
+        self.pruner.mask_()  # others may have replaced statistics: they are saved and validated next
+
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
-        numbers = {name: value for name, value in (metrics or {}).items() if np.ndim(value) == 0}
-        self._validated = (runner.iter, {name: float(value) for name, value in numbers.items()})
+        self._validated = (runner.iter, numbers(metrics or {}))
 
     def after_train(self, runner: Runner) -> None:
         self.pruner.stop()
+        self.pruner.mask_()
         if self.pruner.importance.skipped:
             runner.logger.info(
                 f'{self.pruner.importance.skipped} iterations entered no score: a gradient was not finite'
             )
+        with self.averages.in_model():
+            self._save(runner)
+        left = self.pruner.left()
+        if not at_target(left, self.schedule.target):
+            stage = stage_of({'left': left, 'target': self.schedule.target})
+            runner.logger.warning(f'the run ended before its target; the slim model is {stage}')
+        if is_main_process():
+            self.best.describe(runner)
+
+    def _save(self, runner: Runner) -> None:
+        """Write the slim model, of the weights that are validated."""
         coupling, keep = self.pruner.coupling, self.pruner.keep
         dense = {**costs(coupling, coupling.keep()), 'metrics': self.dense_metrics}
         small = {**costs(coupling, keep), 'metrics': self._metrics(runner)}  # masked and slim compute the same
@@ -214,6 +241,9 @@ class PruneHook(Hook):
                 'begun': self.begun,
                 'dense_metrics': self.dense_metrics,
                 'input_shape': shape_combed(self._pruner.coupling),
+                'left': self._pruner.left(),
+                'target': dict(self.schedule.target),
+                'best_before': self.best.before,
             }
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
@@ -228,55 +258,38 @@ class PruneHook(Hook):
                 'or a later begin'
             )
         self.pruner.stop()  # its hooks are no part of the teacher, which is a copy
-        if self.rotate:
-            self._rotate(runner)
-        self.dense_metrics = self._metrics(runner)
-        model = unwrapped(runner.model)
-        if isinstance(model, Distiller):
-            model.begin_distillation()
-        if is_main_process():
-            save_whole(Path(runner.work_dir) / DENSE, {'state_dict': self.pruner.model.state_dict()})
-        metrics = ', '.join(f'{name} {value:.2f}' for name, value in self.dense_metrics.items())
-        runner.logger.info(f'pruning begins; the dense model is in {DENSE}: {metrics or "not validated"}')
-        if self.at_once:
-            self._prune_at_once(runner)
+        with self.averages.in_model():
+            if self.rotate:
+                runner.logger.info(rotate_in_training_(self.pruner))
+            self.dense_metrics = self._metrics(runner)
+            model = unwrapped(runner.model)
+            if isinstance(model, Distiller):
+                model.begin_distillation()
+            if is_main_process():
+                save_whole(Path(runner.work_dir) / DENSE, {'state_dict': self.pruner.model.state_dict()})
+            metrics = ', '.join(f'{name} {value:.2f}' for name, value in self.dense_metrics.items())
+            runner.logger.info(f'pruning begins; the dense model is in {DENSE}: {metrics or "not validated"}')
+            if self.at_once:
+                pruned = prune_at_once_in_training_(
+                    self.pruner,
+                    runner.cfg,
+                    pictures=self.pictures,
+                    refit=self.refit,
+                    importance=self.importance,
+                    seed=self.seed,
+                )
+                self._log(runner)
+                runner.logger.info(str(pruned))
+                if pruned.refitted is not None and is_main_process():
+                    (Path(runner.work_dir) / REFIT).write_text(f'{pruned.refitted}\n', encoding='utf-8')
+            if self.rotate or self.at_once:
+                self.averages.follow_()
         self.pruner.start()
-
-    def _rotate(self, runner: Runner) -> None:
-        rotated, example = copy.deepcopy(self.pruner.model), self.pruner.coupling.example
-        runner.logger.info(str(rotate_(rotated, example.inputs, forward=example.forward)))
-        take_over_(self.pruner.model, rotated, self.pruner.optimizer)
-
-    def _prune_at_once(self, runner: Runner) -> None:
-        """Choose and refit on training pictures, the same on all processes."""
-        model, coupling = self.pruner.model, self.pruner.coupling
-        shape = shape_combed(coupling)
-        # Not augmented: refitted on augmented ones a ResNet-20 starts and, 40 iterations later, ends a point lower.
-        batches = draw_pictures(runner.cfg, model, self.pictures, shape=shape, seed=self.seed)
-        pruned = prune_at_once(
-            model,
-            coupling,
-            batches,
-            self.schedule.target,
-            importance=self.importance,
-            normalize_by=self.normalize,
-            min_units=self.min_units,
-            round_to=self.round_to,
-            refit=self.refit,
-            seed=self.seed,
-        )
-        take_over_(model, pruned.model, self.pruner.optimizer)
-        keep = [pruned.keep]
-        broadcast_object_list(keep)
-        self.pruner.choose(keep[0])
-        self._log(runner)
-        runner.logger.info(str(pruned))
-        if pruned.refitted is not None and is_main_process():
-            (Path(runner.work_dir) / REFIT).write_text(f'{pruned.refitted}\n', encoding='utf-8')
 
     def _resume(self, runner: Runner, loaded: Mapping[str, Any]) -> None:
         """Bring back what was known of the dense model, and the teacher, which is a copy without the pruner's hooks."""
         self.begun, self.dense_metrics = loaded['begun'], loaded['dense_metrics']
+        self.best.before = loaded['best_before']
         self.comb_options['input_shape'] = loaded['input_shape']
         model = unwrapped(runner.model)
         if self.begun and isinstance(model, Distiller) and model.teaches_itself:
@@ -287,14 +300,17 @@ class PruneHook(Hook):
 
     def _metrics(self, runner: Runner) -> dict[str, float]:
         """Return the validation's metrics at this iteration; validate if that was not just done."""
-        if runner.val_loop is None:
-            return {}
         if self._validated[0] != runner.iter:
-            training = runner.model.training
-            runner.val_loop.run()
-            runner.model.train(training)
+            self._validated = (runner.iter, validate_unseen(runner))
         return self._validated[1]
 
     def _log(self, runner: Runner) -> None:
-        for quantity, left in self.pruner.left().items():
-            runner.message_hub.update_scalar(f'train/prune_{quantity}', left)
+        left = self.pruner.left()
+        for quantity, share in left.items():
+            runner.message_hub.update_scalar(f'train/prune_{quantity}', share)
+        if self.pruner.left_alone != self._left_alone:
+            self._left_alone = self.pruner.left_alone
+            for line in left_alone(self.pruner):
+                runner.logger.warning(line)
+        if at_target(left, self.schedule.target):
+            self.best.restart(runner)

@@ -15,7 +15,7 @@ from ..slim.mask import Masker, named_tensors
 from .importance import Closure, averaged, build_importance
 from .normalize import NORMALIZERS, normalize
 from .schedule import Schedule
-from .selection import check_reachable, reachable, select, shares
+from .selection import Floors, check_reachable, reachable, select, shares
 from .unscored import check_gradients, frozen_groups, unscored
 
 
@@ -88,14 +88,14 @@ class Pruner:
     ) -> None:
         look_up(NORMALIZERS, normalize, 'normalizer')
         self._begin, self._end = schedule.span()
-        self._floors = {'min_units': min_units, 'round_to': round_to}
-        check_reachable(coupling, schedule, **self._floors)
+        self.floors: Floors = {'min_units': min_units, 'round_to': round_to}
+        check_reachable(coupling, schedule, **self.floors)
         self.model, self.coupling, self.optimizer, self.schedule = model, coupling, optimizer, schedule
         self.normalizer = normalize
         self.importance = build_importance(importance, coupling.groups, seed=seed)
         self.keep = coupling.keep()
         self._see_frozen()
-        check_gradients(coupling, schedule, self.left_alone, self._floors)
+        check_gradients(coupling, schedule, self.left_alone, self.floors)
         self.importance.check(model, coupling.example)
         self.masker = Masker(model, coupling)
         self.copies: list[Masker] = []
@@ -153,15 +153,14 @@ class Pruner:
     def _remove(self, scores: Mapping[str, Tensor]) -> None:
         """Take units away, down to where the schedule is now, or as far as the groups that were scored allow."""
         self.left_alone = unscored(self.importance, scores)
-        options = {**self._floors, 'fixed': self.left_alone}
-        scores = normalize(scores, self.coupling, self.keep, by=self.normalizer)
-        lowest = reachable(self.coupling, keep=self.keep, **options)
+        fixed, limit = self.left_alone, self.schedule.units_per_event
+        lowest = reachable(self.coupling, keep=self.keep, fixed=fixed, **self.floors)
         ratios = {
             quantity: max(ratio, lowest[quantity] * (1 + 1e-12))
             for quantity, ratio in self.schedule.ratios(self.iteration).items()
         }
-        limit = self.schedule.units_per_event
-        self.keep = select(scores, self.coupling, self.keep, ratios, limit=limit, **options)
+        scores = normalize(scores, self.coupling, self.keep, by=self.normalizer)
+        self.keep = select(scores, self.coupling, self.keep, ratios, limit=limit, fixed=fixed, **self.floors)
 
     def start(self) -> None:
         """Mask by the keep as it is, and watch the model's passes and the optimizer's steps from now on.

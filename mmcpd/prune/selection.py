@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Collection, Mapping
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -18,6 +19,13 @@ from .schedule import QUANTITIES, Schedule, is_count
 # Groups of at least so many units keep a multiple of `round_to`, because kernels of most hardware work in blocks of 8
 # or more channels. A smaller group would lose too large a part of itself at once.
 ROUNDED_FROM = 64
+
+
+class Floors(TypedDict):
+    """What each group keeps: at least `min_units`, and in a large group a multiple of `round_to`."""
+
+    min_units: int
+    round_to: int
 
 
 def shares(coupling: Coupling, keep: Mapping[str, Tensor]) -> dict[str, float]:

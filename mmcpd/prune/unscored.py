@@ -10,7 +10,7 @@ from ..coupling import Coupling
 from ..errors import PruneError
 from .importance import Importance
 from .schedule import Schedule
-from .selection import reachable
+from .selection import Floors, reachable
 
 
 def reads_gradients(importance: Importance) -> bool:
@@ -52,9 +52,7 @@ def unscored(importance: Importance, scores: Mapping[str, Tensor]) -> dict[str, 
     return dict.fromkeys(silent, 'no gradient arrived') | frozen
 
 
-def check_gradients(
-    coupling: Coupling, schedule: Schedule, left_alone: Mapping[str, str], floors: Mapping[str, int]
-) -> None:
+def check_gradients(coupling: Coupling, schedule: Schedule, left_alone: Mapping[str, str], floors: Floors) -> None:
     """Refuse a target that cannot be met without the groups that get no gradient, which are `left_alone`.
 
     Raises:
@@ -62,7 +60,7 @@ def check_gradients(
 
     Example:
         >>> schedule = Schedule(target=dict(macs=0.5), end=10)
-        >>> check_gradients(coupling, schedule, {}, dict(min_units=1, round_to=8))
+        >>> check_gradients(coupling, schedule, {}, {'min_units': 1, 'round_to': 8})
     """
     lowest = reachable(coupling, **floors, fixed=left_alone)
     for quantity, target in schedule.target.items():
