@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mmengine.dist import master_only
 from mmengine.hooks import CheckpointHook
 from mmengine.runner import Runner
 
@@ -40,6 +41,7 @@ class BestFiles:
             kept = f'; {", ".join(self.before)} stays, of a larger model' if self.before else ''
             runner.logger.info(f'the target is reached: save_best starts anew{kept}')
 
+    @master_only
     def describe(self, runner: Runner) -> None:
         """Say of each best file whether it is dense, partly pruned or at the target."""
         for file in dict.fromkeys([*self.before, *_files(runner)]):

@@ -14,9 +14,9 @@ from mmengine.runner import Runner
 
 from mmcpd.engine.at_once import check_label_free, check_way, with_softmax
 from mmcpd.engine.averages import Averages
-from mmcpd.engine.begin import prune_at_once_in_training_, rotate_in_training_
+from mmcpd.engine.begin import AtOnce, prune_at_once_in_training_, rotate_in_training_
 from mmcpd.engine.best import BestFiles
-from mmcpd.engine.checkpoints import STATE, removed_units, save_checked
+from mmcpd.engine.checkpoints import STATE, save_checked
 from mmcpd.engine.closure import StepClosure
 from mmcpd.engine.comb_hook import comb_options, refuse_unknown
 from mmcpd.engine.combing import comb_runner, shape_combed
@@ -26,15 +26,15 @@ from mmcpd.engine.optimizers import optimizer_of, refuse_shards
 from mmcpd.engine.plan import left_alone, plan
 from mmcpd.engine.report import comparison, costs
 from mmcpd.engine.slim_file import save_whole
-from mmcpd.engine.stage import at_target, no_start, stage_of
+from mmcpd.engine.stage import at_target, refuse_pruned, stage_of
 from mmcpd.engine.validation import validate_unseen
 from mmcpd.engine.wrappers import bare_model, unwrapped
-from mmcpd.errors import SlimError
 from mmcpd.names import look_up
 from mmcpd.prune import NORMALIZERS, Pruner, Schedule, check_floors, check_importance
+from mmcpd.prune.selection import Floors
 from mmcpd.registry import HOOKS
 
-DENSE, SLIM, TABLE, REFIT = 'dense.pth', 'slim.pth', 'coupling.txt', 'refit.txt'
+DENSE, SLIM, TABLE = 'dense.pth', 'slim.pth', 'coupling.txt'
 
 
 @HOOKS.register_module()
@@ -57,7 +57,6 @@ class PruneHook(Hook):
         end: when the last units go, likewise; fine-tuning after it.
         interval: iterations of scoring between two removals.
         curve: from 1 to the target: 'cubic' (fast first), 'linear', 'cosine', or 'paper': `units_per_event` each time.
-        units_per_event: only for the curve 'paper'.
         at_once: choose all units at `begin`; `end`, `interval` and `curve` then have no meaning.
         pictures, refit: of at_once: how many training pictures it looks at, and whether weights are refitted on them.
         rotate: at `begin`, sort the dimensions inside attention heads by what they carry; no output changes.
@@ -72,10 +71,7 @@ class PruneHook(Hook):
         seed: of importances that draw random numbers.
 
     Raises:
-        ValueError: an unknown option, or a value that makes no sense, when the hook is built; optimizers or a strategy
-            that it cannot follow, before training.
-        PruneError: nothing can be pruned, or not as far as the target, before training.
-        SlimError: `load_from` is a training checkpoint that was pruned.
+        ValueError, PruneError, SlimError: a wrong option (when the hook is built), or a model that cannot be pruned so.
 
     Example:
         >>> PruneHook(target=dict(macs=0.4), importance='curvature').schedule.target
@@ -116,9 +112,9 @@ class PruneHook(Hook):
         (check_label_free if at_once else check_importance)(importance, seed=seed)
         normalize = normalize or ('macs' if at_once else 'memory')
         look_up(NORMALIZERS, normalize, 'normalizer')
-        check_floors(min_units=min_units, round_to=round_to)
         self.importance, self.normalize, self.seed = importance, normalize, seed
-        self.round_to, self.min_units = round_to, min_units
+        self.floors: Floors = {'min_units': min_units, 'round_to': round_to}
+        check_floors(**self.floors)
         self.comb_options = comb_options(heads, ignore, strict, input_shape)
         self._pruner: Pruner | None = None
         self.closure: StepClosure | None = None
@@ -146,8 +142,8 @@ class PruneHook(Hook):
         loaded = self._loaded if runner.iter > 0 else None
         if loaded is not None:
             self._resume(runner, loaded)
-        elif self._loaded is not None and removed_units({STATE: self._loaded}):
-            raise SlimError(no_start(runner.cfg.get('load_from') or 'what was loaded', self._loaded))
+        elif self._loaded is not None:
+            refuse_pruned(runner.cfg.get('load_from') or 'what was loaded', self._loaded)
         coupling = comb_runner(runner, **self.comb_options)
         model = bare_model(runner.model)
         self._stepping = optimizer_of(runner.optim_wrapper, model, coupling)
@@ -158,8 +154,7 @@ class PruneHook(Hook):
             self.schedule.resolve(runner.max_iters),
             importance=with_softmax(self.importance, model),
             normalize=self.normalize,
-            min_units=self.min_units,
-            round_to=self.round_to,
+            **self.floors,
             seed=self.seed,
         )
         self.averages = Averages(runner)
@@ -171,15 +166,15 @@ class PruneHook(Hook):
             self.pruner.closure = self.closure if score.needs_closure else self.closure.outputs
         if is_main_process():
             (Path(runner.work_dir) / TABLE).write_text(f'{coupling}\n', encoding='utf-8')
-        fitted = f'refitted on {self.pictures} training pictures' if self.refit else 'not refitted'
         self._left_alone = self.pruner.left_alone
+        fitted = f'refitted on {self.pictures} training pictures' if self.refit else 'not refitted'
         for line in plan(runner, self.pruner, f'all at once, {fitted}' if self.at_once else ''):
             runner.logger.info(line)
         if loaded is not None:
             self.pruner.load_state_dict(loaded['pruner'])
         else:
             self.pruner.skip_to(runner.iter)
-        self.best.restarted = at_target(self.pruner.left(), self.schedule.target)
+        self.best.restarted = at_target(self._stage())
         self._log(runner)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
@@ -207,18 +202,13 @@ class PruneHook(Hook):
     def after_train(self, runner: Runner) -> None:
         self.pruner.stop()
         self.pruner.mask_()
-        if self.pruner.importance.skipped:
-            runner.logger.info(
-                f'{self.pruner.importance.skipped} iterations entered no score: a gradient was not finite'
-            )
+        if skipped := self.pruner.importance.skipped:
+            runner.logger.info(f'{skipped} iterations entered no score: a gradient was not finite')
         with self.averages.in_model():
             self._save(runner)
-        left = self.pruner.left()
-        if not at_target(left, self.schedule.target):
-            stage = stage_of({'left': left, 'target': self.schedule.target})
-            runner.logger.warning(f'the run ended before its target; the slim model is {stage}')
-        if is_main_process():
-            self.best.describe(runner)
+        if not at_target(self._stage()):
+            runner.logger.warning(f'the run ended before its target; slim.pth is {stage_of(self._stage())}')
+        self.best.describe(runner)
 
     def _save(self, runner: Runner) -> None:
         """Write the slim model, of the weights that are validated."""
@@ -241,9 +231,8 @@ class PruneHook(Hook):
                 'begun': self.begun,
                 'dense_metrics': self.dense_metrics,
                 'input_shape': shape_combed(self._pruner.coupling),
-                'left': self._pruner.left(),
-                'target': dict(self.schedule.target),
                 'best_before': self.best.before,
+                **self._stage(),
             }
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
@@ -270,18 +259,9 @@ class PruneHook(Hook):
             metrics = ', '.join(f'{name} {value:.2f}' for name, value in self.dense_metrics.items())
             runner.logger.info(f'pruning begins; the dense model is in {DENSE}: {metrics or "not validated"}')
             if self.at_once:
-                pruned = prune_at_once_in_training_(
-                    self.pruner,
-                    runner.cfg,
-                    pictures=self.pictures,
-                    refit=self.refit,
-                    importance=self.importance,
-                    seed=self.seed,
-                )
+                how = AtOnce(self.importance, self.pictures, self.refit, self.seed)
+                runner.logger.info(prune_at_once_in_training_(self.pruner, runner.cfg, how, Path(runner.work_dir)))
                 self._log(runner)
-                runner.logger.info(str(pruned))
-                if pruned.refitted is not None and is_main_process():
-                    (Path(runner.work_dir) / REFIT).write_text(f'{pruned.refitted}\n', encoding='utf-8')
             if self.rotate or self.at_once:
                 self.averages.follow_()
         self.pruner.start()
@@ -304,13 +284,17 @@ class PruneHook(Hook):
             self._validated = (runner.iter, validate_unseen(runner))
         return self._validated[1]
 
+    def _stage(self) -> dict[str, Any]:
+        """Return what `stage_of` reads."""
+        return {'left': self.pruner.left(), 'target': dict(self.schedule.target)}
+
     def _log(self, runner: Runner) -> None:
-        left = self.pruner.left()
-        for quantity, share in left.items():
+        stage = self._stage()
+        for quantity, share in stage['left'].items():
             runner.message_hub.update_scalar(f'train/prune_{quantity}', share)
         if self.pruner.left_alone != self._left_alone:
             self._left_alone = self.pruner.left_alone
             for line in left_alone(self.pruner):
                 runner.logger.warning(line)
-        if at_target(left, self.schedule.target):
+        if at_target(stage):
             self.best.restart(runner)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmcpd.engine.report import ROWS
+from mmcpd.errors import SlimError
 
 
 def stage_of(state: Mapping[str, Any] | None) -> str:
@@ -26,26 +27,32 @@ def stage_of(state: Mapping[str, Any] | None) -> str:
     if all(left[quantity] == 1 for quantity in target):
         return 'dense: no unit is removed yet'
     remain = ' and '.join(f'{left[quantity]:.1%} of the {ROWS.get(quantity, (quantity,))[0]}' for quantity in target)
-    if at_target(left, target):
+    if at_target(state):
         return f'pruned to the target: {remain} remain'
     goal = ' and '.join(f'{share:.1%}' for share in target.values())
     return f'partly pruned: {remain} remain, the target is {goal}'
 
 
-def at_target(left: Mapping[str, float], target: Mapping[str, float]) -> bool:
-    """Tell whether every quantity is down to its target.
+def at_target(state: Mapping[str, Any]) -> bool:
+    """Tell whether every quantity is down to its target, from the pruning state of a checkpoint.
 
     Example:
-        >>> at_target({'macs': 0.49, 'params': 0.7}, {'macs': 0.5})
+        >>> at_target({'left': {'macs': 0.49, 'params': 0.7}, 'target': {'macs': 0.5}})
         True
     """
-    return all(left[quantity] <= share for quantity, share in target.items())
+    return all(state['left'][quantity] <= share * (1 + 1e-9) for quantity, share in state['target'].items())
 
 
-def no_start(path: str | os.PathLike, state: Mapping[str, Any]) -> str:
-    """Return why training must not start from a pruned training checkpoint, and what to do instead."""
-    return (
-        f'{path} is a training checkpoint of a run that prunes, {stage_of(state)}: in a dense model its removed units '
-        'would train back to life. To go on with that run: --resume (resume=True). To train the pruned model: cut a '
-        "slim.pth by `mmcpd slim`, and write model=dict(type='mmcpd.slimmed', model=..., structure='slim.pth')"
-    )
+def refuse_pruned(path: str | os.PathLike, state: Mapping[str, Any]) -> None:
+    """Refuse to start a training from a training checkpoint that was pruned, given its path and pruning state.
+
+    Raises:
+        SlimError: with what to do instead.
+    """
+    if any(not bool(kept.all()) for kept in state['pruner']['keep'].values()):
+        raise SlimError(
+            f'{path} is a training checkpoint of a run that prunes, {stage_of(state)}: in a dense model its removed '
+            'units would train back to life. To go on with that run: --resume (resume=True). To train the pruned '
+            "model: cut a slim.pth by `mmcpd slim`, and write model=dict(type='mmcpd.slimmed', model=..., "
+            "structure='slim.pth')"
+        )
