@@ -73,6 +73,7 @@ def config(work_dir, *, distil=True, epochs=4, **changes):
             'log_level': 'INFO',
         }
     )
+    changes = copy.deepcopy(changes)  # merging takes `_delete_` out of them
     cfg.merge_from_dict({name.replace('prune.', 'default_hooks.prune.'): value for name, value in changes.items()})
     return cfg
 
