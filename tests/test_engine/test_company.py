@@ -10,10 +10,11 @@ import pytest
 import torch
 from mmengine._strategy import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
 from mmengine.evaluator import BaseMetric
-from mmengine.hooks import Hook
+from mmengine.hooks import EarlyStoppingHook, Hook
 from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS, METRICS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS
+from mmengine.runner._flexible_runner import FlexibleRunner
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -240,11 +241,12 @@ def test_nobody_hears_of_the_validation_when_pruning_begins(runner_of, falling):
     assert Falling.count == 5 and heard.heard == 4 and heard.prepared == 5
     assert hook_of(runner).dense_metrics == {'score/top1': 99.0}
     assert torch.equal(states[0][0], states[1][0]) and states[0][1:] == states[1][1:] and False in states[0][1]
-    scheduler, stop = (
-        runner.param_schedulers[0],
-        next(h for h in runner.hooks if type(h).__name__ == 'EarlyStoppingHook'),
-    )
-    assert (scheduler.best, scheduler.num_bad_epochs) == (98.0, 3), 'the first that it heard is the best'
+    other = runner_of('validated anyway', **BEST, **(changes | {'prune.begin': 4}))
+    train(other)
+    (plateau,), (like,) = runner.param_schedulers, other.param_schedulers
+    stopping, alike = (hook_of(each, EarlyStoppingHook) for each in (runner, other))
+    assert plateau.best == stopping.best_score == 98.0, 'the first that it heard'
+    assert (plateau.num_bad_epochs, stopping.wait_count) == (like.num_bad_epochs, alike.wait_count)
     assert runner.message_hub.get_scalar('val/score/top1').data[0].tolist() == [98.0, 97.0, 96.0, 95.0]
     assert len(watch.left) == 16
 
@@ -441,3 +443,11 @@ def test_a_sharded_model_is_refused_whatever_runs_it():
     nn.Module.__init__(sharded)
     with pytest.raises(ValueError, match=r'^FullyShardedDataParallel cuts weights'):
         refuse_shards(SimpleNamespace(model=nn.Sequential(nn.Linear(2, 2), sharded)))
+
+
+def test_a_flexible_runner_on_one_device_prunes(runner_of, tmp_path):  # noqa: F811
+    cfg = config(tmp_path / 'run', custom_hooks=[{'type': 'EMAHook', 'momentum': 0.2}])
+    cfg.strategy, cfg.env_cfg = {'type': 'SingleDeviceStrategy'}, {}
+    runner = FlexibleRunner.from_cfg(cfg)
+    runner.train()
+    assert hook_of(runner).pruner.left()['macs'] <= 0.5 and (tmp_path / 'run' / 'slim.pth').is_file()

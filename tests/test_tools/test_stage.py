@@ -13,11 +13,7 @@ def test_the_best_file_is_said_slimmed_tested_and_no_start(tool, pruning, tmp_pa
     assert code == 0, err
     work = tmp_path / 'work_dirs' / 'ema'
     (best,) = [path for path in work.glob('best_*.pth') if path.name[-5:-4] in '34']
-    assert (
-        f'{best} is pruned to the target: 49.'
-        in f'{out} {err}'.replace(str(tmp_path) + '/./', '').replace('./work_dirs', str(tmp_path / 'work_dirs'))
-        or f'{best.name} is pruned to the target: 49.' in out + err
-    )
+    assert f'{best.name} is pruned to the target: 49.' in out + err
     code, out, err = tool('slim', ema, best)
     assert code == 0 and f'{best} is pruned to the target: 49.' in out, err
     slim = read_slim(best.with_name('slim.pth'))
