@@ -74,7 +74,7 @@ def test_it_builds_and_combs_and_its_target_is_within_reach(nowhere, name):
     prunable, total = coupling.prunable()
     assert prunable / total > 0.95, coupling.reasons().most_common(3)
     assert not coupling.unsupported
-    check_reachable(coupling, hook.schedule.resolve(100_000), min_units=hook.min_units, round_to=hook.round_to)
+    check_reachable(coupling, hook.schedule.resolve(100_000), **hook.floors)
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -136,7 +136,7 @@ def test_without_a_checkpoint_seaformer_says_so_before_it_trains(tool, tmp_path)
 @torch.no_grad()
 def test_structure_alone_reaches_the_target_with_every_layer_alive(name, fewer):
     hook, model, coupling = combed(name)
-    target, floors = hook.schedule.target, {'min_units': hook.min_units, 'round_to': hook.round_to}
+    target, floors = hook.schedule.target, hook.floors
     assert target == {'macs': pytest.approx(1 / fewer)}
     assert reachable(coupling, **floors)['macs'] < 0.2 / fewer
     generator = torch.Generator().manual_seed(0)

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from mmcpd.cli.checks import check_checkpoint, check_folder
 from mmcpd.cli.configs import read_config
-from mmcpd.engine.checkpoints import slim_checkpoint
+from mmcpd.engine.checkpoints import STATE, read_checkpoint, slim_checkpoint
 from mmcpd.engine.report import comparison
+from mmcpd.engine.stage import stage_of
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -26,4 +27,5 @@ def main(args: argparse.Namespace) -> None:
     check_checkpoint(args.checkpoint, 'checkpoint')
     check_folder(out.absolute().parent, '--out')
     meta = slim_checkpoint(cfg, args.checkpoint, out)
+    print(f'{args.checkpoint} is {stage_of(read_checkpoint(args.checkpoint).get(STATE))}')
     print(f'{comparison(meta["dense"], meta["slim"])}\nsaved {out}')

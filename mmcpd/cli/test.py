@@ -19,8 +19,10 @@ from mmcpd.cli.checks import check_checkpoint, check_data, check_folder
 from mmcpd.cli.common import add_runner_options
 from mmcpd.cli.configs import read_config, set_runner_options
 from mmcpd.cli.runner import build_runner, run
-from mmcpd.engine.checkpoints import use_checkpoint
+from mmcpd.engine.checkpoints import STATE, read_checkpoint, use_checkpoint
 from mmcpd.engine.compat import start_processes
+from mmcpd.engine.slim_file import is_slim
+from mmcpd.engine.stage import stage_of
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +48,9 @@ def main(args: argparse.Namespace) -> None:
         if args.out and item == 'pred':
             runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
         metrics = run(runner, lambda runner: runner.test())
+    state = None if is_slim(args.checkpoint) else read_checkpoint(args.checkpoint).get(STATE)
+    if state is not None:
+        print(f'{args.checkpoint} is {stage_of(state)}')
     for name, value in metrics.items():
         print(f'{name}: {value:.4f}' if isinstance(value, (float, np.floating)) else f'{name}: {value}')
     if args.out and item == 'metrics':

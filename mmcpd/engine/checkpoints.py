@@ -20,6 +20,7 @@ from mmcpd.engine.proof import proof_batches, prove
 from mmcpd.engine.random_state import seeded
 from mmcpd.engine.report import costs
 from mmcpd.engine.slim_file import PathLike, is_slim, plain_entries, read_slim, readable, save_slim
+from mmcpd.engine.stage import refuse_pruned
 from mmcpd.engine.wrappers import student_config, student_weights, type_name
 from mmcpd.errors import ProofError, SlimError
 from mmcpd.registry import MODELS
@@ -156,9 +157,12 @@ def check_start(cfg: Config, path: PathLike) -> None:
     A new head on known features is a good start, so half of the model's weights must fit.
 
     Raises:
-        SlimError: The checkpoint is unreadable, slim for a dense model, or of another model.
+        SlimError: The checkpoint is unreadable, pruned, slim for a dense model, or of another model.
     """
-    weights = student_weights(read_checkpoint(path))
+    checkpoint = read_checkpoint(path)
+    if STATE in checkpoint and not cfg.get('resume'):
+        refuse_pruned(path, checkpoint[STATE])
+    weights = student_weights(checkpoint)
     if type_name(cfg.model) == 'slimmed':
         return  # built from a slim.pth, whose weights fitted strictly
     if is_slim(path):

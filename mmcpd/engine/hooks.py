@@ -9,33 +9,38 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from mmengine.dist import broadcast_object_list, is_main_process
-from mmengine.hooks import EMAHook, Hook
-from mmengine.optim import AmpOptimWrapper, OptimWrapper, OptimWrapperDict
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+from mmengine.optim import AmpOptimWrapper
 from mmengine.runner import Runner
 from torch import nn
 
-from mmcpd.engine.at_once import check_label_free, check_way, prune_at_once, take_over_, with_softmax
+from mmcpd.engine.at_once import check_label_free, check_way, with_softmax
+from mmcpd.engine.averages import Averages
+from mmcpd.engine.begin import AtOnce, prune_at_once_in_training_, rotate_in_training_
+from mmcpd.engine.best import BestFiles
 from mmcpd.engine.build import build_dense
 from mmcpd.engine.checkpoints import STATE, Proof, save_checked
 from mmcpd.engine.closure import StepClosure
 from mmcpd.engine.comb_hook import comb_options, refuse_unknown
 from mmcpd.engine.combing import comb_runner, shape_combed
 from mmcpd.engine.distillers import Distiller
-from mmcpd.engine.pictures import pictures as draw_pictures
-from mmcpd.engine.plan import plan
+from mmcpd.engine.optimizers import optimizer_of, refuse_shards
+from mmcpd.engine.plan import left_alone, plan
 from mmcpd.engine.proof import proof_batches
 from mmcpd.engine.report import comparison, costs, numbers
 from mmcpd.engine.slim_file import plain_entries, save_whole
+from mmcpd.engine.stage import at_target, refuse_pruned, stage_of
+from mmcpd.engine.validation import validate_unseen
 from mmcpd.engine.wrappers import bare_model, unwrapped
 from mmcpd.names import look_up
 from mmcpd.prune import NORMALIZERS, Pruner, Schedule, check_floors, check_importance
+from mmcpd.prune.selection import Floors
 from mmcpd.registry import HOOKS
-from mmcpd.rotate import rotate_
 from mmcpd.slim import mask_
 from mmcpd.slim.trial import random_keep
 
-DENSE, SLIM, TABLE, REFIT = 'dense.pth', 'slim.pth', 'coupling.txt', 'refit.txt'
+DENSE, SLIM, TABLE = 'dense.pth', 'slim.pth', 'coupling.txt'
 UNSLIMMED = 'unslimmed.pth'  # the last training checkpoint, where no slim file could be written
 
 
@@ -59,7 +64,6 @@ class PruneHook(Hook):
         end: when the last units go, likewise; fine-tuning after it.
         interval: iterations of scoring between two removals.
         curve: from 1 to the target: 'cubic' (fast first), 'linear', 'cosine', or 'paper': `units_per_event` each time.
-        units_per_event: only for the curve 'paper'.
         at_once: choose all units at `begin`; `end`, `interval` and `curve` then have no meaning.
         pictures, refit: of at_once: how many training pictures it looks at, and whether weights are refitted on them.
         rotate: at `begin`, sort the dimensions inside attention heads by what they carry; no output changes.
@@ -74,9 +78,7 @@ class PruneHook(Hook):
         seed: of importances that draw random numbers.
 
     Raises:
-        ValueError: an unknown option, or a value that makes no sense, when the hook is built; groups that the
-            importance cannot score (those of frozen stages), before training.
-        PruneError: nothing can be pruned, or not as far as the target, before training.
+        ValueError, PruneError, SlimError: a wrong option (when the hook is built), or a model that cannot be pruned so.
 
     Example:
         >>> PruneHook(target=dict(macs=0.4), importance='curvature').schedule.target
@@ -117,9 +119,9 @@ class PruneHook(Hook):
         (check_label_free if at_once else check_importance)(importance, seed=seed)
         normalize = normalize or ('macs' if at_once else 'memory')
         look_up(NORMALIZERS, normalize, 'normalizer')
-        check_floors(min_units=min_units, round_to=round_to)
         self.importance, self.normalize, self.seed = importance, normalize, seed
-        self.round_to, self.min_units = round_to, min_units
+        self.floors: Floors = {'min_units': min_units, 'round_to': round_to}
+        check_floors(**self.floors)
         self.comb_options = comb_options(heads, ignore, strict, input_shape)
         self._pruner: Pruner | None = None
         self.closure: StepClosure | None = None
@@ -129,6 +131,8 @@ class PruneHook(Hook):
         self._untrained: nn.Module | None = None  # a copy of a model that no config describes
         self._loaded: dict[str, Any] | None = None
         self._validated: tuple[int, dict[str, float]] = (-1, {})
+        self._left_alone: Mapping[str, str] = {}  # what was said of them
+        self.best = BestFiles()
 
     @property
     def pruner(self) -> Pruner:
@@ -142,33 +146,37 @@ class PruneHook(Hook):
         return self._pruner
 
     def before_train(self, runner: Runner) -> None:
-        if any(isinstance(hook, EMAHook) for hook in runner.hooks):
-            raise ValueError('EMAHook averages over weights that PruneHook removes: take one of them out of the hooks')
-        if not isinstance(runner.optim_wrapper, OptimWrapper) or isinstance(runner.optim_wrapper, OptimWrapperDict):
-            raise ValueError('PruneHook reads the gradients of one optimizer: OptimWrapperDict is not supported')
+        refuse_shards(runner)
         runner.model.train()  # some backbones freeze their first stages only here
         loaded = self._loaded if runner.iter > 0 else None
         if loaded is not None:
             self._resume(runner, loaded)
+        elif self._loaded is not None:
+            refuse_pruned(runner.cfg.get('load_from') or 'what was loaded', self._loaded)
         self._untrained = None if 'model' in runner.cfg else copy.deepcopy(bare_model(runner.model))
         coupling = comb_runner(runner, **self.comb_options)
+        model = bare_model(runner.model)
+        self._stepping = optimizer_of(runner.optim_wrapper, model, coupling)
         self._pruner = Pruner(
-            bare_model(runner.model),
+            model,
             coupling,
-            runner.optim_wrapper.optimizer,
+            self._stepping.optimizer,
             self.schedule.resolve(runner.max_iters),
-            importance=with_softmax(self.importance, bare_model(runner.model)),
+            importance=with_softmax(self.importance, model),
             normalize=self.normalize,
-            min_units=self.min_units,
-            round_to=self.round_to,
+            **self.floors,
             seed=self.seed,
         )
+        self.averages = Averages(runner)
+        for average in self.averages.copies:
+            self.pruner.also_mask(average)
         score = self.pruner.importance
         if not self.at_once and (score.needs_closure or score.needs_outputs):
-            self.closure = StepClosure(runner.model, runner.optim_wrapper, coupling.example.forward)
+            self.closure = StepClosure(runner.model, self._stepping, coupling.example.forward)
             self.pruner.closure = self.closure if score.needs_closure else self.closure.outputs
         if is_main_process():
             (Path(runner.work_dir) / TABLE).write_text(f'{coupling}\n', encoding='utf-8')
+        self._left_alone = self.pruner.left_alone
         fitted = f'refitted on {self.pictures} training pictures' if self.refit else 'not refitted'
         for line in plan(runner, self.pruner, f'all at once, {fitted}' if self.at_once else ''):
             runner.logger.info(line)
@@ -178,6 +186,7 @@ class PruneHook(Hook):
             if is_main_process():
                 self._rehearse(runner)
             self.pruner.skip_to(runner.iter)
+        self.best.restarted = at_target(self._stage())
         self._log(runner)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
@@ -187,8 +196,8 @@ class PruneHook(Hook):
             self.closure.record(data_batch)
         if self.pruner.importance.needs_batches:
             self.pruner.importance.next_batch()
-            if isinstance(runner.optim_wrapper, AmpOptimWrapper):
-                self.pruner.loss_scale = runner.optim_wrapper.loss_scaler.get_scale()
+            if isinstance(self._stepping, AmpOptimWrapper):
+                self.pruner.loss_scale = self._stepping.loss_scaler.get_scale()
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
@@ -196,17 +205,20 @@ class PruneHook(Hook):
         if self.pruner.step():
             self._log(runner)
 
+    def after_train_epoch(self, runner: Runner) -> None:
+        self.pruner.mask_()  # others may have replaced statistics: they are saved and validated next
+
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         self._validated = (runner.iter, numbers(metrics or {}))
 
     def after_train(self, runner: Runner) -> None:
         self.pruner.stop()
-        if self.pruner.importance.skipped:
-            runner.logger.info(
-                f'{self.pruner.importance.skipped} iterations entered no score: a gradient was not finite'
-            )
+        self.pruner.mask_()
+        if skipped := self.pruner.importance.skipped:
+            runner.logger.info(f'{skipped} iterations entered no score: a gradient was not finite')
         try:
-            self._save(runner)
+            with self.averages.in_model():
+                self._save(runner)
         except Exception as error:
             self.failure = error
             runner.save_checkpoint(runner.work_dir, UNSLIMMED, save_optimizer=False)
@@ -214,9 +226,12 @@ class PruneHook(Hook):
                 f'there is no {SLIM}: {error}. The pruned weights are in {UNSLIMMED}: once the cause is mended, `mmcpd '
                 f'slim CONFIG {Path(runner.work_dir) / UNSLIMMED}` goes on from there'
             )
+        if not at_target(self._stage()):
+            runner.logger.warning(f'the run ended before its target; {SLIM} is {stage_of(self._stage())}')
+        self.best.describe(runner)
 
     def _save(self, runner: Runner) -> None:
-        """Validate, and write the slim model.
+        """Validate, and write the slim model, of the weights that are validated.
 
         Raises:
             SlimError: it is not what was trained.
@@ -260,6 +275,8 @@ class PruneHook(Hook):
                 'begun': self.begun,
                 'dense_metrics': self.dense_metrics,
                 'input_shape': shape_combed(self._pruner.coupling),
+                'best_before': self.best.before,
+                **self._stage(),
             }
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
@@ -274,55 +291,29 @@ class PruneHook(Hook):
                 'or a later begin'
             )
         self.pruner.stop()  # its hooks are no part of the teacher, which is a copy
-        if self.rotate:
-            self._rotate(runner)
-        self.dense_metrics = self._metrics(runner)
-        model = unwrapped(runner.model)
-        if isinstance(model, Distiller):
-            model.begin_distillation()
-        if is_main_process():
-            save_whole(Path(runner.work_dir) / DENSE, {'state_dict': self.pruner.model.state_dict()})
-        metrics = ', '.join(f'{name} {value:.2f}' for name, value in self.dense_metrics.items())
-        runner.logger.info(f'pruning begins; the dense model is in {DENSE}: {metrics or "not validated"}')
-        if self.at_once:
-            self._prune_at_once(runner)
+        with self.averages.in_model():
+            if self.rotate:
+                runner.logger.info(rotate_in_training_(self.pruner))
+            self.dense_metrics = self._metrics(runner)
+            model = unwrapped(runner.model)
+            if isinstance(model, Distiller):
+                model.begin_distillation()
+            if is_main_process():
+                save_whole(Path(runner.work_dir) / DENSE, {'state_dict': self.pruner.model.state_dict()})
+            metrics = ', '.join(f'{name} {value:.2f}' for name, value in self.dense_metrics.items())
+            runner.logger.info(f'pruning begins; the dense model is in {DENSE}: {metrics or "not validated"}')
+            if self.at_once:
+                how = AtOnce(self.importance, self.pictures, self.refit, self.seed)
+                runner.logger.info(prune_at_once_in_training_(self.pruner, runner.cfg, how, Path(runner.work_dir)))
+                self._log(runner)
+            if self.rotate or self.at_once:
+                self.averages.follow_()
         self.pruner.start()
-
-    def _rotate(self, runner: Runner) -> None:
-        rotated, example = copy.deepcopy(self.pruner.model), self.pruner.coupling.example
-        runner.logger.info(str(rotate_(rotated, example.inputs, forward=example.forward)))
-        take_over_(self.pruner.model, rotated, self.pruner.optimizer)
-
-    def _prune_at_once(self, runner: Runner) -> None:
-        """Choose and refit on training pictures, the same on all processes."""
-        model, coupling = self.pruner.model, self.pruner.coupling
-        shape = shape_combed(coupling)
-        # Not augmented: refitted on augmented ones a ResNet-20 starts and, 40 iterations later, ends a point lower.
-        batches = draw_pictures(runner.cfg, model, self.pictures, shape=shape, seed=self.seed)
-        pruned = prune_at_once(
-            model,
-            coupling,
-            batches,
-            self.schedule.target,
-            importance=self.importance,
-            normalize_by=self.normalize,
-            min_units=self.min_units,
-            round_to=self.round_to,
-            refit=self.refit,
-            seed=self.seed,
-        )
-        take_over_(model, pruned.model, self.pruner.optimizer)
-        keep = [pruned.keep]
-        broadcast_object_list(keep)
-        self.pruner.choose(keep[0])
-        self._log(runner)
-        runner.logger.info(str(pruned))
-        if pruned.refitted is not None and is_main_process():
-            (Path(runner.work_dir) / REFIT).write_text(f'{pruned.refitted}\n', encoding='utf-8')
 
     def _resume(self, runner: Runner, loaded: Mapping[str, Any]) -> None:
         """Bring back what was known of the dense model, and the teacher, which is a copy without the pruner's hooks."""
         self.begun, self.dense_metrics = loaded['begun'], loaded['dense_metrics']
+        self.best.before = loaded['best_before']
         self.comb_options['input_shape'] = loaded['input_shape']
         model = unwrapped(runner.model)
         if self.begun and isinstance(model, Distiller) and model.teaches_itself:
@@ -333,14 +324,21 @@ class PruneHook(Hook):
 
     def _metrics(self, runner: Runner) -> dict[str, float]:
         """Return the validation's metrics at this iteration; validate if that was not just done."""
-        if runner.val_loop is None:
-            return {}
         if self._validated[0] != runner.iter:
-            training = runner.model.training
-            runner.val_loop.run()
-            runner.model.train(training)
+            self._validated = (runner.iter, validate_unseen(runner))
         return self._validated[1]
 
+    def _stage(self) -> dict[str, Any]:
+        """Return what `stage_of` reads."""
+        return {'left': self.pruner.left(), 'target': dict(self.schedule.target)}
+
     def _log(self, runner: Runner) -> None:
-        for quantity, left in self.pruner.left().items():
-            runner.message_hub.update_scalar(f'train/prune_{quantity}', left)
+        stage = self._stage()
+        for quantity, share in stage['left'].items():
+            runner.message_hub.update_scalar(f'train/prune_{quantity}', share)
+        if self.pruner.left_alone != self._left_alone:
+            self._left_alone = self.pruner.left_alone
+            for line in left_alone(self.pruner):
+                runner.logger.warning(line)
+        if at_target(stage):
+            self.best.restart(runner)

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from mmcpd.distill import KDLoss
 from mmcpd.engine.build import prunes
 from mmcpd.engine.random_state import seeded
+from mmcpd.engine.wrappers import type_name
 from mmcpd.slim.compare import evaluating, tensors_in
 
 # Of the learning rate of a config that trains from scratch: a refitted model needs little, see docs/results.md.
@@ -99,7 +100,7 @@ def check_teachable(cfg: Config) -> None:
 def _optimizer(student: nn.Module, cfg: Config, lr: float | None) -> OptimWrapper:
     check_teachable(cfg)
     config = copy.deepcopy(cfg.optim_wrapper)
-    if config.get('type') == 'AmpOptimWrapper' and next(student.parameters()).device.type == 'cpu':
+    if type_name(config) == 'AmpOptimWrapper' and next(student.parameters()).device.type == 'cpu':
         config = {key: value for key, value in config.items() if key not in ('loss_scale', 'dtype')}
         config['type'] = 'OptimWrapper'  # MMEngine's mixed precision needs an accelerator
     share = 1 if prunes(cfg) else RATE

@@ -12,7 +12,8 @@ from mmcpd.engine.combing import shape_combed
 from mmcpd.engine.distillers import Distiller
 from mmcpd.engine.report import ROWS
 from mmcpd.engine.wrappers import unwrapped
-from mmcpd.prune import Pruner
+from mmcpd.prune import Pruner, reachable
+from mmcpd.prune.unscored import in_short
 
 REASONS = 3  # lines about what is frozen
 
@@ -37,12 +38,25 @@ def plan(runner: Runner, pruner: Pruner, at_once: str = '') -> list[str]:
         ('coupling', f'{len(coupling.groups)} groups, {coupling.units} units; {prunable / total:.1%} of the '
          'parameters can be pruned'),
         *(('frozen', reason) for reason in _frozen(coupling)),
+        *(('alone', line) for line in left_alone(pruner)),
         ('target', f'{target} of the dense model remain'),
         ('pruning', f'{when}, by {type(pruner.importance).__name__} / {pruner.normalizer}'),
         ('teacher', _teacher(model, int(schedule.begin))),
         ('results', f'{runner.work_dir}: coupling.txt now, dense.pth when pruning begins, slim.pth at the end'),
     ]  # fmt: skip
     return [f'{name:<9}{text}' for name, text in lines]
+
+
+def left_alone(pruner: Pruner) -> list[str]:
+    """Say which groups keep their units for want of a gradient, and how far the others can go: a line, or none."""
+    if not pruner.left_alone:
+        return []
+    lowest = reachable(pruner.coupling, keep=pruner.keep, fixed=pruner.left_alone, **pruner.floors)
+    reach = ' and '.join(f'{lowest[key]:.1%} of the {ROWS.get(key, (key,))[0]}' for key in pruner.schedule.target)
+    return [
+        f'{len(pruner.left_alone)} groups keep their units while they get no gradient '
+        f'({next(iter(pruner.left_alone.values()))}): {in_short(pruner.left_alone)}; the others allow {reach}'
+    ]
 
 
 def _data(runner: Runner) -> str:

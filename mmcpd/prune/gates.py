@@ -63,6 +63,9 @@ def sum_except(x: Tensor, *dims: int) -> Tensor:
 class Gates:
     """All units of the groups of a `Coupling` in one flat vector, and the rows that each of them cuts.
 
+    Attributes:
+        left_alone: the groups that nobody chooses from by gradients: tensors of their cut may be frozen.
+
     Raises:
         ValueError: a group has no cut.
     """
@@ -70,6 +73,7 @@ class Gates:
     def __init__(self, groups: Iterable[Group]) -> None:
         self.slices: dict[str, slice] = {}
         self.units = 0
+        self.left_alone: set[str] = set()
         self.groups: dict[Cut, list[str]] = {}  # whose units a cut shows
         self.roles: dict[Cut, Role] = {}
         found: dict[Cut, list[CutRows]] = {}
@@ -89,16 +93,23 @@ class Gates:
             self.units = stop
         self.cuts = {cut: CutRows(*map(torch.cat, zip(*parts, strict=True))) for cut, parts in found.items()}
 
+    def frozen(self, model: nn.Module) -> dict[str, str]:
+        """Return the groups that cannot be scored, each with the first tensor of its cut that needs no gradient."""
+        found: dict[str, str] = {}
+        for cut in [cut for cut, weight in self._weights(model) if not weight.requires_grad]:
+            for group in self.groups[cut]:
+                found.setdefault(group, cut.tensor)
+        return found
+
     def check(self, model: nn.Module) -> None:
         """Refuse a model in which a tensor of the cut gets no gradient: nothing is known about its units.
 
         Raises:
             ValueError: tensors of the cut have `requires_grad=False`; the message lists their groups.
         """
-        frozen = [cut for cut, weight in self._weights(model) if not weight.requires_grad]
+        frozen = {group: tensor for group, tensor in self.frozen(model).items() if group not in self.left_alone}
         if frozen:
-            groups = list(dict.fromkeys(name for cut in frozen for name in self.groups[cut]))
-            tensors = ', '.join(dict.fromkeys(cut.tensor for cut in frozen))
+            groups, tensors = list(frozen), ', '.join(dict.fromkeys(frozen.values()))
             raise ValueError(
                 f'groups {groups} cannot be scored, because requires_grad=False on {tensors} (frozen_stages does '
                 f"that): train them, score by importance='magnitude', or {never_prune(groups)}"

@@ -11,11 +11,12 @@ from torch.utils.hooks import RemovableHandle
 
 from ..coupling import Coupling, Keep
 from ..names import look_up
-from ..slim.mask import Masker
+from ..slim.mask import Masker, named_tensors
 from .importance import Closure, averaged, build_importance
 from .normalize import NORMALIZERS, normalize
 from .schedule import Schedule
-from .selection import check_reachable, select, shares
+from .selection import Floors, check_reachable, reachable, select, shares
+from .unscored import check_gradients, frozen_groups, unscored
 
 
 class PrunerState(TypedDict):
@@ -26,12 +27,14 @@ class PrunerState(TypedDict):
     iteration: int
     last: int
     waiting: bool
+    frozen: list[str]
 
 
 class Pruner:
     """Bring a model down along a schedule, inside any training loop: call `step` after each optimizer step.
 
-    Scoring and masking begin by themselves after `schedule.begin` iterations, or at once where that is 0.
+    Scoring and masking begin by themselves after `schedule.begin` iterations, or at once where that is 0. A group that
+    had no gradient since the last event loses no unit in the next, and takes part again once it has gradients.
 
     Args:
         model: the very model that was combed, without a data-parallel wrapper.
@@ -46,11 +49,12 @@ class Pruner:
         iteration: how many iterations are finished.
         closure: runs a step's forward and backward once more, or its forward, for importances that ask for it.
         loss_scale: what losses are multiplied by before backward (mixed precision).
+        left_alone: the groups that could not be scored at the last event (before the first: now), and why.
 
     Raises:
         ValueError: an option that makes no sense, a schedule in shares of the run, or groups that the importance
             cannot score.
-        PruneError: nothing can be pruned, or not as far as the target.
+        PruneError: nothing can be pruned, or not as far as the target, for want of gradients too.
 
     Example:
         >>> from mmcpd.prune import Pruner, Schedule
@@ -84,14 +88,17 @@ class Pruner:
     ) -> None:
         look_up(NORMALIZERS, normalize, 'normalizer')
         self._begin, self._end = schedule.span()
-        self._floors = {'min_units': min_units, 'round_to': round_to}
-        check_reachable(coupling, schedule, **self._floors)
+        self.floors: Floors = {'min_units': min_units, 'round_to': round_to}
+        check_reachable(coupling, schedule, **self.floors)
         self.model, self.coupling, self.optimizer, self.schedule = model, coupling, optimizer, schedule
         self.normalizer = normalize
         self.importance = build_importance(importance, coupling.groups, seed=seed)
+        self.keep = coupling.keep()
+        self._see_frozen()
+        check_gradients(coupling, schedule, self.left_alone, self.floors)
         self.importance.check(model, coupling.example)
         self.masker = Masker(model, coupling)
-        self.keep = coupling.keep()
+        self.copies: list[Masker] = []
         self.closure: Closure | None = None
         self.loss_scale = 1.0
         self.iteration = 0
@@ -120,7 +127,10 @@ class Pruner:
         """
         self.iteration += 1
         if self.iteration == self._begin:
+            self._see_frozen()
             self.start()
+        if self._handles:
+            self._clear_statistics()  # a hook may have replaced them after the optimizer's step
         if not self._handles or self.done:
             return False
         self._waiting = self._waiting or self.schedule.due(self.iteration)
@@ -131,17 +141,26 @@ class Pruner:
         scores = averaged(self.importance, next(self.model.parameters()).device)
         if scores is None:
             return False
-        scores = normalize(scores, self.coupling, self.keep, by=self.normalizer)
-        ratios = self.schedule.ratios(self.iteration)
-        self.keep = select(
-            scores, self.coupling, self.keep, ratios, **self._floors, limit=self.schedule.units_per_event
-        )
+        self._remove(scores)
+        self.importance.gates.left_alone = set(frozen_groups(self.importance, self.model))
         self.importance.reset()
         self._last, self._waiting = self.iteration, False
         if self.done:
             self.importance.detach()
-        self._mask()
+        self.mask_()
         return True
+
+    def _remove(self, scores: Mapping[str, Tensor]) -> None:
+        """Take units away, down to where the schedule is now, or as far as the groups that were scored allow."""
+        self.left_alone = unscored(self.importance, scores)
+        fixed, limit = self.left_alone, self.schedule.units_per_event
+        lowest = reachable(self.coupling, keep=self.keep, fixed=fixed, **self.floors)
+        ratios = {
+            quantity: max(ratio, lowest[quantity] * (1 + 1e-12))
+            for quantity, ratio in self.schedule.ratios(self.iteration).items()
+        }
+        scores = normalize(scores, self.coupling, self.keep, by=self.normalizer)
+        self.keep = select(scores, self.coupling, self.keep, ratios, limit=limit, fixed=fixed, **self.floors)
 
     def start(self) -> None:
         """Mask by the keep as it is, and watch the model's passes and the optimizer's steps from now on.
@@ -151,11 +170,11 @@ class Pruner:
         self.stop()
         self._handles = [
             self.optimizer.register_step_pre_hook(self._before_step),
-            self.optimizer.register_step_post_hook(self._after_step),
+            self.optimizer.register_step_post_hook(self._clear_statistics),
         ]
         if not self.done:
             self.importance.attach(self.model)
-        self._mask()
+        self.mask_()
 
     def stop(self) -> None:
         """Stop watching, until `start`; the model stays masked."""
@@ -190,7 +209,32 @@ class Pruner:
         self.keep = {group.name: keep[group.name].cpu().clone() for group in self.coupling.groups}
         self._last, self._waiting = self._end, False
         self.importance.detach()
-        self._mask()
+        self.mask_()
+
+    def also_mask(self, copy: nn.Module) -> None:
+        """Mask a copy of the model too from now on, whenever the model is masked: an average of its weights, say.
+
+        Raises:
+            ValueError: it is no copy of the model.
+        """
+        found = named_tensors(copy)
+        for name, info in self.coupling.tensors.items():
+            if name not in found or found[name].shape != info.shape:
+                raise ValueError(f'{type(copy).__name__} is no copy of the model that is pruned: {name} does not fit')
+        self.copies.append(Masker(copy, self.coupling))
+        self.mask_()
+
+    @torch.no_grad()
+    def mask_(self) -> None:
+        """Write zeros into removed rows, of the optimizer's state too: momentum would bring them back.
+
+        The pruner does this by itself; call it before the model is used where others have written into it.
+        """
+        if self._factors():
+            self.masker.apply_(self.keep)
+            self.masker.apply_state_(self.keep, self.optimizer)
+        for masker in self.copies:
+            masker.apply_(self.keep)
 
     def left(self) -> dict[str, float]:
         """Return what remains of each quantity, as a share of the dense model's."""
@@ -204,6 +248,7 @@ class Pruner:
             'iteration': self.iteration,
             'last': self._last,
             'waiting': self._waiting,
+            'frozen': sorted(self.importance.gates.left_alone),
         }
 
     def load_state_dict(self, state: PrunerState) -> None:
@@ -217,13 +262,20 @@ class Pruner:
         self.keep = {group.name: state['keep'][group.name].cpu() for group in self.coupling.groups}
         self.importance.load_state_dict(state['importance'])
         self.iteration, self._last, self._waiting = state['iteration'], state['last'], state['waiting']
+        self.importance.gates.left_alone = set(state['frozen'])
         if self.begun:
             self.start()
+
+    def _see_frozen(self) -> None:
+        """Leave the groups alone that get no gradient now; `_before_step` adds those of later iterations."""
+        self.left_alone = frozen_groups(self.importance, self.model)
+        self.importance.gates.left_alone = set(self.left_alone)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         if getattr(optimizer, 'grad_scale', None) is not None:
             raise ValueError('a fused optimizer sees scaled gradients in mixed precision: set fused=False to prune')
         if self.importance.every_iteration and not self.done:
+            self.importance.gates.left_alone |= frozen_groups(self.importance, self.model).keys()
             self.importance.accumulate(self.model, closure=self.closure, loss_scale=self.loss_scale)
         # Weights and state of removed rows are zero. Without a gradient they stay so, whatever the optimizer makes of
         # each element, and one product does for the weight, its momentum and its second moment.
@@ -232,9 +284,9 @@ class Pruner:
                 tensor.grad.mul_(factor)
 
     @torch.no_grad()
-    def _after_step(self, *_: object) -> None:
+    def _clear_statistics(self, *_: object) -> None:
         for tensor, factor in self._factors():
-            if not isinstance(tensor, nn.Parameter):  # statistics
+            if not isinstance(tensor, nn.Parameter):
                 tensor.mul_(factor)
 
     def _factors(self) -> list[tuple[Tensor, Tensor]]:
@@ -243,9 +295,3 @@ class Pruner:
             return []
         with torch.no_grad():
             return self.masker.factors(self.keep)
-
-    def _mask(self) -> None:
-        """Write zeros into removed rows, of the optimizer's state too: momentum would bring them back."""
-        if self._factors():
-            self.masker.apply_(self.keep)
-            self.masker.apply_state_(self.keep, self.optimizer)

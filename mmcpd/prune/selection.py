@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -18,6 +19,13 @@ from .schedule import QUANTITIES, Schedule, is_count
 # Groups of at least so many units keep a multiple of `round_to`, because kernels of most hardware work in blocks of 8
 # or more channels. A smaller group would lose too large a part of itself at once.
 ROUNDED_FROM = 64
+
+
+class Floors(TypedDict):
+    """What each group keeps: at least `min_units`, and in a large group a multiple of `round_to`."""
+
+    min_units: int
+    round_to: int
 
 
 def shares(coupling: Coupling, keep: Mapping[str, Tensor]) -> dict[str, float]:
@@ -41,6 +49,7 @@ def select(
     min_units: int = 1,
     round_to: int = 8,
     limit: int | None = None,
+    fixed: Collection[str] = (),
 ) -> Keep:
     """Choose the units to remove: the lowest scores, as few as bring every quantity down to its ratio.
 
@@ -52,7 +61,8 @@ def select(
     Scores are normalised ones, (units,) per group; `keep` are the kept units so far, and is not changed. The ratios are
     shares of the dense model's quantities that may remain, for some of `macs`, `params`, `memory` and `units`. Each
     group keeps `min_units` (a smaller one stays whole), and a group of at least 64 units, and of more than `round_to`,
-    a multiple of `round_to`. At most `limit` units are removed; a chunk is not broken, so at least one chunk is.
+    a multiple of `round_to`. At most `limit` units are removed; a chunk is not broken, so at least one chunk is. The
+    groups in `fixed` lose none.
 
     Raises:
         ValueError: an unknown quantity, or a floor below 1.
@@ -66,7 +76,7 @@ def select(
     """
     for quantity in ratios:
         look_up(dict.fromkeys(QUANTITIES), quantity, 'quantity')
-    order, ends, groups = _order(scores, coupling, keep, _steps(coupling, keep, min_units, round_to))
+    order, ends, groups = _order(scores, coupling, keep, _steps(coupling, keep, min_units, round_to, fixed))
     if limit is not None:
         ends = ends[: max(1, int((ends <= limit).sum()))]
     dense, kept = _quantities(coupling, coupling.flat(coupling.keep())), coupling.flat(keep)
@@ -98,15 +108,23 @@ def select(
     return {group.name: torch.from_numpy(part.copy()) for group, part in zip(coupling.groups, parts, strict=True)}
 
 
-def reachable(coupling: Coupling, *, min_units: int = 1, round_to: int = 8) -> dict[str, float]:
-    """Return the lowest share of each quantity that the floors of `select` allow.
+def reachable(
+    coupling: Coupling,
+    *,
+    min_units: int = 1,
+    round_to: int = 8,
+    keep: Mapping[str, Tensor] | None = None,
+    fixed: Collection[str] = (),
+) -> dict[str, float]:
+    """Return the lowest share of each quantity that the floors of `select` allow, from `keep` (by default all) on.
 
     Example:
         >>> reachable(coupling)['units'] == 2 / 12    # one unit of each of the two groups
         True
     """
-    steps = _steps(coupling, coupling.keep(), min_units, round_to)
-    lowest = {group.name: [group.units, *steps[group.name]][-1] for group in coupling.groups}
+    keep = coupling.keep() if keep is None else keep
+    steps = _steps(coupling, keep, min_units, round_to, fixed)
+    lowest = {group.name: [int(keep[group.name].sum()), *steps[group.name]][-1] for group in coupling.groups}
     return shares(coupling, {group.name: torch.arange(group.units) < lowest[group.name] for group in coupling.groups})
 
 
@@ -161,7 +179,9 @@ def _out_of_reach(coupling: Coupling, ratios: Mapping[str, float], min_units: in
     )
 
 
-def _steps(coupling: Coupling, keep: Mapping[str, Tensor], min_units: int, round_to: int) -> dict[str, list[int]]:
+def _steps(
+    coupling: Coupling, keep: Mapping[str, Tensor], min_units: int, round_to: int, fixed: Collection[str] = ()
+) -> dict[str, list[int]]:
     """Return, for each group, the numbers of units that it may be brought down to, from most to least."""
     check_floors(min_units=min_units, round_to=round_to)
     steps = {}
@@ -169,7 +189,7 @@ def _steps(coupling: Coupling, keep: Mapping[str, Tensor], min_units: int, round
         chunk = round_to if group.units >= ROUNDED_FROM and group.units > round_to else 1
         floor = math.ceil(min_units / chunk) * chunk
         first = (int(keep[group.name].sum()) - 1) // chunk * chunk
-        steps[group.name] = list(range(first, floor - 1, -chunk))
+        steps[group.name] = [] if group.name in fixed else list(range(first, floor - 1, -chunk))
     return steps
 
 

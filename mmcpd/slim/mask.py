@@ -6,7 +6,7 @@ With both, the masked model computes what the slimmed one computes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -140,6 +140,18 @@ def unmask_statistics_(model: nn.Module) -> None:
         MaskedForward.take_off(module)
 
 
+class TensorPlace(NamedTuple):
+    """Where a module holds a parameter or a buffer."""
+
+    module: nn.Module
+    name: str
+
+    @property
+    def tensor(self) -> Tensor:
+        found = self.module._parameters.get(self.name)
+        return cast(Tensor, self.module._buffers[self.name] if found is None else found)
+
+
 class Masker:
     """Apply a keep to one combed model again and again, as an optimizer step asks for it.
 
@@ -151,32 +163,34 @@ class Masker:
 
     def __init__(self, model: nn.Module, coupling: Coupling) -> None:
         self.model, self.coupling = model, coupling
-        self.tensors = named_tensors(model)
         self._flat: Tensor | None = None
-        self._factors: list[tuple[Tensor, Tensor]] = []
+        self._masked: list[tuple[TensorPlace, Tensor]] = []
 
     def factors(self, keep: Keep) -> list[tuple[Tensor, Tensor]]:
         """Return `(tensor, factor)` for all that is masked, factors of 0 and 1; kept until the keep changes.
 
         A product is an order of magnitude faster than filling rows, above all along any but the first dimension; the
-        rows are filled once, when the keep changes.
+        rows are filled once, when the keep changes. Tensors are read anew at each call: others may have replaced them.
         """
         flat = torch.cat([keep[g.name] for g in self.coupling.groups]) if self.coupling.groups else torch.empty(0)
         if self._flat is None or not torch.equal(flat, self._flat):
-            self._factors = []
+            self._masked = []
+            modules = dict(self.model.named_modules())
             for name, dims in kept_rows(self.coupling, keep).items():
-                tensor = self.tensors[name]
+                path, _, attribute = name.rpartition('.')
+                place = TensorPlace(modules[path], attribute)
                 for dim, live in dims.items():
+                    tensor = place.tensor
                     shape = [1] * tensor.dim()
                     shape[dim] = -1
                     tensor.index_fill_(dim, (~live).nonzero().flatten().to(tensor.device), 0)  # 0 * nan is not 0
                     factor = live.to(tensor.device, tensor.dtype).reshape(shape)
                     if dim > 0:  # twice as fast where the last dimensions are those of a kernel
                         factor = factor.expand(*shape[:dim], *tensor.shape[dim:]).contiguous()
-                    self._factors.append((tensor, factor))
+                    self._masked.append((place, factor))
             self._flat = flat.clone()
             self._mask_statistics(keep)
-        return self._factors
+        return [(place.tensor, factor) for place, factor in self._masked]
 
     @torch.no_grad()
     def apply_(self, keep: Keep) -> None:

@@ -16,8 +16,8 @@ from torch import nn
 
 from mmcpd.comb import comb
 from mmcpd.engine.at_once import check_label_free, ends_in_softmax, prune_at_once, take_over_, with_softmax
+from mmcpd.engine.begin import prune_at_once_in_training_
 from mmcpd.engine.checkpoints import load_slim, read_slim
-from mmcpd.engine.hooks import PruneHook
 from mmcpd.engine.pictures import pictures
 from mmcpd.engine.wrappers import bare_model
 from mmcpd.errors import PruneError
@@ -204,18 +204,18 @@ def test_a_run_that_prunes_at_once(runner_of, tmp_path, begin):  # noqa: F811
         assert text in log, text
 
 
-def test_what_goes_is_what_the_function_chooses(runner_of):  # noqa: F811
+def test_what_goes_is_what_the_function_chooses(runner_of, monkeypatch):  # noqa: F811
     """The hook looks at training pictures that are not augmented, and the loss decides about the softmax."""
     runner = runner_of(**AT_ONCE, epochs=1, **{'prune.seed': 3})
     found = []
-    original = PruneHook._prune_at_once
 
-    def watched(hook, runner):
-        model, coupling = copy.deepcopy(hook.pruner.model), hook.pruner.coupling
-        original(hook, runner)
-        found.append((model, coupling, copy.deepcopy(hook.pruner.keep), copy.deepcopy(hook.pruner.model.state_dict())))
+    def watched(pruner, *args):
+        model, coupling = copy.deepcopy(pruner.model), pruner.coupling
+        said = prune_at_once_in_training_(pruner, *args)
+        found.append((model, coupling, copy.deepcopy(pruner.keep), copy.deepcopy(pruner.model.state_dict())))
+        return said
 
-    hook_of(runner)._prune_at_once = watched.__get__(hook_of(runner))
+    monkeypatch.setattr('mmcpd.engine.hooks.prune_at_once_in_training_', watched)
     train(runner)
     ((model, coupling, keep, weights),) = found
     batches = pictures(runner.cfg, model, 32, seed=3)
@@ -253,7 +253,7 @@ def test_a_resumed_run_chooses_and_refits_once(runner_of, tmp_path, monkeypatch,
     with pytest.raises(KeyboardInterrupt):
         first.train()
     if begin < 4 * stop:
-        monkeypatch.setattr('mmcpd.engine.hooks.prune_at_once', lambda *_, **__: pytest.fail('pruned again'))
+        monkeypatch.setattr('mmcpd.engine.begin.prune_at_once', lambda *_, **__: pytest.fail('pruned again'))
     checkpoint = str(tmp_path / 'parts' / f'epoch_{stop}.pth')
     second = runner_of('parts', **change, resume=True, load_from=checkpoint)
     watch = train(second)

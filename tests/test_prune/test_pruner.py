@@ -293,17 +293,6 @@ def test_what_cannot_be_pruned_is_refused_at_once():
             Pruner(model, pruner.coupling, optimizer, SCHEDULE, **change)
 
 
-@pytest.mark.parametrize('importance', ['hessian', 'curvature', 'group_fisher'])
-def test_frozen_stages_are_refused_before_training_unless_they_are_left_alone(importance):
-    model = net()
-    model[3].weight.requires_grad_(False)  # where the gates of group 0 are read
-    message = r"groups \['0'\] cannot be scored.*requires_grad=False on 3\.weight.*ignore=\['0'\] of comb or PruneHook"
-    with pytest.raises(ValueError, match=message):
-        built(model=model, importance=importance)
-    assert built(model=model, importance=importance, ignore=['0'])[2].keep.keys() == {'3'}
-    assert built(model=model, importance='magnitude')[2].keep.keys() == {'0', '3'}
-
-
 def test_groups_that_comb_ignores_stay_whole():
     model = net()
     model[3].weight.requires_grad_(False)

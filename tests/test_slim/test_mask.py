@@ -11,7 +11,7 @@ from torch import nn
 
 from mmcpd.comb import comb
 from mmcpd.slim import mask_, slim
-from mmcpd.slim.mask import MaskedForward, Masker, kept_rows
+from mmcpd.slim.mask import MaskedForward, Masker, kept_rows, named_tensors
 from mmcpd.slim.trial import random_keep
 from tests.helpers import Net, check_equal, gap, masked, members, randomise_, rows, sample
 
@@ -120,7 +120,7 @@ def test_training_masked_is_training_slim(mixed, name):
     assert gap(small.eval()(IMAGE), big.eval()(IMAGE)) < 1e-8
     for tensor_name, dims in kept_rows(found, keep).items():
         for dim, live in dims.items():
-            assert not masker.tensors[tensor_name].index_select(dim, (~live).nonzero().flatten()).any()
+            assert not named_tensors(big)[tensor_name].index_select(dim, (~live).nonzero().flatten()).any()
 
 
 @pytest.mark.parametrize('name', ['momentum', 'adamw'])

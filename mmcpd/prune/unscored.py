@@ -1,0 +1,86 @@
+"""Which groups a score that reads gradients says nothing of: they keep their units."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor, nn
+
+from ..coupling import Coupling
+from ..errors import PruneError
+from .importance import Importance
+from .schedule import Schedule
+from .selection import Floors, reachable
+
+
+def reads_gradients(importance: Importance) -> bool:
+    """Tell whether a score is made of the gradients that training computes.
+
+    Example:
+        >>> from mmcpd.prune import build_importance
+        >>> reads_gradients(build_importance('hessian', coupling.groups))
+        True
+    """
+    return importance.every_iteration and not importance.needs_outputs
+
+
+def frozen_groups(importance: Importance, model: nn.Module) -> dict[str, str]:
+    """Return the groups that a score cannot see now, because tensors of their cut need no gradient, and why.
+
+    Example:
+        >>> from mmcpd.prune import build_importance
+        >>> _ = model.fc.weight.requires_grad_(False)
+        >>> frozen_groups(build_importance('hessian', coupling.groups), model)
+        {'conv2': 'requires_grad=False on fc.weight'}
+    """
+    found = importance.gates.frozen(model) if reads_gradients(importance) else {}
+    return {group: f'requires_grad=False on {tensor}' for group, tensor in found.items()}
+
+
+def unscored(importance: Importance, scores: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the groups of which no gradient said anything since the last event, and why.
+
+    Example:
+        >>> from mmcpd.prune import build_importance
+        >>> unscored(build_importance('hessian', coupling.groups), {'conv1': torch.zeros(8), 'conv2': torch.ones(4)})
+        {'conv1': 'no gradient arrived'}
+    """
+    if not reads_gradients(importance):
+        return {}
+    silent = [name for name, score in scores.items() if not bool(score.any())]
+    frozen = dict.fromkeys(sorted(importance.gates.left_alone), 'requires_grad=False')
+    return dict.fromkeys(silent, 'no gradient arrived') | frozen
+
+
+def check_gradients(coupling: Coupling, schedule: Schedule, left_alone: Mapping[str, str], floors: Floors) -> None:
+    """Refuse a target that cannot be met without the groups that get no gradient, which are `left_alone`.
+
+    Raises:
+        PruneError: with what remains reachable, and the ways out.
+
+    Example:
+        >>> schedule = Schedule(target=dict(macs=0.5), end=10)
+        >>> check_gradients(coupling, schedule, {}, {'min_units': 1, 'round_to': 8})
+    """
+    lowest = reachable(coupling, **floors, fixed=left_alone)
+    for quantity, target in schedule.target.items():
+        if left_alone and lowest[quantity] > target:
+            why = next(iter(left_alone.values()))
+            raise PruneError(
+                f'{quantity} cannot go down to {target:.4f} of the dense model, only to {lowest[quantity]:.4f}: the '
+                f'groups {in_short(left_alone)} get no gradient ({why}: frozen_stages, or a frozen trunk). Raise the '
+                "target, train these layers from the start, or choose without their gradients: importance='magnitude' "
+                "or 'gauss_newton', or at_once=True of PruneHook"
+            )
+
+
+def in_short(names: Iterable[str], most: int = 3) -> str:
+    """Return some names in words, and how many more there are.
+
+    Example:
+        >>> in_short(['a', 'b', 'c', 'd', 'e'])
+        'a, b, c and 2 more'
+    """
+    names = list(names)
+    more = f' and {len(names) - most} more' if len(names) > most else ''
+    return ', '.join(names[:most]) + more
