@@ -19,6 +19,7 @@ from torch import Tensor
 from .cost import Cost, CostModel
 from .fixes import Attr, Fixes, Input, Live, Op
 from .names import near
+from .random_state import seeded
 
 Keep: TypeAlias = dict[str, Tensor]
 KERNEL = 'a kernel size'
@@ -93,8 +94,10 @@ class Example:
     inputs: tuple[object, ...]
     forward: Callable[..., object]
 
-    def run(self, model: torch.nn.Module) -> object:
-        return self.forward(model, *self.inputs)
+    def run(self, model: torch.nn.Module, *inputs: object) -> object:
+        """Run a model on the example, or on other inputs; what it draws at random is the same each time."""
+        with seeded(0):
+            return self.forward(model, *(inputs or self.inputs))
 
 
 def arguments(inputs: object) -> tuple[object, ...]:

@@ -25,7 +25,7 @@ def observe(model: nn.Module, example: Example, policy: Policy) -> Record:
     Raises:
         CombError: if the output holds no tensor, so that nothing could be compared.
     """
-    run = Run(policy, Cursor({id(module): name for name, module in model.named_modules()}))
+    run = Run(policy, Cursor({module: name for name, module in model.named_modules()}))
     marked: list[Tensor] = []
     given = tensors_in(example.inputs)
     try:

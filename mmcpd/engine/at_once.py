@@ -13,7 +13,7 @@ from mmengine.dist import broadcast
 from torch import Tensor, nn
 
 from mmcpd.coupling import Coupling, Keep
-from mmcpd.engine.random_state import seeded
+from mmcpd.random_state import seeded
 from mmcpd.engine.wrappers import bare_model
 from mmcpd.prune import IMPORTANCES, Schedule, check_importance, check_reachable, normalize, score, select, shares
 from mmcpd.prune.schedule import is_count

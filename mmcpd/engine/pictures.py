@@ -19,7 +19,7 @@ from torch.utils.data import ConcatDataset
 
 from mmcpd.engine.build import ConfigLike, as_config, datasets
 from mmcpd.engine.examples import example_inputs, preprocessed
-from mmcpd.engine.random_state import seeded
+from mmcpd.random_state import seeded
 from mmcpd.engine.wrappers import type_name
 from mmcpd.names import look_up
 

@@ -91,7 +91,7 @@ def _run(model: nn.Module, calls: CutCalls, example: Example, change: Callable[[
         return out
 
     with LayerCalls(model, note):
-        example.forward(model, *_mapped(example.inputs, change))
+        example.run(model, *_mapped(example.inputs, change))
     return seen
 
 
