@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from mmengine.config import Config
@@ -13,15 +13,18 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from torch import nn
 
 from mmcpd.coupling import Coupling, Keep
-from mmcpd.engine.build import HOOKS_OF_OURS, ConfigLike, build_dense
+from mmcpd.engine.build import HOOKS_OF_OURS, ConfigLike, as_config, build_dense, whole_forward
 from mmcpd.engine.combing import comb_by_config
+from mmcpd.engine.examples import example_inputs
 from mmcpd.engine.report import costs
-from mmcpd.engine.slim_file import PathLike, is_slim, read_slim, readable, save_slim
-from mmcpd.engine.wrappers import student_config, student_weights, type_name
+from mmcpd.engine.slim_file import PathLike, is_slim, readable, save_slim
+from mmcpd.engine.slim_model import build_slim, build_trained, check_fit
+from mmcpd.engine.wrappers import student_config, student_weights, trained_config, type_name
 from mmcpd.errors import SlimError
-from mmcpd.registry import MODELS
-from mmcpd.slim import mask_, restructure_, slim, structure
-from mmcpd.slim.compare import compare
+from mmcpd.random_state import seeded
+from mmcpd.slim import mask_, slim, structure
+from mmcpd.slim.compare import compare, evaluating
+from mmcpd.slim.weights import is_extra_state, weights
 
 STATE = 'mmcpd'  # where the pruning state is in a training checkpoint
 TOLERANCE = 1e-3  # of the largest output, in float32
@@ -41,40 +44,59 @@ def read_checkpoint(path: PathLike) -> dict[str, Any]:
     return content if 'state_dict' in content else {'state_dict': content}
 
 
-def fill(model: nn.Module, state_dict: Mapping[str, torch.Tensor], where: PathLike) -> None:
-    """Load weights strictly, in place; `where` names their origin in errors.
+def fill(model: nn.Module, state_dict: Mapping[str, Any], where: PathLike) -> list[str]:
+    """Load a state dict strictly, in place; `where` names its origin in errors.
+
+    Returns:
+        The names of the weights that it leaves as they were: a hook of the model keeps them out of its state dict.
 
     Raises:
         SlimError: A tensor is missing, left over, or of another shape; the message names the first.
     """
     own = model.state_dict()
-    kind = type(model).__name__
     # Weights from before torch 0.4.1 have no counters; only a norm without momentum reads them.
     counters = {name: value for name, value in own.items() if name.endswith('num_batches_tracked')}
     state_dict = {**counters, **state_dict}
-    for name, tensor in own.items():
-        if name not in state_dict:
-            raise SlimError(f'{where} is of another model: it lacks {name}, which {kind} has')
-        if state_dict[name].shape != tensor.shape:
-            raise SlimError(
-                f'{where} is of another model: {name} is {tuple(state_dict[name].shape)} there and '
-                f'{tuple(tensor.shape)} in {kind}'
-            )
-    for name in state_dict:
-        if name not in own:
-            raise SlimError(f'{where} is of another model: it has {name}, which {kind} has not')
+    check_fit(own, state_dict, where, type(model).__name__)
+    tensors = {name: value for name, value in weights(model).items() if not is_extra_state(name)}
+    before = {name: value._version for name, value in tensors.items()}
     model.load_state_dict(state_dict, strict=True)
+    return [name for name, value in tensors.items() if value._version == before[name] and value.numel()]
 
 
 def load_dense(cfg: ConfigLike, path: PathLike) -> nn.Module:
-    """Build a config's dense model with a checkpoint's weights, loaded strictly, in eval mode.
+    """Build the model that a config trains with a checkpoint's weights, loaded strictly, in eval mode.
+
+    It is slim where the config's model is `slimmed`. What the model makes in its first forward is made. What hooks keep
+    out of its checkpoints (LoRA's trunk) is what the config loads.
 
     Raises:
-        SlimError: The checkpoint is unreadable or of another model.
+        SlimError: The checkpoint is unreadable or of another model, or nothing has the weights that it leaves out.
     """
-    weights = student_weights(read_checkpoint(path))
-    model = build_dense(cfg)
-    fill(model, weights, path)
+    cfg, content = as_config(cfg), read_checkpoint(path)
+    shape = content.get(STATE, {}).get('input_shape')
+    values = student_weights(content)
+
+    def load(seed: int, init: bool) -> tuple[nn.Module, list[str]]:
+        with seeded(seed):
+            model = build_trained(cfg)
+            if init:
+                cast(Any, model).init_weights()
+            paths, unknown = dict(model.named_modules()), values.keys() - model.state_dict().keys()
+            if unknown and all(name.rpartition('.')[0] in paths for name in unknown):
+                with evaluating(model):
+                    whole_forward(model, example_inputs(cfg, shape))
+        return model, fill(model, values, path)
+
+    model, left = load(0, False)
+    if left and hasattr(model, 'init_weights'):
+        model, left = load(0, True)
+    others = weights(load(1, True)[0]) if left else {}
+    if drawn := [name for name in left if not torch.equal(weights(model)[name], others[name])]:
+        raise SlimError(
+            f'{path} leaves out {drawn[0]}, as {type(model).__name__} writes its checkpoints, and the config loads it '
+            'from nowhere: name the file that has it in init_cfg, or use the slim.pth that training wrote'
+        )
     return model.eval()
 
 
@@ -82,7 +104,8 @@ def load_slim(config: ConfigLike, checkpoint: PathLike, *, device: str | torch.d
     """Build the slim model of a config and its checkpoint: the original class, really smaller, in eval mode.
 
     Args:
-        config: The config that was pruned, or its path; its model may be bare or inside a distiller.
+        config: The config that was pruned, or its path; its model may be bare, inside a distiller, or a `slimmed` one
+            that was pruned further: the dense model's config is enough.
         checkpoint: A `slim.pth`.
         device: Where the model goes.
 
@@ -94,8 +117,7 @@ def load_slim(config: ConfigLike, checkpoint: PathLike, *, device: str | torch.d
         >>> model(torch.rand(1, 3, 32, 32), mode='tensor').shape            # doctest: +SKIP
         torch.Size([1, 10])
     """
-    content = read_slim(checkpoint)
-    return _cut_to(build_dense(config), content, checkpoint).to(device).eval()
+    return build_slim(config, checkpoint).to(device).eval()
 
 
 def load_any(cfg: ConfigLike, path: PathLike) -> nn.Module:
@@ -105,45 +127,6 @@ def load_any(cfg: ConfigLike, path: PathLike) -> nn.Module:
         SlimError: The checkpoint is unreadable or of another model.
     """
     return load_slim(cfg, path) if is_slim(path) else load_dense(cfg, path)
-
-
-@MODELS.register_module()
-def slimmed(
-    model: Mapping[str, Any], structure: PathLike, data_preprocessor: Mapping[str, Any] | None = None
-) -> nn.Module:
-    """Build a slim model of the dense one's class, for a config: to test, fine-tune and deploy like any other.
-
-    Args:
-        model: The config of the dense model.
-        structure: A `slim.pth`; its weights survive `init_weights`, and `load_from` wins over them.
-        data_preprocessor: Given by the Runner, used where `model` has none.
-
-    Raises:
-        SlimError: The checkpoint is unreadable, not a slim one, or of another model.
-
-    Example:
-        >>> model = dict(type='mmcpd.slimmed', model=dict(type='ImageClassifier'), structure='slim.pth')
-    """
-    config = dict(model)
-    if data_preprocessor is not None:
-        config.setdefault('data_preprocessor', data_preprocessor)
-    content = read_slim(structure)
-    small: Any = _cut_to(MODELS.build(config), content, structure)
-    # MMEngine initialises a model when training starts; a pretrained init_cfg comes last.
-    small.init_cfg = {'type': 'Pretrained', 'checkpoint': os.fspath(structure)}
-    return small
-
-
-def _cut_to(model: nn.Module, content: Mapping[str, Any], where: PathLike) -> nn.Module:
-    """Cut a dense model, in place, to a slim checkpoint's structure, and fill it; `where` names the file in errors."""
-    if not content['structure'].keys() >= {'tensors', 'attributes', 'replaced'}:
-        raise SlimError(f'{where} holds no structure of a slim model')
-    try:
-        model = restructure_(model, content['structure'])
-    except SlimError as error:
-        raise SlimError(f'{where} does not fit {type(model).__name__}: {error}') from error
-    fill(model, content['state_dict'], where)
-    return model
 
 
 # -- training checkpoints ----------------------------------------------------------------------------------------------
@@ -156,7 +139,7 @@ def check_start(cfg: Config, path: PathLike) -> None:
         SlimError: The checkpoint is unreadable, slim for a dense model, or of another model.
     """
     weights = student_weights(read_checkpoint(path))
-    if type_name(cfg.model) == 'slimmed':
+    if type_name(trained_config(cfg)) == 'slimmed':
         return  # built from a slim.pth, whose weights fitted strictly
     if is_slim(path):
         raise SlimError(
@@ -251,11 +234,11 @@ def use_checkpoint(cfg: Config, path: PathLike, folder: Path) -> None:
     """
     path = loadable(cfg, path, folder)
     load_any(cfg, path)  # to check that it fits, before a Runner is built
-    student, weights = student_config(cfg), os.fspath(path)
+    file = os.fspath(path)
     if is_slim(path):
-        cfg.model, cfg.load_from = {'type': 'mmcpd.slimmed', 'model': student, 'structure': weights}, None
+        cfg.model, cfg.load_from = {'type': 'mmcpd.slimmed', 'model': student_config(cfg), 'structure': file}, None
     else:
-        cfg.model, cfg.load_from = student, weights
+        cfg.model, cfg.load_from = trained_config(cfg), file
     cfg.resume = False
     hooks = cfg.get('default_hooks') or {}
     for name in [name for name, hook in hooks.items() if hook and type_name(hook) in HOOKS_OF_OURS]:

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from mmcpd.engine.build import ConfigLike, as_config, datasets, hook_options
-from mmcpd.random_state import seeded
 from mmcpd.engine.wrappers import student_config, type_name
+from mmcpd.random_state import seeded
 
 # Transforms that fix the size of a picture, and the key of the size: (W, H) as in mmcv, (H, W) for crops.
 SIZES = {'CenterCrop': 'crop_size', 'RandomCrop': 'crop_size', 'RandomResizedCrop': 'scale', 'Resize': 'scale'}
