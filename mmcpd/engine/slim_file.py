@@ -45,7 +45,7 @@ def save_slim(path: PathLike, model: nn.Module, structure: Mapping[str, Any], me
     """
     path, values = Path(path), weights(model)
     # State dicts leave them out, and the constructor makes them at the dense width.
-    cut = structure['tensors'].keys() - values.keys()
+    cut = set(structure.get('tensors', ())) - values.keys()
     content = {
         'version': VERSION,
         'state_dict': {name: _on_cpu(value, name) for name, value in values.items()},
