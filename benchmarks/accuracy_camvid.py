@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from benchmarks.accuracy_tasks import CONFIGS, Batch, Task
 from mmcpd.engine.build import build_dense
-from mmcpd.engine.random_state import seeded
+from mmcpd.random_state import seeded
 
 ITERATIONS = 1200  # dense
 EVALUATED_TOGETHER = 16

@@ -112,7 +112,7 @@ MUTANTS: tuple[Mutant, ...] = (
            '        if missing:\n', '        if False:\n'),
     Mutant('structure-shape', _STRUCTURE, 'test_slim/test_slimming.py::test_a_structure_of_another_model_is_refused',
            'a structure of another model is refused by its shapes',
-           'tensor.dim() != len(shape) or any(s > o', 'tensor.dim() != len(shape) or any(False and s > o'),
+           'tensor.dim() == len(shape) and all(s <= o', 'tensor.dim() == len(shape) and all(True or s <= o'),
     Mutant('structure-shared', _STRUCTURE, 'test_slim/test_slimming.py::test_shared_parameters_stay_shared',
            'shared parameters stay shared in a model that is restructured',
            'if id(tensor) not in shared:', 'if True:'),

@@ -19,6 +19,7 @@ from torch import Tensor
 from .cost import Cost, CostModel
 from .fixes import Attr, Fixes, Input, Live, Op
 from .names import near
+from .random_state import seeded
 
 Keep: TypeAlias = dict[str, Tensor]
 KERNEL = 'a kernel size'
@@ -94,9 +95,21 @@ class Example:
     forward: Callable[..., object]
     also: tuple[Callable[..., object], ...] = ()
 
-    def run(self, model: torch.nn.Module) -> list[object]:
-        """Return the outputs of all passes."""
-        return [each(model, *self.inputs) for each in (self.forward, *self.also)]
+    def run(self, model: torch.nn.Module, *inputs: object) -> object:
+        """Run a model on the example, or on other inputs; what it draws at random is the same each time."""
+        return self._run(self.forward, model, inputs)
+
+    def run_also(self, model: torch.nn.Module) -> list[object]:
+        """Return the outputs of the further passes."""
+        return [self._run(each, model, ()) for each in self.also]
+
+    def run_all(self, model: torch.nn.Module) -> list[object]:
+        """Return the outputs of all passes, each from the same random numbers."""
+        return [self.run(model), *self.run_also(model)]
+
+    def _run(self, each: Callable[..., object], model: torch.nn.Module, inputs: tuple[object, ...]) -> object:
+        with seeded(0):
+            return each(model, *(inputs or self.inputs))
 
 
 def arguments(inputs: object) -> tuple[object, ...]:

@@ -37,17 +37,16 @@ from mmcpd.cli.stages import Stages
 from mmcpd.compat import require
 from mmcpd.coupling import Coupling
 from mmcpd.engine.at_once import PrunedAtOnce, ends_in_softmax, prune_at_once
-from mmcpd.engine.build import build_dense
-from mmcpd.engine.checkpoints import Proof, cut_checked, load_any, loadable, read_checkpoint, save_proved
+from mmcpd.engine.checkpoints import load_any, read_checkpoint
 from mmcpd.engine.combing import comb_by_config, shape_combed
 from mmcpd.engine.evaluate import evaluate
 from mmcpd.engine.label_free import teach_
 from mmcpd.engine.pictures import pictures
 from mmcpd.engine.report import comparison, costs
+from mmcpd.engine.saving import Proof, cut_checked, loadable, save_proved
 from mmcpd.files import whole, write_json
 from mmcpd.prune import Schedule, check_reachable
 from mmcpd.rotate import rotate_
-from mmcpd.slim import structure
 from mmcpd.version import __version__
 
 __all__ = ['add_options', 'main']
@@ -155,14 +154,13 @@ def write(
     meta = {'cfg': cfg.pretty_text, 'input_shape': shape_combed(dense.coupling)}
     meta |= {key: report[key] for key in ('dense', 'slim')}
     meta |= {key: dense.meta[key] for key in ('dataset_meta',) if key in dense.meta}
-    plan = structure(build_dense(cfg), small)
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:  # all of them appear together, when everything is written
         files = {name: stack.enter_context(whole(folder / name)) for name in (COUPLING, REFIT, REPORT)}
         files[COUPLING].write_text(f'{dense.coupling}\n', encoding='utf-8')
         files[REFIT].write_text(f'{pruned.refitted or "not refitted"}\n', encoding='utf-8')
         write_json(files[REPORT], report)
-        save_proved(folder / SLIM, small, plan, meta, Proof.of_config(cfg, small), small)
+        save_proved(folder / SLIM, small, meta, Proof.of_config(cfg, small), small)
 
 
 def versions() -> dict[str, str]:

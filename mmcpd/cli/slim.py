@@ -11,8 +11,9 @@ from pathlib import Path
 
 from mmcpd.cli.checks import check_checkpoint, check_folder
 from mmcpd.cli.configs import read_config
-from mmcpd.engine.checkpoints import STATE, read_checkpoint, slim_checkpoint
+from mmcpd.engine.checkpoints import STATE, read_checkpoint
 from mmcpd.engine.report import comparison
+from mmcpd.engine.saving import slim_checkpoint
 from mmcpd.engine.stage import stage_of
 
 

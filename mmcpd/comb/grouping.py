@@ -234,14 +234,14 @@ def _assembled(
 def _sizes(model: nn.Module, equations: list[Equation], live: Sequence[bool]) -> Iterator[SizeRule]:
     """Translate the equations, each once, with their place in the source: for where attributes cannot satisfy all."""
     modules = dict(model.named_modules())
-    paths = {id(module): path for path, module in modules.items()}
+    paths = {module: path for path, module in modules.items()}
     for equation in dict.fromkeys(equations):
         by_attributes = leaves(equation.expression, Attr) and not leaves(equation.expression, Live)
         widths = leaves(equation.expression, Live) + ([equation.target] if isinstance(equation.target, Live) else [])
         if by_attributes or any(live[width.axis] for width in widths):
             site: CallSite | None = None
             if equation.spot is not None:
-                path = paths.get(id(equation.spot.module), equation.module)
+                path = paths.get(equation.spot.module, equation.module)
                 site = call_site(modules[path], path, equation.spot, equation.inferable)
             yield SizeRule(equation.expression, equation.target, site)
 

@@ -25,7 +25,7 @@ def observe(model: nn.Module, example: Example, policy: Policy) -> Record:
     Raises:
         CombError: if the output holds no tensor, so that nothing could be compared.
     """
-    run = Run(policy, Cursor({id(module): name for name, module in model.named_modules()}))
+    run = Run(policy, Cursor({module: name for name, module in model.named_modules()}))
     marked: list[Tensor] = []
     given = tensors_in(example.inputs)
     try:
@@ -36,9 +36,9 @@ def observe(model: nn.Module, example: Example, policy: Policy) -> Record:
                 setattr(tensor, AXES, run.record.table.add(name, tensor))
                 marked.append(tensor)
         with evaluating(model), _module_paths(model, run.cursor), observing_sizes(model, run), _Dispatch(run):
-            out = example.forward(model, *example.inputs)
+            out = example.run(model)
             run.counts = False
-            others = [each(model, *example.inputs) for each in example.also]
+            others = example.run_also(model)
         if not tensors_in(out):
             raise CombError(f'the forward pass returned {type(out).__name__} without a tensor; give `forward=` one')
         results = tensors_in([out, others])

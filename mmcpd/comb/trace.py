@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..cost import Term
 from ..coupling import OperationAt, Role
@@ -124,7 +124,7 @@ class Policy(NamedTuple):
 class Cursor:
     """Where a run is; no rule needs to know more than `Run` tells of it."""
 
-    paths: dict[int, str]  # of each module, by its id
+    paths: dict[nn.Module | None, str]  # of each module
     path: list[str] = field(default_factory=lambda: [''])  # of the running modules, the innermost last
     function: str = ''  # the Python function that runs, as its caller sees it
     names: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # one of the atoms tied to each
@@ -242,7 +242,7 @@ class Run:
     def statistic(self, axis: Axis | None, dim: int, width: int) -> None:
         """Note a statistic over `width` positions of `dim`, which counts from the end; without channels too."""
         module, place = code_place()
-        path = self.cursor.paths.get(id(module), self.module)  # also where it was called without its hooks
+        path = self.cursor.paths.get(module, self.module)  # also where it was called without its hooks
         place = CodePlace(path, place.function, place.instructions)
         number = None if axis is None else self.record.number(axis.atoms)
         self.record.statistics.append(SeenStatistic(Site(place, dim, width), number))

@@ -19,8 +19,10 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from mmcpd.deploy.drawn import Fixed
 from mmcpd.errors import DeployError
 from mmcpd.files import whole
+from mmcpd.random_state import seeded
 
 Inputs = Tensor | tuple[Tensor, ...]
 Forward = Callable[..., Any]
@@ -28,6 +30,7 @@ Forward = Callable[..., Any]
 NEW_EXPORTER = 18  # the oldest opset that torch's exporter over torch.export writes; below, the TorchScript one does
 LARGEST = 2 * 1024**3  # bytes; protobuf allows no more in one file
 TOLERANCE = 1e-4  # of the largest output, float32
+RANDOM = ('Random', 'Bernoulli', 'Multinomial', 'Dropout')  # how operators that draw begin
 RUN_ERRORS = (ort_errors.Fail, ort_errors.InvalidArgument, ort_errors.RuntimeException)
 
 
@@ -61,7 +64,8 @@ def export_onnx(
     An OpenMMLab model called as `model(x)` is in its tensor mode, so the file holds what that returns: a
     classifier's logits (N, classes), not softmax scores; a segmentor's logits at the resolution of its head,
     (N, classes, H/k, W/k), before they are resized to the image. Images come in preprocessed (normalised). Inputs are
-    named `input` or `input_0`, ..., outputs `output` or `output_0`, ... The path is returned.
+    named `input` or `input_0`, ..., outputs `output` or `output_0`, ... The path is returned. Random numbers that
+    the forward draws are constants in the file, those of seed 0.
 
     Args:
         model: Any module; its mode is restored.
@@ -105,7 +109,8 @@ def check_parity(
     """Compare an ONNX file in ONNX Runtime with its model on one batch or several, better of several sizes.
 
     Inputs are one (a tensor, or a tuple of tensors) or a list; `forward` is as given to `export_onnx`. The largest
-    difference allowed is `tolerance` times the batch's largest torch output. The model's mode is restored.
+    difference allowed is `tolerance` times the batch's largest torch output. The model runs from seed 0; its mode and
+    the random numbers of the caller are restored.
 
     Raises:
         ValueError: There is nothing to compare.
@@ -119,14 +124,22 @@ def check_parity(
     if not batches:
         raise ValueError(f'{path}: no inputs to compare the file with the model on')
     session = open_session(path, threads=1)
-    module = model if forward is None else _Forward(model, forward)
     found = []
-    with _eval(module), torch.no_grad():
+    with _eval(model), torch.no_grad():
         for args in map(_tuple, batches):
-            found.append((len(args[0]), *_differences(session, args, _outputs(module(*args)))))
+            with seeded(0):
+                outputs = model(*args) if forward is None else forward(model, *args)
+            found.append((len(args[0]), *_differences(session, args, _outputs(outputs))))
     sizes, absolute, relative = zip(*found, strict=True)
     max_rel = max(relative)
     return Parity(max(absolute), max_rel, max_rel <= tolerance, tuple(zip(sizes, relative, strict=True)))
+
+
+def drawing_nodes(path: str | os.PathLike) -> list[str]:
+    """Return the operators of an ONNX file that draw random numbers, each once."""
+    written = onnx.load(path)
+    nodes = [*written.graph.node, *(node for function in written.functions for node in function.node)]
+    return sorted({node.op_type for node in nodes if node.op_type.startswith(RANDOM)})
 
 
 def open_session(path: str | os.PathLike, threads: int) -> onnxruntime.InferenceSession:
@@ -146,28 +159,18 @@ def feed(session: onnxruntime.InferenceSession, inputs: Inputs) -> dict[str, np.
     return dict(zip(names, arrays, strict=True))
 
 
-class _Forward(nn.Module):
-    """Make a module of `forward(model, *inputs)`, which is what the exporters take."""
-
-    def __init__(self, model: nn.Module, forward: Forward) -> None:
-        super().__init__()
-        self.model, self.call = model, forward
-
-    def forward(self, *inputs: Tensor) -> Any:
-        return self.call(self.model, *inputs)
-
-
 def _export(
     model: nn.Module, args: tuple[Tensor, ...], path: Path, opset: int, dynamic: bool, forward: Forward | None
 ) -> None:
-    module = model if forward is None else _Forward(model, forward)
-    with _eval(module), torch.no_grad():
+    with _eval(model), torch.no_grad():
+        fixed = Fixed(model, forward, args)
+        module = fixed if forward is not None or fixed.count else model
         expected = _outputs(module(*args))
     ins, outs = _names('input', len(args)), _names('output', len(expected))
     options: dict[str, Any]
     if opset >= NEW_EXPORTER:
         shapes: Any = tuple({0: torch.export.Dim('batch')} for _ in args)
-        if forward is not None:
+        if module is fixed:
             shapes = (shapes,)  # one variadic parameter
         options = {'dynamo': True, 'external_data': False, 'dynamic_shapes': shapes if dynamic else None}
     else:

@@ -8,6 +8,7 @@ import platform
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mmcpd.deploy.latency import Latency, Progress, measure_latency, usable_cores
-from mmcpd.deploy.onnx import NEW_EXPORTER, Forward, Inputs, Parity, check_parity, export_onnx
+from mmcpd.deploy.onnx import NEW_EXPORTER, Forward, Inputs, Parity, check_parity, drawing_nodes, export_onnx
 from mmcpd.errors import DeployError
 from mmcpd.files import write_json
 from mmcpd.version import __version__
@@ -26,13 +27,14 @@ from mmcpd.version import __version__
 
 @dataclass(frozen=True)
 class Exported:
-    """Describe one exported model."""
+    """Describe one exported model; `batch` is the size that the file is fixed to, None where it is open."""
 
     name: str
     file: str
     bytes: int
     params: int
     parity: Parity
+    batch: int | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,11 @@ class Report:
                 spread = f'{t.ratio_p10:.3f}..{t.ratio_p90:.3f}'
                 line += f'{t.median:>11.3f}{t.mean:>10.3f}{t.p90:>10.3f}{t.ratio:>8.3f}{spread:>14}'
             lines.append(line)
+        lines += [
+            f'{model.name}: the batch size is fixed to {model.batch}, since the model computes with it as a number'
+            for model in self.models
+            if model.batch is not None and self.facts['dynamic_batch']
+        ]
         return '\n'.join(lines)
 
     def to_json(self, path: str | os.PathLike) -> None:
@@ -80,7 +87,8 @@ def deploy(
 
     The first model is what the others are compared with. The first batch of real inputs is what the latency is measured
     on and what a static batch is fixed to; batches are all of one size for a static batch, of several sizes for a
-    dynamic one. Files appear in the folder `out`, which is made if it is not there, when all of them have passed.
+    dynamic one. A model that fixes its batch size is exported with that of the first batch, and the report says so.
+    Files appear in the folder `out`, which is made if it is not there, when all of them have passed.
 
     `opset`, `dynamic_batch` and `forward` are as in `export_onnx`; `time_limit`, `threads` and `progress` as in
     `measure_latency`, with `runs` rounds (0: nothing is measured). `facts` is what else should stand in the report,
@@ -150,16 +158,56 @@ def cpu_name() -> str:
 def _exported(
     model: nn.Module, path: Path, batches: list[Inputs], opset: int, dynamic_batch: bool, forward: Forward | None
 ) -> Exported:
+    """Export a model; with the size of the first batch where torch cannot leave it open.
+
+    Raises:
+        DeployError: it cannot be exported so either; the message says what both gave.
+    """
+    size = None if dynamic_batch else _size(batches[0])
+    try:
+        parity = _attempt(model, path, batches, opset, dynamic_batch, forward)
+    except DeployError as error:
+        if not dynamic_batch:
+            raise
+        size = _size(batches[0])
+        try:
+            parity = _attempt(model, path, [_first(batch, size) for batch in batches], opset, False, forward)
+        except DeployError as fixed:
+            raise DeployError(f'{error} With the batch size fixed to {size}: {fixed}') from error
+    params = sum(parameter.numel() for parameter in model.parameters())
+    return Exported(path.stem, path.name, path.stat().st_size, params, parity, size)
+
+
+def _attempt(
+    model: nn.Module, path: Path, batches: list[Inputs], opset: int, dynamic_batch: bool, forward: Forward | None
+) -> Parity:
+    """Export and compare.
+
+    Raises:
+        DeployError: torch cannot export it, or the file computes something else.
+    """
     export_onnx(model, batches[0], path, opset, dynamic_batch, forward)
     parity = check_parity(path, model, batches, forward)
     if not parity.ok:
-        each = ', '.join(f'batch of {size}: {relative:.1e}' for size, relative in parity.batches)
-        hint = ' If some batch sizes agree, export a static batch.' if dynamic_batch else ''
+        each = ', '.join(
+            f'batch of {size}: {"the file fails, or its shapes differ" if relative == inf else f"{relative:.1e}"}'
+            for size, relative in parity.batches
+        )
+        drawn = drawing_nodes(path)
+        hint = f' It draws random numbers itself ({", ".join(drawn)}): turn them off in the config.' if drawn else ''
         raise DeployError(
             f'{path.stem}: the ONNX file is not what the model computes (relative difference: {each}).{hint}'
         )
-    params = sum(parameter.numel() for parameter in model.parameters())
-    return Exported(path.stem, path.name, path.stat().st_size, params, parity)
+    return parity
+
+
+def _size(batch: Inputs) -> int:
+    return len(batch if isinstance(batch, Tensor) else batch[0])
+
+
+def _first(batch: Inputs, size: int) -> Inputs:
+    """Return the first samples of a batch."""
+    return batch[:size] if isinstance(batch, Tensor) else tuple(x[:size] for x in batch)
 
 
 def _circumstances(facts: Mapping[str, Any], latency: tuple[Latency, ...]) -> str:

@@ -15,11 +15,12 @@ with warnings.catch_warnings():
     # OneDL's mmcv comes without compiled operators, and says so at each start.
     warnings.filterwarnings('ignore', message='Fail to import ``MultiScaleDeformableAttention``')
     from mmcpd import datasets, models
-    from mmcpd.engine.checkpoints import load_slim, slimmed
+    from mmcpd.engine.checkpoints import load_slim
     from mmcpd.engine.comb_hook import CombHook
     from mmcpd.engine.compat import mend_scopes
     from mmcpd.engine.distillers import Distiller
     from mmcpd.engine.hooks import PruneHook
+    from mmcpd.engine.slim_model import slimmed
 
 mend_scopes()
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from mmcpd.coupling import Coupling, Keep
 from mmcpd.engine.head_losses import read_by_losses
-from mmcpd.engine.random_state import seeded
 from mmcpd.engine.wrappers import bare_model
 from mmcpd.prune import IMPORTANCES, Schedule, check_importance, check_reachable, normalize, score, select, shares
 from mmcpd.prune.schedule import is_count
+from mmcpd.random_state import seeded
 from mmcpd.refit import RefitReport, absorb_
 from mmcpd.refit import refit as refit_
 from mmcpd.slim import mask_

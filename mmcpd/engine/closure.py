@@ -12,9 +12,9 @@ from mmengine.runner.amp import autocast
 from torch import nn
 
 from mmcpd.engine.passes import DEPLOYED
-from mmcpd.engine.random_state import RandomState, random_state, set_random_state
 from mmcpd.engine.wrappers import bare_model, unwrapped
 from mmcpd.prune.gates import untouched
+from mmcpd.random_state import RandomState, random_state, set_random_state
 
 
 class StepClosure:

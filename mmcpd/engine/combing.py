@@ -56,12 +56,12 @@ def comb_passes(model: nn.Module, data: Any, **options: Any) -> Coupling:
     device = next(model.parameters()).device
     data = map_tensors(data, lambda tensor: tensor.to(device))
     deployed = deployed_pass(model, data)
-    coupling = comb(model, (data,), forward=deployed, **options)
+    coupling, also = comb(model, (data,), forward=deployed, **options), []
     for each in (TESTING, TRAINING):
         if each == deployed or runs(model, data, each) is not None:
             continue
         if disagreement(model, coupling, each) is not None:
-            also = (*coupling.example.also, each)
+            also.append(each)
             coupling = comb(model, (data,), forward=deployed, also=also, **options)
     if unused := never_ran(model, coupling.example):
         shown = ', '.join(unused[:5]) + (f' and {len(unused) - 5} more' if len(unused) > 5 else '')

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from mmengine.config import Config
@@ -62,7 +62,7 @@ def example_data(
         if size is None:
             raise ValueError(f'{cfg.filename}: no transform fixes the size of the pictures, and no data: {ADVICE}')
         return made_up(model, noise(1, (explicit[0] if explicit else first_channels(model), *size)))
-    data = model.data_preprocessor(samples.batch(), False)
+    data = cast(Any, model).data_preprocessor(samples.batch(), False)
     picture = picture_of(data)
     if picture.dim() != 4:
         return data

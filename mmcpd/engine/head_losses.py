@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mmcpd.distill.observe import Compared, reads
-from mmcpd.engine.random_state import seeded
+from mmcpd.random_state import seeded
 
 
 def read_by_losses(head: nn.Module, classes: int) -> Compared:

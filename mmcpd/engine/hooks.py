@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -19,8 +19,7 @@ from mmcpd.engine.at_once import check_label_free, check_way, with_softmax
 from mmcpd.engine.averages import Averages
 from mmcpd.engine.begin import AtOnce, prune_at_once_in_training_, rotate_in_training_
 from mmcpd.engine.best import BestFiles
-from mmcpd.engine.build import build_dense
-from mmcpd.engine.checkpoints import STATE, Proof, save_checked
+from mmcpd.engine.checkpoints import STATE
 from mmcpd.engine.closure import StepClosure
 from mmcpd.engine.comb_hook import comb_options, refuse_unknown
 from mmcpd.engine.combing import comb_runner, shape_combed
@@ -29,7 +28,9 @@ from mmcpd.engine.optimizers import optimizer_of, refuse_shards
 from mmcpd.engine.plan import left_alone, plan
 from mmcpd.engine.proof import proof_batches
 from mmcpd.engine.report import comparison, costs, numbers
+from mmcpd.engine.saving import Proof, rehearse, save_checked
 from mmcpd.engine.slim_file import plain_entries, save_whole
+from mmcpd.engine.slim_model import build_fresh
 from mmcpd.engine.stage import at_target, refuse_pruned, stage_of
 from mmcpd.engine.validation import validate_unseen
 from mmcpd.engine.wrappers import bare_model, unwrapped
@@ -37,8 +38,6 @@ from mmcpd.names import look_up
 from mmcpd.prune import NORMALIZERS, Pruner, Schedule, check_floors, check_importance
 from mmcpd.prune.selection import Floors
 from mmcpd.registry import HOOKS
-from mmcpd.slim import mask_
-from mmcpd.slim.trial import random_keep
 
 DENSE, SLIM, TABLE = 'dense.pth', 'slim.pth', 'coupling.txt'
 UNSLIMMED = 'unslimmed.pth'  # the last training checkpoint, where no slim file could be written
@@ -184,7 +183,7 @@ class PruneHook(Hook):
             self.pruner.load_state_dict(loaded['pruner'])
         else:
             if is_main_process():
-                self._rehearse(runner)
+                rehearse(self.pruner.model, coupling, self._proof(runner))
             self.pruner.skip_to(runner.iter)
         self.best.restarted = at_target(self._stage())
         self._log(runner)
@@ -250,23 +249,9 @@ class PruneHook(Hook):
 
     def _proof(self, runner: Runner) -> Proof:
         """Return what the slim file is proved by: the config alone, or a copy of a model that was handed over."""
-        model = self._untrained
-        return Proof(
-            (lambda: build_dense(runner.cfg)) if model is None else lambda: copy.deepcopy(model),
-            proof_batches(runner, self.pruner.model),
-        )
-
-    def _rehearse(self, runner: Runner) -> None:
-        """See before training that a slim file of this model can be read again, with half of the units gone.
-
-        Raises:
-            ProofError: what would not fit.
-        """
-        coupling = self.pruner.coupling
-        keep, masked = random_keep(coupling, 0.5, 0), copy.deepcopy(self.pruner.model)
-        mask_(masked, coupling, keep)
-        with TemporaryDirectory() as folder:
-            save_checked(masked, coupling, keep, Path(folder) / SLIM, {}, self._proof(runner))
+        untrained = self._untrained
+        build = partial(build_fresh, runner.cfg) if untrained is None else partial(copy.deepcopy, untrained)
+        return Proof(build, proof_batches(runner, self.pruner.model))
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         if self._pruner is not None:

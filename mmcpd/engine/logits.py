@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from mmcpd.distill import Compared, Observer, Output
 from mmcpd.distill.observe import merged, tensors_in
 from mmcpd.engine.head_losses import read_near
-from mmcpd.engine.random_state import random_state, set_random_state
 from mmcpd.prune.gates import untouched
+from mmcpd.random_state import random_state, set_random_state
 
 NAMED = 8  # candidates in an error
 

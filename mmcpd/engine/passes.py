@@ -122,7 +122,7 @@ def never_ran(model: nn.Module, example: Example) -> list[str]:
     ]
     try:
         with evaluating(model):
-            example.run(model)
+            example.run_all(model)
     finally:
         for handle in handles:
             handle.remove()

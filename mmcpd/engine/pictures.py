@@ -19,9 +19,9 @@ from torch.utils.data import ConcatDataset
 
 from mmcpd.engine.build import ConfigLike, as_config, datasets
 from mmcpd.engine.examples import example_inputs, preprocessed
-from mmcpd.engine.random_state import seeded
 from mmcpd.engine.wrappers import type_name
 from mmcpd.names import look_up
+from mmcpd.random_state import seeded
 
 SUFFIXES = {'.bmp', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp'}
 PIXELS = 64 * 224 * 224  # of one batch

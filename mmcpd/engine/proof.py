@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from mmengine.config import Config
 from mmengine.runner import Runner
@@ -12,9 +12,9 @@ from torch import nn
 
 from mmcpd.engine.examples import example_inputs
 from mmcpd.engine.passes import DEPLOYED, TESTING, TRAINING, Pass, runs
-from mmcpd.engine.random_state import seeded
 from mmcpd.engine.samples import Samples, made_up
 from mmcpd.errors import ProofError, SlimError
+from mmcpd.random_state import seeded
 from mmcpd.slim.compare import difference, evaluating, map_tensors, named_tensors_in
 from mmcpd.slim.trial import FAILURES, double
 
@@ -71,7 +71,7 @@ def _preprocessed(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Preprocessed):
         return batch.data
     with seeded(0):
-        return model.data_preprocessor(copy.deepcopy(batch), False)  # type: ignore[operator]
+        return cast(Any, model).data_preprocessor(copy.deepcopy(batch), False)
 
 
 def _fault(model: nn.Module, fresh: nn.Module, ours: Any, theirs: Any, each: Pass, kind: str) -> str | None:
@@ -100,9 +100,9 @@ def _fault(model: nn.Module, fresh: nn.Module, ours: Any, theirs: Any, each: Pas
 
 def _in_double(model: nn.Module, fresh: nn.Module, batch: Any, each: Pass, fault: str) -> str | None:
     """Compare copies in float64, where rounding decides nothing; where they do not run in it the fault stands."""
-    twins = [copy.deepcopy(each).double() for each in (model, fresh)]
+    left, right = (copy.deepcopy(net).double() for net in (model, fresh))
     ours, theirs = (
         map_tensors(_preprocessed(net, batch), lambda t: double(t) if t.is_floating_point() else t)
         for net in (model, fresh)
     )
-    return _fault(*twins, ours, theirs, each, 'float64') if runs(twins[0], ours, each) is None else fault
+    return _fault(left, right, ours, theirs, each, 'float64') if runs(left, ours, each) is None else fault

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from mmcpd.engine.build import datasets
 from mmcpd.engine.passes import TRAINING, runs
-from mmcpd.engine.random_state import seeded
+from mmcpd.random_state import seeded
 
 # What a data set raises whose files are not there.
 ABSENT = (OSError, RuntimeError, ValueError, AssertionError, LookupError, ImportError, TypeError)

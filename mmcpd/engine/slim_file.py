@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -19,9 +20,10 @@ from torch import nn
 
 from mmcpd.errors import SlimError
 from mmcpd.files import whole
+from mmcpd.slim.weights import is_extra_state, weights
 from mmcpd.version import __version__
 
-VERSION = 1  # of the file; raise it whenever an older mmcpd could not read what is written
+VERSION = 2  # of the file; raise it whenever an older mmcpd could not read what is written
 # What unpickling may raise on bytes that are no checkpoint, or half of one.
 GARBAGE = (RuntimeError, EOFError, ValueError, OSError, LookupError, TypeError, AttributeError)
 
@@ -44,15 +46,37 @@ def save_slim(path: PathLike, model: nn.Module, structure: Mapping[str, Any], me
         >>> read_slim(path)['meta']['epoch']
         30
     """
-    path = Path(path)
+    path, values = Path(path), weights(model)
+    # State dicts leave them out, and the constructor makes them at the dense width.
+    cut = set(structure.get('tensors', ())) - values.keys()
     content = {
         'version': VERSION,
-        'state_dict': {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()},
+        'state_dict': {name: _on_cpu(value, name) for name, value in values.items()},
+        'buffers': {name: buffer.cpu() for name, buffer in model.named_buffers() if name in cut},
         'structure': json.dumps(_plain(structure, 'structure')),
         'meta': {'mmcpd_version': __version__, **_plain(meta, 'meta')},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     save_whole(path, content)
+
+
+def _on_cpu(value: Any, name: str) -> Any:
+    """Return a tensor on the CPU, or an extra state that can be read again without running code.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if not is_extra_state(name):
+        return value.cpu()
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    buffer.seek(0)
+    try:
+        return torch.load(buffer, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f'{name}: what get_extra_state returns must be tensors and plain values, not {type(value).__name__}'
+        ) from error
 
 
 def save_whole(path: Path, content: dict[str, Any]) -> None:
@@ -83,7 +107,7 @@ def read_slim(path: PathLike) -> dict[str, Any]:
         content['structure'] = json.loads(content['structure'])
     except (TypeError, ValueError) as error:
         raise SlimError(f'{path} is not a slim checkpoint: its structure is not JSON ({error})') from error
-    return {'meta': {}, **content}
+    return {'meta': {}, 'buffers': {}, **content}
 
 
 def is_slim(path: PathLike) -> bool:

@@ -9,7 +9,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 from mmcpd.engine.evaluate import numbers
-from mmcpd.engine.random_state import random_state, set_random_state
+from mmcpd.random_state import random_state, set_random_state
 
 
 def validate_unseen(runner: Runner) -> dict[str, float]:

@@ -155,10 +155,25 @@ def student_config(cfg: Config) -> ConfigDict:
         >>> student_config(Config({'model': {'type': 'mmcpd.Distiller', 'student': {'type': 'ImageClassifier'}}}))
         {'type': 'ImageClassifier'}
     """
+    return _inside(cfg, WRAPPERS)
+
+
+def trained_config(cfg: Config) -> ConfigDict:
+    """Return a copy of the config of the bare model that is trained: that of a `slimmed` one as it is.
+
+    Example:
+        >>> slim = {'type': 'mmcpd.slimmed', 'model': {'type': 'ImageClassifier'}, 'structure': 'slim.pth'}
+        >>> trained_config(Config({'model': {'type': 'mmcpd.Distiller', 'student': slim}})).type
+        'mmcpd.slimmed'
+    """
+    return _inside(cfg, {'Distiller': WRAPPERS['Distiller']})
+
+
+def _inside(cfg: Config, wrappers: Mapping[str, str]) -> ConfigDict:
     model = copy.deepcopy(cfg.model)
     preprocessor = model.get('data_preprocessor') or cfg.get('data_preprocessor')
-    while type_name(model) in WRAPPERS:
-        model = model[WRAPPERS[type_name(model)]]
+    while type_name(model) in wrappers:
+        model = model[wrappers[type_name(model)]]
         preprocessor = model.get('data_preprocessor') or preprocessor
     if preprocessor is not None:  # as Runner does
         model.setdefault('data_preprocessor', copy.deepcopy(preprocessor))

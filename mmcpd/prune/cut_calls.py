@@ -41,7 +41,7 @@ class CutCalls:
     def __init__(self, gates: Gates, model: nn.Module) -> None:
         self.gates = gates
         self.seen: set[Cut] = set()
-        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._names = {parameter: name for name, parameter in model.named_parameters()}
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self._storages = {storage(parameter) for parameter in model.parameters()}
 
@@ -98,8 +98,8 @@ class CutCalls:
         while nodes:
             node = nodes.pop()
             leaf = getattr(node, 'variable', None)
-            if leaf is not None and leaf.shape == weight.shape and id(leaf) in self._names:
-                found.add(self._names[id(leaf)])
+            if leaf is not None and leaf.shape == weight.shape and leaf in self._names:
+                found.add(self._names[leaf])
             nodes.extend(after for after, _ in node.next_functions if after is not None and after not in visited)
             visited.update(nodes)
         return ParameterRows(found.pop(), 0, len(weight)) if len(found) == 1 else None

@@ -92,7 +92,7 @@ def _run(model: nn.Module, calls: CutCalls, example: Example, change: Callable[[
 
     inputs = map_tensors(example.inputs, change or (lambda tensor: tensor))
     with LayerCalls(model, note):
-        replace(example, inputs=_samples_doubled(inputs) if change else inputs).run(model)
+        replace(example, inputs=_samples_doubled(inputs) if change else inputs).run_all(model)
     return seen
 
 

@@ -118,14 +118,14 @@ class SampleTaps:
 
         A deep copy of the model, which carries these hooks, is not watched.
         """
-        own = set(map(id, self.model.modules()))
+        own = set(self.model.modules())
 
         def enter(module: nn.Module, _: Any) -> None:
-            if id(module) in own:
+            if module in own:
                 self.__enter__()
 
         def leave(module: nn.Module, *_: Any) -> None:
-            if id(module) in own and self._depth:
+            if module in own and self._depth:
                 self.__exit__(None, None, None)
 
         for module in self.model.modules():

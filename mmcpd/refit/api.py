@@ -89,7 +89,7 @@ def refit(
     masked, dense = copy.deepcopy(model), model if teacher is None else teacher
     mask_(masked, coupling, keep)
     refitted = copy.deepcopy(masked)
-    forward, before, after = coupling.example.forward, _Distance(), _Distance()
+    forward, before, after = coupling.example.run, _Distance(), _Distance()
     with evaluating(masked), evaluating(refitted), evaluating(dense):
         targets = DenseRun(dense, kept_rows(coupling, keep), samples)
         expected = targets.run(forward, inputs[0])

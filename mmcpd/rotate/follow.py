@@ -38,7 +38,7 @@ class Follow(TorchDispatchMode):
     def __init__(self, model: nn.Module, ledger: Ledger) -> None:
         super().__init__()
         self.ledger, self.paused = ledger, False
-        self.paths = {id(module): name for name, module in model.named_modules()}
+        self.paths: dict[nn.Module | None, str] = {module: name for name, module in model.named_modules()}
         self.found: Any = WeakTensorKeyDictionary()
         storages: dict[int, str] = {}
         for name, parameter in model.named_parameters():
@@ -53,7 +53,7 @@ class Follow(TorchDispatchMode):
     # -- what rules need ---------------------------------------------------------------------------------------------
     def path(self) -> str:
         """Return the path of the module whose method runs, '' for the model itself."""
-        return self.paths.get(id(code_place()[0]), '')
+        return self.paths.get(code_place()[0], '')
 
     @property
     def where(self) -> str:

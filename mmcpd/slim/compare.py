@@ -129,4 +129,4 @@ def compare(model: nn.Module, coupling: Coupling, keep: Keep, small: nn.Module |
     mask_(masked, coupling, keep)
     small = small if small is not None else slim(model, coupling, keep)
     with evaluating(masked), evaluating(small):
-        return difference(coupling.example.run(masked), coupling.example.run(small))
+        return difference(coupling.example.run_all(masked), coupling.example.run_all(small))

@@ -88,15 +88,16 @@ def _replace_(model: nn.Module, changed: set[str]) -> dict[str, str]:
     for path, module in list(model.named_modules()):
         kind = replacement(module)
         if kind is not None and path in changed:
-            set_module(model, path, REPLACEMENTS[kind].kind(module))
+            replace_module(model, module, REPLACEMENTS[kind].kind(module))
             found[path] = kind
     return found
 
 
-def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Put a module at a path."""
-    parent, _, name = path.rpartition('.')
-    setattr(model.get_submodule(parent), name, module)
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put a module at all paths of another one."""
+    for parent in list(model.modules()):
+        for name in [name for name, child in parent._modules.items() if child is old]:
+            setattr(parent, name, new)
 
 
 @torch.no_grad()

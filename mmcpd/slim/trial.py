@@ -103,7 +103,7 @@ def _runs(model: nn.Module, example: Example) -> bool:
     """Say whether a model runs on the example, with a number everywhere in its output."""
     try:
         with evaluating(model):
-            return is_finite(example.run(model))
+            return is_finite(example.run_all(model))
     except FAILURES:
         return False
 

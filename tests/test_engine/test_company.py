@@ -19,8 +19,9 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from mmcpd.engine.averages import Averages
-from mmcpd.engine.checkpoints import check_start, load_slim, slim_checkpoint
+from mmcpd.engine.checkpoints import check_start, load_slim
 from mmcpd.engine.optimizers import refuse_shards
+from mmcpd.engine.saving import slim_checkpoint
 from mmcpd.engine.validation import validate_unseen
 from mmcpd.engine.wrappers import bare_model
 from mmcpd.errors import PruneError, SlimError

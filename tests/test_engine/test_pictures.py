@@ -15,7 +15,7 @@ from mmengine.config import Config
 
 from mmcpd.engine.build import build_dense
 from mmcpd.engine.pictures import SUFFIXES, pictures
-from mmcpd.engine.random_state import seeded
+from mmcpd.random_state import seeded
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs' / 'cpd'
 MEAN, STD = 79.5, 90.7  # of the digits

@@ -180,7 +180,7 @@ def test_a_structure_is_plain_json(small):
 def test_the_structure_of_the_dense_model_is_empty(small):
     model, found = small
     plan = structure(model, slim(model, found, found.keep()))
-    assert plan == {'tensors': {}, 'attributes': {}, 'replaced': {}, 'rewritten': {}}
+    assert set(map(len, plan.values())) == {0}
 
 
 def test_a_structure_of_another_model_is_refused(small):

@@ -32,6 +32,8 @@ def set_random_state(state: RandomState) -> None:
 def seeded(seed: int) -> Iterator[None]:
     """Draw from a seed inside, and go on afterwards as if nothing had been drawn.
 
+    `torch.manual_seed` is not called: before a GPU is first used it would leave its seed for then.
+
     Example:
         >>> with seeded(0):
         ...     first = torch.rand(3)
@@ -42,7 +44,9 @@ def seeded(seed: int) -> Iterator[None]:
     before = random_state()
     random.seed(seed)
     np.random.seed(seed)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
     try:
         yield
     finally:
