@@ -186,3 +186,22 @@ def test_an_average_of_something_else_is_refused_before_training(runner_of):  # 
     with pytest.raises(ValueError, match=r'Linear is no copy of the model that is pruned: backbone\.conv1\.weight'):
         runner.train()
     assert runner.iter == 0
+
+
+def test_an_average_that_was_not_begun_is_the_model(runner_of, tmp_path):  # noqa: F811
+    """EMAHook copies the model before its weights are initialised or loaded, and averages from the first step on."""
+    seen = {}
+
+    class First(Hook):
+        priority = 'HIGHEST'
+
+        def before_train_iter(self, runner, batch_idx, data_batch=None):
+            if runner.iter == 0:
+                seen.update({name: tensor.clone() for name, tensor in bare_model(runner.model).state_dict().items()})
+
+    change = {'prune.begin': 0, 'prune.end': 4, 'custom_hooks': [{'type': 'EMAHook', 'momentum': 0.2}]}
+    runner = runner_of(epochs=1, **change)
+    runner.register_hook(First())
+    train(runner)
+    dense = torch.load(tmp_path / 'run' / 'dense.pth', weights_only=True)['state_dict']
+    assert all(torch.equal(dense[name], seen[name]) for name in dense)
