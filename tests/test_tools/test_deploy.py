@@ -11,8 +11,8 @@ from mmengine.config import Config
 
 from mmcpd.comb import comb
 from mmcpd.engine.build import build_dense
-from mmcpd.engine.checkpoints import save_slim
 from mmcpd.engine.examples import example_inputs
+from mmcpd.engine.slim_file import save_slim
 from mmcpd.slim import slim, structure
 
 
