@@ -12,9 +12,9 @@ from pathlib import Path
 
 from mmcpd.cli.checks import check_checkpoint, check_folder
 from mmcpd.cli.configs import read_config
-from mmcpd.engine.build import build_dense
 from mmcpd.engine.checkpoints import comb_by_config, load_dense
 from mmcpd.engine.plot import plot
+from mmcpd.engine.slim_model import build_trained
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +32,7 @@ def main(args: argparse.Namespace) -> None:
         if path:
             check_folder(Path(path).absolute().parent, option)
     check_checkpoint(args.checkpoint, '--checkpoint')
-    model = load_dense(cfg, args.checkpoint) if args.checkpoint else build_dense(cfg)
+    model = load_dense(cfg, args.checkpoint) if args.checkpoint else build_trained(cfg)
     given = {'heads': args.heads, 'strict': args.strict or None, 'input_shape': args.shape}
     coupling = comb_by_config(model, cfg, **{name: value for name, value in given.items() if value is not None})
     print(coupling)
