@@ -16,7 +16,7 @@ from mmengine.config import Config
 
 from mmcpd.cli.runner import run
 from mmcpd.engine.build import build_dense
-from mmcpd.engine.checkpoints import check_start, save_slim
+from mmcpd.engine.checkpoints import check_start
 
 ROOT = Path(__file__).resolve().parents[2]
 
