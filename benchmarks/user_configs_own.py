@@ -173,12 +173,12 @@ OWN = (
     ),
     Own(
         'four_bands',
-        'segmentation of 4 bands, mean of 4',
+        'segmentation of 4 bands, one mean for all',
         SEGMENTOR
         + CODE
         + BANDS
         + "model['backbone']['in_channels'] = 4\n"
-        + "model['data_preprocessor'].update(mean=[127.5] * 4, std=[127.5] * 4, bgr_to_rgb=False)\n",
+        + "model['data_preprocessor'].update(mean=[127.5], std=[127.5], bgr_to_rgb=False)\n",
         bands=4,
     ),
     Own(
@@ -214,7 +214,7 @@ model = dict(
         + CODE
         + """
 model['type'] = 'SiameseDecoder'
-model['data_preprocessor'].update(mean=[127.5] * 6, std=[127.5] * 6, bgr_to_rgb=False)
+model['data_preprocessor'].update(mean=[127.5], std=[127.5], bgr_to_rgb=False)
 train_pipeline.insert(1, dict(type='LoadBefore'))
 test_pipeline.insert(1, dict(type='LoadBefore'))
 """,

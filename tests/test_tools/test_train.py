@@ -17,6 +17,7 @@ from mmengine.config import Config
 from mmcpd.cli.runner import run
 from mmcpd.engine.build import build_dense
 from mmcpd.engine.checkpoints import check_start
+from mmcpd.engine.slim_file import save_slim
 
 ROOT = Path(__file__).resolve().parents[2]
 
