@@ -51,7 +51,7 @@ def main() -> None:
     add('--only', action='append', default=[], metavar='NAME', help='only this row; repeatable')
     add('--seed', type=int, default=0, help='of the draw, the data and the runs')
     add('--resume', action='store_true', help='leave out rows that the results file has')
-    add('--faults', action='store_true', help='only rows that ended in a fault')
+    add('--faults', action='store_true', help='only rows that ended in a fault, or could not be set up')
     add('--draw', type=int, metavar='N', help='draw so many configs of each package, write their names, and end')
     add('--survey', action='store_true', help='count the shipped configs that are excluded, and end')
     add('--list', action='store_true', help='print the rows, and end')
@@ -71,7 +71,7 @@ def main() -> None:
             parser.error(f'--only: no row {", ".join(sorted(unknown))}; --list prints them')
         done = store['rows']
         wanted = [n for n in wanted if not (args.resume and n in done)]
-        wanted = [n for n in wanted if not args.faults or done.get(n, {}).get('verdict') == 'fault']
+        wanted = [n for n in wanted if not args.faults or done.get(n, {}).get('verdict') in ('fault', 'not set up')]
         for name in wanted:
             done[name] = run_row(name, args)
             write(args.results, store)

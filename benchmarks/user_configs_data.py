@@ -65,9 +65,7 @@ def write_pictures(root: Path, size: tuple[int, int], classes: int, bands: int =
         )
 
 
-def _save(
-    root: Path, split: str, name: str, pixels: np.ndarray, marked: np.ndarray, rng: np.random.Generator
-) -> None:
+def _save(root: Path, split: str, name: str, pixels: np.ndarray, marked: np.ndarray, rng: np.random.Generator) -> None:
     bands = pixels.shape[2]
     rgb = pixels[..., :3] if bands >= 3 else pixels[..., :1].repeat(3, 2)
     Image.fromarray(rgb).save(root / 'img' / split / f'{name}.png')

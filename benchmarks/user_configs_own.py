@@ -119,20 +119,20 @@ val_cfg = test_cfg = dict()
 """
 
 NEW_BASE = """
-from mmengine.config import read_base
 from mmengine.dataset import DefaultSampler
 from mmengine.hooks import CheckpointHook, IterTimerHook, LoggerHook, ParamSchedulerHook
 from mmengine.optim import OptimWrapper
 from torch.optim import AdamW
 from mmpretrain.datasets import CustomDataset, LoadImageFromFile, PackInputs, RandomFlip
 from mmpretrain.evaluation import Accuracy
-
-with read_base():
-    from mmpretrain.configs._base_.models.resnet18 import *
+from mmpretrain.models import GlobalAveragePooling, ImageClassifier, LinearClsHead, ResNet
 
 default_scope = 'mmpretrain'
 data, names = '{data}', ['c0', 'c1', 'c2', 'c3']
-model.head.update(num_classes=4, topk=(1,))
+model = dict(
+    type=ImageClassifier, backbone=dict(type=ResNet, depth=18, num_stages=4, out_indices=(3,)),
+    neck=dict(type=GlobalAveragePooling),
+    head=dict(type=LinearClsHead, num_classes=4, in_channels=512, topk=(1,)))
 data_preprocessor = dict(num_classes=4, mean=[127.5] * 3, std=[127.5] * 3, to_rgb=True)
 train_dataloader = dict(
     batch_size=4, num_workers=0, sampler=dict(type=DefaultSampler, shuffle=True),
@@ -168,7 +168,11 @@ OWN = (
     Own(
         'nine_bands',
         '9 bands, no mean, own loader',
-        CLASSIFIER + CODE + BANDS + "model['backbone']['in_channels'] = 9\n" + 'data_preprocessor = dict(num_classes=4)\n',
+        CLASSIFIER
+        + CODE
+        + BANDS
+        + "model['backbone']['in_channels'] = 9\n"
+        + 'data_preprocessor = dict(num_classes=4)\n',
         bands=9,
     ),
     Own(
@@ -187,7 +191,8 @@ OWN = (
         CLASSIFIER
         + """
 for _l, _s in ((train_dataloader, 'train'), (val_dataloader, 'val')):
-    _l['dataset'] = dict(type='MultiLabelDataset', data_root=data, ann_file=_s + '.json', pipeline=_l['dataset']['pipeline'])
+    _l['dataset'] = dict(type='MultiLabelDataset', data_root=data, ann_file=_s + '.json',
+                         pipeline=_l['dataset']['pipeline'])
 del _l, _s
 data_preprocessor['to_onehot'] = True
 model['head'] = dict(type='MultiLabelLinearClsHead', num_classes=4, in_channels=512,
@@ -250,7 +255,12 @@ optim_wrapper = dict(
 param_scheduler = None
 """,
     ),
-    Own('tutorial', "MMEngine's tutorial: no defaults, no mode 'tensor'", TUTORIAL + CODE, "_base_ = 'base.py'\n" + HOOK),
+    Own(
+        'tutorial',
+        "MMEngine's tutorial: no defaults, no mode 'tensor'",
+        TUTORIAL + CODE,
+        "_base_ = 'base.py'\n" + HOOK,
+    ),
     Own(
         'random_forward',
         'a head that draws random numbers (LightHamHead, rand_init)',

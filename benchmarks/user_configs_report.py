@@ -57,13 +57,13 @@ def drawn(store: dict[str, Any]) -> list[str]:
         kinds = Counter(reason.split(':')[0] for reason in draw['passed_over'].values())
         passed = ', '.join(f'{count} by {kind}' for kind, count in kinds.most_common()) or 'none'
         lines.append(
-            f'- {package}: {len(draw["names"])} configs of as many folders, drawn with seed {draw["seed"]} from all that '
-            f'build without compiled operators, further packages or downloads and have at most 60 M parameters; passed '
-            f'over on the way: {passed}.'
+            f'- {package}: {len(draw["names"])} configs of as many folders, drawn with seed {draw["seed"]} from all '
+            f'that build without compiled operators, further packages or downloads and have at most 60 M parameters; '
+            f'passed over on the way: {passed}.'
         )
         survey = store['survey'].get(package)
         if survey:
-            every = Counter({reason: count for reason, count in survey['excluded'].items()})
+            every = survey['excluded']
             kinds = Counter()
             for reason, count in every.items():
                 kinds[reason.split(':')[0]] += count

@@ -225,7 +225,7 @@ def set_data(cfg: Config, package: str, folder: Path) -> None:
     for key in LOADERS:
         if (loader := cfg.get(key)) is None:
             continue
-        dataset, pipeline = innermost(Config({'train_dataloader': loader}))
+        _, pipeline = innermost(Config({'train_dataloader': loader}))
         split = 'train' if key == 'train_dataloader' else 'val'
         make = segmentation if package == 'mmseg' else labels
         loader.dataset = make(kind, pipeline, folder, split, classes)

@@ -89,8 +89,8 @@ def main(args: argparse.Namespace) -> None:
     batches, source = real_batches(cfg, slim, args)
     if why := runs(slim, batches[0], DEPLOYED):
         raise UserError(
-            f"{args.config}: a file is exported of forward(pictures, mode='tensor'), which {type(slim).__name__} does not "
-            f"run ({why}): give the forward's other arguments a default, and let mode 'tensor' return the logits"
+            f"{args.config}: a file is exported of forward(pictures, mode='tensor'), which {type(slim).__name__} does "
+            f"not run ({why}): give the forward's other arguments a default, and let mode 'tensor' return the logits"
         )
     print(f'inputs: {source}; dense weights: {weights}')
     facts = {'config': args.config, 'checkpoint': args.checkpoint, 'dense_weights': weights}

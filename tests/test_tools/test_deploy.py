@@ -154,9 +154,10 @@ def test_a_model_of_no_package_is_deployed_or_told_what_it_lacks(tool, tmp_path,
     code, _, err = tool('deploy', config, tmp_path / 'slim.pth', '--runs', 1, '--threads', 1, '--out', tmp_path / 'out')
     if kind is Deployable:
         assert code == 0, err
-        assert [size for size, _ in json.loads((tmp_path / 'out' / 'latency.json').read_text())['models'][1]['parity'][
-            'batches'
-        ]] == [1, 3, 4]
+        assert [
+            size
+            for size, _ in json.loads((tmp_path / 'out' / 'latency.json').read_text())['models'][1]['parity']['batches']
+        ] == [1, 3, 4]
     else:
         assert code == 1 and err.count('\n') == 1
         assert "forward(pictures, mode='tensor')" in err and "missing 1 required positional argument: 'labels'" in err
