@@ -40,6 +40,9 @@ class Excluded(Exception):
     """This config cannot be used here; the message is the reason, short."""
 
 
+_BUILT: dict[str, int | Excluded] = {}  # by the model's config: many differ in data and schedule alone
+
+
 @dataclass(frozen=True)
 class Shipped:
     """A config that can be used: its package, its name in there, and its parameters."""
@@ -88,10 +91,24 @@ def count_params(package: str, name: str) -> int:
     dataset, _ = innermost(cfg)
     if package == 'mmpretrain' and str(dataset.type).rpartition('.')[2] not in PICTURES:
         raise Excluded(f'data: there are no synthetic data for {dataset.type}')
-    params = sum(p.numel() for p in built(cfg).parameters())
+    params = parameters(cfg)
     if params > MOST:
         raise Excluded(f'size: above {MOST // 10**6} M parameters')
     return params
+
+
+def parameters(cfg: Config) -> int:
+    """Build a config's model, unless the same one was built before, and return its number of parameters."""
+    text = str(cfg.model)
+    if text not in _BUILT:
+        try:
+            _BUILT[text] = sum(p.numel() for p in built(cfg).parameters())
+        except Excluded as reason:
+            _BUILT[text] = reason
+    found = _BUILT[text]
+    if isinstance(found, Excluded):
+        raise found
+    return found
 
 
 def read(package: str, name: str) -> Config:
