@@ -217,8 +217,8 @@ def resized(cfg: Config, factor: float) -> Config:
         for key in LOADERS:
             new[key] = walk(new.get(key), SIZES)
         model = new['model'] = walk(new['model'], ('img_size',))
-        for key in ('data_preprocessor', 'test_cfg'):
-            model[key] = walk(model.get(key), SIZES)
+        for key in {'data_preprocessor', 'test_cfg'} & model.keys():
+            model[key] = walk(model[key], SIZES)
     return Config({k: v for k, v in new.items() if v is not None})
 
 

@@ -84,6 +84,14 @@ def test_an_adapted_config_keeps_its_own_but_for_data_and_length(tmp_path):
     assert (tmp_path / 'ann' / 'train' / '019.png').is_file()
 
 
+def test_a_classifier_gets_fewer_pixels_where_it_takes_them(tmp_path):
+    for name, side in (('resnet/resnet18_8xb32_in1k.py', 112), ('repmlp/repmlp-base_8xb64_in1k.py', 224)):
+        cfg = user_configs_shipped.adapt('mmpretrain', name, tmp_path)
+        _, pipeline = user_configs_shipped.innermost(cfg)
+        assert user_configs_shipped.crop_of(cfg, pipeline) == side
+        assert cfg.train_cfg.max_epochs == 2
+
+
 @pytest.mark.parametrize('own', user_configs_own.OWN, ids=lambda own: own.name)
 def test_configs_of_our_own_can_be_read_with_the_recipe(tmp_path, own):
     mend_scopes()
