@@ -22,6 +22,7 @@ import os
 import platform
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections import Counter
@@ -199,8 +200,8 @@ def run(words: Sequence[str], folder: Path, args: argparse.Namespace) -> Row:
 
 def clean(line: str, folder: Path) -> str:
     """Take this machine's paths out of a line."""
-    packages = str(Path(importlib.metadata.__file__).parents[1] / 'site-packages')
-    for path, name in ((str(folder), '.'), (str(ROOT), 'mmcpd'), (sys.prefix, 'env'), (packages, 'site-packages')):
+    packages = sysconfig.get_path('purelib')
+    for path, name in ((str(folder), '.'), (str(ROOT), 'mmcpd'), (packages, 'site-packages'), (sys.prefix, 'env')):
         line = line.replace(path, name)
     return line[:600]
 
