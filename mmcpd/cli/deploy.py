@@ -24,6 +24,7 @@ from mmcpd.deploy import deploy
 from mmcpd.engine.build import build_dense
 from mmcpd.engine.checkpoints import load_dense, load_slim, read_checkpoint, removed_units
 from mmcpd.engine.examples import data_batches, random_batches
+from mmcpd.engine.passes import DEPLOYED, runs
 from mmcpd.progress import ProgressLine
 
 
@@ -86,6 +87,11 @@ def main(args: argparse.Namespace) -> None:
     slim = load_slim(cfg, args.checkpoint)
     dense, weights = dense_model(cfg, args)
     batches, source = real_batches(cfg, slim, args)
+    if why := runs(slim, batches[0], DEPLOYED):
+        raise UserError(
+            f"{args.config}: a file is exported of forward(pictures, mode='tensor'), which {type(slim).__name__} does "
+            f"not run ({why}): give the forward's other arguments a default, and let mode 'tensor' return the logits"
+        )
     print(f'inputs: {source}; dense weights: {weights}')
     facts = {'config': args.config, 'checkpoint': args.checkpoint, 'dense_weights': weights}
     report = deploy(
@@ -94,6 +100,7 @@ def main(args: argparse.Namespace) -> None:
         folder,
         opset=args.opset,
         dynamic_batch=not args.batch_static,
+        forward=DEPLOYED,
         runs=0 if args.no_bench else args.runs,
         time_limit=args.time_limit,
         threads=args.threads,

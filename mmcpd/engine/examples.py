@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from mmcpd.engine.build import ConfigLike, as_config, datasets, hook_options
-from mmcpd.engine.samples import Samples, made_up
+from mmcpd.engine.samples import Samples, collate_of, made_up
 from mmcpd.engine.wrappers import student_config, type_name
 from mmcpd.slim.compare import map_tensors, tensors_in
 
@@ -138,7 +138,8 @@ def data_batches(
     if len(dataset) == 0:
         raise ValueError(f'{cfg.filename}: the test data set is empty')
     chosen = torch.linspace(0, len(dataset) - 1, sum(sizes)).long().tolist()
-    pictures = torch.cat([preprocessed(dataset[index], model, (height, width)) for index in chosen])
+    collate = collate_of(cfg.test_dataloader)
+    pictures = torch.cat([preprocessed(dataset[index], model, (height, width), collate) for index in chosen])
     return list(pictures.split(list(sizes)))
 
 
@@ -158,10 +159,12 @@ def random_batches(
     return list(noise(sum(sizes), size).split(list(sizes)))
 
 
-def preprocessed(sample: dict, model: nn.Module, shape: tuple[int, int]) -> Tensor:
-    """Return one sample as the model sees it, (1, C, H, W)."""
+def preprocessed(
+    sample: Any, model: nn.Module, shape: tuple[int, int], collate: Callable[[list[Any]], Any] = pseudo_collate
+) -> Tensor:
+    """Return the picture of one sample as the model sees it, (1, C, H, W)."""
     preprocessor: Any = model.data_preprocessor
-    picture = preprocessor(pseudo_collate([sample]), False)['inputs']
+    picture = picture_of(preprocessor(collate([sample]), False))
     if tuple(picture.shape[-2:]) == shape:
         return picture
     return F.interpolate(picture, size=shape, mode='bilinear', align_corners=False)

@@ -44,7 +44,7 @@ class Samples:
                 continue
             try:
                 with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmengine')):
-                    found = cls(DATASETS.build(loader.dataset), _collate(loader))
+                    found = cls(DATASETS.build(loader.dataset), collate_of(loader))
                     found.batch()
                 return found
             except ABSENT as error:
@@ -60,7 +60,8 @@ class Samples:
             return self.collate([copy.deepcopy(sample)])
 
 
-def _collate(loader: Any) -> Callable[[list[Any]], Any]:
+def collate_of(loader: Any) -> Callable[[list[Any]], Any]:
+    """Return how the loader of a config makes a batch of samples."""
     config = loader.get('collate_fn') or {'type': 'pseudo_collate'}
     kind = config['type']
     found = FUNCTIONS.get(kind) if isinstance(kind, str) else kind

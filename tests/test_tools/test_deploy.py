@@ -8,6 +8,10 @@ import onnx
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.model import BaseModel
+from mmengine.registry import DATASETS, MODELS
+from torch import nn
+from torch.utils.data import Dataset
 
 from mmcpd.comb import comb
 from mmcpd.engine.build import build_dense
@@ -105,3 +109,56 @@ def test_damaged_and_missing_checkpoints_are_named(tool, tiny, checkpoint):
     code, _, err = tool('deploy', tiny, checkpoint.with_name('no.pth'))
     assert code == 1
     assert 'no checkpoint' in err
+
+
+class Pairs(Dataset):
+    """Pictures and labels in tuples, as torch's own data sets have them."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return torch.full((3, 16, 16), index / 8), index % 4
+
+
+class Tutorial(BaseModel):
+    """A model of no package; without a default for its labels only its own loops can call it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 16, 3), nn.Linear(16, 4)
+
+    def forward(self, imgs, labels, mode):
+        scores = self.fc(self.conv(imgs).relu().mean((2, 3)))
+        return (scores, labels) if mode == 'predict' else scores
+
+
+class Deployable(Tutorial):
+    def forward(self, imgs, labels=None, mode='loss'):
+        return super().forward(imgs, labels, mode)
+
+
+@pytest.mark.parametrize('kind', [Tutorial, Deployable])
+def test_a_model_of_no_package_is_deployed_or_told_what_it_lacks(tool, tmp_path, kind):
+    torch.manual_seed(0)
+    small = kind()
+    small.conv, small.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+    save_slim(tmp_path / 'slim.pth', small, structure(kind(), small), {})
+    MODELS.register_module(name='ofNoPackage', module=kind, force=True)
+    DATASETS.register_module(name='Pairs', module=Pairs, force=True)
+    config = tmp_path / 'own.py'
+    config.write_text(
+        "model, loader = dict(type='ofNoPackage'), dict(type='default_collate')\n"
+        "test_dataloader = dict(dataset=dict(type='Pairs'), batch_size=2, collate_fn=loader)\n"
+    )
+    code, _, err = tool('deploy', config, tmp_path / 'slim.pth', '--runs', 1, '--threads', 1, '--out', tmp_path / 'out')
+    if kind is Deployable:
+        assert code == 0, err
+        assert [
+            size
+            for size, _ in json.loads((tmp_path / 'out' / 'latency.json').read_text())['models'][1]['parity']['batches']
+        ] == [1, 3, 4]
+    else:
+        assert code == 1 and err.count('\n') == 1
+        assert "forward(pictures, mode='tensor')" in err and "missing 1 required positional argument: 'labels'" in err
+        assert not (tmp_path / 'out' / 'slim.onnx').exists()
