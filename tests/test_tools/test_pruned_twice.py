@@ -6,10 +6,7 @@ import shutil
 
 import pytest
 
-from mmcpd.engine import checkpoints
-from mmcpd.engine.build import build_dense
 from mmcpd.engine.slim_file import read_slim
-from mmcpd.slim import structure
 
 AGAIN = """
 _base_ = './tiny.py'
@@ -27,15 +24,12 @@ def accuracy(out):
 
 
 @pytest.fixture
-def again(tool, pruning, tmp_path, monkeypatch):
+def again(tool, pruning, tmp_path):
     """Prune to a half, and that to 60 %; return the second config and its folder."""
     code, _, err = tool('train', pruning)
     assert code == 0, err
     file = pruning.with_name('again.py')
     file.write_text(AGAIN.format(slim=str(tmp_path / 'work_dirs/prune/slim.pth')))
-    monkeypatch.setattr(
-        checkpoints, 'structure', lambda _, small: structure(build_dense(str(file)), small), raising=False
-    )
     code, _, err = tool('train', file)
     assert code == 0, err
     return file, tmp_path / 'work_dirs/again'
