@@ -288,10 +288,15 @@ def segmentation(kind: str, pipeline: list[Any], folder: Path, split: str, class
 
 
 def shorten(cfg: Config) -> None:
-    """Train for a few iterations, in epochs where the config counts epochs."""
-    loop = cfg.train_cfg
+    """Train for a few iterations, in epochs where the config counts epochs; what would begin later is left out."""
+    loop, epochs = cfg.train_cfg, ITERATIONS * BATCH // TRAIN
+    plans = cfg.get('param_scheduler') or []
+    plans = plans if isinstance(plans, list) else [plans]
+    cfg.param_scheduler = [
+        plan for plan in plans if plan.get('begin', 0) < (epochs if plan.get('by_epoch', True) else ITERATIONS)
+    ]
     if loop.get('by_epoch', 'Epoch' in loop.get('type', 'Iter')) and 'max_iters' not in loop:
-        loop.update(max_epochs=ITERATIONS * BATCH // TRAIN, val_interval=1, val_begin=1)
+        loop.update(max_epochs=epochs, val_interval=1, val_begin=1)
         loop.pop('dynamic_intervals', None)
     else:
         loop.update(max_iters=ITERATIONS, val_interval=ITERATIONS)
