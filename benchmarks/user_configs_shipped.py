@@ -31,7 +31,6 @@ ITERATIONS = 20
 SMALL = {'mmpretrain': 112, 'mmseg': 128}
 LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 PICTURES = ('ImageNet', 'ImageNet21k', 'CIFAR10', 'CIFAR100', 'MNIST', 'CustomDataset', 'CUB', 'VOC')
-MULTI_LABEL = [dict(type='MultiLabelMetric'), dict(type='AveragePrecision')]
 TINY = {'CIFAR10': (32, 32), 'CIFAR100': (32, 32), 'MNIST': (28, 28)}
 SIZES = ('scale', 'scales', 'crop_size', 'size', 'stride', 'img_size', 'img_scale')
 
@@ -60,9 +59,8 @@ def names(package: str) -> list[str]:
 
 def shuffled(package: str, seed: int) -> list[str]:
     """Return the configs of a package in the order in which they are drawn."""
-    order = names(package)
-    random.Random(f'{package} {seed}').shuffle(order)
-    return order
+    every = names(package)
+    return random.Random(f'{package} {seed}').sample(every, len(every))
 
 
 def draw(package: str, seed: int, excluded: dict[str, str]) -> Iterator[Shipped]:
@@ -88,9 +86,9 @@ def count_params(package: str, name: str) -> int:
         Excluded: It cannot be read or built here, is too large, or reads other data than labelled pictures.
     """
     cfg = read(package, name)
-    dataset, _ = innermost(cfg)
-    if package == 'mmpretrain' and str(dataset.type).rpartition('.')[2] not in PICTURES:
-        raise Excluded(f'data: there are no synthetic data for {dataset.type}')
+    kind = str(innermost(cfg)[0].type).rpartition('.')[2]
+    if package == 'mmpretrain' and kind not in PICTURES:
+        raise Excluded(f'data: there are no synthetic data for {kind}')
     params = parameters(cfg)
     if params > MOST:
         raise Excluded(f'size: above {MOST // 10**6} M parameters')
@@ -164,7 +162,6 @@ def built(cfg: Config) -> nn.Module:
             raise Excluded(f'building: {type(error).__name__}: {first_line(error)}') from error
 
 
-# -- what changes ------------------------------------------------------------------------------------------------------
 def adapt(package: str, name: str, folder: Path) -> Config:
     """Return a shipped config with synthetic data (written into `folder`) that one core trains in a minute."""
     cfg = read(package, name)
@@ -225,7 +222,7 @@ def resized(cfg: Config, factor: float) -> Config:
 def runs(cfg: Config, side: int) -> bool:
     """Say whether a config's model takes pictures of this side."""
     init_default_scope(cfg.default_scope)
-    shape = (BATCH, (cfg.model.backbone.get('in_channels') or 3) if 'backbone' in cfg.model else 3, side, side)
+    shape = (BATCH, cfg.model.get('backbone', {}).get('in_channels') or 3, side, side)
     try:
         with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
             revert_sync_batchnorm(MODELS.build(copy.deepcopy(cfg.model))).train()(torch.zeros(shape), mode='tensor')
@@ -250,7 +247,7 @@ def set_data(cfg: Config, package: str, folder: Path) -> None:
         loader.batch_size = min(loader.get('batch_size', BATCH), BATCH) if split == 'val' else BATCH
         loader.pop('batch_sampler', None)
     if kind == 'VOC':
-        cfg.val_evaluator = cfg.test_evaluator = MULTI_LABEL
+        cfg.val_evaluator = cfg.test_evaluator = [dict(type='MultiLabelMetric'), dict(type='AveragePrecision')]
     DATASETS.build(copy.deepcopy(cfg.train_dataloader.dataset))[0]
 
 
@@ -266,22 +263,21 @@ def labels(kind: str, pipeline: list[Any], folder: Path, split: str, classes: in
     if not any('Load' in str(step['type']) for step in pipeline):  # the data set was of arrays
         gray = dict(color_type='grayscale') if kind == 'MNIST' else {}
         pipeline = [dict(type='LoadImageFromFile', **gray), *pipeline]
+    common = dict(data_root=str(folder), pipeline=pipeline)
     if kind == 'VOC':
-        return dict(type='MultiLabelDataset', data_root=str(folder), ann_file=f'{split}.json', pipeline=pipeline)
-    names = [f'c{n}' for n in range(classes)]
-    paths = dict(data_root=str(folder), ann_file=f'{split}.txt', data_prefix=f'img/{split}')
-    return dict(type='CustomDataset', **paths, classes=names, pipeline=pipeline)
+        return dict(type='MultiLabelDataset', ann_file=f'{split}.json', **common)
+    names, prefix = [f'c{n}' for n in range(classes)], f'img/{split}'
+    return dict(type='CustomDataset', ann_file=f'{split}.txt', data_prefix=prefix, classes=names, **common)
 
 
 def segmentation(kind: str, pipeline: list[Any], folder: Path, split: str, classes: int) -> dict[str, Any]:
     """Return a data set of mmseg."""
-    reduced = any(step.get('reduce_zero_label') for step in pipeline)
     return dict(
         type='BaseSegDataset',
         data_root=str(folder),
         data_prefix=dict(img_path=f'img/{split}', seg_map_path=f'ann/{split}'),
         img_suffix='.png',
-        reduce_zero_label=reduced,
+        reduce_zero_label=any(step.get('reduce_zero_label') for step in pipeline),
         metainfo=dict(classes=[f'c{n}' for n in range(classes)]),
         pipeline=pipeline,
     )
@@ -291,10 +287,9 @@ def shorten(cfg: Config) -> None:
     """Train for a few iterations, in epochs where the config counts epochs; what would begin later is left out."""
     loop, epochs = cfg.train_cfg, ITERATIONS * BATCH // TRAIN
     plans = cfg.get('param_scheduler') or []
+    length = {True: epochs, False: ITERATIONS}
     plans = plans if isinstance(plans, list) else [plans]
-    cfg.param_scheduler = [
-        plan for plan in plans if plan.get('begin', 0) < (epochs if plan.get('by_epoch', True) else ITERATIONS)
-    ]
+    cfg.param_scheduler = [p for p in plans if p.get('begin', 0) < length[p.get('by_epoch', True)]]
     if loop.get('by_epoch', 'Epoch' in loop.get('type', 'Iter')) and 'max_iters' not in loop:
         loop.update(max_epochs=epochs, val_interval=1, val_begin=1)
         loop.pop('dynamic_intervals', None)
