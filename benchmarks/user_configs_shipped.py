@@ -44,9 +44,8 @@ _BUILT: dict[str, int | Excluded] = {}  # by the model's config: many differ in 
 
 @dataclass(frozen=True)
 class Shipped:
-    """A config that can be used: its package, its name in there, and its parameters."""
+    """A config that can be used: its name among those of its package, and its parameters."""
 
-    package: str
     name: str
     params: int
 
@@ -59,8 +58,9 @@ def names(package: str) -> list[str]:
 
 def shuffled(package: str, seed: int) -> list[str]:
     """Return the configs of a package in the order in which they are drawn."""
-    every = names(package)
-    return random.Random(f'{package} {seed}').sample(every, len(every))
+    order = names(package)
+    random.Random(f'{package} {seed}').shuffle(order)
+    return order
 
 
 def draw(package: str, seed: int, excluded: dict[str, str]) -> Iterator[Shipped]:
@@ -76,7 +76,7 @@ def draw(package: str, seed: int, excluded: dict[str, str]) -> Iterator[Shipped]
             excluded[f'{package}/{name}'] = str(reason)
             continue
         folders.add(folder)
-        yield Shipped(package, name, params)
+        yield Shipped(name, params)
 
 
 def count_params(package: str, name: str) -> int:
@@ -86,8 +86,7 @@ def count_params(package: str, name: str) -> int:
         Excluded: It cannot be read or built here, is too large, or reads other data than labelled pictures.
     """
     cfg = read(package, name)
-    kind = str(innermost(cfg)[0].type).rpartition('.')[2]
-    if package == 'mmpretrain' and kind not in PICTURES:
+    if package == 'mmpretrain' and (kind := kind_of(cfg)) not in PICTURES:
         raise Excluded(f'data: there are no synthetic data for {kind}')
     params = parameters(cfg)
     if params > MOST:
@@ -97,14 +96,12 @@ def count_params(package: str, name: str) -> int:
 
 def parameters(cfg: Config) -> int:
     """Build a config's model, unless the same one was built before, and return its number of parameters."""
-    text = str(cfg.model)
-    if text not in _BUILT:
+    if (text := str(cfg.model)) not in _BUILT:
         try:
             _BUILT[text] = sum(p.numel() for p in built(cfg).parameters())
         except Excluded as reason:
             _BUILT[text] = reason
-    found = _BUILT[text]
-    if isinstance(found, Excluded):
+    if isinstance(found := _BUILT[text], Excluded):
         raise found
     return found
 
@@ -121,8 +118,11 @@ def read(package: str, name: str) -> Config:
         raise Excluded(f'reading: {type(error).__name__}: {first_line(error)}') from error
     if missing := [key for key in ('model', 'train_dataloader', 'optim_wrapper') if cfg.get(key) is None]:
         raise Excluded(f'no training: the config has no {missing[0]}')
+    if len({cfg.get(key) is None for key in ('val_dataloader', 'val_cfg', 'val_evaluator')}) > 1:
+        raise Excluded('reading: MMEngine refuses a val_dataloader without val_cfg and val_evaluator')
     cfg.model = Config({'model': without_weights(cfg.model.to_dict())}).model
     cfg.default_scope = package
+    init_default_scope(package)
     return cfg
 
 
@@ -149,7 +149,6 @@ def built(cfg: Config) -> nn.Module:
     Raises:
         Excluded: It does not build.
     """
-    init_default_scope(cfg.default_scope)
     with contextlib.redirect_stdout(io.StringIO()):
         try:
             with torch.device('meta'):
@@ -178,10 +177,15 @@ def adapt(package: str, name: str, folder: Path) -> Config:
 def innermost(cfg: Config) -> tuple[Any, list[Any]]:
     """Return the training data set inside all wrappers, and its pipeline."""
     dataset, pipeline = cfg.train_dataloader.dataset, None
-    while 'dataset' in dataset or 'datasets' in dataset:
+    while {'dataset', 'datasets'} & dataset.keys():
         pipeline = dataset.get('pipeline') or pipeline
         dataset = dataset.dataset if 'dataset' in dataset else dataset.datasets[0]
     return dataset, [*dataset.get('pipeline', []), *(pipeline or [])]
+
+
+def kind_of(cfg: Config) -> str:
+    """Return the class name of the training data set inside all wrappers."""
+    return str(innermost(cfg)[0].type).rpartition('.')[2]
 
 
 def crop_of(cfg: Config, pipeline: list[Any]) -> int:
@@ -221,7 +225,6 @@ def resized(cfg: Config, factor: float) -> Config:
 
 def runs(cfg: Config, side: int) -> bool:
     """Say whether a config's model takes pictures of this side."""
-    init_default_scope(cfg.default_scope)
     shape = (BATCH, cfg.model.get('backbone', {}).get('in_channels') or 3, side, side)
     try:
         with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
@@ -233,7 +236,7 @@ def runs(cfg: Config, side: int) -> bool:
 
 def set_data(cfg: Config, package: str, folder: Path) -> None:
     """Write synthetic data, and read them with the config's own pipelines."""
-    kind = str(innermost(cfg)[0].type).rpartition('.')[2]
+    kind = kind_of(cfg)
     classes = classes_of(cfg.model)
     write_pictures(folder, TINY.get(kind, (120, 160)), classes)
     for key in LOADERS:
@@ -287,8 +290,7 @@ def shorten(cfg: Config) -> None:
     """Train for a few iterations, in epochs where the config counts epochs; what would begin later is left out."""
     loop, epochs = cfg.train_cfg, ITERATIONS * BATCH // TRAIN
     plans = cfg.get('param_scheduler') or []
-    length = {True: epochs, False: ITERATIONS}
-    plans = plans if isinstance(plans, list) else [plans]
+    plans, length = plans if isinstance(plans, list) else [plans], {True: epochs, False: ITERATIONS}
     cfg.param_scheduler = [p for p in plans if p.get('begin', 0) < length[p.get('by_epoch', True)]]
     if loop.get('by_epoch', 'Epoch' in loop.get('type', 'Iter')) and 'max_iters' not in loop:
         loop.update(max_epochs=epochs, val_interval=1, val_begin=1)
