@@ -1,8 +1,7 @@
 """Draw configs that mmpretrain and mmseg ship, and make them runnable here: synthetic data, few pixels, few iterations.
 
-What a config says about its model, losses, optimizer, schedule, hooks and pipeline stays. What changes: data sets and
-their paths, workers and batch size, the number of epochs or iterations, pixels (and with them `img_size` of the model)
-where the model takes fewer, and weights that would be downloaded.
+A config's model, losses, optimizer, schedule, hooks and transforms stay. Data sets and their paths, workers, batch size
+and length of the run change, pixels where the model takes fewer, and weights that would be downloaded.
 """
 
 from __future__ import annotations
@@ -215,8 +214,7 @@ def resized(cfg: Config, factor: float) -> Config:
 
     new = cfg.to_dict()
     if factor != 1:
-        for key in LOADERS:
-            new[key] = walk(new.get(key), SIZES)
+        new |= {key: walk(new.get(key), SIZES) for key in LOADERS}
         model = new['model'] = walk(new['model'], ('img_size',))
         for key in {'data_preprocessor', 'test_cfg'} & model.keys():
             model[key] = walk(model[key], SIZES)
