@@ -199,11 +199,11 @@ def run(words: Sequence[str], folder: Path, args: argparse.Namespace) -> Row:
 
 
 def clean(line: str, folder: Path) -> str:
-    """Take this machine's paths out of a line."""
+    """Take this machine's paths out of a line, and the middle of a long one: its end says whose it is."""
     packages = sysconfig.get_path('purelib')
     for path, name in ((str(folder), '.'), (str(ROOT), 'mmcpd'), (packages, 'site-packages'), (sys.prefix, 'env')):
         line = line.replace(path, name)
-    return line[:600]
+    return line if len(line) <= 600 else f'{line[:300]} ... {line[-300:]}'
 
 
 def found_out(folder: Path) -> Row:

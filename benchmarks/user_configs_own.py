@@ -78,9 +78,7 @@ default_hooks = dict(
 
 CODE = "custom_imports = dict(imports=['benchmarks.user_configs_code'], allow_failed_imports=False)\n"
 BANDS = """
-for _p in (train_pipeline, test_pipeline):
-    _p[0] = dict(type='LoadBands')
-del _p
+train_pipeline[0] = test_pipeline[0] = dict(type='LoadBands')
 """
 
 RECIPE = """_base_ = 'base.py'
@@ -168,11 +166,7 @@ OWN = (
     Own(
         'nine_bands',
         '9 bands, no mean, own loader',
-        CLASSIFIER
-        + CODE
-        + BANDS
-        + "model['backbone']['in_channels'] = 9\n"
-        + 'data_preprocessor = dict(num_classes=4)\n',
+        CLASSIFIER + (CODE + BANDS) + "model['backbone']['in_channels'] = 9\ndata_preprocessor = dict(num_classes=4)\n",
         bands=9,
     ),
     Own(
@@ -190,10 +184,9 @@ OWN = (
         'several labels a picture, MultiLabelLinearClsHead',
         CLASSIFIER
         + """
-for _l, _s in ((train_dataloader, 'train'), (val_dataloader, 'val')):
-    _l['dataset'] = dict(type='MultiLabelDataset', data_root=data, ann_file=_s + '.json',
-                         pipeline=_l['dataset']['pipeline'])
-del _l, _s
+several = dict(type='MultiLabelDataset', data_root=data)
+train_dataloader['dataset'] = dict(several, ann_file='train.json', pipeline=train_pipeline)
+val_dataloader['dataset'] = dict(several, ann_file='val.json', pipeline=test_pipeline)
 data_preprocessor['to_onehot'] = True
 model['head'] = dict(type='MultiLabelLinearClsHead', num_classes=4, in_channels=512,
                   loss=dict(type='CrossEntropyLoss', use_sigmoid=True))
@@ -300,7 +293,6 @@ model['auxiliary_head'] = dict(
 
 def write_own(own: Own, folder: Path) -> None:
     """Write `base.py`, `prune.py` and the data of a config into a folder."""
-    data = folder / 'data'
-    write_pictures(data, (64, 96), 4, own.bands)
-    (folder / 'base.py').write_text(own.text.replace('{data}', str(data)))
+    write_pictures(folder / 'data', (64, 96), 4, own.bands)
+    (folder / 'base.py').write_text(own.text.replace('{data}', str(folder / 'data')))
     (folder / 'prune.py').write_text(own.recipe)

@@ -15,9 +15,10 @@ its own. A row ends **right**, or is **refused** in one line that says the cure;
 
 The data are **synthetic**: coarse noise with a bright square, 20 pictures to train on and 4 to test on, which each
 config reads through its own pipeline, two at a time. So this shows that whole runs end as they should; accuracies mean
-nothing here. A shipped config keeps its model, losses, optimizer, schedule, hooks and transforms. Shorter runs, fewer
-pixels (112 for classifiers, 128 for segmentors, with `img_size` of the model; where a model takes fewer), random labels
-and no downloaded weights are what differs.
+nothing here. A shipped config keeps its model, losses, optimizer, schedule, hooks and transforms. What differs: shorter
+runs (without schedulers that would begin later), fewer pixels (112 for classifiers, 128 for segmentors, with `img_size`
+of the model) where a model takes fewer, no downloaded weights. A config that does not train so without mmcpd either is
+**not set up**.
 """
 
 

@@ -1,8 +1,7 @@
 """Draw configs that mmpretrain and mmseg ship, and make them runnable here: synthetic data, few pixels, few iterations.
 
-What a config says about its model, losses, optimizer, schedule, hooks and pipeline stays. What changes: data sets and
-their paths, workers and batch size, the number of epochs or iterations, pixels (and with them `img_size` of the model)
-where the model takes fewer, and weights that would be downloaded.
+A config's model, losses, optimizer, schedule, hooks and transforms stay. Data sets and their paths, workers, batch size
+and length of the run change, pixels where the model takes fewer, and weights that would be downloaded.
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ ITERATIONS = 20
 SMALL = {'mmpretrain': 112, 'mmseg': 128}
 LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 PICTURES = ('ImageNet', 'ImageNet21k', 'CIFAR10', 'CIFAR100', 'MNIST', 'CustomDataset', 'CUB', 'VOC')
-MULTI_LABEL = [dict(type='MultiLabelMetric'), dict(type='AveragePrecision')]
 TINY = {'CIFAR10': (32, 32), 'CIFAR100': (32, 32), 'MNIST': (28, 28)}
 SIZES = ('scale', 'scales', 'crop_size', 'size', 'stride', 'img_size', 'img_scale')
 
@@ -45,9 +43,8 @@ _BUILT: dict[str, int | Excluded] = {}  # by the model's config: many differ in 
 
 @dataclass(frozen=True)
 class Shipped:
-    """A config that can be used: its package, its name in there, and its parameters."""
+    """A config that can be used: its name among those of its package, and its parameters."""
 
-    package: str
     name: str
     params: int
 
@@ -78,7 +75,7 @@ def draw(package: str, seed: int, excluded: dict[str, str]) -> Iterator[Shipped]
             excluded[f'{package}/{name}'] = str(reason)
             continue
         folders.add(folder)
-        yield Shipped(package, name, params)
+        yield Shipped(name, params)
 
 
 def count_params(package: str, name: str) -> int:
@@ -88,9 +85,8 @@ def count_params(package: str, name: str) -> int:
         Excluded: It cannot be read or built here, is too large, or reads other data than labelled pictures.
     """
     cfg = read(package, name)
-    dataset, _ = innermost(cfg)
-    if package == 'mmpretrain' and str(dataset.type).rpartition('.')[2] not in PICTURES:
-        raise Excluded(f'data: there are no synthetic data for {dataset.type}')
+    if package == 'mmpretrain' and (kind := kind_of(cfg)) not in PICTURES:
+        raise Excluded(f'data: there are no synthetic data for {kind}')
     params = parameters(cfg)
     if params > MOST:
         raise Excluded(f'size: above {MOST // 10**6} M parameters')
@@ -99,14 +95,12 @@ def count_params(package: str, name: str) -> int:
 
 def parameters(cfg: Config) -> int:
     """Build a config's model, unless the same one was built before, and return its number of parameters."""
-    text = str(cfg.model)
-    if text not in _BUILT:
+    if (text := str(cfg.model)) not in _BUILT:
         try:
             _BUILT[text] = sum(p.numel() for p in built(cfg).parameters())
         except Excluded as reason:
             _BUILT[text] = reason
-    found = _BUILT[text]
-    if isinstance(found, Excluded):
+    if isinstance(found := _BUILT[text], Excluded):
         raise found
     return found
 
@@ -123,8 +117,11 @@ def read(package: str, name: str) -> Config:
         raise Excluded(f'reading: {type(error).__name__}: {first_line(error)}') from error
     if missing := [key for key in ('model', 'train_dataloader', 'optim_wrapper') if cfg.get(key) is None]:
         raise Excluded(f'no training: the config has no {missing[0]}')
+    if len({cfg.get(key) is None for key in ('val_dataloader', 'val_cfg', 'val_evaluator')}) > 1:
+        raise Excluded('reading: MMEngine refuses a val_dataloader without val_cfg and val_evaluator')
     cfg.model = Config({'model': without_weights(cfg.model.to_dict())}).model
     cfg.default_scope = package
+    init_default_scope(package)
     return cfg
 
 
@@ -151,7 +148,6 @@ def built(cfg: Config) -> nn.Module:
     Raises:
         Excluded: It does not build.
     """
-    init_default_scope(cfg.default_scope)
     with contextlib.redirect_stdout(io.StringIO()):
         try:
             with torch.device('meta'):
@@ -164,7 +160,6 @@ def built(cfg: Config) -> nn.Module:
             raise Excluded(f'building: {type(error).__name__}: {first_line(error)}') from error
 
 
-# -- what changes ------------------------------------------------------------------------------------------------------
 def adapt(package: str, name: str, folder: Path) -> Config:
     """Return a shipped config with synthetic data (written into `folder`) that one core trains in a minute."""
     cfg = read(package, name)
@@ -181,10 +176,15 @@ def adapt(package: str, name: str, folder: Path) -> Config:
 def innermost(cfg: Config) -> tuple[Any, list[Any]]:
     """Return the training data set inside all wrappers, and its pipeline."""
     dataset, pipeline = cfg.train_dataloader.dataset, None
-    while 'dataset' in dataset or 'datasets' in dataset:
+    while {'dataset', 'datasets'} & dataset.keys():
         pipeline = dataset.get('pipeline') or pipeline
         dataset = dataset.dataset if 'dataset' in dataset else dataset.datasets[0]
     return dataset, [*dataset.get('pipeline', []), *(pipeline or [])]
+
+
+def kind_of(cfg: Config) -> str:
+    """Return the class name of the training data set inside all wrappers."""
+    return str(innermost(cfg)[0].type).rpartition('.')[2]
 
 
 def crop_of(cfg: Config, pipeline: list[Any]) -> int:
@@ -214,8 +214,7 @@ def resized(cfg: Config, factor: float) -> Config:
 
     new = cfg.to_dict()
     if factor != 1:
-        for key in LOADERS:
-            new[key] = walk(new.get(key), SIZES)
+        new |= {key: walk(new.get(key), SIZES) for key in LOADERS}
         model = new['model'] = walk(new['model'], ('img_size',))
         for key in {'data_preprocessor', 'test_cfg'} & model.keys():
             model[key] = walk(model[key], SIZES)
@@ -224,8 +223,7 @@ def resized(cfg: Config, factor: float) -> Config:
 
 def runs(cfg: Config, side: int) -> bool:
     """Say whether a config's model takes pictures of this side."""
-    init_default_scope(cfg.default_scope)
-    shape = (BATCH, (cfg.model.backbone.get('in_channels') or 3) if 'backbone' in cfg.model else 3, side, side)
+    shape = (BATCH, cfg.model.get('backbone', {}).get('in_channels') or 3, side, side)
     try:
         with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
             revert_sync_batchnorm(MODELS.build(copy.deepcopy(cfg.model))).train()(torch.zeros(shape), mode='tensor')
@@ -236,7 +234,7 @@ def runs(cfg: Config, side: int) -> bool:
 
 def set_data(cfg: Config, package: str, folder: Path) -> None:
     """Write synthetic data, and read them with the config's own pipelines."""
-    kind = str(innermost(cfg)[0].type).rpartition('.')[2]
+    kind = kind_of(cfg)
     classes = classes_of(cfg.model)
     write_pictures(folder, TINY.get(kind, (120, 160)), classes)
     for key in LOADERS:
@@ -250,7 +248,7 @@ def set_data(cfg: Config, package: str, folder: Path) -> None:
         loader.batch_size = min(loader.get('batch_size', BATCH), BATCH) if split == 'val' else BATCH
         loader.pop('batch_sampler', None)
     if kind == 'VOC':
-        cfg.val_evaluator = cfg.test_evaluator = MULTI_LABEL
+        cfg.val_evaluator = cfg.test_evaluator = [dict(type='MultiLabelMetric'), dict(type='AveragePrecision')]
     DATASETS.build(copy.deepcopy(cfg.train_dataloader.dataset))[0]
 
 
@@ -266,32 +264,34 @@ def labels(kind: str, pipeline: list[Any], folder: Path, split: str, classes: in
     if not any('Load' in str(step['type']) for step in pipeline):  # the data set was of arrays
         gray = dict(color_type='grayscale') if kind == 'MNIST' else {}
         pipeline = [dict(type='LoadImageFromFile', **gray), *pipeline]
+    common = dict(data_root=str(folder), pipeline=pipeline)
     if kind == 'VOC':
-        return dict(type='MultiLabelDataset', data_root=str(folder), ann_file=f'{split}.json', pipeline=pipeline)
-    names = [f'c{n}' for n in range(classes)]
-    paths = dict(data_root=str(folder), ann_file=f'{split}.txt', data_prefix=f'img/{split}')
-    return dict(type='CustomDataset', **paths, classes=names, pipeline=pipeline)
+        return dict(type='MultiLabelDataset', ann_file=f'{split}.json', **common)
+    names, prefix = [f'c{n}' for n in range(classes)], f'img/{split}'
+    return dict(type='CustomDataset', ann_file=f'{split}.txt', data_prefix=prefix, classes=names, **common)
 
 
 def segmentation(kind: str, pipeline: list[Any], folder: Path, split: str, classes: int) -> dict[str, Any]:
     """Return a data set of mmseg."""
-    reduced = any(step.get('reduce_zero_label') for step in pipeline)
     return dict(
         type='BaseSegDataset',
         data_root=str(folder),
         data_prefix=dict(img_path=f'img/{split}', seg_map_path=f'ann/{split}'),
         img_suffix='.png',
-        reduce_zero_label=reduced,
+        reduce_zero_label=any(step.get('reduce_zero_label') for step in pipeline),
         metainfo=dict(classes=[f'c{n}' for n in range(classes)]),
         pipeline=pipeline,
     )
 
 
 def shorten(cfg: Config) -> None:
-    """Train for a few iterations, in epochs where the config counts epochs."""
-    loop = cfg.train_cfg
+    """Train for a few iterations, in epochs where the config counts epochs; what would begin later is left out."""
+    loop, epochs = cfg.train_cfg, ITERATIONS * BATCH // TRAIN
+    plans = cfg.get('param_scheduler') or []
+    plans, length = plans if isinstance(plans, list) else [plans], {True: epochs, False: ITERATIONS}
+    cfg.param_scheduler = [p for p in plans if p.get('begin', 0) < length[p.get('by_epoch', True)]]
     if loop.get('by_epoch', 'Epoch' in loop.get('type', 'Iter')) and 'max_iters' not in loop:
-        loop.update(max_epochs=ITERATIONS * BATCH // TRAIN, val_interval=1, val_begin=1)
+        loop.update(max_epochs=epochs, val_interval=1, val_begin=1)
         loop.pop('dynamic_intervals', None)
     else:
         loop.update(max_iters=ITERATIONS, val_interval=ITERATIONS)

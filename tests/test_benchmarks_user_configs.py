@@ -45,6 +45,13 @@ def test_only_a_line_of_our_own_is_a_refusal(ran, end):
     assert user_configs.verdict(ran) == end
 
 
+def test_a_long_line_keeps_its_end(tmp_path):
+    line = f'error: {tmp_path}/a.py: ' + 'many ' * 400 + FOREIGN['line'][-30:]
+    cleaned = user_configs.clean(line, tmp_path)
+    assert cleaned.startswith('error: ./a.py: ') and cleaned.endswith(user_configs.NOT_OURS) and len(cleaned) < 620
+    assert user_configs.verdict({'train': {**REFUSED, 'line': cleaned}}) == 'fault'
+
+
 def test_the_seed_decides_what_is_drawn():
     first = user_configs_shipped.shuffled('mmseg', 0)
     assert first == user_configs_shipped.shuffled('mmseg', 0) != user_configs_shipped.shuffled('mmseg', 1)
@@ -57,6 +64,7 @@ def test_what_cannot_be_built_here_is_excluded_with_the_reason(monkeypatch):
     order = [
         'lenet/lenet5_mnist.py', 'lenet/lenet5_mnist.py', 'resnet/resnet18_8xb32_in1k.py',
         'resnet/resnet50_8xb32_in1k.py', 'blip/blip-base_8xb32_vqa.py', 'nowhere/none.py',
+        'resnest/resnest50_32xb64_in1k.py',
     ]  # fmt: skip
     monkeypatch.setattr(user_configs_shipped, 'shuffled', lambda package, seed: order[::-1])
     excluded = {}
@@ -65,9 +73,11 @@ def test_what_cannot_be_built_here_is_excluded_with_the_reason(monkeypatch):
     assert drawn[0].params == 11_689_512
     assert excluded['mmpretrain/resnet/resnet50_8xb32_in1k.py'] == 'size: above 20 M parameters'
     assert excluded['mmpretrain/nowhere/none.py'].startswith('reading: FileNotFoundError')
+    assert 'without val_cfg' in excluded['mmpretrain/resnest/resnest50_32xb64_in1k.py']
     assert excluded.keys() - {'mmpretrain/blip/blip-base_8xb32_vqa.py'} == {
         'mmpretrain/resnet/resnet50_8xb32_in1k.py',
         'mmpretrain/nowhere/none.py',
+        'mmpretrain/resnest/resnest50_32xb64_in1k.py',
     }
 
 
@@ -75,7 +85,8 @@ def test_an_adapted_config_keeps_its_own_but_for_data_and_length(tmp_path):
     name = 'segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py'
     cfg = user_configs_shipped.adapt('mmseg', name, tmp_path)
     before = user_configs_shipped.read('mmseg', name)
-    assert cfg.optim_wrapper == before.optim_wrapper and cfg.param_scheduler == before.param_scheduler
+    assert cfg.optim_wrapper == before.optim_wrapper
+    assert cfg.param_scheduler == before.param_scheduler[:1] != before.param_scheduler  # the second begins too late
     assert cfg.model.decode_head == before.model.decode_head
     kinds = [[step.type for step in each.train_dataloader.dataset.pipeline] for each in (cfg, before)]
     assert kinds[0] == kinds[1]
