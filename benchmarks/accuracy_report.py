@@ -117,7 +117,9 @@ def setting(rows: Sequence[Row]) -> str:
     dates = sorted({row['date'] for row in rows})
     versions = ', '.join(f'{name} {version}' for name, version in sorted(rows[-1]['versions'].items()))
     trained = [row for row in rows if row['iterations'] and 'error' not in row]
-    guessed = sorted({f'{row["recipe"]} ({row["table"]})' for row in trained if not row.get('rate_chosen')})
+    recipes = {chosen: {(row['recipe'], row['table']) for row in trained if bool(row.get('rate_chosen')) is chosen}
+               for chosen in (True, False)}  # fmt: skip
+    guessed = sorted(f'{recipe} ({table})' for recipe, table in recipes[False] - recipes[True])
     rates = 'Learning rates are chosen for each recipe by one run of as many iterations (3 epochs: 240, ResNet-56: '
     rates += '80), on training pictures that nothing else here sees (the dense nets were trained on them too)'
     rates += f', but these have the default: {", ".join(guessed)}.' if guessed else '.'

@@ -38,7 +38,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 from benchmarks import study_report
 from mmcpd.datasets import DigitScenesDataset
 from mmcpd.engine.build import build_dense
-from mmcpd.engine.checkpoints import fill, load_slim, read_slim
+from mmcpd.engine.checkpoints import fill, load_slim
+from mmcpd.engine.slim_file import read_slim
 from mmcpd.engine.wrappers import bare_model
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,3 +51,18 @@ def seeded(seed: int) -> Iterator[None]:
         yield
     finally:
         set_random_state(before)
+
+
+def draws(call: Callable[[], object]) -> bool:
+    """Say whether a call draws random numbers; those of the caller are as before.
+
+    Example:
+        >>> draws(lambda: torch.rand(1)), draws(lambda: torch.ones(1))
+        (True, False)
+    """
+    with seeded(0):
+        python, (_, numbers, place, *_), cpu, cuda = random_state()
+        call()
+        after = random_state()
+    same = python == after[0] and place == after[1][2] and np.array_equal(numbers, after[1][1])
+    return not same or not all(map(torch.equal, (cpu, *cuda), (after[2], *after[3])))

@@ -96,10 +96,8 @@ def test_an_adapted_config_keeps_its_own_but_for_data_and_length(tmp_path):
 
 
 def test_a_classifier_gets_fewer_pixels_where_it_takes_them(tmp_path):
-    for name, side in (
-        ('resnet/resnet18_8xb32_in1k.py', 112),
-        ('efficientformer/efficientformer-l1_8xb128_in1k.py', 224),
-    ):
+    sides = {'resnet/resnet18_8xb32_in1k.py': 112, 'efficientformer/efficientformer-l1_8xb128_in1k.py': 224}
+    for name, side in sides.items():
         cfg = user_configs_shipped.adapt('mmpretrain', name, tmp_path)
         _, pipeline = user_configs_shipped.innermost(cfg)
         assert user_configs_shipped.crop_of(cfg, pipeline) == side

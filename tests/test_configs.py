@@ -19,8 +19,8 @@ from mmengine.registry import HOOKS, MODELS, DefaultScope
 from torch import nn
 
 from mmcpd.engine.build import build_dense
-from mmcpd.engine.checkpoints import read_slim
 from mmcpd.engine.combing import comb_by_config
+from mmcpd.engine.slim_file import read_slim
 from mmcpd.prune import check_reachable, reachable, select, shares
 from mmcpd.slim import slim
 from tests.helpers import count

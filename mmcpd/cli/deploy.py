@@ -25,6 +25,7 @@ from mmcpd.engine.build import build_dense
 from mmcpd.engine.checkpoints import load_dense, load_slim, read_checkpoint, removed_units
 from mmcpd.engine.examples import data_batches, random_batches
 from mmcpd.engine.passes import DEPLOYED, runs
+from mmcpd.errors import SlimError
 from mmcpd.progress import ProgressLine
 
 
@@ -55,7 +56,12 @@ def dense_model(cfg: Config, args: argparse.Namespace) -> tuple[nn.Module, str]:
         return build_dense(cfg), 'initial, seed 0'
     if removed := removed_units(read_checkpoint(weights)):
         raise UserError(f'--dense: {weights} was pruned ({removed} units are gone); give one from before pruning began')
-    return load_dense(cfg, weights), weights
+    try:
+        return load_dense(cfg, weights), weights
+    except SlimError as error:
+        if args.dense:
+            raise
+        raise UserError(f"{error}; give the run's own config, or the dense weights by --dense") from error
 
 
 def real_batches(cfg: Config, model: nn.Module, args: argparse.Namespace) -> tuple[list[Tensor], str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +25,9 @@ from mmcpd.engine.combing import comb_runner, shape_combed
 from mmcpd.engine.distillers import Distiller
 from mmcpd.engine.optimizers import optimizer_of, refuse_shards
 from mmcpd.engine.plan import left_alone, plan
-from mmcpd.engine.proof import proof_batches
 from mmcpd.engine.report import comparison, costs, numbers
-from mmcpd.engine.saving import Proof, rehearse, save_checked
+from mmcpd.engine.saving import Proof, keep_unslimmed, rehearse, save_checked
 from mmcpd.engine.slim_file import plain_entries, save_whole
-from mmcpd.engine.slim_model import build_fresh
 from mmcpd.engine.stage import at_target, refuse_pruned, stage_of
 from mmcpd.engine.validation import validate_unseen
 from mmcpd.engine.wrappers import bare_model, unwrapped
@@ -40,7 +37,6 @@ from mmcpd.prune.selection import Floors
 from mmcpd.registry import HOOKS
 
 DENSE, SLIM, TABLE = 'dense.pth', 'slim.pth', 'coupling.txt'
-UNSLIMMED = 'unslimmed.pth'  # the last training checkpoint, where no slim file could be written
 
 
 @HOOKS.register_module()
@@ -183,7 +179,7 @@ class PruneHook(Hook):
             self.pruner.load_state_dict(loaded['pruner'])
         else:
             if is_main_process():
-                rehearse(self.pruner.model, coupling, self._proof(runner))
+                rehearse(self.pruner.model, coupling, Proof.of_runner(runner, self._untrained))
             self.pruner.skip_to(runner.iter)
         self.best.restarted = at_target(self._stage())
         self._log(runner)
@@ -218,13 +214,9 @@ class PruneHook(Hook):
         try:
             with self.averages.in_model():
                 self._save(runner)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever fails, the weights are kept
             self.failure = error
-            runner.save_checkpoint(runner.work_dir, UNSLIMMED, save_optimizer=False)
-            runner.logger.exception(
-                f'there is no {SLIM}: {error}. The pruned weights are in {UNSLIMMED}: once the cause is mended, `mmcpd '
-                f'slim CONFIG {Path(runner.work_dir) / UNSLIMMED}` goes on from there'
-            )
+            keep_unslimmed(runner, error)
         if not at_target(self._stage()):
             runner.logger.warning(f'the run ended before its target; {SLIM} is {stage_of(self._stage())}')
         self.best.describe(runner)
@@ -244,14 +236,9 @@ class PruneHook(Hook):
             meta |= {'input_shape': shape_combed(coupling), 'dense': dense, 'slim': small}
             data = getattr(runner.train_dataloader.dataset, 'metainfo', None)
             meta |= {'dataset_meta': plain_entries(data, 'metainfo')} if data is not None else {}
-            save_checked(self.pruner.model, coupling, keep, path, meta, self._proof(runner))
+            proof = Proof.of_runner(runner, self._untrained)
+            save_checked(self.pruner.model, coupling, keep, path, meta, proof)
             runner.logger.info(f'saved {path}\n{comparison(dense, small)}')
-
-    def _proof(self, runner: Runner) -> Proof:
-        """Return what the slim file is proved by: the config alone, or a copy of a model that was handed over."""
-        untrained = self._untrained
-        build = partial(build_fresh, runner.cfg) if untrained is None else partial(copy.deepcopy, untrained)
-        return Proof(build, proof_batches(runner, self.pruner.model))
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         if self._pruner is not None:

@@ -27,7 +27,7 @@ def proof_batches(source: Runner | Config, model: nn.Module) -> list[Any]:
 
     Where no data are on this machine: noise of the size that the model is combed with, and a made-up sample.
     """
-    if isinstance(source, Runner):
+    if not isinstance(source, Config):  # a Runner, or one of its kind
         loaders = [source.train_dataloader, *([] if source.val_loop is None else [source.val_dataloader])]
         return [Samples.of_loader(loader).batch() for loader in reversed(loaders)]
     found = [Samples.of_config(source, name) for name in ('test_dataloader', 'train_dataloader')]

@@ -6,11 +6,13 @@ import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.runner import Runner
 from torch import nn
 
 from mmcpd.coupling import Coupling, Keep
@@ -21,7 +23,7 @@ from mmcpd.engine.proof import proof_batches, prove
 from mmcpd.engine.report import costs
 from mmcpd.engine.slim_file import PathLike, is_slim, plain_entries, read_slim, save_slim
 from mmcpd.engine.slim_model import build_fresh, cut_to_
-from mmcpd.engine.wrappers import student_config, trained_config, type_name
+from mmcpd.engine.wrappers import bare_model, student_config, trained_config, type_name
 from mmcpd.errors import ProofError, SlimError
 from mmcpd.random_state import seeded
 from mmcpd.slim import mask_, slim, structure
@@ -29,6 +31,7 @@ from mmcpd.slim.compare import compare
 from mmcpd.slim.trial import random_keep
 
 TOLERANCE = 1e-3  # of the largest output, in float32
+UNSLIMMED = 'unslimmed.pth'  # the last training checkpoint, where there is no slim file
 
 
 def cut_checked(model: nn.Module, coupling: Coupling, keep: Keep) -> nn.Module:
@@ -58,6 +61,12 @@ class Proof:
     @classmethod
     def of_config(cls, cfg: Config, model: nn.Module) -> Proof:
         return cls(lambda: build_fresh(cfg), proof_batches(cfg, model))
+
+    @classmethod
+    def of_runner(cls, runner: Runner, untrained: nn.Module | None = None) -> Proof:
+        """Prove by a runner's config and data, or by a copy of a model that no config describes."""
+        build = partial(build_fresh, runner.cfg) if untrained is None else partial(copy.deepcopy, untrained)
+        return cls(build, proof_batches(runner, bare_model(runner.model)))
 
 
 def save_checked(
@@ -93,6 +102,15 @@ def save_proved(path: Path, small: nn.Module, meta: Mapping[str, Any], proof: Pr
         os.replace(unproved, path)
     finally:
         unproved.unlink(missing_ok=True)
+
+
+def keep_unslimmed(runner: Runner, error: Exception) -> None:
+    """Write a training checkpoint where no slim file could be written, and log how to go on."""
+    runner.save_checkpoint(runner.work_dir, UNSLIMMED, save_optimizer=False)
+    runner.logger.exception(
+        f'there is no slim.pth: {error}. The pruned weights are in {UNSLIMMED}: once the cause is mended, `mmcpd slim '
+        f'CONFIG {Path(runner.work_dir) / UNSLIMMED}` goes on from there'
+    )
 
 
 def rehearse(model: nn.Module, coupling: Coupling, proof: Proof) -> None:

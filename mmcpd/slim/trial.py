@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..coupling import Coupling, Example, Keep
 from ..errors import CombError, SlimError
+from ..random_state import draws
 from .compare import compare, evaluating, map_tensors, tensors_in
 from .mask import named_tensors
 
@@ -68,7 +69,10 @@ def _fault(model: nn.Module, coupling: Coupling, among: list[str]) -> str | None
         return f'a trial failed: {text if isinstance(error, SlimError) else f"{type(error).__name__}: {text}"}'
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
     if gap > TOLERANCE.get(dtype, 1e-3):
-        return f'a trial failed: the slimmed model differs from the masked one by {gap:.1e}'
+        why = f'a trial failed: the slimmed model differs from the masked one by {gap:.1e}'
+        with evaluating(model):
+            drawn = draws(lambda: coupling.example.forward(model, *coupling.example.inputs))
+        return f'{why}; the forward draws random numbers, whose count must not depend on a width' if drawn else why
     return None
 
 

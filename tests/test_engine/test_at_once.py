@@ -17,8 +17,9 @@ from torch import nn
 from mmcpd.comb import comb
 from mmcpd.engine.at_once import check_label_free, ends_in_softmax, prune_at_once, take_over_, with_softmax
 from mmcpd.engine.begin import prune_at_once_in_training_
-from mmcpd.engine.checkpoints import load_slim, read_slim
+from mmcpd.engine.checkpoints import load_slim
 from mmcpd.engine.pictures import pictures
+from mmcpd.engine.slim_file import read_slim
 from mmcpd.engine.wrappers import bare_model
 from mmcpd.errors import PruneError
 from mmcpd.prune import shares

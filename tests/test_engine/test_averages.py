@@ -10,8 +10,9 @@ from mmengine.hooks import Hook
 from mmengine.model import BaseAveragedModel
 from mmengine.registry import MODELS
 
-from mmcpd.engine.checkpoints import load_slim, read_slim
+from mmcpd.engine.checkpoints import load_slim
 from mmcpd.engine.saving import slim_checkpoint
+from mmcpd.engine.slim_file import read_slim
 from mmcpd.engine.wrappers import bare_model
 from mmcpd.slim.compare import compare
 from mmcpd.slim.mask import kept_rows, named_tensors

@@ -12,7 +12,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import load_checkpoint
 
-from mmcpd.engine import checkpoints
+from mmcpd.engine import checkpoints, slim_file
 from mmcpd.engine.build import build_dense
 from mmcpd.engine.combing import comb_by_config
 from mmcpd.engine.slim_file import read_slim
@@ -75,7 +75,7 @@ def written(tmp_path):
     cfg = config()
     dense, small, plan = cut(cfg)
     path = tmp_path / 'deep' / 'slim.pth'
-    checkpoints.save_slim(path, small, plan, {'dataset_meta': {'classes': ('a', 'b')}, 'slim': {'macs': 12}})
+    slim_file.save_slim(path, small, plan, {'dataset_meta': {'classes': ('a', 'b')}, 'slim': {'macs': 12}})
     return cfg, dense, small, path
 
 
@@ -84,7 +84,7 @@ def test_a_round_trip_gives_the_same_function_and_the_same_class(tmp_path, make)
     cfg = make()
     dense, small, plan = cut(cfg)
     path = tmp_path / 'slim.pth'
-    checkpoints.save_slim(path, small, plan, {})
+    slim_file.save_slim(path, small, plan, {})
     again = checkpoints.load_slim(cfg, path)
     x = torch.randn(2, 3, SIZE, SIZE)
     assert type(again) is type(dense)
@@ -113,7 +113,7 @@ def test_a_failed_write_leaves_the_old_file(written, monkeypatch):
 
     monkeypatch.setattr(torch, 'save', fail)
     with pytest.raises(OSError, match='disk full'):
-        checkpoints.save_slim(path, small, {}, {})
+        slim_file.save_slim(path, small, {}, {})
     assert path.read_bytes() == before
     assert os.listdir(path.parent) == ['slim.pth']
 
@@ -121,13 +121,13 @@ def test_a_failed_write_leaves_the_old_file(written, monkeypatch):
 def test_meta_that_is_not_plain_is_refused(written):
     _, _, small, path = written
     with pytest.raises(ValueError, match=r'meta\.a\[1\] of a slim checkpoint must be plain values, not object'):
-        checkpoints.save_slim(path, small, {}, {'a': [1, object()]})
+        slim_file.save_slim(path, small, {}, {'a': [1, object()]})
 
 
 def test_scalars_of_torch_become_numbers(written, tmp_path):
     _, _, small, _ = written
     path = tmp_path / 'scalar.pth'
-    checkpoints.save_slim(path, small, {}, {'loss': torch.tensor(0.5), 'flag': True})
+    slim_file.save_slim(path, small, {}, {'loss': torch.tensor(0.5), 'flag': True})
     assert read_slim(path)['meta'] | {'mmcpd_version': ''} == {
         'loss': 0.5,
         'flag': True,
@@ -163,7 +163,7 @@ def test_a_truncated_checkpoint(written, share):
         checkpoints.load_slim(cfg, path)
     with pytest.raises(SlimError, match='truncated or not a checkpoint'):
         checkpoints.read_checkpoint(path)
-    assert not checkpoints.is_slim(path)
+    assert not slim_file.is_slim(path)
 
 
 def test_a_file_that_is_no_checkpoint(tmp_path):
@@ -178,7 +178,7 @@ def test_an_ordinary_checkpoint_is_not_a_slim_one(tmp_path):
     torch.save({'state_dict': build_dense(config()).state_dict()}, path)
     with pytest.raises(SlimError, match=r'not a slim checkpoint: it has no structure.*`mmcpd slim`'):
         checkpoints.load_slim(config(), path)
-    assert not checkpoints.is_slim(path)
+    assert not slim_file.is_slim(path)
     assert 'head.fc.weight' in checkpoints.read_checkpoint(path)['state_dict']
 
 
@@ -193,7 +193,7 @@ def test_a_file_of_another_version_gets_one_line(written):
         ) as error:
             checkpoints.load_slim(cfg, path)
         assert '\n' not in str(error.value)
-        assert checkpoints.is_slim(path)  # so that no tool takes it for a training checkpoint
+        assert slim_file.is_slim(path)  # so that no tool takes it for a training checkpoint
 
 
 def test_a_bare_state_dict_is_read_as_a_checkpoint(tmp_path):

@@ -15,11 +15,12 @@ from mmengine.registry import HOOKS, TRANSFORMS, DefaultScope
 from mmengine.runner import Runner
 
 from mmcpd.engine.build import build_dense
-from mmcpd.engine.checkpoints import load_slim, read_slim
+from mmcpd.engine.checkpoints import load_slim
 from mmcpd.engine.combing import comb_by_config, shape_combed
 from mmcpd.engine.distillers import Distiller
 from mmcpd.engine.hooks import PruneHook
 from mmcpd.engine.saving import slim_checkpoint
+from mmcpd.engine.slim_file import read_slim
 from mmcpd.engine.wrappers import bare_model
 from mmcpd.errors import PruneError
 from mmcpd.prune import IMPORTANCES, Schedule

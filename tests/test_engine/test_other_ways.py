@@ -20,7 +20,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from mmcpd.__main__ import main
-from mmcpd.engine.checkpoints import load_slim, read_slim
+from mmcpd.engine.checkpoints import load_slim
+from mmcpd.engine.slim_file import read_slim
 from mmcpd.slim import restructure_
 
 from .test_hooks import config

@@ -18,10 +18,11 @@ from torch import nn
 
 from mmcpd.cli.common import guard
 from mmcpd.engine.build import build_dense
-from mmcpd.engine.checkpoints import load_slim, read_slim
+from mmcpd.engine.checkpoints import load_slim
 from mmcpd.engine.combing import comb_by_config, comb_passes
 from mmcpd.engine.passes import DEPLOYED, TRAINING
 from mmcpd.engine.saving import slim_checkpoint
+from mmcpd.engine.slim_file import read_slim
 from mmcpd.engine.wrappers import bare_model
 from mmcpd.errors import ProofError
 from mmcpd.slim import mask_, slim

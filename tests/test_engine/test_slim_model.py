@@ -11,7 +11,7 @@ from mmengine.model import BaseModel, BaseModule
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
-from mmcpd.engine import checkpoints
+from mmcpd.engine import checkpoints, saving
 from mmcpd.engine.build import build_dense
 from mmcpd.engine.combing import comb_by_config
 from mmcpd.engine.slim_file import save_slim
@@ -201,7 +201,7 @@ def test_training_checkpoints_of_a_slim_model_are_those_of_the_slim_model(tmp_pa
     with pytest.raises(SlimError, match='another model'):
         checkpoints.load_dense(cfg, tmp_path / 'epoch_1.pth')
     used = copy.deepcopy(again)
-    checkpoints.use_checkpoint(used, tmp_path / 'epoch_1.pth', tmp_path)
+    saving.use_checkpoint(used, tmp_path / 'epoch_1.pth', tmp_path)
     assert used.model.type == 'mmcpd.slimmed' and used.load_from == str(tmp_path / 'epoch_1.pth')
 
     found = comb_by_config(loaded, again)

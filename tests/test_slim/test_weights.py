@@ -194,6 +194,7 @@ def test_shared_modules_and_tensors_stay_shared_however_often_they_are_loaded():
         assert len(list(twin.parameters())) == len(list(small.parameters())) == len(list(TwoPaths().parameters()))
         del twin
         gc.collect(0)
+    assert list(plan['replaced']) == ['one'] and small.two is small.one
     names = [*plan['tensors']]
     assert 'levels.0.0.weight' in names and 'levels.1.0.weight' not in names  # named once
 

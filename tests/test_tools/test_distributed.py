@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmcpd.engine.checkpoints import read_slim
+from mmcpd.engine.slim_file import read_slim
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mmcpd.engine.build import build_dense
-from mmcpd.engine.checkpoints import read_slim
+from mmcpd.engine.slim_file import read_slim
 
 
 def top1(out: str) -> float:

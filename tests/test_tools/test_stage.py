@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mmcpd.engine.checkpoints import read_slim
+from mmcpd.engine.slim_file import read_slim
 
 
 def test_the_best_file_is_said_slimmed_tested_and_no_start(tool, pruning, tmp_path):
