@@ -400,8 +400,17 @@ def amp_on_cpu(monkeypatch):
     monkeypatch.setattr('mmcpd.engine.closure.autocast', autocast)
 
 
-@pytest.mark.parametrize('importance', ['hessian', 'curvature', 'group_fisher', 'gauss_newton'])
-@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+QUICK = {'bfloat16': ('hessian', 'gauss_newton'), 'float16': ('curvature', 'group_fisher')}  # the others are slow
+
+
+@pytest.mark.parametrize(
+    ('dtype', 'importance'),
+    [
+        pytest.param(dtype, importance, marks=[] if importance in quick else pytest.mark.slow)
+        for dtype, quick in QUICK.items()
+        for importance in ('hessian', 'curvature', 'group_fisher', 'gauss_newton')
+    ],
+)
 def test_scores_in_mixed_precision_are_those_of_unscaled_losses(runner_of, amp_on_cpu, importance, dtype):  # noqa: F811
     found = {}
     for name, wrapper in {
