@@ -151,7 +151,7 @@ class PrunerInLoop(InLoop):
         optimizer: torch.optim.Optimizer,
         share: float,
         iterations: int,
-        by: str,
+        by: str = 'memory',
     ) -> None:
         schedule = Schedule({'macs': share}, interval=interval(iterations)).resolve(iterations)
         self.pruner = Pruner(model, coupling, optimizer, schedule, normalize=by, round_to=1)
@@ -165,15 +165,15 @@ class PrunerInLoop(InLoop):
         return slim(self.pruner.model, self.pruner.coupling, self.pruner.keep)
 
 
-def in_training(task: Task, share: float, seed: int, *, rotated: bool = False, by: str = 'memory') -> Pruned:
+def in_training(
+    task: Task, share: float, seed: int, *, rotated: bool = False, build: Callable[..., InLoop] = PrunerInLoop
+) -> Pruned:
     """Return the dense model and what prunes it while it trains."""
     model = task.dense()
     if rotated:
         rotate_(model, task.example())
     coupling = comb(model, task.example())
-    return Pruned(
-        model, in_loop=lambda net, optimizer, iterations: PrunerInLoop(net, coupling, optimizer, share, iterations, by)
-    )
+    return Pruned(model, in_loop=lambda net, optimizer, iterations: build(net, coupling, optimizer, share, iterations))
 
 
 # -- the peer's --------------------------------------------------------------------------------------------------------
@@ -210,7 +210,11 @@ RECIPES = {
         replace(OURS, name='mmcpd, by memory', prune=partial(at_once, by='memory')),
         replace(OURS, name='mmcpd, augmented pictures', prune=partial(at_once, augmented=True)),
         IN_TRAINING,
-        replace(IN_TRAINING, name='mmcpd in training, by MACs', prune=partial(in_training, by='macs')),
+        replace(
+            IN_TRAINING,
+            name='mmcpd in training, by MACs',
+            prune=partial(in_training, build=partial(PrunerInLoop, by='macs')),
+        ),
         replace(
             IN_TRAINING, name='mmcpd in training, rotated', prune=partial(in_training, rotated=True), tables=('vit',)
         ),

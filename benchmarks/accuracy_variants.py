@@ -5,7 +5,6 @@ Run by name: `python benchmarks/accuracy.py resnet20 --budgets 240 --rows 'in tr
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -98,13 +97,6 @@ class FadingInLoop(InLoop):
         return slim(self.model, self.coupling, self.chosen)
 
 
-def variant_in_loop(task: Task, share: float, seed: int, *, build: Callable[..., Any]) -> Pruned:
-    """Return the dense model and what prunes it while it trains; `build` gets the model's coupling too."""
-    model = task.dense()
-    coupling = comb(model, task.example())
-    return Pruned(model, in_loop=lambda net, optimizer, its: build(net, coupling, optimizer, share, its))
-
-
 def chosen_in_training(task: Task, share: float, seed: int) -> Pruned:
     """Prune in a short training, keep nothing of it but the choice, and refit that from the dense weights."""
     found = in_training(task, share, seed)
@@ -127,9 +119,9 @@ VARIANTS = {
         replace(OURS, name='at once, chosen in 96 iterations of training', prune=chosen_in_training),
         replace(OURS, name='at once, with labels', learning=TEACHER_AND_LABELS, learns_only=True),
         *(
-            Recipe(f'in training, {name}', partial(variant_in_loop, build=build), TEACHER_AND_LABELS, in_loop=True)
+            Recipe(f'in training, {name}', partial(in_training, build=build), TEACHER_AND_LABELS, in_loop=True)
             for name, build in (
-                ('scores averaged', partial(AveragedInLoop, by='memory')),
+                ('scores averaged', AveragedInLoop),
                 ('units fade', partial(FadingInLoop, regrow=False)),
                 ('units fade and regrow', partial(FadingInLoop, regrow=True)),
             )

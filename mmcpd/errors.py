@@ -3,6 +3,16 @@
 from __future__ import annotations
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, at most 160 characters; its kind where it has none.
+
+    Example:
+        >>> first_line(ValueError('not a number')), first_line(KeyError())
+        ('not a number', 'KeyError')
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
 class CombError(RuntimeError):
     """The model cannot be combed, or only under looser settings."""
 

@@ -56,3 +56,15 @@ def match(patterns: Sequence[str], names: Iterable[str], kind: str = 'group') ->
             raise ValueError(f"ignore pattern '{pattern}' fits no {kind}: near are {near(pattern, names)}")
         found |= hits
     return found
+
+
+def in_short(names: Iterable[str], most: int = 3) -> str:
+    """Return some names in words, and how many more there are.
+
+    Example:
+        >>> in_short(['a', 'b', 'c', 'd', 'e'])
+        'a, b, c and 2 more'
+    """
+    names = list(names)
+    more = f' and {len(names) - most} more' if len(names) > most else ''
+    return ', '.join(names[:most]) + more

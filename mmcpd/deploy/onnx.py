@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from mmcpd.deploy.drawn import Fixed
 from mmcpd.errors import DeployError
 from mmcpd.files import whole
+from mmcpd.modes import modes_kept
 from mmcpd.random_state import seeded
 
 Inputs = Tensor | tuple[Tensor, ...]
@@ -239,13 +240,9 @@ def _names(label: str, count: int) -> list[str]:
 @contextmanager
 def _eval(model: nn.Module) -> Iterator[None]:
     """Put every module into eval mode, and each back into its own."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with modes_kept(model):
+        model.eval()
         yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from mmcpd.engine.examples import example_data, picture_of
 from mmcpd.engine.passes import TESTING, TRAINING, deployed_pass, never_ran, runs
 from mmcpd.engine.samples import Samples
 from mmcpd.engine.wrappers import bare_model
+from mmcpd.names import in_short
 from mmcpd.slim.compare import map_tensors
 from mmcpd.slim.trial import disagreement
 
@@ -64,7 +65,7 @@ def comb_passes(model: nn.Module, data: Any, **options: Any) -> Coupling:
             also.append(each)
             coupling = comb(model, (data,), forward=deployed, also=also, **options)
     if unused := never_ran(model, coupling.example):
-        shown = ', '.join(unused[:5]) + (f' and {len(unused) - 5} more' if len(unused) > 5 else '')
+        shown = in_short(unused, 5)
         advice = 'if anything calls them later, name the groups that feed them in ignore=[...]'
         print_log(f'neither testing nor training ran these, so they stay as they are: {shown}; {advice}', 'current')
     return coupling

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mmcpd.distill import Compared, Observer, Output
 from mmcpd.distill.observe import merged, tensors_in
 from mmcpd.engine.head_losses import read_near
+from mmcpd.modes import modes_kept
 from mmcpd.prune.gates import untouched
 from mmcpd.random_state import random_state, set_random_state
 
@@ -142,14 +143,12 @@ def _plain(value: Any) -> Any:
 @contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
     """Put buffers, random states and modes back afterwards."""
-    modes, state = [(module, module.training) for module in model.modules()], random_state()
+    state = random_state()
     try:
-        with untouched(model, weights=False):
+        with modes_kept(model), untouched(model, weights=False):
             yield
     finally:
         set_random_state(state)
-        for module, training in modes:
-            module.training = training
 
 
 def _differentiable(inputs: Any) -> Any:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from mmcpd.coupling import Coupling
-from mmcpd.prune.unscored import in_short
+from mmcpd.names import in_short
 
 WHOLE = ('SingleDeviceStrategy', 'DDPStrategy')  # of MMEngine's FlexibleRunner: each process has the whole weights
 

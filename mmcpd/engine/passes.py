@@ -14,6 +14,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
 from mmcpd.coupling import Example
+from mmcpd.errors import first_line
+from mmcpd.modes import modes_kept
 from mmcpd.slim.compare import evaluating, tensors_in
 from mmcpd.slim.trial import FAILURES
 
@@ -57,26 +59,19 @@ def call(model: nn.Module, data: Any, mode: str) -> Any:
 
 def _own(value: Any) -> Any:
     """Copy what is no tensor: data samples, which keep predictions."""
-    return copy.deepcopy(value) if isinstance(value, list) and not tensors_in_list(value) else value
-
-
-def tensors_in_list(values: list[Any]) -> bool:
-    return any(isinstance(value, Tensor) for value in values)
+    samples = isinstance(value, list) and not any(isinstance(each, Tensor) for each in value)
+    return copy.deepcopy(value) if samples else value
 
 
 @contextmanager
 def as_trained(model: nn.Module) -> Iterator[None]:
     """Put a model into training mode, but for what would draw random numbers or update statistics."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
+    with modes_kept(model):
         model.train()
         for module in model.modules():
             fixed = isinstance(module, _NormBase | nn.MultiheadAttention) or 'drop' in type(module).__name__.lower()
             module.training = module.training and not fixed
         yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 class WithoutDropout(TorchFunctionMode):
@@ -92,8 +87,7 @@ def runs(model: nn.Module, data: Any, each: Pass) -> str | None:
         with evaluating(model):
             found = any(t.is_floating_point() for t in tensors_in(each(model, data)))
     except FAILURES as error:
-        text = (str(error).strip().splitlines() or [''])[0][:160]
-        return f'{type(error).__name__}: {text}'
+        return f'{type(error).__name__}: {first_line(error)}'
     return None if found else 'it returns no numbers'
 
 

@@ -12,8 +12,8 @@ from mmcpd.engine.combing import shape_combed
 from mmcpd.engine.distillers import Distiller
 from mmcpd.engine.report import ROWS
 from mmcpd.engine.wrappers import unwrapped
+from mmcpd.names import in_short
 from mmcpd.prune import Pruner, reachable
-from mmcpd.prune.unscored import in_short
 
 REASONS = 3  # lines about what is frozen
 

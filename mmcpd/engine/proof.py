@@ -13,7 +13,7 @@ from torch import nn
 from mmcpd.engine.examples import example_inputs
 from mmcpd.engine.passes import DEPLOYED, TESTING, TRAINING, Pass, runs
 from mmcpd.engine.samples import Samples, made_up
-from mmcpd.errors import ProofError, SlimError
+from mmcpd.errors import ProofError, SlimError, first_line
 from mmcpd.random_state import seeded
 from mmcpd.slim.compare import difference, evaluating, map_tensors, named_tensors_in
 from mmcpd.slim.trial import FAILURES, double
@@ -83,7 +83,7 @@ def _fault(model: nn.Module, fresh: nn.Module, ours: Any, theirs: Any, each: Pas
             with seeded(0):
                 found = named_tensors_in(each(fresh, theirs))
         except FAILURES as error:
-            return f'fails: {(str(error).strip().splitlines() or [type(error).__name__])[0]}'
+            return f'fails: {first_line(error)}'
     if expected.keys() != found.keys():
         return f'gives out other things: {", ".join(sorted(expected.keys() ^ found.keys())[:3])}'
     gaps = {}

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from mmcpd.engine.build import datasets
 from mmcpd.engine.passes import TRAINING, runs
+from mmcpd.errors import first_line
 from mmcpd.random_state import seeded
 
 # What a data set raises whose files are not there.
@@ -48,8 +49,7 @@ class Samples:
                     found.batch()
                 return found
             except ABSENT as error:
-                text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                print_log(f'{name} cannot be read ({text}): a picture of noise takes its place', 'current')
+                print_log(f'{name} cannot be read ({first_line(error)}): a picture of noise takes its place', 'current')
         return None
 
     def batch(self) -> Any:

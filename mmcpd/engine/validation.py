@@ -8,7 +8,8 @@ from typing import Any
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from mmcpd.engine.evaluate import numbers
+from mmcpd.engine.report import numbers
+from mmcpd.modes import modes_kept
 from mmcpd.random_state import random_state, set_random_state
 
 
@@ -22,15 +23,13 @@ def validate_unseen(runner: Runner) -> dict[str, float]:
         return {}
     hooks = list(runner.hooks)
     listener, before = _Listener(hooks), random_state()
-    modes = [(module, module.training) for module in runner.model.modules()]
     runner.hooks[:] = [listener]
     try:
-        runner.val_loop.run()
+        with modes_kept(runner.model):
+            runner.val_loop.run()
     finally:
         runner.hooks[:] = hooks
         set_random_state(before)
-        for module, training in modes:
-            module.training = training
     return listener.metrics
 
 

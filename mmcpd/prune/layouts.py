@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..coupling import Example
+from ..errors import first_line
 from ..layer_calls import LayerCall, LayerCalls
 from ..slim.compare import evaluating, map_tensors, tensors_in
 from .cut_calls import CutCalls
@@ -74,7 +75,7 @@ def find_layouts(model: nn.Module, gates: Gates, example: Example, importance: s
         except torch.cuda.OutOfMemoryError:
             raise
         except _REFUSALS as error:
-            text = (str(error).strip().splitlines() or [''])[0][:160]
+            text = first_line(error)
             why = f'the model takes no batch of twice its example ({type(error).__name__}: {text})'
             return dict.fromkeys(calls.seen, Layout(None, reason=why))
     return {cut: _common([_layout(batch, *each) for each in _together(cut, plain, *changed)]) for cut in calls.seen}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
 from ..coupling import Coupling
 from ..errors import PruneError
+from ..names import in_short
 from .importance import Importance
 from .schedule import Schedule
 from .selection import Floors, reachable
@@ -72,15 +73,3 @@ def check_gradients(coupling: Coupling, schedule: Schedule, left_alone: Mapping[
                 "target, train these layers from the start, or choose without their gradients: importance='magnitude' "
                 "or 'gauss_newton', or at_once=True of PruneHook"
             )
-
-
-def in_short(names: Iterable[str], most: int = 3) -> str:
-    """Return some names in words, and how many more there are.
-
-    Example:
-        >>> in_short(['a', 'b', 'c', 'd', 'e'])
-        'a, b, c and 2 more'
-    """
-    names = list(names)
-    more = f' and {len(names) - most} more' if len(names) > most else ''
-    return ', '.join(names[:most]) + more

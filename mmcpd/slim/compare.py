@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..coupling import Coupling, Keep
 from ..errors import SlimError
+from ..modes import modes_kept
 from .mask import kept_rows, mask_, named_tensors
 from .slimming import slim
 
@@ -20,17 +21,14 @@ from .slimming import slim
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model into eval mode without gradients or the fused encoder, and put everything back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
     fastpath = torch.backends.mha.get_fastpath_enabled()
     try:
-        model.eval()
-        torch.backends.mha.set_fastpath_enabled(False)
-        with torch.inference_mode(False), torch.no_grad():
+        with modes_kept(model), torch.inference_mode(False), torch.no_grad():
+            model.eval()
+            torch.backends.mha.set_fastpath_enabled(False)
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
-        for module, training in modes:
-            module.training = training
 
 
 def tensors_in(value: Any) -> list[Tensor]:

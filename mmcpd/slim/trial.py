@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..coupling import Coupling, Example, Keep
-from ..errors import CombError, SlimError
+from ..errors import CombError, SlimError, first_line
 from ..random_state import draws
 from .compare import compare, evaluating, map_tensors, tensors_in
 from .mask import named_tensors
@@ -65,7 +65,7 @@ def _fault(model: nn.Module, coupling: Coupling, among: list[str]) -> str | None
     except torch.cuda.OutOfMemoryError:
         raise
     except FAILURES as error:
-        text = (str(error).strip().splitlines() or [''])[0][:160]
+        text = first_line(error)
         return f'a trial failed: {text if isinstance(error, SlimError) else f"{type(error).__name__}: {text}"}'
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
     if gap > TOLERANCE.get(dtype, 1e-3):
