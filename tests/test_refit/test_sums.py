@@ -18,9 +18,11 @@ IMAGES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0), dt
 def backbone(**cfg):
     pytest.importorskip('mmpretrain')
     import mmpretrain.models  # noqa: F401
+    from mmengine.registry import DefaultScope
     from mmpretrain.registry import MODELS
 
-    return MODELS.build(cfg)
+    with DefaultScope.overwrite_default_scope('mmpretrain'):  # whatever an earlier test left
+        return MODELS.build(cfg)
 
 
 class Encoder(nn.Module):
