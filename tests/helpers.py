@@ -18,8 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmcpd.coupling import Coupling, Group, Keep
+from mmcpd.nested import tensors_in
 from mmcpd.slim import mask_, restructure_, slim, structure
-from mmcpd.slim.compare import evaluating, tensors_in
+from mmcpd.slim.compare import evaluating
 from mmcpd.slim.trial import random_keep
 
 EXACT = 1e-9  # float64, relative

@@ -11,7 +11,7 @@ import mmcpd
 
 ROOT = Path(mmcpd.__file__).parent
 # From the bottom up: each part may import itself and what stands in its row.
-BOTTOM = {'errors', 'names', 'version', 'compat', 'progress', 'files', 'random_state', 'modes'}
+BOTTOM = {'errors', 'names', 'version', 'compat', 'progress', 'files', 'random_state', 'modes', 'nested'}
 ALLOWED = {
     'cost': BOTTOM,
     'fixes': BOTTOM,
@@ -46,7 +46,7 @@ ALLOWED = {
 }
 PURE = (
     'comb', 'slim', 'prune', 'rotate', 'refit', 'distill',
-    'layer_calls', 'coupling', 'cost', 'fixes', 'random_state', 'modes',
+    'layer_calls', 'coupling', 'cost', 'fixes', 'random_state', 'modes', 'nested',
 )  # fmt: skip
 
 

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..coupling import Example
 from ..errors import CombError
-from ..slim.compare import evaluating, tensors_in
+from ..nested import tensors_in
+from ..slim.compare import evaluating
 from ..slim.mask import named_tensors
 from .rules import apply
 from .size_arguments import observing_sizes

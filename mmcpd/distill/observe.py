@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..nested import tensors_in
 from .forwards import Call, watching
 
 # Autograd's names of what ends the walk, layers (also products without a weight), ...
@@ -195,19 +196,6 @@ def merged(compared: Iterable[Compared]) -> list[Compared]:
         else:
             found.append(each)
     return found
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """List the tensors of nested tuples, lists and dicts in order.
-
-    Example:
-        >>> [t.item() for t in tensors_in({'a': torch.tensor(1), 'b': [torch.tensor(2), 'c']})]
-        [1, 2]
-    """
-    if isinstance(value, Tensor):
-        return [value]
-    values = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else ()
-    return [tensor for each in values for tensor in tensors_in(each)]
 
 
 def _walk(start: _Edge, stops: Collection[_Edge] = (), until_probability: bool = False) -> Iterator[_Edge]:

@@ -18,7 +18,7 @@ from mmcpd.engine.passes import TESTING, TRAINING, deployed_pass, never_ran, run
 from mmcpd.engine.samples import Samples
 from mmcpd.engine.wrappers import bare_model
 from mmcpd.names import in_short
-from mmcpd.slim.compare import map_tensors
+from mmcpd.nested import map_tensors
 from mmcpd.slim.trial import disagreement
 
 OPTIONS = ('heads', 'ignore', 'strict')  # of `comb` that the hooks have too

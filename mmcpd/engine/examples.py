@@ -17,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from mmcpd.engine.build import ConfigLike, as_config, datasets, hook_options
 from mmcpd.engine.samples import Samples, collate_of, made_up
 from mmcpd.engine.wrappers import student_config, type_name
-from mmcpd.slim.compare import map_tensors, tensors_in
+from mmcpd.nested import map_tensors, tensors_in
 
 ADVICE = 'give PruneHook input_shape=(C, H, W)'
 # Transforms that fix the size of a picture, and the key of the size: (W, H) as in mmcv, (H, W) for crops.

@@ -18,8 +18,9 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from mmcpd.distill import KDLoss
 from mmcpd.engine.build import prunes
 from mmcpd.engine.wrappers import type_name
+from mmcpd.nested import tensors_in
 from mmcpd.random_state import seeded
-from mmcpd.slim.compare import evaluating, tensors_in
+from mmcpd.slim.compare import evaluating
 
 # Of the learning rate of a config that trains from scratch: a refitted model needs little, see docs/results.md.
 RATE = 0.1

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from mmengine.model import BaseModel
-from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
 from mmcpd.distill import Compared, Observer, Output
-from mmcpd.distill.observe import merged, tensors_in
+from mmcpd.distill.observe import merged
 from mmcpd.engine.head_losses import read_near
 from mmcpd.modes import modes_kept
+from mmcpd.nested import map_tensors, tensors_in
 from mmcpd.prune.gates import untouched
 from mmcpd.random_state import random_state, set_random_state
 
@@ -128,16 +128,9 @@ def _looked_on(model: nn.Module, inputs: Any, data_samples: Any, mode: str) -> t
     options = {'mode': mode} if isinstance(model, BaseModel) else {}
     with Observer(model) as observer:
         try:
-            return observer, _plain(model(_differentiable(inputs), *arguments, **options)), ''
+            return observer, model(map_tensors(inputs, _differentiable), *arguments, **options), ''
         except Exception as error:  # noqa: BLE001 - anything that a model of anyone may raise
             return observer, None, f'{type(error).__name__}: {error}'
-
-
-def _plain(value: Any) -> Any:
-    """Turn data samples into dicts."""
-    if isinstance(value, BaseDataElement | Mapping):
-        return {name: _plain(inner) for name, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, tuple | list) else value
 
 
 @contextmanager
@@ -151,10 +144,6 @@ def restored(model: nn.Module) -> Iterator[None]:
         set_random_state(state)
 
 
-def _differentiable(inputs: Any) -> Any:
-    """Let autograd's graph lead to the inputs, for a teacher has no parameter that is trained."""
-    if isinstance(inputs, Tensor):
-        return inputs.detach().requires_grad_() + 0 if inputs.is_floating_point() else inputs
-    if isinstance(inputs, Mapping):
-        return {name: _differentiable(value) for name, value in inputs.items()}
-    return type(inputs)(map(_differentiable, inputs)) if type(inputs) in (tuple, list) else inputs
+def _differentiable(tensor: Tensor) -> Tensor:
+    """Let autograd's graph lead to an input, for a teacher has no parameter that is trained."""
+    return tensor.detach().requires_grad_() + 0 if tensor.is_floating_point() else tensor

@@ -16,7 +16,8 @@ from torch.overrides import TorchFunctionMode
 from mmcpd.coupling import Example
 from mmcpd.errors import first_line
 from mmcpd.modes import modes_kept
-from mmcpd.slim.compare import evaluating, tensors_in
+from mmcpd.nested import tensors_in
+from mmcpd.slim.compare import evaluating
 from mmcpd.slim.trial import FAILURES
 
 DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)

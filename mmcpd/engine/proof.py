@@ -14,8 +14,9 @@ from mmcpd.engine.examples import example_inputs
 from mmcpd.engine.passes import DEPLOYED, TESTING, TRAINING, Pass, runs
 from mmcpd.engine.samples import Samples, made_up
 from mmcpd.errors import ProofError, SlimError, first_line
+from mmcpd.nested import map_tensors, named_tensors_in
 from mmcpd.random_state import seeded
-from mmcpd.slim.compare import difference, evaluating, map_tensors, named_tensors_in
+from mmcpd.slim.compare import difference, evaluating
 from mmcpd.slim.trial import FAILURES, double
 
 TOLERANCE = {'float32': 1e-3, 'float64': 1e-9}  # of the largest value of each output

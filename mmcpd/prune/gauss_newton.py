@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..coupling import Example, Group
-from ..slim.compare import tensors_in
+from ..nested import tensors_in
 from .gates import Cut
 from .importance import Closure, Importance, register_importance
 from .layouts import CONSTANT, Layout, find_layouts, scoring

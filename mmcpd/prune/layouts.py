@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ..coupling import Example
 from ..errors import first_line
 from ..layer_calls import LayerCall, LayerCalls
-from ..slim.compare import evaluating, map_tensors, tensors_in
+from ..nested import map_tensors, tensors_in
+from ..slim.compare import evaluating
 from .cut_calls import CutCalls
 from .gates import Cut, Gates, untouched
 

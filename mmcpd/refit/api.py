@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..coupling import Coupling, arguments
-from ..slim.compare import evaluating, tensors_in
+from ..nested import tensors_in
+from ..slim.compare import evaluating
 from ..slim.mask import MaskedForward, kept_rows, mask_, named_tensors
 from ..slim.trial import double
 from .masked_run import MaskedRun

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layer_calls import LayerCall, LayerCalls, LayerKind, ParameterRows, storage
-from ..slim.compare import tensors_in
+from ..nested import tensors_in
 from .columns import flat, outputs_at, sample
 from .layer import Form, within
 from .report import SkippedLayer

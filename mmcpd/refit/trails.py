@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..layer_calls import FUNCTIONS, ParameterRows, storage
-from ..slim.compare import tensors_in
+from ..nested import tensors_in
 
 # Names of functions, those of operators and properties of a tensor included. A move takes one tensor and keeps each
 # element at most once; the others may take a constant: a number, or what shares the storage of a parameter.

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ..coupling import Example
 from ..layer_calls import LayerCall, LayerCalls, LayerKind
-from ..slim.compare import evaluating, tensors_in
+from ..nested import tensors_in
+from ..slim.compare import evaluating
 from .follow import Follow, tensors_of
 from .ledger import Ledger, Rows, along, numbers_in
 from .report import HeadKind, SkippedHeads

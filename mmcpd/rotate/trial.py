@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ..coupling import Example
 from ..errors import SlimError
-from ..slim.compare import difference, evaluating, tensors_in
+from ..nested import tensors_in
+from ..slim.compare import difference, evaluating
 from ..slim.trial import in_double, is_finite, randomised
 from .heads import Head, rotated
 from .report import HeadKind

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..coupling import Coupling, Keep
 from ..errors import SlimError
 from ..modes import modes_kept
+from ..nested import tensors_in
 from .mask import kept_rows, mask_, named_tensors
 from .slimming import slim
 
@@ -29,66 +29,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """Return all tensors in nested tuples, lists, dictionaries and plain objects, data classes among them.
-
-    A plain object has attributes, and is no module and cannot be called: OpenMMLab's data samples.
-    """
-    return list(named_tensors_in(value).values())
-
-
-def named_tensors_in(value: Any) -> dict[str, Tensor]:
-    """Return all tensors that `tensors_in` returns, each under the path to it.
-
-    Example:
-        >>> list(named_tensors_in({'loss': torch.ones(1), 'boxes': [torch.ones(4)]}))
-        ['loss', 'boxes.0']
-    """
-    found: dict[str, Tensor] = {}
-    seen: set[int] = set()
-
-    def visit(part: Any, path: str) -> None:
-        if isinstance(part, Tensor):
-            found[path] = part
-        elif id(part) not in seen and (children := _children(part)) is not None:
-            seen.add(id(part))
-            for name, child in children:
-                visit(child, f'{path}.{name}' if path else str(name))
-
-    visit(value, '')
-    return found
-
-
-def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Return a copy of what `tensors_in` looks into, with each tensor changed.
-
-    Example:
-        >>> map_tensors({'x': [torch.ones(1), 2]}, torch.neg)
-        {'x': [tensor([-1.]), 2]}
-    """
-    if isinstance(value, Tensor):
-        return change(value)
-    if _children(value) is None:
-        return value
-    if isinstance(value, (list, tuple)):
-        items = [map_tensors(each, change) for each in value]
-        return type(value)(*items) if hasattr(value, '_fields') else type(value)(items)
-    twin = copy.copy(value)
-    parts = twin if isinstance(twin, dict) else vars(twin)
-    parts.update({name: map_tensors(each, change) for name, each in parts.items()})
-    return twin
-
-
-def _children(value: Any) -> Iterable[tuple[Any, Any]] | None:
-    """Return what a container or a plain object holds, by name; None of anything else."""
-    if isinstance(value, dict):
-        return value.items()
-    if isinstance(value, (list, tuple)):
-        return enumerate(value)
-    opaque = callable(value) or isinstance(value, nn.Module | ModuleType)
-    return None if opaque or not hasattr(value, '__dict__') else vars(value).items()
 
 
 def difference(left: Any, right: Any) -> float:

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from ..coupling import Coupling, Example, Keep
 from ..errors import CombError, SlimError, first_line
+from ..nested import map_tensors, tensors_in
 from ..random_state import draws
-from .compare import compare, evaluating, map_tensors, tensors_in
+from .compare import compare, evaluating
 from .mask import named_tensors
 
 NOISE = 1_000_003  # random numbers for all weights; a prime, so that rows repeat none

@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from mmcpd.comb import comb
+from mmcpd.nested import tensors_in
 from mmcpd.prune import normalize, score, select
 from mmcpd.prune.importance import build_importance
 from mmcpd.slim import slim
-from mmcpd.slim.compare import compare, tensors_in
+from mmcpd.slim.compare import compare
 from tests.helpers import Net
 from tests.test_prune.gate_nets import NETS, ConvBNReLU, assert_close, built, ones
 from tests.test_prune.layer_nets import LAYERS, TokensFirst, Torchs
