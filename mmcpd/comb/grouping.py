@@ -12,14 +12,19 @@ from ..cost import CostModel, Term
 from ..coupling import Coupling, Example, Frozen, Group, Member, Role, TensorInfo
 from ..fixes import Attr, CallSite, Fixes, Live, QueryScale, Rows, SizeRule, Statistic
 from ..names import match
+from ..slim.attention import replacement
 from ..slim.call_sites import call_site
 from ..slim.mask import named_tensors
 from ..slim.size_expressions import leaves
 from .atoms import Row
-from .trace import Equation, Record
+from .trace import Equation, Record, ScaledQuery
 
 ROLES = (Role.FREE, Role.STATISTIC, Role.AFFINE, Role.CONSUMER, Role.PRODUCER)
 IGNORED = 'ignored by the user'
+UNSCALED = (
+    'an attention in {} divides by the square root of the width of a query that is read elsewhere too, by a call that '
+    'is not in a method of a module: give that call its scale'
+)
 SINGLE = 'all channels are coupled into a single unit; a group needs two or more'
 
 
@@ -38,6 +43,7 @@ def group(
         ValueError: if a pattern of `ignore` matches no group.
     """
     rows = _Lookup(record)
+    _require_scale(model, record)
     component, why = record.table.solve()
     _require_producer(record, rows, component, why)
     groups, unit_of = _groups(record, rows, component, why)
@@ -223,7 +229,7 @@ def _assembled(
             statistics=tuple(dict.fromkeys(statistics)),
             scales=tuple(_scales(record, rows, live)),
             sizes=tuple(_sizes(model, record.sizes, live)),
-            constants=tuple(rule for rule in _sizes(model, record.constants, live) if rule.site is not None),
+            constants=tuple(rule for rule in _sizes(model, _constants(record), live) if rule.site is not None),
             equalities=tuple(dict.fromkeys(record.equalities)),
         ),
         tensors={name: TensorInfo(tuple(t.shape), name in parameters) for name, t in named_tensors(model).items()},
@@ -234,16 +240,43 @@ def _assembled(
 def _sizes(model: nn.Module, equations: list[Equation], live: Sequence[bool]) -> Iterator[SizeRule]:
     """Translate the equations, each once, with their place in the source: for where attributes cannot satisfy all."""
     modules = dict(model.named_modules())
-    paths = {module: path for path, module in modules.items()}
     for equation in dict.fromkeys(equations):
         by_attributes = leaves(equation.expression, Attr) and not leaves(equation.expression, Live)
         widths = leaves(equation.expression, Live) + ([equation.target] if isinstance(equation.target, Live) else [])
         if by_attributes or any(live[width.axis] for width in widths):
-            site: CallSite | None = None
-            if equation.spot is not None:
-                path = paths.get(equation.spot.module, equation.module)
-                site = call_site(modules[path], path, equation.spot, equation.inferable)
-            yield SizeRule(equation.expression, equation.target, site)
+            yield SizeRule(equation.expression, equation.target, _site(modules, equation))
+
+
+def _site(modules: Mapping[str, nn.Module], equation: Equation) -> CallSite | None:
+    """Name the place of an equation in the source of the module whose method runs there."""
+    if equation.spot is None:
+        return None
+    path = next((path for path, module in modules.items() if module is equation.spot.module), equation.module)
+    return call_site(modules[path], path, equation.spot, equation.inferable)
+
+
+def _folds(record: Record, scale: ScaledQuery) -> bool:
+    """Say whether the factor of an attention can go into its query's rows: nothing else computes with them."""
+    return not any(np.isin(scale.query, atoms).any() for atoms in record.read.values())
+
+
+def _constants(record: Record) -> list[Equation]:
+    """Return the widths that a forward computes with, those of attentions whose queries have other readers included."""
+    return record.constants + [
+        Equation(Live(scale.axis), len(record.axes[scale.axis]), scale.module, scale.spot)
+        for scale in record.scales
+        if not _folds(record, scale)
+    ]
+
+
+def _require_scale(model: nn.Module, record: Record) -> None:
+    """Freeze the queries of attentions whose factor can go neither into their rows nor into the call."""
+    modules = dict(model.named_modules())
+    for scale in record.scales:
+        if _folds(record, scale) or replacement(modules[scale.module]):
+            continue
+        if scale.spot is None or not _site(modules, Equation(0, 0, scale.module, scale.spot)):
+            record.table.freeze(record.axes[scale.axis], UNSCALED.format(scale.module or 'the model itself'))
 
 
 def _scales(record: Record, rows: _Lookup, live: Sequence[bool]) -> Iterator[QueryScale]:
@@ -253,8 +286,8 @@ def _scales(record: Record, rows: _Lookup, live: Sequence[bool]) -> Iterator[Que
         for weight, bias in zip(pair.weight, pair.bias, strict=True)
         if weight >= 0 and bias >= 0
     }
-    for scale in record.scales:
-        if not live[scale.axis]:
+    for scale in {scale.query.tobytes(): scale for scale in record.scales}.values():
+        if not live[scale.axis] or not _folds(record, scale):
             continue
         # The label names one head; the rows of all heads are tied to it, in the same tensor and piece of it.
         atoms = scale.query[scale.query >= 0].tolist()

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..fixes import Attr, Input, Live, Op
-from ..slim.call_sites import INFER, LEFT, RIGHT, Spot, spot
+from ..nested import tensors_in
+from ..slim.call_sites import INFER, LEFT, RIGHT, SCALE, Spot, spot
 from ..slim.size_expressions import leaves, may_change
 from .trace import Equation, Run
 from .traced_int import TracedInt, expression, of_run
@@ -221,9 +222,10 @@ def _layer_norm(run: Run, args: Any, kwargs: Any, out: Tensor) -> None:
 
 @_handles('scaled_dot_product_attention')  # (query, key, value, attn_mask, dropout_p, is_causal, *, scale=None)
 def _attention(run: Run, args: Any, kwargs: Any, out: Tensor) -> None:
-    axis = run.axes(args[0])[-1]
-    if kwargs.get('scale') is None and axis is not None:
-        run.scaled(axis)
+    axis, own = run.axes(args[0])[-1], kwargs.get('scale') is None
+    run.reads(tensors_in([*args[1 if own else 0 :], kwargs]))
+    if own and axis is not None:
+        run.scaled(axis, spot(SCALE, 0))
 
 
 @contextmanager

@@ -61,6 +61,7 @@ class ScaledQuery(NamedTuple):
     query: np.ndarray  # atoms of the query's producer, all heads
     axis: int  # the width of one head
     module: str
+    spot: Spot | None = None  # the call that divides
 
 
 class SeenStatistic(NamedTuple):
@@ -94,6 +95,7 @@ class Record:
     constants: list[Equation] = field(default_factory=list)  # widths that became a factor, and must stay what they were
     equalities: list[Equality] = field(default_factory=list)  # that the forward found
     roles: list[RoleOf] = field(default_factory=list)
+    read: dict[bytes, np.ndarray] = field(default_factory=dict)  # atoms that more than a movement of data read
     gates: list[np.ndarray] = field(default_factory=list)  # producers' rows at products of two activations
     batched: list[np.ndarray] = field(default_factory=list)  # channels of products of activations, head by head
     grouped: list[GroupedConvolution] = field(default_factory=list)
@@ -258,11 +260,17 @@ class Run:
         else:
             self.freeze(axis, f'{what} over channels in {self.where}')
 
-    def scaled(self, query: Axis) -> None:
-        """Note that an attention divides by the square root of this query's width; once for each query."""
+    def reads(self, tensors: Iterable[Tensor], *, weights: bool = True) -> None:
+        """Note that an operation computes with these tensors, with or without those made of weights alone."""
+        for axis in (axis for tensor in tensors for axis in self.axes(tensor)):
+            if axis is not None and (weights or not axis.weight):
+                atoms = axis.all_atoms()
+                self.record.read.setdefault(atoms.tobytes(), atoms)
+
+    def scaled(self, query: Axis, place: Spot | None = None) -> None:
+        """Note that an attention divides by the square root of this query's width."""
         atoms = query.all_atoms()
-        if not any(np.array_equal(scale.query, atoms) for scale in self.record.scales):
-            self.record.scales.append(ScaledQuery(atoms, self.record.number(query.atoms), self.module))
+        self.record.scales.append(ScaledQuery(atoms, self.record.number(query.atoms), self.module, place))
 
     def unsupported(self, op: str) -> None:
         self.record.unsupported[OperationAt(op, self.where)] += 1

@@ -29,6 +29,7 @@ from ..fixes import CallSite, CodePlace
 
 _OURS, _TORCH = ('mmcpd.comb.', 'mmcpd.slim.'), ('torch.',)
 LEFT, RIGHT = -1, -2  # which operand
+SCALE = -3  # of an attention: the number is the width whose square root it divides by
 INFER = -1  # let torch work out the size
 _NODES = (ast.Call, ast.BinOp, ast.AugAssign)
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef)  # a lambda has no name to be compiled under
@@ -222,6 +223,8 @@ def _put(node: ast.AST, index: int, count: int, number: int) -> bool:
     one of the starred, and `x.view(shape)`; `d ** -0.5`, `x / d`, `x /= d`, `math.sqrt(d)`, `torch.tensor(d)`.
     """
     new = ast.UnaryOp(ast.USub(), ast.Constant(-number)) if number < 0 else ast.Constant(number)
+    if index == SCALE:
+        return _put_scale(node, new)
     if count == 0:
         return _put_operand(node, index, new)
     if not isinstance(node, ast.Call):
@@ -242,6 +245,15 @@ def _put(node: ast.AST, index: int, count: int, number: int) -> bool:
             sizes[index - count] = new
             return True
     return False
+
+
+def _put_scale(node: ast.AST, width: ast.expr) -> bool:
+    """Let an attention that takes `scale` divide by the square root of this width."""
+    if not isinstance(node, ast.Call) or any(keyword.arg is None for keyword in node.keywords):
+        return False  # `**options` may have it
+    value = ast.BinOp(width, ast.Pow(), ast.UnaryOp(ast.USub(), ast.Constant(0.5)))
+    node.keywords = [*(k for k in node.keywords if k.arg != 'scale'), ast.keyword('scale', value)]
+    return True
 
 
 def _put_operand(node: ast.AST, side: int, new: ast.expr) -> bool:

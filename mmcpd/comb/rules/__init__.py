@@ -6,11 +6,15 @@ import torch
 
 from ...errors import CombError
 from ..trace import INPUT, Call, Record, Run
-from .pointwise import pointwise, unknown
+from .movement import movement
+from .pointwise import fresh, pointwise, same, unknown
+from .products import ATTENTION, add_product, attention, convolution, embedding, linear, product
 from .table import OPERATIONS, Operation
 
 TAGGED = Operation(pointwise())
 UNKNOWN = Operation(unknown)
+MOVEMENTS = (movement, same, fresh, attention)  # no arithmetic; `attention` says itself what it reads beside the query
+PRODUCTS = (convolution, product, add_product, linear, embedding)  # weights produce there
 
 
 def apply(run: Run, call: Call) -> None:
@@ -23,6 +27,8 @@ def apply(run: Run, call: Call) -> None:
     inputs = call.tensors()
     if operation.counted or any(any(run.axes(tensor)) for tensor in inputs):
         run.record.operations.add(call.op)
+        if operation.rule not in MOVEMENTS and run.cursor.function != ATTENTION:
+            run.reads(inputs, weights=operation.rule not in PRODUCTS)
         operation.rule(run, call)
     elif any(hasattr(tensor, INPUT) for tensor in inputs):
         for out in call.outputs():

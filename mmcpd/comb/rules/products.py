@@ -10,6 +10,8 @@ from ..atoms import FIXED, Axes, Axis
 from ..trace import Call, GroupedConvolution, Run
 from .pointwise import Rule
 
+ATTENTION = 'scaled_dot_product_attention'  # the function, whatever operations it is made of
+
 
 # -- spatial -----------------------------------------------------------------------------------------------------------
 def pool(space: int) -> Rule:
@@ -245,8 +247,11 @@ def attention(run: Run, call: Call) -> None:
             _heads(run, x, z)
         met = x or y or z
         lead.append(met and met.without_full())
-    if call.named.get('scale') is None and q[-1] is not None:  # also where another function hides it from Python's mode
-        run.scaled(q[-1])
+    if run.cursor.function != ATTENTION:  # hidden by another function from Python's mode, which sees the call's place
+        own = call.named.get('scale') is None
+        run.reads([key, value] if own else [query, key, value])
+        if own and q[-1] is not None:
+            run.scaled(q[-1])
     mask = call.named.get('attn_mask', call.named.get('attn_bias'))
     if mask is not None:
         for back in range(3, mask.dim() + 1):
