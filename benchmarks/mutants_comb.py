@@ -8,6 +8,7 @@ _ATOMS, _TRACE, _OBSERVE = 'mmcpd/comb/atoms.py', 'mmcpd/comb/trace.py', 'mmcpd/
 _GROUPING, _CONFLICTS, _API = 'mmcpd/comb/grouping.py', 'mmcpd/comb/conflicts.py', 'mmcpd/comb/api.py'
 _PRODUCTS, _POINTWISE = 'mmcpd/comb/rules/products.py', 'mmcpd/comb/rules/pointwise.py'
 _MOVEMENT, _STATISTICS = 'mmcpd/comb/rules/movement.py', 'mmcpd/comb/rules/statistics.py'
+_FIXING = 'mmcpd/comb/fixing.py'
 _INT, _ARGUMENTS = 'mmcpd/comb/traced_int.py', 'mmcpd/comb/size_arguments.py'
 _COUPLING, _COST = 'mmcpd/coupling.py', 'mmcpd/cost.py'
 
@@ -211,16 +212,31 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant('statistic-place', _TRACE, 'test_comb/test_movement.py::test_offsets_and_unequal_steps_freeze',
            'a statistic that masking cannot take over the kept channels freezes them',
            'if function in REDUCTIONS | SOFTMAXES or (function == ROOT_MEAN_SQUARE and dim == -1):', 'if True:'),
-    Mutant('scaled-once', _TRACE, 'test_slim/test_slimming.py::test_a_slim_model_can_be_combed_and_slimmed_again',
+    Mutant('scaled-once', _FIXING, 'test_slim/test_slimming.py::test_a_slim_model_can_be_combed_and_slimmed_again',
            'a query takes up its scale once',
-           'if not any(np.array_equal(scale.query, atoms) for scale in self.record.scales):', 'if True:'),
+           'for scale in {scale.query.tobytes(): scale for scale in record.scales}.values():',
+           'for scale in record.scales:'),
+    Mutant('scale-readers', _FIXING, 'test_comb/test_query_scales.py',
+           'a query that more than its attention reads keeps its rows',
+           'return not any(np.isin(scale.query, atoms).any() for atoms in record.read.values())', 'return True'),
+    Mutant('scale-place', _FIXING,
+           'test_comb/test_query_scales.py::test_a_query_whose_scale_has_no_place_is_left_alone',
+           'a query whose scale has no place is frozen',
+           '    for scale in record.scales:\n        if _folds(record, scale) or replacement',
+           '    for scale in []:\n        if _folds(record, scale) or replacement'),
+    Mutant('reader', _GROUPING, 'test_comb/test_lost_axes.py',
+           'what nothing reads is frozen',
+           '    _require_reader(record, component, why)\n', ''),
+    Mutant('memory', _TRACE, 'test_comb/test_lost_axes.py',
+           'axes are found by memory where another object stands for a tensor',
+           ' or self.storages.find(tensor)', ''),
     Mutant('producer', _GROUPING, 'test_comb/test_products.py::test_product',
            'what no weight produces stays',
            '    _require_producer(record, rows, component, why)\n', '    pass\n'),
     Mutant('single-unit', _GROUPING, 'test_comb/test_norms.py::test_norm',
            'a group of one unit is frozen',
            'single = {found.name: SINGLE for found in groups if found.units == 1}', 'single: dict[str, str] = {}'),
-    Mutant('scale-bias', _GROUPING, 'test_slim/test_slimming.py::test_a_slim_model_can_be_combed_and_slimmed_again',
+    Mutant('scale-bias', _FIXING, 'test_slim/test_slimming.py::test_a_slim_model_can_be_combed_and_slimmed_again',
            "a query's scale is on its bias too",
            '*(bias_of[a] for a in atoms if a in bias_of)', '*()'),
     Mutant('gate-bias', _GROUPING,

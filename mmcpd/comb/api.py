@@ -14,8 +14,9 @@ from ..slim.trial import faults_of
 from .conflicts import couple_conflicts_
 from .grouping import coupled_by_groups, group, heads_of
 from .observe import observe
+from .record import Record
 from .rules import OPERATIONS, check_strict
-from .trace import Policy, Record
+from .trace import Policy
 
 HEADS = ('dim', 'head')
 

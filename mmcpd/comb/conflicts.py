@@ -15,7 +15,7 @@ from ..slim.attention import replacement
 from ..slim.mask import Site
 from ..slim.slimming import SizeConflict, modules_outside, planned_sizes
 from .grouping import group
-from .trace import Record
+from .record import Record
 
 DRAWS = 6  # of the number of kept units in each group; two that should differ agree by chance in few of them
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -10,21 +10,13 @@ from torch import nn
 
 from ..cost import CostModel, Term
 from ..coupling import Coupling, Example, Frozen, Group, Member, Role, TensorInfo
-from ..fixes import Attr, CallSite, Fixes, Live, QueryScale, Rows, SizeRule, Statistic
 from ..names import match
-from ..slim.attention import replacement
-from ..slim.call_sites import call_site
 from ..slim.mask import named_tensors
-from ..slim.size_expressions import leaves
-from .atoms import Row
-from .trace import Equation, Record, ScaledQuery
+from .fixing import fixes_of, freeze_unscaled
+from .record import ROLES, Lookup, Record
 
-ROLES = (Role.FREE, Role.STATISTIC, Role.AFFINE, Role.CONSUMER, Role.PRODUCER)
 IGNORED = 'ignored by the user'
-UNSCALED = (
-    'an attention in {} divides by the square root of the width of a query that is read elsewhere too, by a call that '
-    'is not in a method of a module: give that call its scale'
-)
+UNREAD = 'nothing that ran reads it: it goes into an output that `forward=` drops, or where combing does not see it'
 SINGLE = 'all channels are coupled into a single unit; a group needs two or more'
 
 
@@ -42,10 +34,11 @@ def group(
     Raises:
         ValueError: if a pattern of `ignore` matches no group.
     """
-    rows = _Lookup(record)
-    _require_scale(model, record)
+    rows = Lookup(record)
+    freeze_unscaled(model, record)
     component, why = record.table.solve()
     _require_producer(record, rows, component, why)
+    _require_reader(record, component, why)
     groups, unit_of = _groups(record, rows, component, why)
     single = {found.name: SINGLE for found in groups if found.units == 1}
     freeze = single | dict.fromkeys(match(ignore, [found.name for found in groups]), IGNORED) | dict(faults or {})
@@ -58,19 +51,6 @@ def group(
     if freeze:
         groups, unit_of = _groups(record, rows, component, why)
     return _assembled(model, record, rows, groups, unit_of, _frozen(record, rows, component, why), example)
-
-
-class _Lookup:
-    """Look up atoms: which tensor, dimension and row each one is."""
-
-    def __init__(self, record: Record) -> None:
-        self.rows = record.table.rows
-        starts = np.array([r.start for r in self.rows], np.int64)
-        self.row_of = np.repeat(np.arange(len(self.rows)), [r.size for r in self.rows])
-        self.offset = np.arange(record.table.size) - starts[self.row_of] if self.rows else np.empty(0, np.int64)
-        self.role = np.zeros(record.table.size, np.int8)
-        for made in record.roles:
-            self.role[made.atoms[made.atoms >= 0]] = ROLES.index(made.role)
 
 
 def coupled_by_groups(record: Record) -> frozenset[str]:
@@ -95,7 +75,7 @@ def heads_of(record: Record) -> np.ndarray:
     return np.isin(component, component[atoms[atoms >= 0]])
 
 
-def _require_producer(record: Record, rows: _Lookup, component: np.ndarray, why: np.ndarray) -> None:
+def _require_producer(record: Record, rows: Lookup, component: np.ndarray, why: np.ndarray) -> None:
     """Freeze what no weight produces: kernel sizes, tokens, tables, and parameters that the run never met."""
     produced = np.zeros(len(why), bool)
     produced[component[rows.role == ROLES.index(Role.PRODUCER)]] = True
@@ -105,7 +85,18 @@ def _require_producer(record: Record, rows: _Lookup, component: np.ndarray, why:
         why[unmade] = len(record.table.reasons) - 1
 
 
-def _groups(record: Record, rows: _Lookup, component: np.ndarray, why: np.ndarray) -> tuple[list[Group], np.ndarray]:
+def _require_reader(record: Record, component: np.ndarray, why: np.ndarray) -> None:
+    """Freeze what nothing reads: something that was not seen may."""
+    read = np.zeros(len(why), bool)
+    for atoms in record.summed:
+        read[component[atoms[atoms >= 0]]] = True
+    unread = ~read & (why < 0)
+    if unread.any():
+        record.table.reasons.append(UNREAD)
+        why[unread] = len(record.table.reasons) - 1
+
+
+def _groups(record: Record, rows: Lookup, component: np.ndarray, why: np.ndarray) -> tuple[list[Group], np.ndarray]:
     """Return the groups, and for each atom its unit's number or -1."""
     unit_of = np.full(record.table.size, -1, np.int64)
     free = np.flatnonzero(why[component] < 0)
@@ -156,7 +147,7 @@ def _by_value(labels: np.ndarray) -> list[np.ndarray]:
     return np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
 
 
-def _producer_order(record: Record, rows: _Lookup) -> dict[int, int]:
+def _producer_order(record: Record, rows: Lookup) -> dict[int, int]:
     order: dict[int, int] = {}
     for made in record.roles:
         real = made.atoms[made.atoms >= 0]
@@ -176,7 +167,7 @@ def _gates(record: Record) -> np.ndarray:
     return marked
 
 
-def _members(rows: _Lookup, atoms: np.ndarray, marked: np.ndarray | None = None) -> tuple[Member, ...]:
+def _members(rows: Lookup, atoms: np.ndarray, marked: np.ndarray | None = None) -> tuple[Member, ...]:
     """Split the atoms of all units, (units, n), by tensor and dimension; only those marked, where `marked` is given."""
     members = []
     pattern = rows.row_of[atoms[0]]
@@ -199,7 +190,7 @@ def _members(rows: _Lookup, atoms: np.ndarray, marked: np.ndarray | None = None)
 def _assembled(
     model: nn.Module,
     record: Record,
-    rows: _Lookup,
+    rows: Lookup,
     groups: list[Group],
     unit_of: np.ndarray,
     frozen: list[Frozen],
@@ -213,11 +204,6 @@ def _assembled(
     ]
     axes = tuple(np.where(atoms >= 0, unit_of[atoms], -1) for atoms in record.axes)
     live = [bool((units >= 0).any()) for units in axes]
-    statistics = [
-        Statistic(seen.site.place, seen.axis, seen.site.dim)
-        for seen in record.statistics
-        if seen.axis is not None and live[seen.axis]
-    ]
     return Coupling(
         groups=tuple(groups),
         frozen=tuple(frozen),
@@ -225,79 +211,13 @@ def _assembled(
         cost_model=CostModel(
             sum(found.units for found in groups), axes, tuple(record.macs), tuple(params), tuple(record.elements)
         ),
-        fixes=Fixes(
-            statistics=tuple(dict.fromkeys(statistics)),
-            scales=tuple(_scales(record, rows, live)),
-            sizes=tuple(_sizes(model, record.sizes, live)),
-            constants=tuple(rule for rule in _sizes(model, _constants(record), live) if rule.site is not None),
-            equalities=tuple(dict.fromkeys(record.equalities)),
-        ),
+        fixes=fixes_of(model, record, rows, live),
         tensors={name: TensorInfo(tuple(t.shape), name in parameters) for name, t in named_tensors(model).items()},
         example=example,
     )
 
 
-def _sizes(model: nn.Module, equations: list[Equation], live: Sequence[bool]) -> Iterator[SizeRule]:
-    """Translate the equations, each once, with their place in the source: for where attributes cannot satisfy all."""
-    modules = dict(model.named_modules())
-    for equation in dict.fromkeys(equations):
-        by_attributes = leaves(equation.expression, Attr) and not leaves(equation.expression, Live)
-        widths = leaves(equation.expression, Live) + ([equation.target] if isinstance(equation.target, Live) else [])
-        if by_attributes or any(live[width.axis] for width in widths):
-            yield SizeRule(equation.expression, equation.target, _site(modules, equation))
-
-
-def _site(modules: Mapping[str, nn.Module], equation: Equation) -> CallSite | None:
-    """Name the place of an equation in the source of the module whose method runs there."""
-    if equation.spot is None:
-        return None
-    path = next((path for path, module in modules.items() if module is equation.spot.module), equation.module)
-    return call_site(modules[path], path, equation.spot, equation.inferable)
-
-
-def _folds(record: Record, scale: ScaledQuery) -> bool:
-    """Say whether the factor of an attention can go into its query's rows: nothing else computes with them."""
-    return not any(np.isin(scale.query, atoms).any() for atoms in record.read.values())
-
-
-def _constants(record: Record) -> list[Equation]:
-    """Return the widths that a forward computes with, those of attentions whose queries have other readers included."""
-    return record.constants + [
-        Equation(Live(scale.axis), len(record.axes[scale.axis]), scale.module, scale.spot)
-        for scale in record.scales
-        if not _folds(record, scale)
-    ]
-
-
-def _require_scale(model: nn.Module, record: Record) -> None:
-    """Freeze the queries of attentions whose factor can go neither into their rows nor into the call."""
-    modules = dict(model.named_modules())
-    for scale in record.scales:
-        if _folds(record, scale) or replacement(modules[scale.module]):
-            continue
-        if scale.spot is None or not _site(modules, Equation(0, 0, scale.module, scale.spot)):
-            record.table.freeze(record.axes[scale.axis], UNSCALED.format(scale.module or 'the model itself'))
-
-
-def _scales(record: Record, rows: _Lookup, live: Sequence[bool]) -> Iterator[QueryScale]:
-    bias_of = {
-        int(weight): int(bias)
-        for pair in (record.biases if record.scales else ())
-        for weight, bias in zip(pair.weight, pair.bias, strict=True)
-        if weight >= 0 and bias >= 0
-    }
-    for scale in {scale.query.tobytes(): scale for scale in record.scales}.values():
-        if not live[scale.axis] or not _folds(record, scale):
-            continue
-        # The label names one head; the rows of all heads are tied to it, in the same tensor and piece of it.
-        atoms = scale.query[scale.query >= 0].tolist()
-        pieces: dict[Row, list[int]] = {}
-        for atom in [*atoms, *(bias_of[a] for a in atoms if a in bias_of)]:
-            pieces.setdefault(rows.rows[rows.row_of[atom]], []).append(int(rows.offset[atom]))
-        yield QueryScale(tuple(Rows(r.tensor, r.dim, tuple(i)) for r, i in pieces.items()), scale.axis, scale.module)
-
-
-def _frozen(record: Record, rows: _Lookup, component: np.ndarray, why: np.ndarray) -> list[Frozen]:
+def _frozen(record: Record, rows: Lookup, component: np.ndarray, why: np.ndarray) -> list[Frozen]:
     reason = why[component]
     return [
         Frozen(row.tensor, row.dim, int(count), record.table.reasons[number])

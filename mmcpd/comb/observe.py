@@ -15,9 +15,10 @@ from ..errors import CombError
 from ..nested import tensors_in
 from ..slim.compare import evaluating
 from ..slim.mask import named_tensors
+from .record import Note, Record
 from .rules import apply
 from .size_arguments import observing_sizes
-from .trace import AXES, INPUT, Call, Cursor, Note, Policy, Record, Run
+from .trace import AXES, INPUT, Call, Cursor, Policy, Run
 
 
 def observe(model: nn.Module, example: Example, policy: Policy) -> Record:
@@ -34,7 +35,7 @@ def observe(model: nn.Module, example: Example, policy: Policy) -> Record:
             setattr(tensor, INPUT, True)
         for name, tensor in named_tensors(model).items():
             if not hasattr(tensor, AXES):  # a parameter that two modules share has one set of atoms
-                setattr(tensor, AXES, run.record.table.add(name, tensor))
+                run.set(tensor, run.record.table.add(name, tensor))
                 marked.append(tensor)
         with evaluating(model), _module_paths(model, run.cursor), observing_sizes(model, run), _Dispatch(run):
             out = example.run(model)
@@ -122,6 +123,6 @@ def _forget_cached(model: nn.Module, run: Run, marked: list[Tensor]) -> None:
     own = set(map(id, marked))
     for module in model.modules():
         for tensor in tensors_in(list(vars(module).values())):
-            if hasattr(tensor, AXES) and id(tensor) not in own:
-                delattr(tensor, AXES)
+            if any(run.axes(tensor)) and id(tensor) not in own:
+                vars(tensor).pop(AXES, None)
                 run.record.notes.add(Note.CACHED)

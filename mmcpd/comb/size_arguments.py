@@ -22,7 +22,8 @@ from ..fixes import Attr, Input, Live, Op
 from ..nested import tensors_in
 from ..slim.call_sites import INFER, LEFT, RIGHT, SCALE, Spot, spot
 from ..slim.size_expressions import leaves, may_change
-from .trace import Equation, Run
+from .record import Equation
+from .trace import Run
 from .traced_int import TracedInt, expression, of_run
 
 
@@ -46,6 +47,8 @@ class _Observe(TorchFunctionMode):
             for side, value in zip((LEFT, RIGHT), args, strict=False):
                 if isinstance(value, TracedInt):
                     value.as_number(side)
+        if name in LEAVING:
+            self.run.freeze_all(args[0], f'its values leave torch by {name} in {self.run.where}')
         out = func(*args, **kwargs)
         handler = HANDLERS.get(name)
         if handler is not None and args and isinstance(args[0], Tensor):
@@ -63,6 +66,7 @@ class _Observe(TorchFunctionMode):
 
 _SHAPE = Tensor.shape.__get__  # type: ignore[attr-defined]
 ARITHMETIC = set('tensor as_tensor new_tensor add add_ sub sub_ mul mul_ div div_ true_divide pow pow_'.split())
+LEAVING = set('numpy __array__ tolist __dlpack__'.split())  # what is made of the values is not seen
 HANDLERS: dict[str, Callable[[Run, Any, Any, Any], None]] = {}
 
 

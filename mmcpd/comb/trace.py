@@ -1,12 +1,10 @@
-"""What one run says about a model, and what a rule may do while it runs."""
+"""A run: where it is, and what a rule may do while it goes on; what it says about the model is a `Record`."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,106 +13,17 @@ from torch import Tensor, nn
 
 from ..cost import Term
 from ..coupling import OperationAt, Role
-from ..fixes import CodePlace, Equality, Expression, Live
+from ..fixes import CodePlace, Live
 from ..slim.call_sites import Spot, code_place
 from ..slim.mask import REDUCTIONS, ROOT_MEAN_SQUARE, SOFTMAXES, Site
-from .atoms import AtomTable, Axes, Axis
+from .atoms import Axes, Axis
+from .record import BiasRows, Note, Record, RoleOf, ScaledQuery, SeenStatistic
+from .storages import Storages
 
 AXES = '_mmcpd_axes'  # the attribute of a running tensor that holds its axes
 INPUT = '_mmcpd_input'  # the attribute of one that was made of the model's inputs alone
 
 
-# -- the record --------------------------------------------------------------------------------------------------------
-class Note(StrEnum):
-    """What a forward did that slicing alone may not reproduce."""
-
-    WIDTH_READ = 'it read the width of a tensor'
-    WIDTH_COMPUTED = 'it computed with a width'
-    CACHED = 'it stored a tensor of a dense width on a module'
-    OVERWRITTEN = 'it wrote into a tensor whose views still count as zero where a unit is removed'
-
-
-class RoleOf(NamedTuple):
-    """What rows do for their units."""
-
-    atoms: np.ndarray
-    role: Role
-
-
-class BiasRows(NamedTuple):
-    """The rows of a weight beside those of its bias."""
-
-    weight: np.ndarray
-    bias: np.ndarray
-
-
-class GroupedConvolution(NamedTuple):
-    """A convolution that loses whole convolution groups, and the rows of its weight."""
-
-    module: str
-    rows: np.ndarray
-
-
-class ScaledQuery(NamedTuple):
-    """A query that an attention divides by the square root of its own width."""
-
-    query: np.ndarray  # atoms of the query's producer, all heads
-    axis: int  # the width of one head
-    module: str
-    spot: Spot | None = None  # the call that divides
-
-
-class SeenStatistic(NamedTuple):
-    """A statistic over the axis of this number, or over one without channels (None); see `fixes.Statistic`."""
-
-    site: Site
-    axis: int | None
-
-
-class Equation(NamedTuple):
-    """A size that a forward asked for, and what it must be: the live count of an axis, or a number."""
-
-    expression: Expression
-    target: Live | int
-    module: str
-    spot: Spot | None
-    inferable: bool = False  # torch could work it out from the others
-
-
-@dataclass
-class Record:
-    """All that one run says about a model; axes are named by their numbers in `axes`."""
-
-    table: AtomTable = field(default_factory=AtomTable)
-    axes: list[np.ndarray] = field(default_factory=list)  # atoms
-    macs: list[Term] = field(default_factory=list)
-    elements: list[Term] = field(default_factory=list)  # of the outputs of convolutions and matrix products
-    statistics: list[SeenStatistic] = field(default_factory=list)
-    scales: list[ScaledQuery] = field(default_factory=list)
-    sizes: list[Equation] = field(default_factory=list)
-    constants: list[Equation] = field(default_factory=list)  # widths that became a factor, and must stay what they were
-    equalities: list[Equality] = field(default_factory=list)  # that the forward found
-    roles: list[RoleOf] = field(default_factory=list)
-    read: dict[bytes, np.ndarray] = field(default_factory=dict)  # atoms that more than a movement of data read
-    gates: list[np.ndarray] = field(default_factory=list)  # producers' rows at products of two activations
-    batched: list[np.ndarray] = field(default_factory=list)  # channels of products of activations, head by head
-    grouped: list[GroupedConvolution] = field(default_factory=list)
-    biases: list[BiasRows] = field(default_factory=list)
-    operations: set[str] = field(default_factory=set)  # that channels went through
-    notes: set[Note] = field(default_factory=set)
-    unsupported: Counter[OperationAt] = field(default_factory=Counter)
-    _numbers: dict[bytes, int] = field(default_factory=dict)
-
-    def number(self, atoms: np.ndarray) -> int:
-        """Return the number of an axis with these atoms."""
-        key = atoms.tobytes()
-        if key not in self._numbers:
-            self._numbers[key] = len(self.axes)
-            self.axes.append(atoms)
-        return self._numbers[key]
-
-
-# -- the run -----------------------------------------------------------------------------------------------------------
 class Policy(NamedTuple):
     """What is given up where there is a choice."""
 
@@ -162,6 +71,7 @@ class Run:
     def __init__(self, policy: Policy, cursor: Cursor) -> None:
         self.policy, self.record, self.cursor = policy, Record(), cursor
         self.counts = True  # whether what runs now is part of the model's cost
+        self.storages = Storages()
 
     # -- where it is -------------------------------------------------------------------------------------------------
     @property
@@ -176,12 +86,15 @@ class Run:
 
     # -- axes of running tensors -------------------------------------------------------------------------------------
     def axes(self, tensor: Tensor) -> Axes:
-        found: Axes | None = getattr(tensor, AXES, None)
-        return found if found is not None else (None,) * tensor.dim()
+        found: Axes | None = getattr(tensor, AXES, None) or self.storages.find(tensor)
+        return found or (None,) * tensor.dim()
 
     def set(self, tensor: Tensor, axes: Sequence[Axis | None]) -> None:
         assert len(axes) == tensor.dim(), (len(axes), tensor.shape)
-        setattr(tensor, AXES, tuple(axis and axis.fitting(tensor.shape) for axis in axes))
+        fitting = tuple(axis and axis.fitting(tensor.shape) for axis in axes)
+        setattr(tensor, AXES, fitting)
+        if any(fitting):
+            self.storages.note(tensor, fitting)
 
     def origin(self, tensor: Tensor) -> str:
         """Say whose the channels of a tensor are that no layer produces."""
@@ -236,6 +149,11 @@ class Run:
     def beside(self, weight: Axis, bias: Axis) -> None:
         """Note which bias belongs to which rows of a weight."""
         self.record.biases.append(BiasRows(weight.atoms, bias.atoms))
+
+    def sums(self, axis: Axis | None) -> None:
+        """Note that an operation goes over all channels of an axis: whoever does reads them."""
+        if axis is not None:
+            self.record.summed.append(axis.atoms)
 
     def gate(self, axis: Axis) -> None:
         """Note the producer of one factor of a product of two activations."""

@@ -11,7 +11,8 @@ from torch import Tensor
 from ..fixes import Equality, Expression, Live, Op
 from ..slim.call_sites import LEFT, RIGHT, spot
 from ..slim.size_expressions import OPERATORS, leaves, may_change
-from .trace import Equation, Note, Run
+from .record import Equation, Note
+from .trace import Run
 
 
 def expression(value: int) -> Expression:

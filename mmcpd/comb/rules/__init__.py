@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from ...errors import CombError
-from ..trace import INPUT, Call, Record, Run
+from ..record import Record
+from ..trace import INPUT, Call, Run
 from .movement import movement
 from .pointwise import fresh, pointwise, same, unknown
 from .products import ATTENTION, add_product, attention, convolution, embedding, linear, product

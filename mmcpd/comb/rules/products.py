@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ...coupling import KERNEL, Role
 from ..atoms import FIXED, Axes, Axis
-from ..trace import Call, GroupedConvolution, Run
+from ..record import GroupedConvolution
+from ..trace import Call, Run
 from .pointwise import Rule
 
 ATTENTION = 'scaled_dot_product_attention'  # the function, whatever operations it is made of
@@ -134,6 +135,7 @@ def _contract(run: Run, left: Axis | None, right: Axis | None, what: str, read: 
         run.freeze(left or right, f'{run.origin(read)} (read by {run.where})')
         return
     run.equate(left, right, what)
+    run.sums(left)
     if not left.zero and not right.zero:
         run.freeze(left, f'{what} sums over channels that are not zero where a unit is removed, in {run.where}')
     if left.weight and right.weight:

@@ -39,6 +39,7 @@ def _over_dims(run: Run, call: Call, safe: bool, zero: bool, last: bool) -> None
     kept: list[Axis | None] = []
     for d, axis in enumerate(run.axes(source)):
         if d in dims:
+            run.sums(axis)
             if axis is None:
                 run.statistic(None, d - source.dim(), source.shape[d])
             elif not (safe and axis.zero):

@@ -1,0 +1,97 @@
+"""Say what slimming does beyond slicing: sizes, constants, statistics over channels, the scales of attentions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+from torch import nn
+
+from ..fixes import Attr, CallSite, Fixes, Live, QueryScale, Rows, SizeRule, Statistic
+from ..slim.attention import replacement
+from ..slim.call_sites import call_site
+from ..slim.size_expressions import leaves
+from .atoms import Row
+from .record import Equation, Lookup, Record, ScaledQuery
+
+UNSCALED = (
+    'an attention in {} divides by the square root of the width of a query that is read elsewhere too, by a call that '
+    'is not in a method of a module: give that call its scale'
+)
+
+
+def fixes_of(model: nn.Module, record: Record, rows: Lookup, live: Sequence[bool]) -> Fixes:
+    """Return what slimming does beyond slicing; `live` says for each axis whether any of its units can go."""
+    statistics = [
+        Statistic(seen.site.place, seen.axis, seen.site.dim)
+        for seen in record.statistics
+        if seen.axis is not None and live[seen.axis]
+    ]
+    return Fixes(
+        statistics=tuple(dict.fromkeys(statistics)),
+        scales=tuple(_scales(record, rows, live)),
+        sizes=tuple(_sizes(model, record.sizes, live)),
+        constants=tuple(rule for rule in _sizes(model, _constants(record), live) if rule.site is not None),
+        equalities=tuple(dict.fromkeys(record.equalities)),
+    )
+
+
+def _sizes(model: nn.Module, equations: list[Equation], live: Sequence[bool]) -> Iterator[SizeRule]:
+    """Translate the equations, each once, with their place in the source: for where attributes cannot satisfy all."""
+    modules = dict(model.named_modules())
+    for equation in dict.fromkeys(equations):
+        by_attributes = leaves(equation.expression, Attr) and not leaves(equation.expression, Live)
+        widths = leaves(equation.expression, Live) + ([equation.target] if isinstance(equation.target, Live) else [])
+        if by_attributes or any(live[width.axis] for width in widths):
+            yield SizeRule(equation.expression, equation.target, _site(modules, equation))
+
+
+def _site(modules: Mapping[str, nn.Module], equation: Equation) -> CallSite | None:
+    """Name the place of an equation in the source of the module whose method runs there."""
+    if equation.spot is None:
+        return None
+    path = next((path for path, module in modules.items() if module is equation.spot.module), equation.module)
+    return call_site(modules[path], path, equation.spot, equation.inferable)
+
+
+# -- the scales of attentions ------------------------------------------------------------------------------------------
+def _folds(record: Record, scale: ScaledQuery) -> bool:
+    """Say whether the factor of an attention can go into its query's rows: nothing else computes with them."""
+    return not any(np.isin(scale.query, atoms).any() for atoms in record.read.values())
+
+
+def _constants(record: Record) -> list[Equation]:
+    """Return the widths that a forward computes with, those of attentions whose queries have other readers included."""
+    return record.constants + [
+        Equation(Live(scale.axis), len(record.axes[scale.axis]), scale.module, scale.spot)
+        for scale in record.scales
+        if not _folds(record, scale)
+    ]
+
+
+def freeze_unscaled(model: nn.Module, record: Record) -> None:
+    """Freeze the queries of attentions whose factor can go neither into their rows nor into the call."""
+    modules = dict(model.named_modules())
+    for scale in record.scales:
+        if _folds(record, scale) or replacement(modules[scale.module]):
+            continue
+        if scale.spot is None or not _site(modules, Equation(0, 0, scale.module, scale.spot)):
+            record.table.freeze(record.axes[scale.axis], UNSCALED.format(scale.module or 'the model itself'))
+
+
+def _scales(record: Record, rows: Lookup, live: Sequence[bool]) -> Iterator[QueryScale]:
+    bias_of = {
+        int(weight): int(bias)
+        for pair in (record.biases if record.scales else ())
+        for weight, bias in zip(pair.weight, pair.bias, strict=True)
+        if weight >= 0 and bias >= 0
+    }
+    for scale in {scale.query.tobytes(): scale for scale in record.scales}.values():
+        if not live[scale.axis] or not _folds(record, scale):
+            continue
+        # The label names one head; the rows of all heads are tied to it, in the same tensor and piece of it.
+        atoms = scale.query[scale.query >= 0].tolist()
+        pieces: dict[Row, list[int]] = {}
+        for atom in [*atoms, *(bias_of[a] for a in atoms if a in bias_of)]:
+            pieces.setdefault(rows.rows[rows.row_of[atom]], []).append(int(rows.offset[atom]))
+        yield QueryScale(tuple(Rows(r.tensor, r.dim, tuple(i)) for r, i in pieces.items()), scale.axis, scale.module)

@@ -1,0 +1,43 @@
+"""Find the axes of a tensor by its memory, where another Python object stands for it."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from .atoms import Axes
+
+Layout: TypeAlias = tuple[torch.Size, tuple[int, ...], int]
+
+
+class Storages:
+    """Remember which axes lie in which memory.
+
+    A tensor becomes another object by `as_subclass`, which each operation on a tensor of a subclass ends with, and by
+    `nn.Parameter(x)`: neither is an operation, and what was written on the first object is not on the second.
+    """
+
+    def __init__(self) -> None:
+        # The weak reference keeps the address from being used again.
+        self._known: dict[int, tuple[StorageWeakRef, dict[Layout, Axes]]] = {}
+
+    def note(self, tensor: Tensor, axes: Axes) -> None:
+        """Note the axes of a tensor."""
+        if tensor.layout is torch.strided:
+            storage = tensor.untyped_storage()
+            _, layouts = self._known.setdefault(storage._cdata, (StorageWeakRef(storage), {}))
+            layouts[_layout(tensor)] = axes
+
+    def find(self, tensor: Tensor) -> Axes | None:
+        """Return the axes that were noted for a tensor of the same memory and layout."""
+        if tensor.layout is not torch.strided:
+            return None
+        known = self._known.get(tensor.untyped_storage()._cdata)
+        return None if known is None else known[1].get(_layout(tensor))
+
+
+def _layout(tensor: Tensor) -> Layout:
+    return tensor.shape, tensor.stride(), int(tensor.storage_offset())

@@ -1,0 +1,148 @@
+"""Tensors that become other objects, leave torch, or are read by nothing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mmcpd.comb import comb
+from mmcpd.comb.storages import Storages
+from mmcpd.errors import SlimError
+from mmcpd.slim.compare import compare
+from mmcpd.slim.trial import random_keep
+
+
+class Picture(Tensor):
+    """A subclass, as data libraries make of their pictures."""
+
+
+class Net(nn.Module):
+    """Three convolutions and a linear layer; `between` handles what goes from the second to the third."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 12, 3), nn.Conv2d(12, 10, 3)
+        self.fc, self.between = nn.Linear(10, 4), between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.c(self.between(self.b(self.a(x)).relu())).mean((2, 3)))
+
+
+def net(between: Callable[[Tensor], Tensor]) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    return Net(between).double().eval(), torch.randn(2, 3, 9, 9, dtype=torch.float64)
+
+
+OTHER_OBJECTS: dict[str, Callable[[Tensor], Tensor]] = {
+    'the same': lambda x: x,
+    'a parameter': nn.Parameter,
+    'a subclass': lambda x: x.as_subclass(Picture),
+    'a subclass and back': lambda x: (x.as_subclass(Picture) * 2).as_subclass(Tensor),
+    'a view of a parameter': lambda x: nn.Parameter(x.flatten(2)).unflatten(2, (5, 5)),
+    'data': lambda x: x.data,
+    'a deep copy': lambda x: copy.deepcopy(x.detach()),
+    'a buffer': nn.Buffer,
+}
+LEFT_TORCH: dict[str, Callable[[Tensor], Tensor]] = {
+    'numpy': lambda x: torch.from_numpy(x.detach().numpy() * 2),
+    '__array__': lambda x: torch.as_tensor(np.maximum(np.asarray(x.detach()), 0)),
+    'tolist': lambda x: torch.tensor(x.tolist(), dtype=x.dtype),
+}
+
+
+@pytest.mark.parametrize('how', OTHER_OBJECTS)
+def test_axes_follow_a_tensor_into_other_objects(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = net(OTHER_OBJECTS[how])
+    coupling = comb(model, x, trial=False)
+    assert [group.name for group in coupling.groups] == ['a', 'b', 'c']
+    assert compare(model, coupling, random_keep(coupling, 0.5, 0)) < 1e-12
+
+
+def test_without_memory_the_axes_of_other_objects_are_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Storages, 'find', lambda self, tensor: None)
+    model, x = net(nn.Parameter)
+    assert [group.name for group in comb(model, x, trial=False).groups] == ['a', 'c']
+
+
+def test_an_example_may_be_of_a_subclass() -> None:
+    model, x = net(lambda x: x)
+    plain = comb(model, x)
+    coupling = comb(model, x.as_subclass(Picture))
+    assert [group.name for group in coupling.groups] == [group.name for group in plain.groups]
+    assert compare(model, coupling, random_keep(coupling, 0.5, 0)) < 1e-12
+
+
+@pytest.mark.parametrize('how', LEFT_TORCH)
+def test_what_leaves_torch_is_frozen(how: str) -> None:
+    model, x = net(LEFT_TORCH[how])
+    coupling = comb(model, x, trial=False)
+    assert [group.name for group in coupling.groups] == ['a', 'c']
+    assert f'its values leave torch by {how} in the model itself' in {frozen.reason for frozen in coupling.frozen}
+    assert compare(model, coupling, random_keep(coupling, 0.5, 0)) < 1e-12
+
+
+class TwoHeads(nn.Module):
+    """The second output is made by a layer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.trunk, self.side = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3), nn.Conv2d(8, 5, 3)
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.stem(x).relu()
+        return self.fc(self.trunk(x).mean((2, 3))), self.side(x)
+
+
+def test_an_output_that_the_forward_drops_keeps_its_channels() -> None:
+    torch.manual_seed(0)
+    model, x = TwoHeads().double().eval(), torch.randn(2, 3, 9, 9, dtype=torch.float64)
+    coupling = comb(model, x, forward=lambda model, x: model(x)[0])
+    assert [group.name for group in coupling.groups] == ['stem', 'trunk']
+    [reason] = {frozen.reason for frozen in coupling.frozen if frozen.tensor == 'side.weight' and frozen.dim == 0}
+    assert reason.startswith('nothing that ran reads it: it goes into an output that `forward=` drops')
+    assert compare(model, coupling, random_keep(coupling, 0.5, 0)) < 1e-12
+
+
+class Sums(nn.Module):
+    """Channels that no layer reads, but a sum, a norm or a product of two activations."""
+
+    def __init__(self, read: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.read = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 12, 3), read
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.read(self.b(self.a(x)))
+
+
+@pytest.mark.parametrize(
+    'read',
+    (
+        lambda x: x.sum(1),
+        lambda x: x.norm(dim=1),
+        lambda x: x.flatten(2).mT @ x.flatten(2),
+        lambda x: torch.cosine_similarity(x[..., :1, :1], x, dim=1),
+        lambda x: x.mean((1, 2, 3)),
+    ),
+)
+def test_sums_and_products_read_too(read: Callable[[Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    model, x = Sums(read).double().eval(), torch.randn(2, 3, 9, 9, dtype=torch.float64)
+    coupling = comb(model, x)
+    assert [group.name for group in coupling.groups] == ['a', 'b']
+    assert compare(model, coupling, random_keep(coupling, 0.5, 0)) < 1e-12
+
+
+def test_a_slim_model_that_lost_an_axis_would_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr('mmcpd.comb.size_arguments.LEAVING', set())
+    monkeypatch.setattr('mmcpd.comb.grouping._require_reader', lambda *_: None)
+    model, x = net(LEFT_TORCH['numpy'])
+    coupling = comb(model, x, trial=False)
+    assert [group.name for group in coupling.groups] == ['a', 'b', 'c']
+    with pytest.raises((RuntimeError, SlimError)):
+        compare(model, coupling, random_keep(coupling, 0.5, 0))
