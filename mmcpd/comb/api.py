@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable, Sequence
 
@@ -14,7 +15,7 @@ from ..slim.trial import faults_of
 from .conflicts import couple_conflicts_
 from .grouping import coupled_by_groups, group, heads_of
 from .observe import observe
-from .record import Record
+from .record import Note, Record
 from .rules import OPERATIONS, check_strict
 from .trace import Policy
 
@@ -74,7 +75,8 @@ def comb(
         check_strict(record)
     couple_conflicts_(model, record, example)
     found = group(model, record, example, ignore)
-    faults = faults_of(model, found) if trial and trial_is_due(model, record, found) else {}
+    due = trial and trial_is_due(model, record, found)
+    faults = faults_of(model, found, gradients=gradients_are_due(model, record)) if due else {}
     return group(model, record, example, ignore, faults) if faults else found
 
 
@@ -87,3 +89,24 @@ def trial_is_due(model: nn.Module, record: Record, found: Coupling) -> bool:
     plain = all(op in OPERATIONS and OPERATIONS[op].plain for op in record.operations)
     special = any(replacement(module) or 'forward' in vars(module) for module in model.modules())
     return bool(not plain or record.notes or found.fixes != Fixes() or special)
+
+
+def gradients_are_due(model: nn.Module, record: Record) -> bool:
+    """Say whether the trial compares gradients: a function has its own backward, or a statistic may be recomputed.
+
+    Masking takes statistics over the kept channels while a forward runs. What runs in the backward pass takes them over
+    all: a function's own formula, or a forward that `torch.utils.checkpoint` runs again. The latter is seen by name,
+    for most models skip it where no gradient is needed.
+    """
+    places = {seen.site.place.module for seen in record.statistics if seen.axis is not None}
+    around = {path[:end] for path in places for end in range(len(path) + 1) if f'{path}.'[end] == '.' or not end}
+    kinds = {kind for path in around for kind in type(model.get_submodule(path)).__mro__ if issubclass(kind, nn.Module)}
+    return Note.OWN_BACKWARD in record.notes or any(map(_recomputes, kinds - {nn.Module}))
+
+
+def _recomputes(kind: type) -> bool:
+    """Say whether the source of a module's class calls a checkpoint."""
+    try:
+        return 'checkpoint(' in inspect.getsource(kind)
+    except (OSError, TypeError):
+        return False

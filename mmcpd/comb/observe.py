@@ -37,7 +37,13 @@ def observe(model: nn.Module, example: Example, policy: Policy) -> Record:
             if not hasattr(tensor, AXES):  # a parameter that two modules share has one set of atoms
                 run.set(tensor, run.record.table.add(name, tensor))
                 marked.append(tensor)
-        with evaluating(model), _module_paths(model, run.cursor), observing_sizes(model, run), _Dispatch(run):
+        with (
+            evaluating(model),
+            _module_paths(model, run.cursor),
+            observing_sizes(model, run),
+            _own_backwards(run),
+            _Dispatch(run),
+        ):
             out = example.run(model)
             run.counts = False
             others = example.run_also(model)
@@ -116,6 +122,24 @@ def _module_paths(model: nn.Module, cursor: Cursor) -> Iterator[None]:
             stack.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
             stack.callback(module.register_forward_hook(leave, always_call=True).remove)
         yield
+
+
+@contextmanager
+def _own_backwards(run: Run) -> Iterator[None]:
+    """Note when a function runs that has a backward of its own; `checkpoint` is one of them."""
+    function: Any = torch.autograd.Function
+    apply = vars(function)['apply']
+
+    class Noted:
+        def __get__(self, _: None, kind: Any) -> Any:
+            run.record.notes.add(Note.OWN_BACKWARD)
+            return apply.__get__(None, kind)
+
+    function.apply = Noted()
+    try:
+        yield
+    finally:
+        function.apply = apply
 
 
 def _forget_cached(model: nn.Module, run: Run, marked: list[Tensor]) -> None:

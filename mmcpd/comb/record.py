@@ -25,6 +25,7 @@ class Note(StrEnum):
     WIDTH_READ = 'it read the width of a tensor'
     WIDTH_COMPUTED = 'it computed with a width'
     CACHED = 'it stored a tensor of a dense width on a module'
+    OWN_BACKWARD = 'it ran an autograd.Function, whose backward is not seen'
     OVERWRITTEN = 'it wrote into a tensor whose views still count as zero where a unit is removed'
 
 

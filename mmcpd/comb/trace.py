@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..cost import Term
 from ..coupling import OperationAt, Role
 from ..fixes import CodePlace, Live
-from ..slim.call_sites import Spot, code_place
+from ..slim.call_sites import Spot, code_place, in_own_function
 from ..slim.mask import REDUCTIONS, ROOT_MEAN_SQUARE, SOFTMAXES, Site
 from .atoms import Axes, Axis
 from .record import BiasRows, Note, Record, RoleOf, ScaledQuery, SeenStatistic
@@ -164,6 +164,8 @@ class Run:
         module, place = code_place()
         path = self.cursor.paths.get(module, self.module)  # also where it was called without its hooks
         place = CodePlace(path, place.function, place.instructions)
+        if axis is not None and in_own_function():  # also where its `apply` was taken from it before the run
+            self.record.notes.add(Note.OWN_BACKWARD)
         number = None if axis is None else self.record.number(axis.atoms)
         self.record.statistics.append(SeenStatistic(Site(place, dim, width), number))
 

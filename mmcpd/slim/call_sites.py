@@ -23,6 +23,7 @@ from types import CodeType, FrameType
 from typing import Any
 
 from torch import nn
+from torch.autograd.function import FunctionCtx
 
 from ..errors import SlimError
 from ..fixes import CallSite, CodePlace
@@ -72,6 +73,12 @@ def code_place(path: str = '') -> tuple[nn.Module | None, CodePlace]:
         if not _of(frame, _TORCH) and not _of(frame, _OURS):
             inward.insert(0, frame.f_lasti)
     return None, CodePlace(path, '', tuple(inward))
+
+
+def in_own_function() -> bool:
+    """Say whether the forward of an `autograd.Function` runs, which has a backward of its own."""
+    first = (frame.f_locals.get(next(iter(frame.f_code.co_varnames), '')) for frame in _frames())
+    return any(isinstance(value, FunctionCtx) for value in first)
 
 
 def _frames(frame: FrameType | None = None) -> Iterator[FrameType]:

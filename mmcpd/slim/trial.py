@@ -2,15 +2,15 @@
 
 Combing ends with a trial: remove units at random, mask one copy, slim another, run both on the example input and
 compare; once with about half of the units gone and once with a few, since some mistakes show in only one of them. The
-weights are random: behind a branch that is still almost zero no mistake would show. Where the copies differ, or where
-slimming or running fails, the groups at fault are found by bisection.
+weights are random: behind a branch that is still almost zero no mistake would show. It runs in float64, where rounding
+hides nothing. Where the copies differ, or where slimming or running fails, the groups at fault are found by bisection.
 """
 
 from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -20,7 +20,7 @@ from ..coupling import Coupling, Example, Keep
 from ..errors import CombError, SlimError, first_line
 from ..nested import map_tensors, tensors_in
 from ..random_state import draws
-from .compare import compare, evaluating
+from .compare import compare, compare_gradients, evaluating
 from .mask import named_tensors
 
 NOISE = 1_000_003  # random numbers for all weights; a prime, so that rows repeat none
@@ -56,24 +56,28 @@ def random_keep(
     return keep
 
 
-def _fault(model: nn.Module, coupling: Coupling, among: list[str]) -> str | None:
+def _fault(model: nn.Module, coupling: Coupling, among: Sequence[str], gradients: bool) -> str | None:
     """Return why pruning these groups fails, or None where it does not."""
+    keeps = [random_keep(coupling, share, seed, among=set(among), awkward=True) for share, seed in KEEPS]
     try:
-        gap = max(
-            compare(model, coupling, random_keep(coupling, share, seed, among=set(among), awkward=True))
-            for share, seed in KEEPS
-        )
+        gap = max(compare(model, coupling, keep) for keep in keeps)
+        slope = max(compare_gradients(model, coupling, keep) for keep in keeps) if gradients else 0.0
     except torch.cuda.OutOfMemoryError:
         raise
     except FAILURES as error:
         text = first_line(error)
         return f'a trial failed: {text if isinstance(error, SlimError) else f"{type(error).__name__}: {text}"}'
-    dtype = next((p.dtype for p in model.parameters()), torch.float32)
-    if gap > TOLERANCE.get(dtype, 1e-3):
+    tolerance = TOLERANCE.get(next((p.dtype for p in model.parameters()), torch.float32), 1e-3)
+    if gap > tolerance:
         why = f'a trial failed: the slimmed model differs from the masked one by {gap:.1e}'
         with evaluating(model):
             drawn = draws(lambda: coupling.example.forward(model, *coupling.example.inputs))
         return f'{why}; the forward draws random numbers, whose count must not depend on a width' if drawn else why
+    if slope > 10 * tolerance:
+        return (
+            f'a trial failed: gradients of the slimmed model differ from those of the masked one by {slope:.1e}: a '
+            'backward of its own, or a recomputation, goes over all channels'
+        )
     return None
 
 
@@ -136,6 +140,21 @@ def in_double(model: nn.Module, example: Example) -> tuple[nn.Module, Example]:
     return copy.deepcopy(model), example
 
 
+def _tried(model: nn.Module, coupling: Coupling, gradients: bool) -> tuple[nn.Module, Coupling, str | None]:
+    """Try all groups at once: in float64 and with random weights, or as far as the model runs so.
+
+    Returns:
+        The model and the coupling that were tried, and why it failed, or None.
+    """
+    names = [group.name for group in coupling.groups]
+    own, example = in_double(model, coupling.example)
+    tried, twin = replace(coupling, example=example), randomised(own)
+    why = _fault(twin, tried, names, gradients)
+    if why is not None and not _runs(twin, example):
+        twin, why = own, _fault(own, tried, names, gradients)
+    return twin, tried, why
+
+
 def disagreement(model: nn.Module, coupling: Coupling, forward: Callable[..., object]) -> str | None:
     """Return why another forward than the one that was combed cannot be run on the slimmed model, or None if it can.
 
@@ -143,34 +162,24 @@ def disagreement(model: nn.Module, coupling: Coupling, forward: Callable[..., ob
         >>> disagreement(model, coupling, lambda model, images: model(images).relu()) is None
         True
     """
-    names = [group.name for group in coupling.groups]
     tried = replace(coupling, example=Example(coupling.example.inputs, forward))
-    why = _fault(randomised(model), tried, names) if names else None
-    if why is None:
-        return None
-    twin, example = in_double(randomised(model), tried.example)
-    return _fault(twin, replace(tried, example=example), names)
+    return _tried(model, tried, False)[2] if coupling.groups else None
 
 
-def faults_of(model: nn.Module, coupling: Coupling) -> dict[str, str]:
+def faults_of(model: nn.Module, coupling: Coupling, *, gradients: bool = False) -> dict[str, str]:
     """Return the groups that cannot be slimmed, with the reason; found by bisection.
+
+    Args:
+        model: the model that was combed.
+        coupling: what combing found.
+        gradients: compare gradients too: for models with a backward of their own.
 
     Raises:
         CombError: if the model's output on the example input is not finite, so that nothing could be compared.
     """
-    names = [g.name for g in coupling.groups]
-    if not names:
+    if not coupling.groups:
         return {}
-    twin, tried = randomised(model), coupling
-    why = _fault(twin, tried, names)
-    if why is None:
-        return {}
-    if not _runs(twin, coupling.example):
-        twin = model
-    # In float64, where a choice (a nearest neighbour) depends on the last bit of float32.
-    twin, example = in_double(twin, coupling.example)
-    tried = replace(coupling, example=example)
-    why = _fault(twin, tried, names)
+    twin, tried, why = _tried(model, coupling, gradients)
     if why is None:
         return {}
     if not _runs(model, coupling.example):
@@ -183,11 +192,11 @@ def faults_of(model: nn.Module, coupling: Coupling) -> dict[str, str]:
             faults[candidates[0]] = why
             return
         for half in (candidates[: len(candidates) // 2], candidates[len(candidates) // 2 :]):
-            reason = _fault(twin, tried, good + half)
+            reason = _fault(twin, tried, good + half, gradients)
             if reason is None:
                 good.extend(half)
             else:
                 bisect(half, reason)
 
-    bisect(names, why)
+    bisect([group.name for group in coupling.groups], why)
     return faults

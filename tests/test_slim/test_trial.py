@@ -143,7 +143,7 @@ def test_an_example_of_one_element_is_enough():
 
 def test_a_trial_is_held_only_where_it_can_tell_something(monkeypatch):
     tried = []
-    monkeypatch.setattr('mmcpd.comb.api.faults_of', lambda model, found: tried.append(found) or {})
+    monkeypatch.setattr('mmcpd.comb.api.faults_of', lambda model, found, **_: tried.append(found) or {})
     plain = [nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 1)]
     image = sample((1, 3, 4, 4))
     comb(randomise_(nn.Sequential(*plain)), image)
