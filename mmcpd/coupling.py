@@ -130,6 +130,7 @@ class Coupling:
         fixes: what slimming does beyond slicing.
         tensors: every parameter and buffer, by name.
         example: what it was combed with.
+        untried: why no trial was held where one was due; empty if it was.
     """
 
     groups: tuple[Group, ...]
@@ -139,6 +140,7 @@ class Coupling:
     fixes: Fixes
     tensors: Mapping[str, TensorInfo]
     example: Example = field(repr=False)
+    untried: str = ''
 
     @property
     def axes(self) -> tuple[np.ndarray, ...]:
@@ -272,6 +274,8 @@ class Coupling:
             lines.append(
                 f'no rule for {op} in {where} (x{n}): what goes through it is frozen until it has one (docs/design.md)'
             )
+        if self.untried:
+            lines.append(f'not tried out: {self.untried}')
         return '\n'.join(lines)
 
     def merged_reasons(self) -> list[tuple[str, int]]:

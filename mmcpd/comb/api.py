@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from torch import Tensor, nn
 
 from ..coupling import Coupling, Example, arguments
 from ..fixes import Fixes
 from ..slim.attention import replacement
-from ..slim.trial import faults_of
+from ..slim.trial import Outcome, trial_of
 from .conflicts import couple_conflicts_
 from .grouping import coupled_by_groups, group, heads_of
 from .observe import observe
@@ -76,8 +77,9 @@ def comb(
     couple_conflicts_(model, record, example)
     found = group(model, record, example, ignore)
     due = trial and trial_is_due(model, record, found)
-    faults = faults_of(model, found, gradients=gradients_are_due(model, record)) if due else {}
-    return group(model, record, example, ignore, faults) if faults else found
+    tried = trial_of(model, found, gradients=gradients_are_due(model, record)) if due else Outcome({})
+    found = group(model, record, example, ignore, tried.faults) if tried.faults else found
+    return replace(found, untried=tried.untried)
 
 
 def trial_is_due(model: nn.Module, record: Record, found: Coupling) -> bool:

@@ -105,13 +105,15 @@ def _module_paths(model: nn.Module, cursor: Cursor) -> Iterator[None]:
     """Keep `cursor.path` at the path of the running module.
 
     Raises:
-        CombError: at a scripted module, which takes no hooks (a traced one does).
+        CombError: at a scripted or traced module, whose Python code does not run.
     """
     with ExitStack() as stack:
         for name, module in model.named_modules():
-            if isinstance(module, torch.jit.RecursiveScriptModule):
+            if isinstance(module, torch.jit.ScriptModule):
                 where = name or 'the model itself'
-                raise CombError(f'{where} is scripted by torch.jit, and takes no hooks; comb the module it was made of')
+                raise CombError(
+                    f'{where} is compiled by torch.jit, and cannot be observed; comb the module it was made of'
+                )
 
             def enter(_m: nn.Module, _i: Any, name: str = name) -> None:
                 cursor.path.append(name)

@@ -9,9 +9,11 @@ hides nothing. Where the copies differ, or where slimming or running fails, the 
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +28,7 @@ from .mask import named_tensors
 NOISE = 1_000_003  # random numbers for all weights; a prime, so that rows repeat none
 KEEPS = ((0.5, 0), (0.8, 1))  # what a trial leaves, and the seed of the choice
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
+NOT_FINITE = 'not finite'
 # What a forward may raise.
 FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AssertionError, AttributeError, ZeroDivisionError,
             KeyError, NotImplementedError)  # fmt: skip
@@ -54,31 +57,6 @@ def random_keep(
         if among is None or group.name in among:
             keep[group.name][order[count:]] = False
     return keep
-
-
-def _fault(model: nn.Module, coupling: Coupling, among: Sequence[str], gradients: bool) -> str | None:
-    """Return why pruning these groups fails, or None where it does not."""
-    keeps = [random_keep(coupling, share, seed, among=set(among), awkward=True) for share, seed in KEEPS]
-    try:
-        gap = max(compare(model, coupling, keep) for keep in keeps)
-        slope = max(compare_gradients(model, coupling, keep) for keep in keeps) if gradients else 0.0
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except FAILURES as error:
-        text = first_line(error)
-        return f'a trial failed: {text if isinstance(error, SlimError) else f"{type(error).__name__}: {text}"}'
-    tolerance = TOLERANCE.get(next((p.dtype for p in model.parameters()), torch.float32), 1e-3)
-    if gap > tolerance:
-        why = f'a trial failed: the slimmed model differs from the masked one by {gap:.1e}'
-        with evaluating(model):
-            drawn = draws(lambda: coupling.example.forward(model, *coupling.example.inputs))
-        return f'{why}; the forward draws random numbers, whose count must not depend on a width' if drawn else why
-    if slope > 10 * tolerance:
-        return (
-            f'a trial failed: gradients of the slimmed model differ from those of the masked one by {slope:.1e}: a '
-            'backward of its own, or a recomputation, goes over all channels'
-        )
-    return None
 
 
 @torch.no_grad()
@@ -140,19 +118,93 @@ def in_double(model: nn.Module, example: Example) -> tuple[nn.Module, Example]:
     return copy.deepcopy(model), example
 
 
-def _tried(model: nn.Module, coupling: Coupling, gradients: bool) -> tuple[nn.Module, Coupling, str | None]:
-    """Try all groups at once: in float64 and with random weights, or as far as the model runs so.
+# -- the trial ---------------------------------------------------------------------------------------------------------
+class Outcome(NamedTuple):
+    """What a trial found."""
+
+    faults: dict[str, str]  # the groups that cannot be slimmed, with the reason
+    untried: str = ''  # why none could be held
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A model to try, which is a copy, with an example of its type, and whether gradients are compared too."""
+
+    model: nn.Module
+    coupling: Coupling
+    gradients: bool
+
+    def fault(self, among: Sequence[str]) -> str | None:
+        """Return why pruning these groups fails, or None where it does not."""
+        try:
+            return self._difference(
+                [random_keep(self.coupling, *keep, among=set(among), awkward=True) for keep in KEEPS]
+            )
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except FAILURES as error:
+            text = first_line(error)
+            return f'a trial failed: {text if isinstance(error, SlimError) else f"{type(error).__name__}: {text}"}'
+
+    def _difference(self, keeps: Sequence[Keep]) -> str | None:
+        tolerance = TOLERANCE.get(next((p.dtype for p in self.model.parameters()), torch.float32), 1e-3)
+        gap = max(compare(self.model, self.coupling, keep) for keep in keeps)
+        if gap > tolerance:
+            why = f'a trial failed: the slimmed model differs from the masked one by {gap:.1e}'
+            example = self.coupling.example
+            with evaluating(self.model):
+                drawn = draws(lambda: example.forward(self.model, *example.inputs))
+            return f'{why}; the forward draws random numbers, whose count must not depend on a width' if drawn else why
+        slope = max(compare_gradients(self.model, self.coupling, keep) for keep in keeps) if self.gradients else 0.0
+        if slope > 10 * tolerance:
+            return (
+                f'a trial failed: gradients of the slimmed model differ from those of the masked one by {slope:.1e}: a '
+                'backward of its own, or a recomputation, goes over all channels'
+            )
+        return None
+
+    def error(self) -> str | None:
+        """Return why the model itself fails, with all units, or None where it does not."""
+        try:
+            with evaluating(self.model):
+                finite = is_finite(self.coupling.example.run_all(self.model))
+            slope = compare_gradients(self.model, self.coupling, self.coupling.keep()) if self.gradients else 0.0
+        except FAILURES as error:
+            return f'{type(error).__name__}: {first_line(error)}'
+        return None if finite and math.isfinite(slope) else NOT_FINITE
+
+
+def _try(model: nn.Module, coupling: Coupling, gradients: bool) -> tuple[_Trial, str | None]:
+    """Try all groups at once: in float64, with random weights, with gradients; or as far as the model runs so.
 
     Returns:
-        The model and the coupling that were tried, and why it failed, or None.
+        The trial, and why it failed, or None.
+
+    Raises:
+        CombError: the output is not finite, so that nothing could be compared.
+        _Untried: a copy of the model fails by itself.
     """
     names = [group.name for group in coupling.groups]
     own, example = in_double(model, coupling.example)
-    tried, twin = replace(coupling, example=example), randomised(own)
-    why = _fault(twin, tried, names, gradients)
-    if why is not None and not _runs(twin, example):
-        twin, why = own, _fault(own, tried, names, gradients)
-    return twin, tried, why
+    coupling = replace(coupling, example=example)
+    kinds = [(randomised, gradients), (_as_it_is, gradients), (_as_it_is, False)]
+    error: str | None = None
+    for change, with_gradients in kinds if gradients else kinds[:2]:
+        trial = _Trial(change(own), coupling, with_gradients)
+        why = trial.fault(names)
+        if why is None or (error := trial.error()) is None:
+            return trial, why
+    if error == NOT_FINITE:
+        raise CombError('the output on the example input is not finite; give an input, or weights, for which it is')
+    raise _Untried(f'a copy of the dense model fails as well ({error})')
+
+
+class _Untried(Exception):
+    """No trial could be held; the message says why."""
+
+
+def _as_it_is(model: nn.Module) -> nn.Module:
+    return model
 
 
 def disagreement(model: nn.Module, coupling: Coupling, forward: Callable[..., object]) -> str | None:
@@ -162,12 +214,15 @@ def disagreement(model: nn.Module, coupling: Coupling, forward: Callable[..., ob
         >>> disagreement(model, coupling, lambda model, images: model(images).relu()) is None
         True
     """
-    tried = replace(coupling, example=Example(coupling.example.inputs, forward))
-    return _tried(model, tried, False)[2] if coupling.groups else None
+    try:
+        tried = replace(coupling, example=Example(coupling.example.inputs, forward))
+        return _try(model, tried, False)[1] if coupling.groups else None
+    except _Untried as error:
+        return str(error)
 
 
-def faults_of(model: nn.Module, coupling: Coupling, *, gradients: bool = False) -> dict[str, str]:
-    """Return the groups that cannot be slimmed, with the reason; found by bisection.
+def trial_of(model: nn.Module, coupling: Coupling, *, gradients: bool = False) -> Outcome:
+    """Find the groups that cannot be slimmed, by trying and by bisection.
 
     Args:
         model: the model that was combed.
@@ -176,14 +231,19 @@ def faults_of(model: nn.Module, coupling: Coupling, *, gradients: bool = False) 
 
     Raises:
         CombError: if the model's output on the example input is not finite, so that nothing could be compared.
+
+    Example:
+        >>> trial_of(model, coupling)
+        Outcome(faults={}, untried='')
     """
     if not coupling.groups:
-        return {}
-    twin, tried, why = _tried(model, coupling, gradients)
-    if why is None:
-        return {}
-    if not _runs(model, coupling.example):
-        raise CombError('the output on the example input is not finite; give an input, or weights, for which it is')
+        return Outcome({})
+    if any(tensor.is_meta for tensor in named_tensors(model).values()):
+        return Outcome({}, 'tensors on the meta device have no values to compare')
+    try:
+        trial, why = _try(model, coupling, gradients)
+    except _Untried as error:
+        return Outcome({}, str(error))
     good: list[str] = []
     faults: dict[str, str] = {}
 
@@ -192,11 +252,12 @@ def faults_of(model: nn.Module, coupling: Coupling, *, gradients: bool = False) 
             faults[candidates[0]] = why
             return
         for half in (candidates[: len(candidates) // 2], candidates[len(candidates) // 2 :]):
-            reason = _fault(twin, tried, good + half, gradients)
+            reason = trial.fault(good + half)
             if reason is None:
                 good.extend(half)
             else:
                 bisect(half, reason)
 
-    bisect([group.name for group in coupling.groups], why)
-    return faults
+    if why is not None:
+        bisect([group.name for group in coupling.groups], why)
+    return Outcome(faults)

@@ -11,7 +11,7 @@ from torch import nn
 from mmcpd.comb import comb
 from mmcpd.errors import SlimError
 from mmcpd.slim.compare import compare, difference
-from mmcpd.slim.trial import faults_of, random_keep
+from mmcpd.slim.trial import Outcome, random_keep, trial_of
 from tests.helpers import Net, check_equal, gap, masked, randomise_, sample
 
 X = sample((2, 5, 3))
@@ -84,7 +84,7 @@ def test_bisection_finds_exactly_the_groups_at_fault(bad):
 def test_faults_of_a_sound_model_are_none():
     model = many(())
     found = comb(model, sample((4, 3)), trial=False)
-    assert faults_of(model, found) == {}
+    assert trial_of(model, found).faults == {}
     assert len(found.groups) == 9
 
 
@@ -93,7 +93,7 @@ def test_without_the_trial_the_fault_stays_in():
     found = comb(model, X, trial=False)
     assert 'odd' in {g.name for g in found.groups}
     assert compare(model, found, random_keep(found, 0.5, 0)) > 1e-3
-    assert set(faults_of(model, found)) == {'odd'}
+    assert set(trial_of(model, found).faults) == {'odd'}
 
 
 def test_the_trial_leaves_the_model_alone():
@@ -143,7 +143,7 @@ def test_an_example_of_one_element_is_enough():
 
 def test_a_trial_is_held_only_where_it_can_tell_something(monkeypatch):
     tried = []
-    monkeypatch.setattr('mmcpd.comb.api.faults_of', lambda model, found, **_: tried.append(found) or {})
+    monkeypatch.setattr('mmcpd.comb.api.trial_of', lambda model, found, **_: tried.append(found) or Outcome({}))
     plain = [nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 1)]
     image = sample((1, 3, 4, 4))
     comb(randomise_(nn.Sequential(*plain)), image)

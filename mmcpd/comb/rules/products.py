@@ -67,7 +67,7 @@ def convolution(run: Run, call: Call) -> None:
             _contract(run, channel, into, what, x)
     else:
         widths = x.shape[len(lead) - 1], call.out.shape[len(lead) - 1]
-        out = _grouped(run, x, channel, w_axes, groups, transposed, widths)
+        out = _grouped(run, x, channel, weight, groups, transposed, widths)
     if out is not None:
         run.role(out, Role.PRODUCER)
         out = out.activation(True)
@@ -81,17 +81,21 @@ def convolution(run: Run, call: Call) -> None:
 
 
 def _grouped(
-    run: Run, x: Tensor, channel: Axis | None, weight: Axes, groups: int, transposed: bool, widths: tuple[int, int]
+    run: Run, x: Tensor, channel: Axis | None, weight: Tensor, groups: int, transposed: bool, widths: tuple[int, int]
 ) -> Axis | None:
     """Tie the channels of each convolution group, inputs and outputs, so that it stays or goes whole.
 
-    `weight` has the axes (O, I / groups) or, transposed, (I, O / groups); `widths` are I and O.
+    `weight` is (O, I / groups, ...) or, transposed, (I, O / groups, ...); `widths` are I and O.
     """
+    axes = run.axes(weight)
     if run.module in run.policy.narrowed:
-        return _inside(run, x, channel, weight, groups, transposed)
-    rows = weight[0]
-    run.freeze(weight[1], f'channels inside a convolution group in {run.where}')
+        return _inside(run, x, channel, axes, groups, transposed)
+    rows = axes[0]
+    run.freeze(axes[1], f'channels inside a convolution group in {run.where}')
     if rows is None:
+        if widths == (groups, groups) and not weight.is_meta and bool((weight == weight[:1]).all()):
+            return channel and channel.activation(channel.zero)  # one kernel for all of them: a blur
+        run.freeze(channel, f'a grouped convolution with a weight that no layer produces in {run.where}')
         return None
     run.role(rows, Role.PRODUCER)
     per_row = rows.atoms.reshape(groups, -1)

@@ -95,6 +95,7 @@ def batch_norm(run: Run, call: Call) -> None:
     affine = [(named.get(n), Role.AFFINE) for n in ('weight', 'bias')]
     statistics = [(named.get(n), Role.STATISTIC) for n in ('running_mean', 'running_var')]
     channel = _affine(run, axes[1], affine + statistics, 'batch norm')
+    run.freeze_each((axes[0], *axes[2:]), 'a batch norm over other channels')  # which enter its statistics in training
     zero = named.get('weight') is not None or (axes[1] is not None and axes[1].zero)
     run.set(call.out[0], (axes[0], channel and channel.activation(zero), *axes[2:]))
 
