@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -132,10 +133,13 @@ def _own_backwards(run: Run) -> Iterator[None]:
     function: Any = torch.autograd.Function
     apply = vars(function)['apply']
 
+    def noted(kind: Any, *args: Any, **kwargs: Any) -> Any:
+        run.record.notes.add(Note.OWN_BACKWARD)
+        return apply.__get__(None, kind)(*args, **kwargs)
+
     class Noted:
         def __get__(self, _: None, kind: Any) -> Any:
-            run.record.notes.add(Note.OWN_BACKWARD)
-            return apply.__get__(None, kind)
+            return partial(noted, kind)  # called from C, so that the caller's instruction is what it is without
 
     function.apply = Noted()
     try:
