@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -34,12 +34,12 @@ def group(
     Raises:
         ValueError: if a pattern of `ignore` matches no group.
     """
-    rows = Lookup(record)
+    rows, parameters = Lookup(record), dict(model.named_parameters()).keys()
     freeze_unscaled(model, record)
     component, why = record.table.solve()
     _require_producer(record, rows, component, why)
     _require_reader(record, component, why)
-    groups, unit_of = _groups(record, rows, component, why)
+    groups, unit_of = _groups(record, rows, component, why, parameters)
     single = {found.name: SINGLE for found in groups if found.units == 1}
     freeze = single | dict.fromkeys(match(ignore, [found.name for found in groups]), IGNORED) | dict(faults or {})
     for found in groups:
@@ -49,7 +49,7 @@ def group(
             row = next(r for r in rows.rows if r.tensor == member.tensor and r.dim == member.dim)
             why[component[row.start + member.index.numpy().flatten()]] = len(record.table.reasons) - 1
     if freeze:
-        groups, unit_of = _groups(record, rows, component, why)
+        groups, unit_of = _groups(record, rows, component, why, parameters)
     return _assembled(model, record, rows, groups, unit_of, _frozen(record, rows, component, why), example)
 
 
@@ -96,7 +96,9 @@ def _require_reader(record: Record, component: np.ndarray, why: np.ndarray) -> N
         why[unread] = len(record.table.reasons) - 1
 
 
-def _groups(record: Record, rows: Lookup, component: np.ndarray, why: np.ndarray) -> tuple[list[Group], np.ndarray]:
+def _groups(
+    record: Record, rows: Lookup, component: np.ndarray, why: np.ndarray, parameters: Collection[str]
+) -> tuple[list[Group], np.ndarray]:
     """Return the groups, and for each atom its unit's number or -1."""
     unit_of = np.full(record.table.size, -1, np.int64)
     free = np.flatnonzero(why[component] < 0)
@@ -134,11 +136,19 @@ def _groups(record: Record, rows: Lookup, component: np.ndarray, why: np.ndarray
         names[path] = names.get(path, 0) + 1
         name = path if names[path] == 1 else f'{path}#{names[path]}'
         members = _members(rows, atoms)
-        cut = tuple(m for m in members if m.role is Role.CONSUMER) + _members(rows, atoms, gate_rows)
-        groups.append(Group(name, members, len(atoms), cut or tuple(m for m in members if m.role is Role.PRODUCER)))
+        groups.append(Group(name, members, len(atoms), _cut(members, _members(rows, atoms, gate_rows), parameters)))
         unit_of[atoms] = np.arange(number, number + len(atoms))[:, None]
         number += len(atoms)
     return groups, unit_of
+
+
+def _cut(members: tuple[Member, ...], gates: tuple[Member, ...], parameters: Collection[str]) -> tuple[Member, ...]:
+    """Return where a gate's gradient is read: at the consumers, or behind the producers where a consumer has none."""
+    cut = tuple(m for m in members if m.role is Role.CONSUMER) + gates
+    if cut and all(member.tensor in parameters for member in cut):
+        return cut
+    made = [[m for m in members if m.role is role and m.tensor in parameters] for role in (Role.AFFINE, Role.PRODUCER)]
+    return tuple(made[0] or made[1])  # before a norm it would be noise
 
 
 def _by_value(labels: np.ndarray) -> list[np.ndarray]:
