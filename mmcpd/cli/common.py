@@ -15,6 +15,7 @@ from urllib.error import URLError
 from mmengine.config import DictAction
 
 from mmcpd.engine.compat import leave
+from mmcpd.engine.reader import trust
 from mmcpd.errors import CombError, DeployError, ProofError, PruneError, SlimError
 
 
@@ -48,10 +49,18 @@ def run(command: ModuleType, arguments: Sequence[str]) -> NoReturn:
         metavar='KEY=VALUE',
         help='override entries of the config: a.b=1 c="[1,2]" d="[(a,b),(c,d)]", without spaces',
     )
+    parser.add_argument(
+        '--trust-checkpoint',
+        action='store_true',
+        help='let the checkpoints that are read run code, where that is refused; only if you trust who wrote them',
+    )
     parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
     # mmseg's CrossEntropyLoss warns of its own default at each start, also where a config names it.
     warnings.filterwarnings('ignore', message='Default ``avg_non_ignore`` is False')
-    leave(guard(command.main, parser.parse_args(arguments)))
+    args = parser.parse_args(arguments)
+    if args.trust_checkpoint:
+        trust()
+    leave(guard(command.main, args))
 
 
 def add_runner_options(parser: argparse.ArgumentParser) -> None:

@@ -20,8 +20,10 @@ with warnings.catch_warnings():
     from mmcpd.engine.compat import mend_scopes
     from mmcpd.engine.distillers import Distiller
     from mmcpd.engine.hooks import PruneHook
+    from mmcpd.engine.reader import install
     from mmcpd.engine.slim_model import slimmed
 
 mend_scopes()
+install()
 
 __all__ = ['CombHook', 'Distiller', 'PruneHook', 'datasets', 'load_slim', 'models', 'slimmed']

@@ -14,7 +14,8 @@ from torch import nn
 from mmcpd.engine.build import ConfigLike, as_config, build_dense
 from mmcpd.engine.examples import example_data
 from mmcpd.engine.passes import DEPLOYED, TESTING, TRAINING, runs
-from mmcpd.engine.slim_file import PathLike, is_slim, readable
+from mmcpd.engine.reader import PathLike, readable
+from mmcpd.engine.slim_file import is_slim
 from mmcpd.engine.slim_model import build_slim, build_trained, check_fit
 from mmcpd.engine.stage import refuse_pruned
 from mmcpd.engine.wrappers import student_weights, trained_config, type_name

@@ -25,6 +25,7 @@ from mmcpd.engine.combing import comb_runner, shape_combed
 from mmcpd.engine.distillers import Distiller
 from mmcpd.engine.optimizers import optimizer_of, refuse_shards
 from mmcpd.engine.plan import left_alone, plan
+from mmcpd.engine.reader import trust
 from mmcpd.engine.report import comparison, costs, numbers
 from mmcpd.engine.saving import Proof, keep_unslimmed, rehearse, save_checked
 from mmcpd.engine.slim_file import plain_entries, save_whole
@@ -71,6 +72,7 @@ class PruneHook(Hook):
         min_units: units that each group keeps.
         heads, ignore, strict, input_shape: as in `CombHook`.
         seed: of importances that draw random numbers.
+        trust_checkpoint: let the checkpoints that this process reads run code, where that is refused.
 
     Raises:
         ValueError, PruneError, SlimError: a wrong option (when the hook is built), or a model that cannot be pruned so.
@@ -102,9 +104,12 @@ class PruneHook(Hook):
         seed: int = 0,
         input_shape: Sequence[int] | None = None,
         strict: bool = False,
+        trust_checkpoint: bool = False,
         **unknown: object,
     ) -> None:
         refuse_unknown(unknown, self)
+        if trust_checkpoint:
+            trust()
         gradual = {'end': end, 'interval': interval, 'curve': curve, 'units_per_event': units_per_event}
         check_way(at_once, gradual, {'pictures': pictures, 'refit': refit}, rotate)
         end = 1.0 if at_once else end  # nothing goes after begin

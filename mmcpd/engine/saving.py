@@ -20,8 +20,9 @@ from mmcpd.engine.build import HOOKS_OF_OURS
 from mmcpd.engine.checkpoints import STATE, load_any, load_dense, read_checkpoint, removed_units
 from mmcpd.engine.combing import comb_by_config
 from mmcpd.engine.proof import proof_batches, prove
+from mmcpd.engine.reader import PathLike
 from mmcpd.engine.report import costs
-from mmcpd.engine.slim_file import PathLike, is_slim, plain_entries, read_slim, save_slim
+from mmcpd.engine.slim_file import is_slim, plain_entries, read_slim, save_slim
 from mmcpd.engine.slim_model import build_fresh, cut_to_
 from mmcpd.engine.wrappers import bare_model, student_config, trained_config, type_name
 from mmcpd.errors import ProofError, SlimError

@@ -5,29 +5,23 @@ from __future__ import annotations
 import io
 import json
 import logging
-import os
 import pickle
-import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
 from mmengine.logging import print_log
 from torch import nn
 
+from mmcpd.engine.reader import PathLike, load
 from mmcpd.errors import SlimError
 from mmcpd.files import whole
 from mmcpd.slim.weights import is_extra_state, weights
 from mmcpd.version import __version__
 
 VERSION = 2  # of the file; raise it whenever an older mmcpd could not read what is written
-# What unpickling may raise on bytes that are no checkpoint, or half of one.
-GARBAGE = (RuntimeError, EOFError, ValueError, OSError, LookupError, TypeError, AttributeError)
-
-PathLike: TypeAlias = str | os.PathLike
 
 
 def save_slim(path: PathLike, model: nn.Module, structure: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
@@ -91,8 +85,7 @@ def read_slim(path: PathLike) -> dict[str, Any]:
     Raises:
         SlimError: The file is missing, truncated, not a slim checkpoint, or of another version.
     """
-    with readable(path):
-        content = torch.load(path, map_location='cpu', weights_only=True)
+    content = load(path, 'cpu', plain=True)
     if not isinstance(content, dict) or not {'state_dict', 'structure'} <= content.keys():
         raise SlimError(
             f'{path} is not a slim checkpoint: it has no structure. Cut one from a training checkpoint by '
@@ -113,27 +106,10 @@ def read_slim(path: PathLike) -> dict[str, Any]:
 def is_slim(path: PathLike) -> bool:
     """Say whether a file is a slim checkpoint, of any version; whatever cannot be read is not."""
     try:
-        with readable(path):
-            content = torch.load(path, map_location='cpu', weights_only=True)
+        content = load(path, 'cpu', plain=True)
     except SlimError:
         return False
     return isinstance(content, dict) and {'state_dict', 'structure'} <= content.keys()
-
-
-@contextmanager
-def readable(path: PathLike) -> Iterator[None]:
-    """Turn what torch raises on a bad file into a SlimError that names the file."""
-    if '://' not in str(path) and not Path(path).is_file():
-        raise SlimError(f'{path}: there is no such checkpoint')
-    try:
-        yield
-    except pickle.UnpicklingError as error:
-        if zipfile.is_zipfile(path):
-            raise SlimError(f'{path} is not a slim checkpoint: it holds more than weights') from error
-        raise SlimError(f'{path} is truncated or not a checkpoint') from error
-    except GARBAGE as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SlimError(f'{path} is truncated or not a checkpoint: {reason}') from error
 
 
 def plain_entries(values: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from mmcpd.engine.build import ConfigLike, as_config
-from mmcpd.engine.slim_file import PathLike, read_slim
+from mmcpd.engine.reader import PathLike
+from mmcpd.engine.slim_file import read_slim
 from mmcpd.engine.wrappers import student_config, trained_config, type_name
 from mmcpd.errors import SlimError
 from mmcpd.registry import MODELS

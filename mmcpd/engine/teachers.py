@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mmcpd.distill import Taps
 from mmcpd.engine.build import as_config
 from mmcpd.engine.checkpoints import load_any
+from mmcpd.engine.reader import trust
 from mmcpd.errors import SlimError
 from mmcpd.slim.compare import evaluating
 
@@ -87,7 +88,7 @@ def run_to_taps(module: nn.Module, taps: Collection[str], inputs: Any, data_samp
 
 
 def load_teacher(teacher: Mapping[str, Any]) -> nn.Module:
-    """Build a teacher from `dict(config=..., checkpoint=..., cfg_options=...)`.
+    """Build a teacher from `dict(config=..., checkpoint=..., cfg_options=..., trust_checkpoint=False)`.
 
     `config` is a file, `'mmpretrain::resnet/resnet101_8xb32_in1k.py'` or a Config, of a bare model or of a
     distiller; `checkpoint` is a training checkpoint, bare weights, or a `slim.pth` cut from that config.
@@ -95,12 +96,14 @@ def load_teacher(teacher: Mapping[str, Any]) -> nn.Module:
     Raises:
         ValueError: If a key is missing or unknown, or the checkpoint cannot be read or is of another model.
     """
-    keys = {'config', 'checkpoint', 'cfg_options'}
+    keys = {'config', 'checkpoint', 'cfg_options', 'trust_checkpoint'}
     if not {'config', 'checkpoint'} <= teacher.keys() <= keys or teacher.get('checkpoint') is None:
         raise ValueError(
-            f'teacher needs config and checkpoint, and may have cfg_options; it has {", ".join(teacher)}. '
-            "For the unpruned student itself write teacher='self'"
+            'teacher needs config and checkpoint, and may have cfg_options and trust_checkpoint; it has '
+            f"{', '.join(teacher)}. For the unpruned student itself write teacher='self'"
         )
+    if teacher.get('trust_checkpoint'):
+        trust()
     cfg = _read_config(teacher['config'])
     cfg.merge_from_dict(dict(teacher.get('cfg_options') or {}))
     try:
