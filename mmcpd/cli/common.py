@@ -113,22 +113,21 @@ def one_line(error: BaseException) -> str:
     module = str(frames[-1].f_globals.get('__name__')) if frames else ''
     if isinstance(error, OURS) or (isinstance(error, ValueError | OSError) and module.startswith('mmcpd.')):
         return ' '.join(text.split()) or kind
-    where = next(
-        (note for note in getattr(error, '__notes__', ()) if note.startswith(TRACEBACK)), '--debug shows where'
-    )
+    notes = [note for note in getattr(error, '__notes__', ()) if note.startswith(TRACEBACK)]
+    where = notes[0] if notes else '--debug shows where'
     if isinstance(error, URLError):  # torch's hub names the address in the line before
         return f'cannot download the checkpoint above ({text}): fetch it elsewhere and name the file in the config'
     if module.startswith('mmcpd.'):
-        return f'{shortened(text)} ({kind} in {module}, a fault of mmcpd unless the config made it: {where}; please report it)'
+        return f'{shortened(text)} ({kind} in {module}: {where}. If the config is right, mmcpd is wrong: report it)'
     return f'{shortened(text) or kind} ({kind}; {where})'
 
 
 def shortened(text: str) -> str:
-    """Return somebody else's message in one line: its first sentences within 300 characters; of a traceback the end.
+    r"""Return somebody else's message in one line: its first sentences within 300 characters; of a traceback its end.
 
     Example:
-        >>> shortened('Caught ValueError in worker 0.\\nOriginal Traceback (most recent call last):\\n  ...\\nValueError: x')
-        'Caught ValueError in worker 0. ValueError: x'
+        >>> shortened('Caught in worker 0.\nOriginal Traceback (most recent call last):\n  ...\nValueError: x')
+        'Caught in worker 0. ValueError: x'
     """
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if any(line.endswith('Traceback (most recent call last):') for line in lines):

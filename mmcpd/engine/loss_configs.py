@@ -25,6 +25,7 @@ LOSSES: dict[str, type[nn.Module]] = {
 }
 for _loss in LOSSES.values():  # `mmcpd.distill` knows no registry
     OURS.register_module(module=_loss)
+EXAMPLE = "write losses=[dict(type='mmcpd.KDLoss', tau=4.0)]"
 LOGITS = 'logits'  # the tap that is found by observing
 # Attributes of torch's layers that hold the width of their output, and of their input.
 OUTPUT_WIDTHS = ('out_channels', 'out_features', 'num_features')
@@ -63,9 +64,7 @@ class LossConfig:
             'cwd'
         """
         if not isinstance(config, Mapping | str):
-            raise ValueError(
-                f"losses is a list of dicts, as [dict(type='mmcpd.KDLoss', tau=4.0)]: got {config!r} in it"
-            )
+            raise ValueError(f'losses: {config!r} is no loss; {EXAMPLE}')
         arguments = {'type': config} if isinstance(config, str) else dict(config)
         kind = arguments.pop('type', None)
         if not isinstance(kind, str | type) or not kind:
@@ -121,7 +120,7 @@ def listed(losses: object) -> list[Any]:
     if isinstance(losses, Mapping | str):
         return [losses]
     if losses is not None and not isinstance(losses, list | tuple):
-        raise ValueError(f"losses is a list of dicts, as [dict(type='mmcpd.KDLoss', tau=4.0)]: got {losses!r}")
+        raise ValueError(f'losses is a list of dicts, got {losses!r}; {EXAMPLE}')
     return list(losses or ())
 
 

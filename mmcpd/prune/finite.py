@@ -46,8 +46,8 @@ def _held(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, buffer.nan_to_num(nan=torch.nan, posinf=0.0, neginf=0.0)
 
 
-def check_finite(model: nn.Module, iteration: int) -> None:
-    """Refuse to prune a model whose weights are not finite, after so many iterations.
+def check_finite(model: nn.Module, iteration: int | None = None) -> None:
+    """Refuse to prune a model whose weights are not finite, after so many iterations where that is known.
 
     Raises:
         PruneError: with the tensor, and what to do.
@@ -60,7 +60,8 @@ def check_finite(model: nn.Module, iteration: int) -> None:
     """
     name = broken_tensor(model)
     if name is not None:
-        raise PruneError(f'{name} is not finite after {iteration} iterations, and no unit can be chosen by it: {CURES}')
+        when = '' if iteration is None else f' after {iteration} iterations'
+        raise PruneError(f'{name} is not finite{when}, and no unit can be chosen by it: {CURES}')
 
 
 class Missing:

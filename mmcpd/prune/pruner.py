@@ -45,9 +45,8 @@ class Pruner:
         waits: why nothing is removed though it is time, '' where nothing is due.
 
     Raises:
-        ValueError: an option that makes no sense, a schedule in shares of the run, or groups that the importance
-            cannot score.
-        PruneError: nothing can be pruned, or not as far as the target, for want of gradients too.
+        ValueError: an option or a schedule in shares of the run, or groups that the importance cannot score.
+        PruneError: nothing can be pruned, or not as far as the target, or a weight is not finite.
 
     Example:
         >>> from mmcpd.prune import Pruner, Schedule
@@ -82,6 +81,7 @@ class Pruner:
         look_up(NORMALIZERS, normalize, 'normalizer')
         self._begin, self._end = schedule.span()
         self.floors: Floors = {'min_units': min_units, 'round_to': round_to}
+        check_finite(model)
         check_reachable(coupling, schedule, **self.floors)
         self.model, self.coupling, self.optimizer, self.schedule = model, coupling, optimizer, schedule
         self.normalizer = normalize
@@ -97,8 +97,7 @@ class Pruner:
         self.iteration = 0
         self._handles: list[RemovableHandle] = []
         self._last = 0  # finished iterations when units were removed last
-        self._waiting = False  # it was time, but nothing had been scored
-        self.waits = ''
+        self._waiting, self.waits = False, ''  # it was time, but nothing had been scored
         self._missing, self._agreement = Missing(model), Agreement(model, coupling)
         self.skip_to(0)
 
@@ -164,10 +163,7 @@ class Pruner:
     def start(self) -> None:
         """Mask by the keep as it is, and watch the model's passes and the optimizer's steps from now on.
 
-        `step` does this when pruning begins; call it to go on after `stop`.
-
-        Raises:
-            PruneError: the weights are not finite.
+        `step` does this when pruning begins; call it to go on after `stop`. Raises PruneError for weights not finite.
         """
         self.stop()
         self._handles = [
@@ -211,6 +207,7 @@ class Pruner:
         self.coupling.check(keep)
         self.keep = {group.name: keep[group.name].cpu().clone() for group in self.coupling.groups}
         self._last, self._waiting = self._end, False
+        self._agreement.check(self.keep, self.iteration)
         self.importance.detach()
         self.mask_()
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
 from typing import TypedDict
 
 import numpy as np
@@ -80,34 +80,12 @@ def select(
     for quantity in ratios:
         look_up(dict.fromkeys(QUANTITIES), quantity, 'quantity')
     chunks = _order(scores, coupling, keep, steps_of(coupling, keep, min_units, round_to, fixed))
-    dense, start = _quantities(coupling, coupling.flat(coupling.keep())), coupling.flat(keep)
-
-    def without(units: np.ndarray) -> np.ndarray:
-        kept = start.copy()
-        kept[units] = False
-        return kept
-
-    def room(kept: np.ndarray) -> float:
-        """Return by how much of the dense model a choice is below the ratios; it is negative where one is exceeded."""
-        found = _quantities(coupling, kept)
-        return min((ratio * dense[name] - found[name]) / max(1, dense[name]) for name, ratio in ratios.items())
-
+    search = _Search(coupling, coupling.flat(keep), ratios, chunks)
     most = chunks.within(limit)
-    number = bisect_left(range(most + 1), True, key=lambda number: room(without(chunks.first(number))) >= 0)
+    number = bisect_left(range(most + 1), True, key=lambda number: search.room(range(number)) >= 0)
     if number > most and (limit is None or not most):
         raise out_of_reach(coupling, ratios, min_units, round_to)
-    removed = list(range(min(number, most)))
-    if 0 < number <= most:
-        before = chunks.first(number - 1)
-        after = partial(np.append, before)
-        removed[-1] = chunks.smaller(number - 1, lambda last: room(without(after(chunks[last]))), room(without(before)))
-    chosen, full = without(np.concatenate([chunks.first(0), *(chunks[chunk] for chunk in removed)])), set()
-    for chunk in reversed(removed):
-        if chunks.groups[chunk] not in full:
-            chosen[chunks[chunk]] = True
-            if room(chosen) < 0:
-                chosen[chunks[chunk]] = False
-                full.add(chunks.groups[chunk])  # no further chunk of it fits
+    chosen = search.fitting(range(number)) if number <= most else search.without(range(most))
     parts = np.split(chosen, list(coupling.start.values())[1:])
     return {group.name: torch.from_numpy(part.copy()) for group, part in zip(coupling.groups, parts, strict=True)}
 
@@ -186,26 +164,70 @@ class _Chunks:
     def __getitem__(self, chunk: int) -> np.ndarray:
         return self.units[self.ends[chunk - 1] if chunk else 0 : self.ends[chunk]]
 
-    def first(self, number: int) -> np.ndarray:
-        """Return the units of the first chunks."""
-        return self.units[: self.ends[number - 1] if number else 0]
-
     def within(self, limit: int | None) -> int:
         """Return how many chunks hold at most so many units, at least one."""
         return min(len(self.ends), len(self.ends) if limit is None else max(1, int((self.ends <= limit).sum())))
 
-    def smaller(self, last: int, room: Callable[[int], float], before: float) -> int:
-        """Return the first chunk of fewer units than `last` that is enough and saves less, or `last` itself.
 
-        Its score times what it saves is no higher. `room` is what there is with a chunk, and negative `before`.
+@dataclass(frozen=True, eq=False)
+class _Search:
+    """Try chunks, to be removed from the kept units `start`, against ratios."""
+
+    coupling: Coupling
+    start: np.ndarray
+    ratios: Mapping[str, float]
+    chunks: _Chunks
+
+    @cached_property
+    def dense(self) -> dict[str, int]:
+        return _quantities(self.coupling, self.coupling.flat(self.coupling.keep()))
+
+    def without(self, removed: Iterable[int]) -> np.ndarray:
+        """Return which units are kept without some chunks."""
+        kept = self.start.copy()
+        for chunk in removed:
+            kept[self.chunks[chunk]] = False
+        return kept
+
+    def room(self, removed: Iterable[int]) -> float:
+        """Return by how much of the dense model the rest is below the ratios; negative where it exceeds one."""
+        return self._room(self.without(removed))
+
+    def _room(self, kept: np.ndarray) -> float:
+        found, dense = _quantities(self.coupling, kept), self.dense
+        return min((ratio * dense[name] - found[name]) / max(1, dense[name]) for name, ratio in self.ratios.items())
+
+    def fitting(self, removed: Sequence[int]) -> np.ndarray:
+        """Return what is kept: nearest to the ratios of these chunks, or with a smaller one in place of the last."""
+        ends = [self._give_back(removed)]
+        if removed and (last := self._smaller(removed)) != removed[-1]:
+            ends.append(self._give_back([*removed[:-1], last]))
+        return min(ends, key=self._room)
+
+    def _give_back(self, removed: Sequence[int]) -> np.ndarray:
+        """Return what is kept without these chunks, the last ones given back where the ratios hold all the same."""
+        chosen, full = self.without(removed), set()
+        for chunk in reversed(removed):
+            if self.chunks.groups[chunk] not in full:
+                chosen[self.chunks[chunk]] = True
+                if self._room(chosen) < 0:
+                    chosen[self.chunks[chunk]] = False
+                    full.add(self.chunks.groups[chunk])  # no further chunk of it fits
+        return chosen
+
+    def _smaller(self, removed: Sequence[int]) -> int:
+        """Return the first chunk of fewer units than the last one that is enough and saves less, or the last one.
+
+        Its score times what it saves is no higher.
         """
-        seen, most = {self.groups[last]}, room(last)
-        for other in range(last + 1, len(self.groups)):
-            if self.groups[other] in seen:
+        chunks, rest, last = self.chunks, removed[:-1], removed[-1]
+        before, most, seen = self.room(rest), self.room(removed), {chunks.groups[last]}
+        for other in range(last + 1, len(chunks.groups)):
+            if chunks.groups[other] in seen:
                 continue  # its turn has not come
-            seen.add(self.groups[other])
-            found = room(other) if len(self[other]) < len(self[last]) else most
-            if 0 <= found < most and self.scores[other] * (found - before) <= self.scores[last] * (most - before):
+            seen.add(chunks.groups[other])
+            found = self.room([*rest, other]) if len(chunks[other]) < len(chunks[last]) else most
+            if 0 <= found < most and chunks.scores[other] * (found - before) <= chunks.scores[last] * (most - before):
                 return other
         return last
 

@@ -178,7 +178,8 @@ def test_what_cannot_be_done_is_refused_before_training(small):
         check_reachable(small, plan, min_units=20)
     with pytest.raises(ValueError, match='at least 1'):
         check_reachable(small, plan, min_units=0)
-    with pytest.raises(PruneError, match=r'10 events of 2 units leave at least 0\.5238 of units, and its target is 0\.5000: set units_per_event=3'):
+    message = r'10 events of 2 units leave at least 0\.5238 of units, and its target is 0\.5000: set units_per_event=3'
+    with pytest.raises(PruneError, match=message):
         check_reachable(small, Schedule({'units': 0.5}, 0, 100, curve='paper', units_per_event=2))
     check_reachable(small, Schedule({'units': 0.5}, 0, 100, curve='paper', units_per_event=3))
     with pytest.raises(ValueError, match="unknown quantity 'flops'"):
