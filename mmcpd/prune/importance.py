@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..coupling import Example, Group
 from ..names import check_options, look_up
+from ..slim.trial import double
 from .gates import Gates
 from .options import checked_options
 
@@ -205,7 +206,7 @@ def averaged(importance: Importance, device: torch.device) -> dict[str, Tensor] 
     scores, iterations = importance.scores(), importance.iterations
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         flat = torch.cat([torch.tensor([iterations], device=device), *(s.to(device) for s in scores.values())])
-        flat = flat.double()
+        flat = double(flat)
         dist.all_reduce(flat)
         iterations, parts = int(flat[0]), flat[1:].split([len(s) for s in scores.values()])
         scores = {name: part / dist.get_world_size() for name, part in zip(scores, parts, strict=True)}

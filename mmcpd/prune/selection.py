@@ -241,7 +241,7 @@ def _order(
         if not numbers:
             continue
         kept = np.flatnonzero(keep[name].numpy())
-        score = scores[name].double().cpu().numpy()[kept]
+        score = scores[name].cpu().double().numpy()[kept]
         rank = np.argsort(score, kind='stable')[: len(kept) - numbers[-1]]
         begins = len(kept) - np.array([len(kept), *numbers])  # of each chunk in `rank`, and the end of the last
         units.append(coupling.start[name] + kept[rank])
