@@ -127,7 +127,7 @@ MUTANTS: tuple[Mutant, ...] = (
            'if above and not events:', 'if False:'),
     Mutant('bound-chunks', _REACH, 'test_prune/test_reach.py',
            'no choice of units goes below the bound',
-           'free -= taken', 'free = units - taken * 2'),
+           'widths[name] * each[name] / max(1, whole)', 'each[name] / max(1, whole)'),
     Mutant('smaller-chunk', _SELECTION, 'test_prune/test_reach.py',
            'a smaller chunk goes where the last one would overshoot',
            'if removed and (last := self._smaller(removed)) != removed[-1]:', 'if False:'),

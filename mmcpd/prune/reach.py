@@ -128,24 +128,22 @@ def least_left(coupling: Coupling, keep: Keep, events: int, limit: int, floors: 
     """Return a share of each quantity below which so many events of `limit` units cannot bring it, whatever they take.
 
     A unit saves at most what it saves now: costs are sums of products of live counts. Where a chunk of a large group
-    is larger than `limit`, an event takes it whole.
+    is larger than `limit`, an event takes it whole, and nothing else.
 
     Example:
         >>> least_left(coupling, coupling.keep(), 3, 1, {'min_units': 1, 'round_to': 8})['units']
         0.75
     """
-    steps = steps_of(coupling, keep, **floors)
-    counts = {name: [int(keep[name].sum()), *numbers] for name, numbers in steps.items()}
-    chunks = [most - least for numbers in counts.values() for most, least in pairwise(numbers)]
-    units = events * max([limit, *chunks])
+    counts = {name: [int(keep[name].sum()), *each] for name, each in steps_of(coupling, keep, **floors).items()}
+    widths = {name: max([limit, *(a - b for a, b in pairwise(each))]) for name, each in counts.items()}  # in one event
     saved, found = coupling.marginal(keep), shares(coupling, keep)
     dense = coupling.cost(coupling.keep())
     for quantity in found:
         each = {name: 1 if quantity == 'units' else saved[name][quantity] for name in counts}
         whole = coupling.units if quantity == 'units' else dense[quantity]
-        free = units
-        for name in sorted(counts, key=lambda name: -each[name]):
-            taken = min(free, counts[name][0] - counts[name][-1])
-            found[quantity] -= taken * each[name] / max(1, whole)
+        free = float(events)
+        for name in sorted(counts, key=lambda name: -each[name] * widths[name]):
+            taken = min(free, (counts[name][0] - counts[name][-1]) / widths[name])
+            found[quantity] -= taken * widths[name] * each[name] / max(1, whole)
             free -= taken
     return found

@@ -54,6 +54,7 @@ def test_no_choice_of_units_goes_below_the_bound(coupling, quantity):
                 keep[name][unit - {'0': 0, '2': 16, '4': 36}[name]] = False
             assert shares(coupling, keep)[quantity] >= least - 1e-9
     assert least_left(coupling, coupling.keep(), 12, 1, FLOORS)['units'] == pytest.approx(30 / 42)
+    assert least_left(combed(64, 6), combed(64, 6).keep(), 2, 1, FLOORS)['units'] == pytest.approx(54 / 70)
 
 
 def test_a_run_that_may_fall_short_is_allowed_and_said(coupling):
