@@ -1,4 +1,6 @@
-"""Cut a slim.pth from a training checkpoint that was pruned; the exit status is 3 where it is not at its target yet.
+"""Cut a slim.pth from a training checkpoint that was pruned.
+
+The exit status is 3 where the checkpoint is not at its target yet; the file is written all the same.
 
 Example:
   mmcpd slim my_config.py work_dirs/my_config/epoch_30.pth
