@@ -7,6 +7,7 @@ from .mutant import Mutant
 _PRUNER, _SCHEDULE, _SELECTION = (f'mmcpd/prune/{name}.py' for name in ('pruner', 'schedule', 'selection'))
 _GATES, _IMPORTANCE, _SCORES = (f'mmcpd/prune/{name}.py' for name in ('gates', 'importance', 'scores'))
 _NORMALIZE = 'mmcpd/prune/normalize.py'
+_REACH, _FINITE, _AGREE = (f'mmcpd/prune/{name}.py' for name in ('reach', 'finite', 'agree'))
 _GAUSS_NEWTON, _PER_SAMPLE, _LAYOUTS = (f'mmcpd/prune/{name}.py' for name in ('gauss_newton', 'per_sample', 'layouts'))
 _GAUSS_NEWTON_TEST = 'test_prune/test_gauss_newton.py'
 
@@ -95,7 +96,7 @@ MUTANTS: tuple[Mutant, ...] = (
            '/ np.diff(begins))', ')'),
     Mutant('all-targets', _SELECTION, 'test_prune/test_selection.py',
            'several targets all hold',
-           'return all(found[quantity] <= ratio', 'return any(found[quantity] <= ratio'),
+           'return min((ratio * dense', 'return max((ratio * dense'),
     Mutant('rounded-from', _SELECTION, 'test_prune/test_selection.py',
            'groups below 64 units lose single units',
            'ROUNDED_FROM = 64', 'ROUNDED_FROM = 63'),
@@ -111,17 +112,25 @@ MUTANTS: tuple[Mutant, ...] = (
            'floor = math.ceil(min_units / chunk) * chunk', 'floor = chunk'),
     Mutant('limit', _SELECTION, 'test_prune/test_selection.py',
            'at most so many units are removed at once',
-           'ends = ends[: max(1, int((ends <= limit).sum()))]',
-           'ends = ends[: max(1, int((ends <= limit).sum()) + 1)]'),
+           'max(1, int((self.ends <= limit).sum()))', 'max(1, int((self.ends <= limit).sum()) + 1)'),
     Mutant('keep-copied', _SELECTION, 'test_prune/test_selection.py',
            'a unit that was removed never comes back',
-           'found = kept.copy()', 'found = np.ones_like(kept)'),
-    Mutant('reachable', _SELECTION, 'test_prune/test_selection.py',
+           'kept = self.start.copy()', 'kept = np.ones_like(self.start)'),
+    Mutant('reachable', _REACH, 'test_prune/test_selection.py',
            'a target out of reach is refused before training',
            'if any(lowest[quantity] > share for', 'if all(lowest[quantity] > share for'),
-    Mutant('events-enough', _SELECTION, 'test_prune/test_selection.py',
+    Mutant('events-enough', _REACH, 'test_prune/test_selection.py',
            'too few events for a target are refused before training',
-           "if coupling.units - most > schedule.target['units'] * coupling.units:", 'if False:'),
+           'if least[quantity] > share * (1 + 1e-9):', 'if False:'),
+    Mutant('events-left', _REACH, 'test_prune/test_reach.py',
+           'a run that goes on behind the end of its schedule is refused',
+           'if above and not events:', 'if False:'),
+    Mutant('bound-chunks', _REACH, 'test_prune/test_reach.py',
+           'no choice of units goes below the bound',
+           'widths[name] * each[name] / max(1, whole)', 'each[name] / max(1, whole)'),
+    Mutant('smaller-chunk', _SELECTION, 'test_prune/test_reach.py',
+           'a smaller chunk goes where the last one would overshoot',
+           'if removed and (last := self._smaller(removed)) != removed[-1]:', 'if False:'),
     # -- schedule
     Mutant('cubic', _SCHEDULE, 'test_prune/test_schedule.py',
            'the cubic curve is cubic',

@@ -25,8 +25,16 @@ class ProofError(SlimError):
     """A slim file does not become, in a model that is built from its config, what was slimmed."""
 
 
+class NotFiniteError(SlimError):
+    """The weights that are to be slimmed are not finite."""
+
+
 class PruneError(ValueError):
     """Nothing can be pruned, or not as far as the target."""
+
+
+class TargetError(RuntimeError):
+    """A run ended before its target; what it wrote is whole."""
 
 
 class DeployError(RuntimeError):

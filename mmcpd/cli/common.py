@@ -16,16 +16,19 @@ from mmengine.config import DictAction
 
 from mmcpd.engine.compat import leave
 from mmcpd.engine.reader import trust
-from mmcpd.errors import CombError, DeployError, ProofError, PruneError, SlimError
+from mmcpd.errors import CombError, DeployError, ProofError, PruneError, SlimError, TargetError
 
 
 class UserError(RuntimeError):
     """The command cannot do what was asked; the message says in one line what to change."""
 
 
-OURS = (UserError, CombError, SlimError, PruneError, DeployError, ImportError)
-# What a user's mistake raises, here, in the hooks and in MMEngine: shown in one line.
-MISTAKES = (*OURS, ValueError, KeyError, OSError, SyntaxError)
+OURS = (UserError, CombError, SlimError, PruneError, TargetError, DeployError, ImportError)
+# Shown in one line: a config can make any of them, here, in the hooks, in MMEngine, in torch and in the user's code.
+MISTAKES = (Exception,)
+LONGEST = 300  # of somebody else's message
+TRACEBACK = 'the traceback is in '  # how a note on an error begins that names a file
+STATUS = {TargetError: 3, ProofError: 4}  # of an error that is not 1
 LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
 
 
@@ -75,7 +78,7 @@ def add_runner_options(parser: argparse.ArgumentParser) -> None:
 def guard(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
     """Call a command and return its exit status: a mistake becomes one line on stderr, Ctrl-C becomes 130.
 
-    A slim file that could not be proved is status 4.
+    A run that ended before its target, with its slim file written, is status 3; a slim file that could not be proved 4.
     """
     try:
         main(args)
@@ -92,7 +95,7 @@ def guard(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) 
         if args.debug:
             raise
         print(f'error: {one_line(error)}', file=sys.stderr)
-        return 4 if isinstance(error, ProofError) else 1
+        return next((status for kind, status in STATUS.items() if isinstance(error, kind)), 1)
     return 0
 
 
@@ -105,17 +108,41 @@ def was_interrupted(error: BaseException) -> bool:
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error's message in one line, and its kind where it was not raised by our own code.
+    """Return an error's message in one line; where it is not our own, shortened, and with where the traceback is.
+
+    What mmcpd's own code raises without meaning to is called a fault of mmcpd.
 
     Example:
         >>> one_line(KeyError('lr'))
         'lr (KeyError; --debug shows where)'
     """
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    text = ' '.join(text.split()) or type(error).__name__
+    kind = type(error).__name__
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    if isinstance(error, OURS) or (frames and str(frames[-1].f_globals.get('__name__')).startswith('mmcpd.')):
-        return text
+    module = str(frames[-1].f_globals.get('__name__')) if frames else ''
+    if isinstance(error, OURS) or (isinstance(error, ValueError | OSError) and module.startswith('mmcpd.')):
+        return ' '.join(text.split()) or kind
+    notes = [note for note in getattr(error, '__notes__', ()) if note.startswith(TRACEBACK)]
+    where = notes[0] if notes else '--debug shows where'
     if isinstance(error, URLError):  # torch's hub names the address in the line before
         return f'cannot download the checkpoint above ({text}): fetch it elsewhere and name the file in the config'
-    return f'{text} ({type(error).__name__}; --debug shows where)'
+    if module.startswith('mmcpd.'):
+        return f'{shortened(text)} ({kind} in {module}: {where}. If the config is right, mmcpd is wrong: report it)'
+    return f'{shortened(text) or kind} ({kind}; {where})'
+
+
+def shortened(text: str) -> str:
+    r"""Return somebody else's message in one line: its first sentences within 300 characters; of a traceback its end.
+
+    Example:
+        >>> shortened('Caught in worker 0.\nOriginal Traceback (most recent call last):\n  ...\nValueError: x')
+        'Caught in worker 0. ValueError: x'
+    """
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if any(line.endswith('Traceback (most recent call last):') for line in lines):
+        lines = [lines[0], lines[-1]]
+    joined = ' '.join(' '.join(lines).split())
+    if len(joined) <= LONGEST:
+        return joined
+    sentences = joined[:LONGEST].rpartition('. ')[0]
+    return f'{sentences}.' if sentences else f'{joined[: LONGEST - 3]}...'

@@ -44,6 +44,7 @@ from mmcpd.engine.label_free import teach_
 from mmcpd.engine.pictures import pictures
 from mmcpd.engine.report import comparison, costs
 from mmcpd.engine.saving import Proof, cut_checked, loadable, save_proved
+from mmcpd.engine.stage import check_target, stage_meta
 from mmcpd.files import whole, write_json
 from mmcpd.prune import Schedule, check_reachable
 from mmcpd.rotate import rotate_
@@ -80,6 +81,7 @@ def main(args: argparse.Namespace) -> None:
         check_reachable(dense.coupling, Schedule(target), **floors)
     models: dict[str, nn.Module] = {'dense': dense.model}
     facts, scores = [dense.facts], None
+    ends: dict[Path, dict[str, Any]] = {}
     for target in request.targets:
         stages, name = Stages(), '_'.join(f'{quantity}-{share:g}' for quantity, share in target.items())
         pruned = prune_at_once(
@@ -95,9 +97,12 @@ def main(args: argparse.Namespace) -> None:
         print(f'\n{comparison(dense.facts, report["slim"])}\nsaved {folder / SLIM} and {folder / REPORT}')
         models[name] = small
         facts.append(report['slim'])
+        ends[folder / SLIM] = report
     if several:
         dense.model.cpu()
         write_curve(request.out, models, facts, dense.batches[0][:1], Stages())
+    for file, report in ends.items():
+        check_target(report, file)
 
 
 def prepare(cfg: Config, request: Request) -> Dense:
@@ -130,7 +135,7 @@ def slim_down(
     """Slim a masked model, let the dense one teach it where asked, and measure it; return it and the report."""
     with stages('slim'):
         small: Any = cut_checked(pruned.model, dense.coupling, pruned.keep)
-    report: dict[str, Any] = {'target': dict(target), 'dense': dense.facts}
+    report: dict[str, Any] = {**stage_meta({'left': pruned.left, 'target': target}), 'dense': dense.facts}
     metrics = _metrics(small, cfg, request, stages, 'slim')
     if request.distill:
         report['before_distillation'] = {'metrics': metrics}
@@ -152,7 +157,7 @@ def write(
 ) -> None:
     """Write a slim model, its report, and the tables of coupling and refit into a folder, which is made."""
     meta = {'cfg': cfg.pretty_text, 'input_shape': shape_combed(dense.coupling)}
-    meta |= {key: report[key] for key in ('dense', 'slim')}
+    meta |= {key: report[key] for key in ('dense', 'slim', 'left', 'target', 'reached')}
     meta |= {key: dense.meta[key] for key in ('dataset_meta',) if key in dense.meta}
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:  # all of them appear together, when everything is written

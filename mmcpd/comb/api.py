@@ -30,7 +30,7 @@ def comb(
     forward: Callable[..., object] | None = None,
     also: Sequence[Callable[..., object]] = (),
     heads: str = 'dim',
-    ignore: Sequence[str] = (),
+    ignore: Sequence[str] | str = (),
     strict: bool = False,
     trial: bool = True,
 ) -> Coupling:
@@ -46,7 +46,7 @@ def comb(
         also: further passes, called alike, that must work on the slim model too but do not count in its cost: side
             heads that only training runs.
         heads: what an attention gives up: `dim`, the same width index in each head, or `head`, whole heads.
-        ignore: patterns (`fnmatch`) of group names that must not be pruned.
+        ignore: patterns (`fnmatch`) of group names that must not be pruned, or one of them.
         strict: raise on operations without a rule, instead of freezing what goes through them.
         trial: end with the safety net (see `mmcpd.slim.trial`) where anything depends on a width, and freeze what
             fails it; without it `slim` raises on a model whose sizes cannot follow.
@@ -65,6 +65,7 @@ def comb(
     """
     if heads not in HEADS:
         raise ValueError(f'heads must be one of {HEADS}, not {heads!r}')
+    ignore = [ignore] if isinstance(ignore, str) else ignore
     example = Example(arguments(inputs), forward or operator.call, tuple(also))
     record = observe(model, example, Policy())
     whole = heads_of(record) if heads == 'head' else None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mmcpd.distill import Taps
 from mmcpd.engine.comparisons import Comparison, ZeroWatch, described, find_comparisons, same_samples, zero_reason
 from mmcpd.engine.logits import observe, restored
-from mmcpd.engine.loss_configs import LOGITS, LossConfig, labels_of
+from mmcpd.engine.loss_configs import LOGITS, LossConfig, labels_of, listed
 from mmcpd.engine.teachers import FrozenTeacher, Rehearsal, check_same_input, load_teacher
 from mmcpd.engine.wrappers import DISTILL, StudentWrapper
 from mmcpd.registry import MODELS
@@ -64,13 +64,14 @@ class Distiller(StudentWrapper):
         self,
         student: Mapping[str, Any] | nn.Module,
         teacher: str | Mapping[str, Any] | nn.Module | None = 'self',
-        losses: Sequence[Mapping[str, Any]] = (),
+        losses: Sequence[Mapping[str, Any] | str] | Mapping[str, Any] | str | None = (),
         task_weight: float = 1.0,
         data_preprocessor: Mapping[str, Any] | nn.Module | None = None,
         init_cfg: Mapping[str, Any] | list | None = None,
     ) -> None:
         super().__init__(_build_student(student, data_preprocessor), init_cfg)
-        if not isinstance(task_weight, int | float) or not 0 <= task_weight < math.inf:
+        losses = listed(losses)
+        if isinstance(task_weight, bool) or not isinstance(task_weight, int | float) or not 0 <= task_weight < math.inf:
             raise ValueError(f'task_weight is a number, 0 or more: got {task_weight!r}')
         if task_weight == 0 and not (losses and teacher is not None):
             raise ValueError('task_weight=0 leaves nothing to train by: give a teacher and losses')
@@ -259,6 +260,8 @@ def _build_student(
     student: Mapping[str, Any] | nn.Module, preprocessor: Mapping[str, Any] | nn.Module | None
 ) -> BaseModel:
     if not isinstance(student, nn.Module):
+        if not isinstance(student, Mapping):
+            raise ValueError(f"student is the config of a model, as dict(type='ImageClassifier', ...): got {student!r}")
         config = dict(student)
         if preprocessor is not None and config.get('data_preprocessor') is None:
             config['data_preprocessor'] = preprocessor

@@ -23,12 +23,13 @@ from mmcpd.engine.closure import StepClosure
 from mmcpd.engine.comb_hook import comb_options, refuse_unknown
 from mmcpd.engine.combing import comb_runner, shape_combed
 from mmcpd.engine.distillers import Distiller
+from mmcpd.engine.ending import RunWatch, meta_of, say_ended
 from mmcpd.engine.optimizers import optimizer_of, refuse_shards
-from mmcpd.engine.plan import left_alone, plan
+from mmcpd.engine.plan import doubts, left_alone, plan
 from mmcpd.engine.reader import trust
 from mmcpd.engine.report import comparison, costs, numbers
-from mmcpd.engine.saving import Proof, keep_unslimmed, rehearse, save_checked
-from mmcpd.engine.slim_file import plain_entries, save_whole
+from mmcpd.engine.saving import Proof, keep_unslimmed, refuse_not_finite, rehearse, save_checked
+from mmcpd.engine.slim_file import save_whole
 from mmcpd.engine.stage import at_target, refuse_pruned, stage_of
 from mmcpd.engine.validation import validate_unseen
 from mmcpd.engine.wrappers import bare_model, unwrapped
@@ -115,9 +116,9 @@ class PruneHook(Hook):
         end = 1.0 if at_once else end  # nothing goes after begin
         self.schedule = Schedule(target, begin, end, interval, curve, units_per_event)
         self.at_once, self.pictures, self.refit, self.rotate = at_once, pictures, refit, rotate
-        importance = importance or ('gauss_newton' if at_once else 'hessian')
+        importance = ('gauss_newton' if at_once else 'hessian') if importance is None else importance
         (check_label_free if at_once else check_importance)(importance, seed=seed)
-        normalize = normalize or ('macs' if at_once else 'memory')
+        normalize = ('macs' if at_once else 'memory') if normalize is None else normalize
         look_up(NORMALIZERS, normalize, 'normalizer')
         self.importance, self.normalize, self.seed = importance, normalize, seed
         self.floors: Floors = {'min_units': min_units, 'round_to': round_to}
@@ -132,7 +133,7 @@ class PruneHook(Hook):
         self._loaded: dict[str, Any] | None = None
         self._validated: tuple[int, dict[str, float]] = (-1, {})
         self._left_alone: Mapping[str, str] = {}  # what was said of them
-        self.best = BestFiles()
+        self.best, self.watch = BestFiles(), RunWatch()
 
     @property
     def pruner(self) -> Pruner:
@@ -180,13 +181,15 @@ class PruneHook(Hook):
         fitted = f'refitted on {self.pictures} training pictures' if self.refit else 'not refitted'
         for line in plan(runner, self.pruner, f'all at once, {fitted}' if self.at_once else ''):
             runner.logger.info(line)
+        for line in doubts(self.pruner):
+            runner.logger.warning(line)
         if loaded is not None:
             self.pruner.load_state_dict(loaded['pruner'])
         else:
             if is_main_process():
                 rehearse(self.pruner.model, coupling, Proof.of_runner(runner, self._untrained))
             self.pruner.skip_to(runner.iter)
-        self.best.restarted = at_target(self._stage())
+        self.best.restarted = at_target(self.stage())
         self._log(runner)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
@@ -202,8 +205,10 @@ class PruneHook(Hook):
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
     ) -> None:
+        self.watch.see(runner.iter + 1, outputs)
         if self.pruner.step():
             self._log(runner)
+        self.watch.warn(runner, self.pruner)
 
     def after_train_epoch(self, runner: Runner) -> None:
         self.pruner.mask_()  # others may have replaced statistics: they are saved and validated next
@@ -214,36 +219,31 @@ class PruneHook(Hook):
     def after_train(self, runner: Runner) -> None:
         self.pruner.stop()
         self.pruner.mask_()
-        if skipped := self.pruner.importance.skipped:
-            runner.logger.info(f'{skipped} iterations entered no score: a gradient was not finite')
         try:
             with self.averages.in_model():
                 self._save(runner)
         except Exception as error:  # noqa: BLE001 - whatever fails, the weights are kept
             self.failure = error
             keep_unslimmed(runner, error)
-        if not at_target(self._stage()):
-            runner.logger.warning(f'the run ended before its target; {SLIM} is {stage_of(self._stage())}')
+        say_ended(runner, self.pruner, self.stage(), written=self.failure is None)
         self.best.describe(runner)
 
     def _save(self, runner: Runner) -> None:
         """Validate, and write the slim model, of the weights that are validated.
 
         Raises:
-            SlimError: it is not what was trained.
+            SlimError: it is not what was trained, or is not finite.
         """
+        refuse_not_finite(self.pruner.model, self.watch.since)
         coupling, keep = self.pruner.coupling, self.pruner.keep
         dense = {**costs(coupling, coupling.keep()), 'metrics': self.dense_metrics}
         small = {**costs(coupling, keep), 'metrics': self._metrics(runner)}  # masked and slim compute the same
         if is_main_process():
             path = Path(runner.work_dir) / SLIM
-            meta = {'cfg': runner.cfg.pretty_text, 'epoch': runner.epoch, 'iter': runner.iter}
-            meta |= {'input_shape': shape_combed(coupling), 'dense': dense, 'slim': small}
-            data = getattr(runner.train_dataloader.dataset, 'metainfo', None)
-            meta |= {'dataset_meta': plain_entries(data, 'metainfo')} if data is not None else {}
+            meta = meta_of(runner, coupling, dense, small, self.stage())
             proof = Proof.of_runner(runner, self._untrained)
             save_checked(self.pruner.model, coupling, keep, path, meta, proof)
-            runner.logger.info(f'saved {path}\n{comparison(dense, small)}')
+            runner.logger.info(f'saved {path}, {stage_of(self.stage())}\n{comparison(dense, small)}')
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         if self._pruner is not None:
@@ -253,7 +253,7 @@ class PruneHook(Hook):
                 'dense_metrics': self.dense_metrics,
                 'input_shape': shape_combed(self._pruner.coupling),
                 'best_before': self.best.before,
-                **self._stage(),
+                **self.stage(),
             }
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
@@ -305,12 +305,12 @@ class PruneHook(Hook):
             self._validated = (runner.iter, validate_unseen(runner))
         return self._validated[1]
 
-    def _stage(self) -> dict[str, Any]:
-        """Return what `stage_of` reads."""
+    def stage(self) -> dict[str, Any]:
+        """Return what is left of each quantity and the target, which `stage_of` reads."""
         return {'left': self.pruner.left(), 'target': dict(self.schedule.target)}
 
     def _log(self, runner: Runner) -> None:
-        stage = self._stage()
+        stage = self.stage()
         for quantity, share in stage['left'].items():
             runner.message_hub.update_scalar(f'train/prune_{quantity}', share)
         if self.pruner.left_alone != self._left_alone:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mmcpd import distill
 from mmcpd.distill import DistillLoss, Tap
 from mmcpd.names import near
+from mmcpd.prune.options import checked_options
 from mmcpd.registry import MODELS as OURS
 
 # By name, every loss that `mmcpd.distill` exports.
@@ -24,6 +25,7 @@ LOSSES: dict[str, type[nn.Module]] = {
 }
 for _loss in LOSSES.values():  # `mmcpd.distill` knows no registry
     OURS.register_module(module=_loss)
+EXAMPLE = "write losses=[dict(type='mmcpd.KDLoss', tau=4.0)]"
 LOGITS = 'logits'  # the tap that is found by observing
 # Attributes of torch's layers that hold the width of their output, and of their input.
 OUTPUT_WIDTHS = ('out_channels', 'out_features', 'num_features')
@@ -49,8 +51,8 @@ class LossConfig:
     teacher_tap: str
 
     @staticmethod
-    def read(config: Mapping[str, Any], taken: Collection[str] = ()) -> LossConfig:
-        """Read one loss's dict; what is not about the taps or the name are the loss's own arguments.
+    def read(config: Mapping[str, Any] | str, taken: Collection[str] = ()) -> LossConfig:
+        """Read one loss's dict, or its type; what is not about the taps or the name are the loss's own arguments.
 
         Defaults: `tap` is 'logits', `teacher_tap` is as `tap`, `name` of the type; `taken` are other losses' names.
 
@@ -61,13 +63,18 @@ class LossConfig:
             >>> LossConfig.read({'type': 'CWDLoss', 'tap': 'decode_head.conv_seg', 'tau': 4.0}).name
             'cwd'
         """
-        arguments = dict(config)
+        if not isinstance(config, Mapping | str):
+            raise ValueError(f'losses: {config!r} is no loss; {EXAMPLE}')
+        arguments = {'type': config} if isinstance(config, str) else dict(config)
         kind = arguments.pop('type', None)
-        if kind is None:
+        if not isinstance(kind, str | type) or not kind:
             raise ValueError(f'losses: {config} has no type; known: {", ".join(LOSSES)}')
         tap = arguments.pop('tap', LOGITS)
         teacher_tap = arguments.pop('teacher_tap', tap)
         name = arguments.pop('name', None)
+        for option, value in (('tap', tap), ('teacher_tap', teacher_tap), ('name', name or _short(kind))):
+            if not isinstance(value, str):
+                raise ValueError(f'losses: {option} of {_short(kind)} is a name: got {value!r}')
         if name is None:
             label = _short(kind)
             name = label.removesuffix('Loss').lower() or label.lower()
@@ -90,13 +97,31 @@ class LossConfig:
         try:
             if isinstance(self.kind, str):
                 if self.kind.removeprefix('mmcpd.').removeprefix('distill.') in LOSSES:
-                    return LOSSES[short](**{**_sizes(LOSSES[short], student, tap), **self.arguments})
+                    given = checked_options(LOSSES[short], self.arguments, f'losses: {short}')
+                    return LOSSES[short](**{**_sizes(LOSSES[short], student, tap), **given})
                 with MODELS.switch_scope_and_registry(None) as registry:
                     if registry.get(self.kind) is None:
                         raise ValueError(f'losses: no loss is called {self.kind!r}; near: {near(short, LOSSES)}')
             return MODELS.build({'type': self.kind, **self.arguments})
         except TypeError as error:
             raise ValueError(f'losses: {short}: {error}') from error
+
+
+def listed(losses: object) -> list[Any]:
+    """Return losses as a list: one dict or name is a list of one, None is an empty one.
+
+    Raises:
+        ValueError: If it is none of these.
+
+    Example:
+        >>> listed('mmcpd.KDLoss'), listed(None)
+        (['mmcpd.KDLoss'], [])
+    """
+    if isinstance(losses, Mapping | str):
+        return [losses]
+    if losses is not None and not isinstance(losses, list | tuple):
+        raise ValueError(f'losses is a list of dicts, got {losses!r}; {EXAMPLE}')
+    return list(losses or ())
 
 
 def _sizes(loss: type[nn.Module], student: nn.Module, tap: Tap | None) -> dict[str, int]:

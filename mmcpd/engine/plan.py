@@ -13,7 +13,7 @@ from mmcpd.engine.distillers import Distiller
 from mmcpd.engine.report import ROWS
 from mmcpd.engine.wrappers import unwrapped
 from mmcpd.names import in_short
-from mmcpd.prune import Pruner, reachable
+from mmcpd.prune import Pruner, few_events, reachable
 
 REASONS = 3  # lines about what is frozen
 
@@ -57,6 +57,12 @@ def left_alone(pruner: Pruner) -> list[str]:
         f'{len(pruner.left_alone)} groups keep their units while they get no gradient '
         f'({next(iter(pruner.left_alone.values()))}): {in_short(pruner.left_alone)}; the others allow {reach}'
     ]
+
+
+def doubts(pruner: Pruner) -> list[str]:
+    """Say why a run may end before its target, as far as that is known before it starts: a line, or none."""
+    line = few_events(pruner.coupling, pruner.schedule, pruner.floors)
+    return [line] if line else []
 
 
 def _data(runner: Runner) -> str:

@@ -24,8 +24,10 @@ from mmcpd.engine.reader import PathLike
 from mmcpd.engine.report import costs
 from mmcpd.engine.slim_file import is_slim, plain_entries, read_slim, save_slim
 from mmcpd.engine.slim_model import build_fresh, cut_to_
+from mmcpd.engine.stage import stage_meta
 from mmcpd.engine.wrappers import bare_model, student_config, trained_config, type_name
-from mmcpd.errors import ProofError, SlimError
+from mmcpd.errors import NotFiniteError, ProofError, SlimError
+from mmcpd.prune.finite import CURES, broken_tensor
 from mmcpd.random_state import seeded
 from mmcpd.slim import mask_, slim, structure
 from mmcpd.slim.compare import compare
@@ -39,8 +41,9 @@ def cut_checked(model: nn.Module, coupling: Coupling, keep: Keep) -> nn.Module:
     """Cut a bare model that is masked by `keep`, compare the two, and return the slim one.
 
     Raises:
-        SlimError: the two models do not compute the same.
+        SlimError: the two models do not compute the same, or the weights are not finite.
     """
+    refuse_not_finite(model)
     small = slim(model, coupling, keep)
     off = compare(model, coupling, keep, small)
     if off > TOLERANCE:
@@ -50,6 +53,24 @@ def cut_checked(model: nn.Module, coupling: Coupling, keep: Keep) -> nn.Module:
             'the module at fault in ignore=[...] of PruneHook and prune again'
         )
     return small
+
+
+def refuse_not_finite(model: nn.Module, since: int | None = None) -> None:
+    """Refuse to slim weights that are not finite; `since` is the first iteration whose losses were not, where known.
+
+    Raises:
+        NotFiniteError: with the tensor, and what to do.
+
+    Example:
+        >>> _ = model.fc.bias.data.fill_(torch.nan)
+        >>> refuse_not_finite(model, since=120)
+        Traceback (most recent call last):
+        mmcpd.errors.NotFiniteError: fc.bias is not finite since iteration 120, so nothing is written: go on from ...
+    """
+    name = broken_tensor(model)
+    if name is not None:
+        when = 'is not finite' if since is None else f'is not finite since iteration {since}'
+        raise NotFiniteError(f'{name} {when}, so nothing is written: go on from an earlier checkpoint, and {CURES}')
 
 
 @dataclass(frozen=True)
@@ -106,7 +127,13 @@ def save_proved(path: Path, small: nn.Module, meta: Mapping[str, Any], proof: Pr
 
 
 def keep_unslimmed(runner: Runner, error: Exception) -> None:
-    """Write a training checkpoint where no slim file could be written, and log how to go on."""
+    """Write a training checkpoint where no slim file could be written, and log how to go on.
+
+    Weights that are not finite are no use to anyone.
+    """
+    if isinstance(error, NotFiniteError):
+        runner.logger.error(f'there is no slim.pth: {error}')
+        return
     runner.save_checkpoint(runner.work_dir, UNSLIMMED, save_optimizer=False)
     runner.logger.exception(
         f'there is no slim.pth: {error}. The pruned weights are in {UNSLIMMED}: once the cause is mended, `mmcpd slim '
@@ -150,6 +177,7 @@ def slim_checkpoint(cfg: Config, path: PathLike, out: PathLike) -> dict[str, Any
     meta = {key: written[key] for key in ('cfg', 'epoch', 'iter', 'dataset_meta') if key in written}
     if 'dataset_meta' in meta:
         meta['dataset_meta'] = plain_entries(meta['dataset_meta'], 'metainfo')
+    meta |= stage_meta(state)
     meta |= {'input_shape': shape, 'dense': costs(coupling, coupling.keep()), 'slim': costs(coupling, keep)}
     save_checked(model, coupling, keep, Path(out), meta, Proof.of_config(cfg, model))
     return meta

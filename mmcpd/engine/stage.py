@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmcpd.engine.report import ROWS
-from mmcpd.errors import SlimError
+from mmcpd.errors import SlimError, TargetError
 
 
 def stage_of(state: Mapping[str, Any] | None) -> str:
@@ -41,6 +41,31 @@ def at_target(state: Mapping[str, Any]) -> bool:
         True
     """
     return all(state['left'][quantity] <= share * (1 + 1e-9) for quantity, share in state['target'].items())
+
+
+def stage_meta(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the `meta` of a slim file holds of a pruning state: what is left, the target, and if it is met.
+
+    Example:
+        >>> stage_meta({'left': {'macs': 0.71}, 'target': {'macs': 0.5}})
+        {'left': {'macs': 0.71}, 'target': {'macs': 0.5}, 'reached': False}
+    """
+    return {'left': dict(state['left']), 'target': dict(state['target']), 'reached': at_target(state)}
+
+
+def check_target(state: Mapping[str, Any], file: str | os.PathLike) -> None:
+    """Refuse to call a run done that ended before its target, given the pruning state and the file that it wrote.
+
+    Raises:
+        TargetError: with what is left of the model.
+
+    Example:
+        >>> check_target({'left': {'macs': 0.71}, 'target': {'macs': 0.5}}, 'slim.pth')
+        Traceback (most recent call last):
+        mmcpd.errors.TargetError: slim.pth is written, and it is partly pruned: 71.0% of the MACs remain, ...
+    """
+    if not at_target(state):
+        raise TargetError(f'{file} is written, and it is {stage_of(state)}')
 
 
 def refuse_pruned(path: str | os.PathLike, state: Mapping[str, Any]) -> None:

@@ -4,13 +4,14 @@ from .gauss_newton import GaussNewton
 from .importance import IMPORTANCES, Importance, build_importance, check_importance, register_importance
 from .normalize import NORMALIZERS, normalize
 from .pruner import Pruner
+from .reach import check_reachable, few_events
 from .schedule import Schedule
 from .scores import Curvature, GroupFisher, Hessian, Magnitude, Random
 from .scoring import score
-from .selection import check_floors, check_reachable, reachable, select, shares
+from .selection import check_floors, reachable, select, shares
 
 __all__ = [
     'IMPORTANCES', 'NORMALIZERS', 'Curvature', 'GaussNewton', 'GroupFisher', 'Hessian', 'Importance', 'Magnitude',
     'Pruner', 'Random', 'Schedule', 'build_importance', 'check_floors', 'check_importance', 'check_reachable',
-    'normalize', 'reachable', 'register_importance', 'score', 'select', 'shares',
+    'few_events', 'normalize', 'reachable', 'register_importance', 'score', 'select', 'shares',
 ]  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from ..coupling import Example, Group
 from ..names import check_options, look_up
+from ..slim.trial import double
 from .gates import Gates
-from .schedule import is_count
+from .options import checked_options
 
 Closure = Callable[[], Iterable[object] | None]
 
@@ -60,16 +61,17 @@ def build_importance(spec: str | Mapping[str, object], groups: Sequence[Group], 
         >>> build_importance(dict(type='curvature', probes=2), coupling.groups).probes
         2
     """
-    options = dict(spec) if isinstance(spec, Mapping) else {'type': spec}
+    options: dict[str, Any] = dict(spec) if isinstance(spec, Mapping) else {'type': spec}
     kind = options.pop('type', None)
     if kind is None:
         raise ValueError(f"importance needs a type, as dict(type='curvature', probes=2): got {spec}")
-    if not is_count(seed, 0):
-        raise ValueError(f'seed is an integer, 0 or more: got {seed!r}')
     cls: Callable[..., Importance] = look_up(IMPORTANCES, kind, 'importance')
     known = [name for name in inspect.signature(cls).parameters if name != 'groups']
     check_options(options, known, f"importance '{kind}'")
-    return cls(groups, **{'seed': seed, **options})
+    options = checked_options(cls, {'seed': seed, **options}, f"importance '{kind}'")
+    if options['seed'] < 0:
+        raise ValueError(f'seed is an integer, 0 or more: got {options["seed"]!r}')
+    return cls(groups, **options)
 
 
 def check_importance(spec: str | Mapping[str, object], *, seed: int = 0) -> None:
@@ -204,7 +206,7 @@ def averaged(importance: Importance, device: torch.device) -> dict[str, Tensor] 
     scores, iterations = importance.scores(), importance.iterations
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         flat = torch.cat([torch.tensor([iterations], device=device), *(s.to(device) for s in scores.values())])
-        flat = flat.double()
+        flat = double(flat)
         dist.all_reduce(flat)
         iterations, parts = int(flat[0]), flat[1:].split([len(s) for s in scores.values()])
         scores = {name: part / dist.get_world_size() for name, part in zip(scores, parts, strict=True)}

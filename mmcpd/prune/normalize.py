@@ -42,6 +42,6 @@ def normalize(
     result = {}
     for name, score in scores.items():
         saved = divisor(marginal[name], int(keep[name].sum()))
-        score = score.detach().double().cpu()
+        score = score.detach().cpu().double()  # not every device has float64
         result[name] = score / saved if saved > 0 else torch.full_like(score, torch.inf)
     return result

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -12,22 +11,15 @@ from torch.utils.hooks import RemovableHandle
 from ..coupling import Coupling, Keep
 from ..names import look_up
 from ..slim.mask import Masker, named_tensors
+from .agree import Agreement
+from .finite import Missing, check_finite
 from .importance import Closure, averaged, build_importance
 from .normalize import NORMALIZERS, normalize
+from .reach import check_reachable, check_resumed
 from .schedule import Schedule
-from .selection import Floors, check_reachable, reachable, select, shares
+from .selection import Floors, reachable, select, shares
+from .state import PrunerState
 from .unscored import check_gradients, frozen_groups, unscored
-
-
-class PrunerState(TypedDict):
-    """What a run resumes from: plain tensors, integers and one flag."""
-
-    keep: Keep
-    importance: dict[str, Tensor]
-    iteration: int
-    last: int
-    waiting: bool
-    frozen: list[str]
 
 
 class Pruner:
@@ -50,11 +42,11 @@ class Pruner:
         closure: runs a step's forward and backward once more, or its forward, for importances that ask for it.
         loss_scale: what losses are multiplied by before backward (mixed precision).
         left_alone: the groups that could not be scored at the last event (before the first: now), and why.
+        waits: why nothing is removed though it is time, '' where nothing is due.
 
     Raises:
-        ValueError: an option that makes no sense, a schedule in shares of the run, or groups that the importance
-            cannot score.
-        PruneError: nothing can be pruned, or not as far as the target, for want of gradients too.
+        ValueError: an option or a schedule in shares of the run, or groups that the importance cannot score.
+        PruneError: nothing can be pruned, or not as far as the target, or a weight is not finite.
 
     Example:
         >>> from mmcpd.prune import Pruner, Schedule
@@ -89,6 +81,7 @@ class Pruner:
         look_up(NORMALIZERS, normalize, 'normalizer')
         self._begin, self._end = schedule.span()
         self.floors: Floors = {'min_units': min_units, 'round_to': round_to}
+        check_finite(model)
         check_reachable(coupling, schedule, **self.floors)
         self.model, self.coupling, self.optimizer, self.schedule = model, coupling, optimizer, schedule
         self.normalizer = normalize
@@ -104,7 +97,8 @@ class Pruner:
         self.iteration = 0
         self._handles: list[RemovableHandle] = []
         self._last = 0  # finished iterations when units were removed last
-        self._waiting = False  # it was time, but nothing had been scored
+        self._waiting, self.waits = False, ''  # it was time, but nothing had been scored
+        self._missing, self._agreement = Missing(model), Agreement(model, coupling)
         self.skip_to(0)
 
     @property
@@ -138,13 +132,17 @@ class Pruner:
             return False
         if not self.importance.every_iteration:
             self.importance.accumulate(self.model)
+        self._agreement.check(self.keep, self.iteration)
         scores = averaged(self.importance, next(self.model.parameters()).device)
         if scores is None:
+            self.waits = self.waits or self._missing.why(self.iteration, self._last, self.importance)
             return False
         self._remove(scores)
+        self._agreement.check(self.keep, self.iteration)
         self.importance.gates.left_alone = set(frozen_groups(self.importance, self.model))
         self.importance.reset()
         self._last, self._waiting = self.iteration, False
+        self.waits, self._missing = '', Missing(self.model)
         if self.done:
             self.importance.detach()
         self.mask_()
@@ -165,7 +163,7 @@ class Pruner:
     def start(self) -> None:
         """Mask by the keep as it is, and watch the model's passes and the optimizer's steps from now on.
 
-        `step` does this when pruning begins; call it to go on after `stop`.
+        `step` does this when pruning begins; call it to go on after `stop`. Raises PruneError for weights not finite.
         """
         self.stop()
         self._handles = [
@@ -173,6 +171,7 @@ class Pruner:
             self.optimizer.register_step_post_hook(self._clear_statistics),
         ]
         if not self.done:
+            check_finite(self.model, self.iteration)
             self.importance.attach(self.model)
         self.mask_()
 
@@ -208,6 +207,7 @@ class Pruner:
         self.coupling.check(keep)
         self.keep = {group.name: keep[group.name].cpu().clone() for group in self.coupling.groups}
         self._last, self._waiting = self._end, False
+        self._agreement.check(self.keep, self.iteration)
         self.importance.detach()
         self.mask_()
 
@@ -256,6 +256,7 @@ class Pruner:
 
         Raises:
             ValueError: it is of another model.
+            PruneError: the weights are not finite, or the events that are left cannot reach the target.
         """
         self.coupling.check(state['keep'])
         self.stop()
@@ -263,6 +264,7 @@ class Pruner:
         self.importance.load_state_dict(state['importance'])
         self.iteration, self._last, self._waiting = state['iteration'], state['last'], state['waiting']
         self.importance.gates.left_alone = set(state['frozen'])
+        check_resumed(self.coupling, self.schedule, self.keep, self.iteration, self.floors, waiting=self._waiting)
         if self.begun:
             self.start()
 
@@ -277,6 +279,7 @@ class Pruner:
         if self.importance.every_iteration and not self.done:
             self.importance.gates.left_alone |= frozen_groups(self.importance, self.model).keys()
             self.importance.accumulate(self.model, closure=self.closure, loss_scale=self.loss_scale)
+            self._missing.step(self.importance, due=self._waiting or self.schedule.due(self.iteration + 1))
         # Weights and state of removed rows are zero. Without a gradient they stay so, whatever the optimizer makes of
         # each element, and one product does for the weight, its momentum and its second moment.
         for tensor, factor in self._factors():

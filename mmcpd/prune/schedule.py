@@ -99,10 +99,11 @@ class Schedule:
         to_go = CURVES[self.curve](min(1.0, (iteration - begin) / (end - begin)))
         return {quantity: target + (1 - target) * to_go for quantity, target in self.target.items()}
 
-    def events(self) -> int:
-        """Return how many times units are removed."""
+    def events(self, iteration: int = 0) -> int:
+        """Return how many times units are removed after so many finished iterations."""
         begin, end = self.span()
-        return math.ceil((end - begin) / self.interval)
+        passed = max(0, iteration - begin) // self.interval
+        return math.ceil((end - begin) / self.interval) - passed if iteration < end else 0
 
     def span(self) -> tuple[int, int]:
         """Return `begin` and `end` as iterations.

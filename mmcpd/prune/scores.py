@@ -183,6 +183,8 @@ class Magnitude(Importance):
         super().__init__(groups, seed=seed)
         if p not in (1, 2):
             raise ValueError(f'magnitude takes p=1 or p=2, got {p}')
+        if not roles:
+            raise ValueError(f'magnitude needs roles, some of {", ".join(r.value for r in Role)}')
         self.p, self.roles = p, tuple(look_up({r.value: r for r in Role}, role, 'role') for role in roles)
 
     def check(self, model: nn.Module, example: Example | None = None) -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sized
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from ..coupling import Coupling, arguments
+from ..errors import PruneError
+from .finite import check_finite
 from .importance import averaged, build_importance
 
 
@@ -35,6 +38,7 @@ def score(
 
     Raises:
         ValueError: an importance that needs a loss, groups that cannot be scored, or no batch with a finite score.
+        PruneError: a weight or a picture is not finite.
 
     Example:
         >>> from mmcpd.prune import normalize, score, select, shares
@@ -47,12 +51,14 @@ def score(
     if found.every_iteration and not found.needs_outputs:
         name = importance if isinstance(importance, str) else importance['type']
         raise ValueError(f"importance '{name}' needs a loss: score with 'gauss_newton', 'magnitude' or 'random' here")
+    check_finite(model)
     found.check(model, coupling.example)
     if not found.every_iteration:
         found.accumulate(model)
     else:
         total = len(batches) if isinstance(batches, Sized) else 0
         for done, batch in enumerate(batches, 1):
+            _check_pictures(batch, done - 1)
             found.accumulate(model, closure=partial(_outputs, model, coupling, arguments(batch)))
             if progress is not None:
                 progress(done, total)
@@ -62,6 +68,14 @@ def score(
             f'nothing was scored: {found.skipped} batches, none with a finite score; give batches of inputs'
         )
     return scores
+
+
+def _check_pictures(batch: Tensor | tuple[object, ...], number: int) -> None:
+    """Refuse a picture with a NaN or an infinity: it would spoil the score, and all that is fitted to it later."""
+    for tensor in arguments(batch):
+        if isinstance(tensor, Tensor) and tensor.dim() and not bool((fine := torch.isfinite(tensor)).all()):
+            picture = int((~fine).reshape(len(tensor), -1).any(1).nonzero()[0])
+            raise PruneError(f'picture {picture} of batch {number} (from 0) is not finite: leave it out, or mend it')
 
 
 def _outputs(model: nn.Module, coupling: Coupling, inputs: tuple[object, ...]) -> list[object]:

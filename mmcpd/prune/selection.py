@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TypedDict
 
 import numpy as np
@@ -14,7 +16,7 @@ from torch import Tensor
 from ..coupling import Coupling, Keep
 from ..errors import PruneError
 from ..names import look_up
-from .schedule import QUANTITIES, Schedule, is_count
+from .schedule import QUANTITIES, is_count
 
 # Groups of at least so many units keep a multiple of `round_to`, because kernels of most hardware work in blocks of 8
 # or more channels. A smaller group would lose too large a part of itself at once.
@@ -55,8 +57,9 @@ def select(
 
     Units are taken in chunks, ordered by the chunk's mean score, ties in the order of groups: single units, and
     `round_to` of them in a large group. The search halves the list of chunks, with the closed-form cost at each trial:
-    about 15 for a ResNet-50. A large last chunk may bring a quantity down further than asked for: then the most
-    important ones before it that still fit are kept.
+    about 15 for a ResNet-50. A large last chunk may bring a quantity down further than asked for: then a smaller one
+    that is enough goes instead, where its score is no higher, and the most important ones before it that still fit
+    are kept.
 
     Scores are normalised ones, (units,) per group; `keep` are the kept units so far, and is not changed. The ratios are
     shares of the dense model's quantities that may remain, for some of `macs`, `params`, `memory` and `units`. Each
@@ -76,34 +79,13 @@ def select(
     """
     for quantity in ratios:
         look_up(dict.fromkeys(QUANTITIES), quantity, 'quantity')
-    order, ends, groups = _order(scores, coupling, keep, _steps(coupling, keep, min_units, round_to, fixed))
-    if limit is not None:
-        ends = ends[: max(1, int((ends <= limit).sum()))]
-    dense, kept = _quantities(coupling, coupling.flat(coupling.keep())), coupling.flat(keep)
-
-    def without(chunks: int) -> np.ndarray:
-        """Return which units are kept when the first chunks are removed."""
-        found = kept.copy()
-        found[order[: ends[chunks - 1] if chunks else 0]] = False
-        return found
-
-    def reached(kept: np.ndarray) -> bool:
-        found = _quantities(coupling, kept)
-        return all(found[quantity] <= ratio * dense[quantity] for quantity, ratio in ratios.items())
-
-    chunks = bisect_left(range(len(ends) + 1), True, key=lambda chunks: reached(without(chunks)))
-    if chunks > len(ends):
-        if limit is None or not len(ends):
-            raise _out_of_reach(coupling, ratios, min_units, round_to)
-        chunks = len(ends)
-    chosen, full = without(chunks), set()  # groups of which no further chunk fits
-    for chunk in reversed(range(chunks)):
-        if groups[chunk] not in full:
-            units = order[ends[chunk - 1] if chunk else 0 : ends[chunk]]
-            chosen[units] = True
-            if not reached(chosen):
-                chosen[units] = False
-                full.add(groups[chunk])
+    chunks = _order(scores, coupling, keep, steps_of(coupling, keep, min_units, round_to, fixed))
+    search = _Search(coupling, coupling.flat(keep), ratios, chunks)
+    most = chunks.within(limit)
+    number = bisect_left(range(most + 1), True, key=lambda number: search.room(range(number)) >= 0)
+    if number > most and (limit is None or not most):
+        raise out_of_reach(coupling, ratios, min_units, round_to)
+    chosen = search.fitting(range(number)) if number <= most else search.without(range(most))
     parts = np.split(chosen, list(coupling.start.values())[1:])
     return {group.name: torch.from_numpy(part.copy()) for group, part in zip(coupling.groups, parts, strict=True)}
 
@@ -123,7 +105,7 @@ def reachable(
         True
     """
     keep = coupling.keep() if keep is None else keep
-    steps = _steps(coupling, keep, min_units, round_to, fixed)
+    steps = steps_of(coupling, keep, min_units, round_to, fixed)
     lowest = {group.name: [int(keep[group.name].sum()), *steps[group.name]][-1] for group in coupling.groups}
     return shares(coupling, {group.name: torch.arange(group.units) < lowest[group.name] for group in coupling.groups})
 
@@ -142,33 +124,7 @@ def check_floors(*, min_units: int, round_to: int) -> None:
             raise ValueError(f'{name} counts units, at least 1: got {value!r}')
 
 
-def check_reachable(coupling: Coupling, schedule: Schedule, *, min_units: int = 1, round_to: int = 8) -> None:
-    """Refuse a target that no choice of units can meet, before any training.
-
-    Raises:
-        PruneError: no prunable group, a target below the range, or (curve `paper`) too few events.
-
-    Example:
-        >>> check_reachable(coupling, Schedule(target=dict(macs=0.5, params=0.6), end=100))
-    """
-    if not any(_steps(coupling, coupling.keep(), min_units, round_to).values()):
-        raise PruneError(
-            f'nothing can be pruned: {len(coupling.groups) or "no"} groups were found, none above its floor '
-            f'(min_units={min_units}, round_to={round_to}); print the coupling to see what is frozen and why'
-        )
-    lowest = reachable(coupling, min_units=min_units, round_to=round_to)
-    if any(lowest[quantity] > share for quantity, share in schedule.target.items()):
-        raise _out_of_reach(coupling, schedule.target, min_units, round_to)
-    if schedule.units_per_event is not None and 'units' in schedule.target:
-        most = schedule.events() * schedule.units_per_event
-        if coupling.units - most > schedule.target['units'] * coupling.units:
-            raise PruneError(
-                f'{schedule.events()} events of {schedule.units_per_event} units remove {most} of {coupling.units}: '
-                f'too few for units={schedule.target["units"]}: raise units_per_event, or lower interval'
-            )
-
-
-def _out_of_reach(coupling: Coupling, ratios: Mapping[str, float], min_units: int, round_to: int) -> PruneError:
+def out_of_reach(coupling: Coupling, ratios: Mapping[str, float], min_units: int, round_to: int) -> PruneError:
     """Return the error about the quantity that lies furthest out of reach."""
     lowest = reachable(coupling, min_units=min_units, round_to=round_to)
     quantity = max(ratios, key=lambda quantity: lowest[quantity] - ratios[quantity])
@@ -179,7 +135,7 @@ def _out_of_reach(coupling: Coupling, ratios: Mapping[str, float], min_units: in
     )
 
 
-def _steps(
+def steps_of(
     coupling: Coupling, keep: Mapping[str, Tensor], min_units: int, round_to: int, fixed: Collection[str] = ()
 ) -> dict[str, list[int]]:
     """Return, for each group, the numbers of units that it may be brought down to, from most to least."""
@@ -193,17 +149,99 @@ def _steps(
     return steps
 
 
+@dataclass(frozen=True, eq=False)
+class _Chunks:
+    """What may be removed, lowest mean score first: units as numbers in all units, and of each chunk what follows.
+
+    The chunks of a group are in the order in which they must go.
+    """
+
+    units: np.ndarray
+    ends: np.ndarray  # in `units`
+    groups: list[str]
+    scores: np.ndarray  # means
+
+    def __getitem__(self, chunk: int) -> np.ndarray:
+        return self.units[self.ends[chunk - 1] if chunk else 0 : self.ends[chunk]]
+
+    def within(self, limit: int | None) -> int:
+        """Return how many chunks hold at most so many units, at least one."""
+        return min(len(self.ends), len(self.ends) if limit is None else max(1, int((self.ends <= limit).sum())))
+
+
+@dataclass(frozen=True, eq=False)
+class _Search:
+    """Try chunks, to be removed from the kept units `start`, against ratios."""
+
+    coupling: Coupling
+    start: np.ndarray
+    ratios: Mapping[str, float]
+    chunks: _Chunks
+
+    @cached_property
+    def dense(self) -> dict[str, int]:
+        return _quantities(self.coupling, self.coupling.flat(self.coupling.keep()))
+
+    def without(self, removed: Iterable[int]) -> np.ndarray:
+        """Return which units are kept without some chunks."""
+        kept = self.start.copy()
+        for chunk in removed:
+            kept[self.chunks[chunk]] = False
+        return kept
+
+    def room(self, removed: Iterable[int]) -> float:
+        """Return by how much of the dense model the rest is below the ratios; negative where it exceeds one."""
+        return self._room(self.without(removed))
+
+    def _room(self, kept: np.ndarray) -> float:
+        found, dense = _quantities(self.coupling, kept), self.dense
+        return min((ratio * dense[name] - found[name]) / max(1, dense[name]) for name, ratio in self.ratios.items())
+
+    def fitting(self, removed: Sequence[int]) -> np.ndarray:
+        """Return what is kept: nearest to the ratios of these chunks, or with a smaller one in place of the last."""
+        ends = [self._give_back(removed)]
+        if removed and (last := self._smaller(removed)) != removed[-1]:
+            ends.append(self._give_back([*removed[:-1], last]))
+        return min(ends, key=self._room)
+
+    def _give_back(self, removed: Sequence[int]) -> np.ndarray:
+        """Return what is kept without these chunks, the last ones given back where the ratios hold all the same."""
+        chosen, full = self.without(removed), set()
+        for chunk in reversed(removed):
+            if self.chunks.groups[chunk] not in full:
+                chosen[self.chunks[chunk]] = True
+                if self._room(chosen) < 0:
+                    chosen[self.chunks[chunk]] = False
+                    full.add(self.chunks.groups[chunk])  # no further chunk of it fits
+        return chosen
+
+    def _smaller(self, removed: Sequence[int]) -> int:
+        """Return the first chunk of fewer units than the last one that is enough and saves less, or the last one.
+
+        Its score times what it saves is no higher.
+        """
+        chunks, rest, last = self.chunks, removed[:-1], removed[-1]
+        before, most, seen = self.room(rest), self.room(removed), {chunks.groups[last]}
+        for other in range(last + 1, len(chunks.groups)):
+            if chunks.groups[other] in seen:
+                continue  # its turn has not come
+            seen.add(chunks.groups[other])
+            found = self.room([*rest, other]) if len(chunks[other]) < len(chunks[last]) else most
+            if 0 <= found < most and chunks.scores[other] * (found - before) <= chunks.scores[last] * (most - before):
+                return other
+        return last
+
+
 def _order(
     scores: Mapping[str, Tensor], coupling: Coupling, keep: Mapping[str, Tensor], steps: dict[str, list[int]]
-) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Return the units that may be removed, as numbers in all units, lowest chunk first; each chunk's end, group."""
+) -> _Chunks:
     units, keys, sizes = [np.empty(0, np.int64)], [np.empty(0)], [np.empty(0, np.int64)]
     groups: list[str] = []
     for name, numbers in steps.items():
         if not numbers:
             continue
         kept = np.flatnonzero(keep[name].numpy())
-        score = scores[name].double().cpu().numpy()[kept]
+        score = scores[name].cpu().double().numpy()[kept]
         rank = np.argsort(score, kind='stable')[: len(kept) - numbers[-1]]
         begins = len(kept) - np.array([len(kept), *numbers])  # of each chunk in `rank`, and the end of the last
         units.append(coupling.start[name] + kept[rank])
@@ -215,7 +253,7 @@ def _order(
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
     in_order = unit[np.argsort(np.repeat(place, size), kind='stable')]
-    return in_order, np.cumsum(size[order]), [groups[chunk] for chunk in order]
+    return _Chunks(in_order, np.cumsum(size[order]), [groups[chunk] for chunk in order], key[order])
 
 
 def _quantities(coupling: Coupling, kept: np.ndarray) -> dict[str, int]:

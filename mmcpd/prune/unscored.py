@@ -1,4 +1,4 @@
-"""Which groups a score that reads gradients says nothing of: they keep their units."""
+"""Which groups a score says nothing of, because no gradient reached them: they keep their units."""
 
 from __future__ import annotations
 
@@ -41,16 +41,20 @@ def frozen_groups(importance: Importance, model: nn.Module) -> dict[str, str]:
 def unscored(importance: Importance, scores: Mapping[str, Tensor]) -> dict[str, str]:
     """Return the groups of which no gradient said anything since the last event, and why.
 
+    A branch that is detached, or dead behind a ReLU, or starts at zero, is no cheap one: nothing is known of it. A unit
+    without a gradient among others that have one is, and goes.
+
     Example:
         >>> from mmcpd.prune import build_importance
         >>> unscored(build_importance('hessian', coupling.groups), {'conv1': torch.zeros(8), 'conv2': torch.ones(4)})
         {'conv1': 'no gradient arrived'}
     """
-    if not reads_gradients(importance):
+    if not importance.every_iteration:  # of the weights themselves
         return {}
+    why = 'no gradient arrived' if reads_gradients(importance) else 'no output depends on it'
     silent = [name for name, score in scores.items() if not bool(score.any())]
     frozen = dict.fromkeys(sorted(importance.gates.left_alone), 'requires_grad=False')
-    return dict.fromkeys(silent, 'no gradient arrived') | frozen
+    return dict.fromkeys(silent, why) | frozen
 
 
 def check_gradients(coupling: Coupling, schedule: Schedule, left_alone: Mapping[str, str], floors: Floors) -> None:

@@ -34,7 +34,7 @@ class Site(NamedTuple):
     width: int
 
 
-Kept = Mapping[Site, Tensor]  # the numbers of the kept channels
+Kept = dict[Site, Tensor]  # the numbers of the kept channels, on the device where they were used last
 
 
 class _OverKept(TorchFunctionMode):
@@ -60,8 +60,12 @@ class _OverKept(TorchFunctionMode):
 
     def _kept(self, x: Tensor, dim: int) -> Tensor | None:
         """Return the kept channels of one dimension, which counts from the end, or None where all are kept."""
-        kept = None if self.place is None else self.kept.get(Site(self.place, dim, x.shape[dim]))
-        return None if kept is None else kept.to(x.device)
+        if self.place is None:
+            return None
+        site = Site(self.place, dim, x.shape[dim])
+        if site in self.kept and self.kept[site].device != x.device:  # it stays where the model is
+            self.kept[site] = self.kept[site].to(x.device)
+        return self.kept.get(site)
 
     def _norm(self, x: Tensor, dim: int, norm: Any, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         kept = self._kept(x, dim)

@@ -335,7 +335,7 @@ def test_refusals_come_before_training(runner_of, tmp_path, changes, error, mess
         ({'strict': 'no'}, 'strict is True or False'),
         ({'seed': 'a'}, 'seed is an integer'),
         ({'input_shape': 5}, 'input_shape is'),
-        ({'importance': {'type': 'curvature', 'probes': 'a'}}, 'curvature needs probes'),
+        ({'importance': {'type': 'curvature', 'probes': 'a'}}, 'probes is an integer'),
         ({'importance': {'probes': 2}}, 'importance needs a type'),
         ({'input_shape': [32, 32]}, r'input_shape is \(C, H, W\)'),
     ],

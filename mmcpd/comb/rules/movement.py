@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...nested import map_tensors
 from ..atoms import FIXED, Axis, along
 from ..trace import Call, Run
 from .pointwise import same
@@ -69,9 +70,9 @@ def _step(run: Run, call: Call, dim: int, axis: Axis) -> None:
 
 
 def _moved(call: Call, source: Tensor, labels: Tensor) -> list[Tensor]:
-    swap = {id(source): labels}
-    args = [swap.get(id(a), a) for a in call.args]
-    kwargs = {k: swap.get(id(v), v) for k, v in call.kwargs.items()}
+    """Run an operation on labels, which are on the CPU: an index or a mask is fetched there."""
+    args, kwargs = map_tensors((list(call.args), call.kwargs), lambda t: labels if t is source else t.cpu())
+    kwargs = {name: value for name, value in kwargs.items() if name != 'device'}
     if call.op == 'constant_pad_nd':
         args = [*args[:2], FIXED]
     if call.op in VIEWS:

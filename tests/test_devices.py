@@ -1,0 +1,165 @@
+"""Combing, masking and slimming on another device: emulated where there is none, and with mixed precision on CUDA."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from mmcpd.comb import comb
+from mmcpd.prune import Pruner, Schedule, normalize, score, select
+from mmcpd.slim import mask_, slim
+from mmcpd.slim.compare import compare
+from mmcpd.slim.mask import MaskedForward
+from mmcpd.slim.trial import random_keep
+from tests.fake_device import DEVICE, Device, OnDevice, moved
+from tests.helpers import EXACT, check_equal, gap, randomise_
+
+on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no CUDA device')
+
+
+class Positions(nn.Module):
+    """Tokens with a table of positions that an index picks from, a gathered order, a mask, and norms over channels."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc1, self.norm = nn.Linear(6, 8), nn.LayerNorm(8)
+        self.q, self.groups, self.fc2 = nn.Linear(8, 12), nn.GroupNorm(1, 12), nn.Linear(12, 5)
+        self.table = nn.Parameter(torch.randn(9, 8))
+        self.register_buffer('index', torch.randint(9, (2, 2)))
+        self.register_buffer('order', torch.tensor([2, 0, 3, 1]))
+        self.register_buffer('off', torch.tensor([False, True, False, False]))
+
+    def forward(self, x):
+        x = self.fc1(x) + self.table[self.index.view(-1)].view(2, 2, 8).flatten(0, 1)
+        x = self.norm(x.index_select(1, self.order)).masked_fill(self.off[:, None], 0.0)
+        x = self.groups(self.q(x).relu().mT).mT
+        return self.fc2(x[:, self.order[:2]]).mean(1)
+
+
+def inputs():
+    return torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def test_devices_may_not_meet_in_the_emulation():
+    with Device(), pytest.raises(RuntimeError, match='on the same device: add'):
+        OnDevice(torch.ones(2)) + torch.ones(2)
+    with Device() as device:
+        assert (OnDevice(torch.ones(2)) + torch.ones(2).to(DEVICE)).device == DEVICE
+    assert device.copies == 1
+
+
+def test_a_model_whose_index_is_on_another_device_is_combed_there_as_on_the_cpu():
+    model, x = randomise_(Positions()), inputs()
+    coupling = comb(model, x)
+    check_equal(model, coupling)
+    with Device():
+        there, y = moved(copy.deepcopy(model)), OnDevice(x)
+        found = comb(there, y)
+        assert [(g.name, g.units) for g in found.groups] == [(g.name, g.units) for g in coupling.groups] != []
+        for ours, theirs in zip(coupling.groups, found.groups, strict=True):
+            assert [(m.tensor, m.dim) for m in ours.members] == [(m.tensor, m.dim) for m in theirs.members]
+            assert all(torch.equal(a.index, b.index) for a, b in zip(ours.members, theirs.members, strict=True))
+        keep = random_keep(coupling, 0.5, 0)
+        assert compare(there, found, keep) < EXACT
+        mask_(there, found, keep)
+        assert all(tensor.device == DEVICE for tensor in slim(there, found, keep).state_dict().values())
+        out = there(y).inner
+        scores = score(there, found, [y], importance='magnitude')
+        chosen = select(normalize(scores, found, found.keep(), by='macs'), found, found.keep(), {'macs': 0.5})
+    assert not all(bool(kept.all()) for kept in chosen.values())
+    mask_(model, coupling, keep)
+    assert gap(model(x), out) < EXACT
+
+
+def test_the_index_of_a_masked_norm_is_copied_once_and_follows_the_model():
+    model, x = randomise_(Positions()), inputs()
+    coupling = comb(model, x)
+    keep = random_keep(coupling, 0.5, 0)
+    mask_(model, coupling, keep)
+    assert isinstance(vars(model.norm)['forward'], MaskedForward) and not any('kept' in n for n in model.state_dict())
+    expected = model(x)
+    with Device() as device:
+        moved(model)
+        assert gap(expected, model(OnDevice(x)).inner) < EXACT
+        first = device.copies
+        for _ in range(3):
+            model(OnDevice(x))
+        assert first == 2 and device.copies == first, 'one copy for each of the two norms'
+
+
+class NoDouble(torch.Tensor):
+    """A tensor of a device without float64."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.double:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
+        out = super().__torch_function__(func, types, args, kwargs or {})
+        return out.as_subclass(torch.Tensor) if func is torch.Tensor.cpu else out
+
+
+def test_scores_of_a_device_without_float64_are_widened_on_the_cpu():
+    coupling = comb(randomise_(Positions()), inputs())
+    raw = {group.name: torch.rand(group.units) for group in coupling.groups}
+    there = {name: each.as_subclass(NoDouble) for name, each in raw.items()}
+    with pytest.raises(TypeError, match='MPS'):
+        next(iter(there.values())).double()
+    for by in ('macs', 'none'):
+        ours, theirs = (normalize(scores, coupling, coupling.keep(), by=by) for scores in (raw, there))
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    ours, theirs = (select(scores, coupling, coupling.keep(), {'macs': 0.5}) for scores in (raw, there))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+# -- with a CUDA device ------------------------------------------------------------------------------------------------
+@on_cuda
+def test_combing_masking_and_slimming_on_cuda():
+    model, x = randomise_(Positions()).cuda(), inputs().cuda()
+    coupling = comb(model, x)
+    check_equal(model, coupling)
+
+
+@on_cuda
+@pytest.mark.parametrize('importance', ['hessian', 'curvature', 'group_fisher', 'magnitude'])
+def test_pruning_with_mixed_precision_on_cuda(importance):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 24, 3), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 4),
+    ).cuda()  # fmt: skip
+    optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9), torch.amp.GradScaler('cuda')
+    coupling = comb(model, torch.rand(1, 3, 8, 8).cuda())
+    pruner = Pruner(model, coupling, optimizer, Schedule({'macs': 0.5}, 0, 12, 2), importance=importance)
+
+    def loss(iteration):
+        x = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(iteration)).cuda()
+        with torch.autocast('cuda'):
+            return F.cross_entropy(model(x), torch.arange(8).cuda() % 4)
+
+    for iteration in range(14):
+        optimizer.zero_grad()
+        scaler.scale(loss(iteration)).backward()
+        scaler.unscale_(optimizer)
+        pruner.loss_scale = scaler.get_scale()
+        pruner.closure = lambda iteration=iteration: loss(iteration).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        pruner.step()
+    assert pruner.left()['macs'] <= 0.5
+    assert compare(model.double(), coupling, pruner.keep) < EXACT
+
+
+@on_cuda
+def test_one_process_with_nccl(tmp_path):
+    torch.distributed.init_process_group('nccl', init_method=f'file://{tmp_path}/meet', rank=0, world_size=1)
+    try:
+        model, x = randomise_(Positions()).cuda(), inputs().cuda()
+        scores = score(model, comb(model, x), [x])
+        assert all(bool(torch.isfinite(each).all()) for each in scores.values())
+    finally:
+        torch.distributed.destroy_process_group()
