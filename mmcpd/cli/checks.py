@@ -95,7 +95,12 @@ def check_hooks(cfg: Config) -> None:
         UserError: There is no such hook.
         ValueError: An option is unknown or its value makes no sense; the hook says why.
     """
-    for config in (*(cfg.get('default_hooks') or {}).values(), *(cfg.get('custom_hooks') or ())):
+    defaults, customs = cfg.get('default_hooks') or {}, cfg.get('custom_hooks') or ()
+    if not isinstance(defaults, dict) or not isinstance(customs, list | tuple):
+        raise UserError(
+            'default_hooks is a dict of dicts, as dict(prune=dict(type=...)), and custom_hooks a list of dicts'
+        )
+    for config in (*defaults.values(), *customs):
         kind = config.get('type') if isinstance(config, dict) else None
         if not str(kind if isinstance(kind, str) else getattr(kind, '__module__', '')).startswith('mmcpd.'):
             continue  # other people's

@@ -16,7 +16,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
 
 import mmcpd
-from mmcpd.cli.common import MISTAKES, UserError, was_interrupted
+from mmcpd.cli.common import MISTAKES, TRACEBACK, UserError, was_interrupted
 
 PACKAGE = str(Path(mmcpd.__file__).parent)
 # What MMEngine says in each run and no user can change: CheckpointHook's own use of FileClient, the name of the log's
@@ -82,6 +82,7 @@ def run(runner: Runner, step: Callable[[Runner], Any]) -> Any:
             raise KeyboardInterrupt from error
         file = Path(runner.log_dir) / 'traceback.txt'
         file.write_text(traceback.format_exc(), encoding='utf-8')
+        error.add_note(f'{TRACEBACK}{file}')
         raise
 
 

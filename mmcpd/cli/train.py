@@ -9,6 +9,7 @@ Example:
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from mmengine.config import Config
 from mmengine.device import get_device
@@ -21,6 +22,7 @@ from mmcpd.cli.runner import build_runner, resume_hint, run
 from mmcpd.engine.checkpoints import check_start
 from mmcpd.engine.compat import start_processes
 from mmcpd.engine.hooks import PruneHook
+from mmcpd.engine.stage import check_target
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -83,6 +85,7 @@ def main(args: argparse.Namespace) -> None:
         run(runner, lambda runner: runner.train())
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(resume_hint(cfg, args)) from error
-    for failure in [hook.failure for hook in runner.hooks if isinstance(hook, PruneHook)]:
-        if failure is not None:  # the hook has said how to go on
-            raise failure
+    for hook in [hook for hook in runner.hooks if isinstance(hook, PruneHook)]:
+        if hook.failure is not None:  # the hook has said how to go on
+            raise hook.failure
+        check_target(hook.stage(), Path(cfg.work_dir) / 'slim.pth')

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mmcpd.coupling import Coupling, Keep
 from mmcpd.engine.head_losses import read_by_losses
 from mmcpd.engine.wrappers import bare_model
+from mmcpd.names import in_short
 from mmcpd.prune import IMPORTANCES, Schedule, check_importance, check_reachable, normalize, score, select, shares
 from mmcpd.prune.schedule import is_count
 from mmcpd.random_state import seeded
@@ -34,6 +35,7 @@ class PrunedAtOnce:
         left: what remains of each quantity, as a share of the dense model's.
         refitted: what was refitted, None where it was not wanted.
         seconds: of each stage, by its name.
+        left_alone: groups on which no output depends, so that nothing is known of them: they keep their units.
     """
 
     model: nn.Module
@@ -42,11 +44,17 @@ class PrunedAtOnce:
     left: Mapping[str, float]
     refitted: RefitReport | None
     seconds: Mapping[str, float]
+    left_alone: Sequence[str] = ()
 
     def __str__(self) -> str:
         left = ', '.join(f'{share:.1%} of the {quantity}' for quantity, share in self.left.items())
         times = ', '.join(f'{stage} {seconds:.1f} s' for stage, seconds in self.seconds.items())
         lines = [f'chosen at once: {left} remain']
+        if self.left_alone:
+            lines.append(
+                f'{len(self.left_alone)} groups keep their units, because no output depends on them: '
+                f"{in_short(self.left_alone)}; importance='magnitude' takes them too"
+            )
         if self.refitted is not None:
             number, alone = len(self.refitted.refitted), len(self.refitted.skipped)
             head = str(self.refitted).partition('\n')[0]
@@ -117,7 +125,8 @@ def prune_at_once(
                 spec = with_softmax(importance, model)
                 scores = score(model, coupling, batches, importance=spec, seed=seed, progress=reporting('score'))
         worth = normalize(scores, coupling, coupling.keep(), by=normalize_by)
-        keep = select(worth, coupling, coupling.keep(), target, min_units=min_units, round_to=round_to)
+        silent = _silent(importance, scores)
+        keep = select(worth, coupling, coupling.keep(), target, min_units=min_units, round_to=round_to, fixed=silent)
         if refit:
             with _timed('refit', seconds):
                 found = refit_(model, coupling, keep, batches, progress=reporting('refit'))
@@ -127,7 +136,14 @@ def prune_at_once(
                     absorb_(model, batches, forward=coupling.example.forward)
         else:
             mask_(model, coupling, keep)
-    return PrunedAtOnce(model, keep, scores, shares(coupling, keep), report, seconds)
+    return PrunedAtOnce(model, keep, scores, shares(coupling, keep), report, seconds, silent)
+
+
+def _silent(importance: str | Mapping[str, object], scores: Mapping[str, Tensor]) -> list[str]:
+    """Return the groups of which a score that reads outputs says nothing at all."""
+    name = str(importance['type'] if isinstance(importance, Mapping) else importance)
+    silent = [group for group, score in scores.items() if not bool(score.any())]
+    return silent if IMPORTANCES[name].needs_outputs else []
 
 
 def check_label_free(importance: str | Mapping[str, object], *, seed: int = 0) -> None:

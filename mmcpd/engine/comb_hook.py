@@ -52,6 +52,8 @@ class CombHook(Hook):
     ) -> None:
         refuse_unknown(unknown, self)
         self.options = comb_options(heads, ignore, strict, input_shape)
+        if save is not None and not isinstance(save, str):
+            raise ValueError(f'save is a file name in the work dir, or None: got {save!r}')
         self.save = save
 
     def before_train(self, runner: Runner) -> None:
@@ -61,8 +63,11 @@ class CombHook(Hook):
             coupling.to_json(Path(runner.work_dir) / self.save)
 
 
-def comb_options(heads: str, ignore: Sequence[str], strict: bool, input_shape: Sequence[int] | None) -> dict[str, Any]:
+def comb_options(
+    heads: str, ignore: Sequence[str] | str, strict: bool, input_shape: Sequence[int] | None
+) -> dict[str, Any]:
     """Check the options of combing, as far as that is possible without a model, and return them by name."""
+    ignore = [ignore] if isinstance(ignore, str) else ignore
     look_up(dict.fromkeys(HEADS), heads, 'heads')
     if not isinstance(ignore, list | tuple) or not all(isinstance(pattern, str) for pattern in ignore):
         raise ValueError(f"ignore is a list of patterns of group names, as ['backbone.layer1.*']: got {ignore!r}")
