@@ -77,10 +77,10 @@ def at_once(
     seed: int,
     *,
     rotated: bool = True,
-    refitted: bool = True,
     importance: str = 'gauss_newton',
     by: str = 'macs',
     augmented: bool = False,
+    refit_pictures: int = REFIT_PICTURES,
 ) -> Pruned:
     """Rotate, score, choose and refit, before any training; `importance` is one of those that choose without it."""
     model = task.dense()
@@ -89,7 +89,7 @@ def at_once(
     coupling = comb(model, task.example())
     keep = choose(task, model, coupling, share, seed, importance, by)
     seen = 0 if importance in ('magnitude', 'random') else task.score_pictures
-    return small(task, model, coupling, keep, seed, seen, refitted=refitted, augmented=augmented)
+    return small(task, model, coupling, keep, seed, seen, pictures=refit_pictures, augmented=augmented)
 
 
 def choose(
@@ -127,15 +127,15 @@ def small(
     seed: int,
     seen: int,
     *,
-    refitted: bool,
+    pictures: int = REFIT_PICTURES,
     augmented: bool = False,
 ) -> Pruned:
     """Slim a dense model, refitted first if asked for, with batch norms that training does not disturb then."""
-    if not refitted:
+    if not pictures:
         mask_(model, coupling, keep)
         return Pruned(slim(model, coupling, keep), seen, reestimated=True)
-    plain = task.plain(REFIT_PICTURES, seed)
-    batches = task.augmented(REFIT_PICTURES, seed) if augmented else [batch.images for batch in plain]
+    plain = task.plain(pictures, seed)
+    batches = task.augmented(pictures, seed) if augmented else [batch.images for batch in plain]
     found = slim(refit(model, coupling, keep, batches).model, coupling, keep)
     absorb_(found, batches)
     return Pruned(found, max(seen, sum(len(images) for images in batches)))
@@ -188,7 +188,7 @@ def by_peer_refitted(task: Task, share: float, seed: int) -> Pruned:
     peer = prune_by_peer(task, 'Taylor', share, seed)
     model = task.dense()
     coupling = comb(model, task.example())
-    return small(task, model, coupling, keep_of(coupling, peer.numbers()), seed, peer.pictures, refitted=True)
+    return small(task, model, coupling, keep_of(coupling, peer.numbers()), seed, peer.pictures)
 
 
 def by_peer_in_loop(task: Task, share: float, seed: int) -> Pruned:
@@ -205,7 +205,7 @@ RECIPES = {
         Recipe('dense', dense, LABELS_ALONE),
         OURS,
         replace(OURS, name='mmcpd, tau 8', learning=Learning(label_weight=0, tau=8), learns_only=True),
-        replace(OURS, name='mmcpd, no refit', prune=partial(at_once, refitted=False)),
+        replace(OURS, name='mmcpd, no refit', prune=partial(at_once, refit_pictures=0)),
         replace(OURS, name='mmcpd, no rotation', prune=partial(at_once, rotated=False), tables=('vit',)),
         replace(OURS, name='mmcpd, by memory', prune=partial(at_once, by='memory')),
         replace(OURS, name='mmcpd, augmented pictures', prune=partial(at_once, augmented=True)),
@@ -219,7 +219,7 @@ RECIPES = {
             IN_TRAINING, name='mmcpd in training, rotated', prune=partial(in_training, rotated=True), tables=('vit',)
         ),
         *(
-            Recipe(f'{name} at once', partial(at_once, rotated=False, refitted=False, importance=name), TEACHER_ALONE)
+            Recipe(f'{name} at once', partial(at_once, rotated=False, refit_pictures=0, importance=name), TEACHER_ALONE)
             for name in ('group_fisher', 'magnitude', 'random')
         ),
         *(

@@ -19,6 +19,7 @@ from benchmarks.accuracy_recipes import (
     Pruned,
     PrunerInLoop,
     Recipe,
+    at_once,
     in_training,
     small,
 )
@@ -110,13 +111,17 @@ def chosen_in_training(task: Task, share: float, seed: int) -> Pruned:
     train(found.model, task.dense(), task, CHOOSING, CHOOSING_RATE, seed, TEACHER_AND_LABELS, watch)
     model = task.dense()
     coupling = comb(model, task.example())
-    return small(task, model, coupling, pruners[0].keep, seed, CHOOSING * task.batch, refitted=True)
+    return small(task, model, coupling, pruners[0].keep, seed, CHOOSING * task.batch)
 
 
 VARIANTS = {
     recipe.name: recipe
     for recipe in (
         replace(OURS, name='at once, chosen in 96 iterations of training', prune=chosen_in_training),
+        *(
+            replace(OURS, name=f'mmcpd, refit on {n:,} pictures', prune=partial(at_once, refit_pictures=n))
+            for n in (2000, 4000)
+        ),
         replace(OURS, name='at once, with labels', learning=TEACHER_AND_LABELS, learns_only=True),
         *(
             Recipe(f'in training, {name}', partial(in_training, build=build), TEACHER_AND_LABELS, in_loop=True)
