@@ -100,17 +100,23 @@ def double(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.device.type != 'mps' else tensor.cpu().double()
 
 
+def doubled(model: nn.Module) -> nn.Module:
+    """Return a copy of a model in float64, on the CPU where its device has none."""
+    twin = copy.deepcopy(model)
+    on_cpu = any(tensor.device.type == 'mps' for tensor in named_tensors(model).values())
+    return (twin.cpu() if on_cpu else twin).double()
+
+
 def in_double(model: nn.Module, example: Example) -> tuple[nn.Module, Example]:
     """Return copies in float64, on the CPU where the device has none, or as they are where they do not run in it."""
-    on_cpu = any(tensor.device.type == 'mps' for tensor in named_tensors(model).values())
 
     def wide(value: Tensor) -> Tensor:
-        value = value.cpu() if on_cpu else value
-        return value.double() if value.is_floating_point() else value.clone()
+        if value.is_floating_point():
+            return double(value)
+        return value.cpu() if value.device.type == 'mps' else value.clone()
 
     try:
-        twin, tried = copy.deepcopy(model), replace(example, inputs=map_tensors(example.inputs, wide))
-        twin = (twin.cpu() if on_cpu else twin).double()
+        twin, tried = doubled(model), replace(example, inputs=map_tensors(example.inputs, wide))
         if _runs(twin, tried):
             return twin, tried
     except FAILURES:
