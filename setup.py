@@ -35,7 +35,7 @@ class BuildWithMim(build_py):
 def extras() -> dict[str, list[str]]:
     """Return the extras: those of the version table, `dev` for those who work on mmcpd, and `all` of them."""
     table = runpy.run_path(str(ROOT / 'mmcpd' / 'compat.py'))['extras']()
-    table['dev'] = ['einops', 'pytest>=8', 'pytest-xdist>=3', 'ruff>=0.17,<0.18', 'mypy>=1.10']
+    table['dev'] = ['einops', 'pytest>=8', 'pytest-xdist>=3', 'hypothesis>=6.100', 'ruff>=0.17,<0.18', 'mypy>=1.10']
     table['all'] = sorted({requirement for part in table.values() for requirement in part})
     return table
 

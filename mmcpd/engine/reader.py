@@ -24,7 +24,9 @@ from mmcpd.errors import SlimError, first_line
 
 PathLike: TypeAlias = str | os.PathLike
 # What reading may raise on bytes that are no checkpoint, or half of one.
-GARBAGE = (RuntimeError, EOFError, ValueError, OSError, LookupError, TypeError, AttributeError, zipfile.BadZipFile)
+GARBAGE = (RuntimeError, EOFError, ValueError, OSError, LookupError, TypeError, AttributeError, MemoryError,
+           OverflowError, zipfile.BadZipFile)  # fmt: skip
+PICKLE = 2**23  # bytes of a slim file beside the tensors' values
 STATISTICS = ('mean', 'max', 'min', 'current')
 _torch_load = torch.load
 _trusted = False
@@ -103,8 +105,8 @@ def load(file: PathLike | io.IOBase, map_location: Any = None, *, plain: bool = 
 def _load(path: Path, map_location: Any, plain: bool) -> Any:
     with readable(path):
         archive = zipfile.is_zipfile(path)
-        if archive:
-            check_archive(path)
+        if archive or plain:
+            check_archive(path, plain)
         try:
             with torch.serialization.safe_globals([] if plain else GLOBALS):
                 # Mapped, a storage cannot be larger than what the file has; torch does not compare them otherwise.
@@ -130,19 +132,20 @@ def _refusal(path: Path, error: pickle.UnpicklingError, plain: bool) -> SlimErro
     )
 
 
-def check_archive(path: PathLike) -> None:
-    """See that a checkpoint's archive holds what it says: plain entries, each once, within the file.
+def check_archive(path: Path, plain: bool) -> None:
+    """See that reading an archive of `torch.save` takes no more memory than its size: entries are plain, each once.
 
     Raises:
-        SlimError: An entry is compressed (so that a small file could fill the memory), or larger than the file.
+        SlimError: It is no archive where a plain file must be one, or an entry is compressed or larger than the file.
     """
-    size = os.path.getsize(path)
     with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-    names = {entry.filename for entry in entries}
+        entries, comment = archive.infolist(), archive.comment
     stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
-    if not stored or len(names) < len(entries) or sum(entry.file_size for entry in entries) > size:
-        raise SlimError(f'{path} is truncated or not a checkpoint: its entries are compressed, or overlap')
+    once = len({entry.filename for entry in entries}) == len(entries)
+    whole = sum(max(entry.file_size, entry.compress_size) for entry in entries) <= path.stat().st_size
+    short = not plain or all(entry.file_size <= PICKLE for entry in entries if entry.filename.endswith('.pkl'))
+    if comment or not (stored and once and whole and short):
+        raise SlimError(f'{path} is no archive that torch.save wrote: what it holds is larger than it says')
 
 
 @contextmanager

@@ -15,13 +15,15 @@ import torch
 from mmengine.logging import print_log
 from torch import nn
 
+from mmcpd.engine.hashing import digest_nested
 from mmcpd.engine.reader import PathLike, load
-from mmcpd.errors import SlimError
+from mmcpd.engine.slim_content import check_content
+from mmcpd.errors import SlimError, first_line
 from mmcpd.files import whole
 from mmcpd.slim.weights import is_extra_state, weights
 from mmcpd.version import __version__
 
-VERSION = 2  # of the file; raise it whenever an older mmcpd could not read what is written
+VERSION = 3  # of the file; raise it whenever an older mmcpd could not read what is written
 
 
 def save_slim(path: PathLike, model: nn.Module, structure: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
@@ -50,6 +52,7 @@ def save_slim(path: PathLike, model: nn.Module, structure: Mapping[str, Any], me
         'structure': json.dumps(_plain(structure, 'structure')),
         'meta': {'mmcpd_version': __version__, **_plain(meta, 'meta')},
     }
+    content['checksum'] = checksum(content)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_whole(path, content)
 
@@ -73,6 +76,16 @@ def _on_cpu(value: Any, name: str) -> Any:
         ) from error
 
 
+def checksum(content: Mapping[str, Any]) -> str:
+    """Return the SHA-256, in hex, of what a slim file holds beside it.
+
+    Example:
+        >>> len(checksum({'version': VERSION, 'state_dict': model.state_dict()}))
+        64
+    """
+    return digest_nested([[name, content[name]] for name in sorted(content) if name != 'checksum'])
+
+
 def save_whole(path: Path, content: dict[str, Any]) -> None:
     """Write a file of `torch.save` whole or not at all."""
     with whole(path) as unfinished:
@@ -86,30 +99,45 @@ def read_slim(path: PathLike) -> dict[str, Any]:
         SlimError: The file is missing, truncated, not a slim checkpoint, or of another version.
     """
     content = load(path, 'cpu', plain=True)
-    if not isinstance(content, dict) or not {'state_dict', 'structure'} <= content.keys():
+    if not _has_structure(content):
         raise SlimError(
             f'{path} is not a slim checkpoint: it has no structure. Cut one from a training checkpoint by '
             '`mmcpd slim`, or give the slim.pth that training wrote'
         )
-    if content.get('version') != VERSION:
+    version = content.get('version')
+    if type(version) is not int or version != VERSION:
         raise SlimError(
-            f'{path} is a slim checkpoint of version {content.get("version")}, and mmcpd {__version__} reads version '
+            f'{path} is a slim checkpoint of version {ascii(version)[:20]}, and mmcpd {__version__} reads version '
             f'{VERSION}: cut it again from its training checkpoint by `mmcpd slim`, or use the mmcpd that wrote it'
         )
+    check_content(content, Path(path))
+    if content['checksum'] != checksum(content):
+        raise SlimError(
+            f'{path} is damaged: its checksum does not match. Copy it again, or cut it again by `mmcpd slim`'
+        )
     try:
-        content['structure'] = json.loads(content['structure'])
-    except (TypeError, ValueError) as error:
-        raise SlimError(f'{path} is not a slim checkpoint: its structure is not JSON ({error})') from error
-    return {'meta': {}, 'buffers': {}, **content}
+        structure = json.loads(content['structure'], parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        raise SlimError(f'{path} is not a slim checkpoint: its structure is not JSON ({first_line(error)})') from error
+    if not isinstance(structure, dict):
+        raise SlimError(f'{path} is not a slim checkpoint: its structure is a {type(structure).__name__}')
+    return {**content, 'structure': structure}
 
 
 def is_slim(path: PathLike) -> bool:
     """Say whether a file is a slim checkpoint, of any version; whatever cannot be read is not."""
     try:
-        content = load(path, 'cpu', plain=True)
+        return _has_structure(load(path, 'cpu', plain=True))
     except SlimError:
         return False
+
+
+def _has_structure(content: Any) -> bool:
     return isinstance(content, dict) and {'state_dict', 'structure'} <= content.keys()
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f'{text} is no size')
 
 
 def plain_entries(values: Mapping[str, Any], where: str) -> dict[str, Any]:

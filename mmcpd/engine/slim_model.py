@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DefaultScope
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from mmcpd.engine.build import ConfigLike, as_config
 from mmcpd.engine.reader import PathLike
 from mmcpd.engine.slim_file import read_slim
 from mmcpd.engine.wrappers import student_config, trained_config, type_name
-from mmcpd.errors import SlimError
+from mmcpd.errors import SlimError, first_line
 from mmcpd.registry import MODELS
 from mmcpd.slim import restructure_
+from mmcpd.slim.check_structure import KEYS, all_tensors, check_structure
 from mmcpd.slim.weights import is_extra_state, set_weights_, weights
 
 
@@ -122,14 +124,27 @@ def cut_to_(model: nn.Module, content: Mapping[str, Any], where: PathLike) -> nn
     Raises:
         SlimError: The checkpoint holds no structure, or is of another model.
     """
-    if not content['structure'].keys() >= {'tensors', 'added', 'shared', 'attributes', 'replaced'}:
+    if set(content['structure']) != set(KEYS):
         raise SlimError(f'{where} holds no structure of a slim model')
+    kind, given = type(model).__name__, {**content['state_dict'], **content['buffers']}
     try:
+        check_structure(model, content['structure'])
+        for name, shape in content['structure']['tensors'].items():  # before memory is taken for it
+            if name not in given or list(given[name].shape) != shape:
+                raise SlimError(f'{name} is {tuple(shape)} in its structure, and not so among its tensors')
         restructure_(model, content['structure'])
     except SlimError as error:
-        raise SlimError(f'{where} does not fit {type(model).__name__}: {error}') from error
-    check_fit(weights(model), content['state_dict'], where, type(model).__name__)
-    set_weights_(model, {**content['state_dict'], **content['buffers']})
+        raise SlimError(f'{where} does not fit {kind}: {error}') from error
+    check_fit(weights(model), content['state_dict'], where, kind)
+    unsaved = {name: tensor for name, tensor in all_tensors(model).items() if name in content['buffers']}
+    check_fit(unsaved, content['buffers'], where, kind)
+    for name, tensor in all_tensors(model).items():
+        if name in given and not torch.can_cast(given[name].dtype, tensor.dtype):
+            raise SlimError(f'{where} is of another model: {name} is {given[name].dtype} there, not {tensor.dtype}')
+    try:
+        set_weights_(model, given)
+    except Exception as error:  # a model's own set_extra_state raises what it likes
+        raise SlimError(f'{where} cannot be loaded into {kind}: {first_line(error)}') from error
     return model
 
 
@@ -144,6 +159,8 @@ def check_fit(own: Mapping[str, Any], given: Mapping[str, Any], where: PathLike,
             raise SlimError(f'{where} is of another model: it lacks {name}, which {kind} has')
         if is_extra_state(name) or is_lazy(tensor):
             continue
+        if not isinstance(given[name], Tensor):
+            raise SlimError(f'{where} is of another model: {name} is a {type(given[name]).__name__}, and no tensor')
         if given[name].shape != tensor.shape:
             raise SlimError(
                 f'{where} is of another model: {name} is {tuple(given[name].shape)} there and '

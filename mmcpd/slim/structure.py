@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 
-from ..errors import SlimError
 from .attention import REPLACEMENTS
 from .call_sites import Rewrite, rewrite_, rewrites_of
+from .check_structure import DTYPES, all_tensors, check_structure, largest_made, may_become
 from .mask import named_tensors
 from .slimming import replace_module
 from .weights import Slots, is_extra_state, own_tensors, weights
@@ -49,16 +49,17 @@ def structure(model: nn.Module, small: nn.Module) -> dict[str, Any]:
         if kind is not None:
             replaced[path] = {'kind': kind, 'arguments': other.arguments()}
             continue
+        own, made = vars(module), largest_made(module, {n: t.shape for n, t in own_tensors(other)})
         changes = {
-            n: list(v) if isinstance(v, tuple) else v
+            n: _in_json(v)
             for n, v in vars(other).items()
-            if _plain(v) and _plain(vars(module).get(n)) and v != vars(module)[n] and n != 'training'
+            if may_become(n, own.get(n), _in_json(v), made) and _in_json(v) != _in_json(own[n])
         }
         if changes:
             attributes[path] = changes
         if rewrites_of(other):
             rewritten[path] = [[*r.place, r.number] for r in rewrites_of(other)]
-    old, kept = _all_tensors(model), {n for n, value in weights(small).items() if not is_extra_state(n)}
+    old, kept = all_tensors(model), {n for n, value in weights(small).items() if not is_extra_state(n)}
     tensors: dict[str, list[int]] = {}
     added: dict[str, Any] = {}
     for name, tensor in named_tensors(small).items():
@@ -67,7 +68,7 @@ def structure(model: nn.Module, small: nn.Module) -> dict[str, Any]:
         if name in added or (name in old and (is_lazy(old[name]) or old[name].shape != tensor.shape)):
             tensors[name] = list(tensor.shape)
     first = {tensor: name for name, tensor in named_tensors(small).items()}
-    aliases = {n: first[t] for n, t in _all_tensors(small).items() if first[t] != n}
+    aliases = {n: first[t] for n, t in all_tensors(small).items() if first[t] != n}
     shared = {n: other for n, other in aliases.items() if n in old and old[n] is not old.get(other)}
     return {
         'tensors': tensors, 'added': added, 'shared': shared,
@@ -75,14 +76,8 @@ def structure(model: nn.Module, small: nn.Module) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _all_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return all parameters and buffers by name, shared ones under each of their names."""
-    modules = model.named_modules(remove_duplicate=False)
-    return {f'{path}.{name}'.lstrip('.'): t for path, module in modules for name, t in own_tensors(module)}
-
-
-def _plain(value: Any) -> bool:
-    return type(value) is int or (type(value) in (tuple, list) and all(type(v) is int for v in value))
+def _in_json(value: Any) -> Any:
+    return list(value) if type(value) is tuple else value
 
 
 @torch.no_grad()
@@ -90,66 +85,40 @@ def restructure_(model: nn.Module, plan: Mapping[str, Any]) -> nn.Module:
     """Give a freshly built dense model the structure of a slimmed one; its values are then arbitrary.
 
     Raises:
-        SlimError: if the plan names what the model has not, so that it is another model's.
+        SlimError: if the plan says what slimming this model could not have written; then the model is as it was.
 
     Example:
         >>> twin = restructure_(build(), structure(model, small))
         >>> twin.conv1.out_channels
         4
     """
+    check_structure(model, plan)
     for name, entry in plan['added'].items():
-        _add_(_find(model, name.rpartition('.')[0]), name, plan['tensors'][name], **entry)
-    slots = Slots(model)
+        _add_(model, name, plan['tensors'][name], **entry)
+    slots, tensors = Slots(model), all_tensors(model)
     for name, shape in plan['tensors'].items():
-        path, _, local = name.rpartition('.')
-        tensor = dict(own_tensors(_find(model, path))).get(local)
-        if tensor is None or not _contains(tensor, shape):
-            have = 'missing' if tensor is None else tuple(tensor.shape)
-            raise SlimError(f'{name} is {have} in this model, and {tuple(shape)} in the structure: another model')
-        slots.resize_(tensor, shape)
-    tensors = _all_tensors(model)
+        slots.resize_(tensors[name], shape)
+    tensors = all_tensors(model)
     for name, other in plan['shared'].items():
         path, _, local = name.rpartition('.')
-        if not {name, other} <= tensors.keys():
-            raise SlimError(f'{name} and {other} are one tensor in the structure, and missing in this model')
-        setattr(_find(model, path), local, tensors[other])
+        setattr(model.get_submodule(path), local, tensors[other])
     for path, entry in plan['replaced'].items():
-        module = _find(model, path)
+        module = model.get_submodule(path)
         replace_module(model, module, REPLACEMENTS[entry['kind']].kind(module, **entry['arguments']))
     for path, values in plan['attributes'].items():
-        module = _find(model, path)
+        module = model.get_submodule(path)
         for name, value in values.items():
-            if not hasattr(module, name):
-                where = path or 'the model'
-                raise SlimError(f'{where} has no attribute {name}, which the structure sets: another model')
-            setattr(module, name, type(getattr(module, name))(value))
-    for path, rewrites in plan.get('rewritten', {}).items():
-        wanted = [Rewrite(method, text, index, count, int(number)) for method, text, index, count, number in rewrites]
-        rewrite_(_find(model, path), wanted)
+            setattr(module, name, type(vars(module)[name])(value))
+    for path, rewrites in plan['rewritten'].items():
+        rewrite_(model.get_submodule(path), [Rewrite(*rewrite) for rewrite in rewrites])
     return model
 
 
-def _contains(tensor: Tensor, shape: Sequence[int]) -> bool:
-    """Say whether a tensor can be cut to a shape; one without a shape yet can be given any."""
-    if is_lazy(tensor):
-        return True
-    return tensor.dim() == len(shape) and all(s <= o for s, o in zip(shape, tensor.shape, strict=True))
-
-
-def _add_(module: nn.Module, name: str, shape: Sequence[int], parameter: bool, dtype: str) -> None:
-    """Register a tensor that the module would make in its first forward."""
-    local, kind = name.rpartition('.')[2], getattr(torch, dtype.removeprefix('torch.'), None)
-    if not isinstance(kind, torch.dtype) or (getattr(module, local, None) is not None and local not in module._buffers):
-        raise SlimError(f'{name} of the structure does not fit what {type(module).__name__} has: another model')
-    value = torch.empty(shape, dtype=kind)
+def _add_(model: nn.Module, name: str, shape: Sequence[int], parameter: bool, dtype: str) -> None:
+    """Register a tensor that a module would make in its first forward."""
+    path, _, local = name.rpartition('.')
+    module, value = model.get_submodule(path), torch.empty(shape, dtype=DTYPES[dtype])
     if parameter:
         setattr(module, local, nn.Parameter(value, value.is_floating_point()))
     else:
         module.register_buffer(local, value)
-
-
-def _find(model: nn.Module, path: str) -> nn.Module:
-    try:
-        return model.get_submodule(path)
-    except AttributeError as error:
-        raise SlimError(f'this model has no module {path!r}, which the structure names: another model') from error

@@ -96,7 +96,7 @@ def test_a_round_trip_gives_the_same_function_and_the_same_class(tmp_path, make)
 def test_the_file_holds_plain_values_only(written):
     *_, path = written
     content = torch.load(path, weights_only=True)
-    assert set(content) == {'state_dict', 'buffers', 'structure', 'meta', 'version'}
+    assert set(content) == {'state_dict', 'buffers', 'structure', 'meta', 'version', 'checksum'}
     assert json.loads(content['structure'])['tensors']
     assert content['meta']['dataset_meta'] == {'classes': ['a', 'b']}
     assert content['meta']['mmcpd_version']
@@ -185,8 +185,8 @@ def test_an_ordinary_checkpoint_is_not_a_slim_one(tmp_path):
 def test_a_file_of_another_version_gets_one_line(written):
     cfg, *_, path = written
     content = torch.load(path, weights_only=True)
-    assert content['version'] == 2
-    for version in (3, None):
+    assert content['version'] == 3
+    for version in (2, None):
         torch.save({**content, 'version': version}, path)
         with pytest.raises(
             SlimError, match=rf'slim\.pth is a slim checkpoint of version {version}, .* cut it again'
@@ -244,7 +244,8 @@ def test_load_from_wins_over_the_weights_in_the_structure(written, tmp_path):
 @pytest.mark.parametrize(('text', 'message'), [('{', 'is not JSON'), ('{}', 'holds no structure')])
 def test_a_structure_that_is_none(written, text, message):
     cfg, *_, path = written
-    torch.save({**torch.load(path, weights_only=True), 'structure': text}, path)
+    content = {**torch.load(path, weights_only=True), 'structure': text}
+    torch.save({**content, 'checksum': slim_file.checksum(content)}, path)
     with pytest.raises(SlimError, match=rf'slim\.pth.*{message}'):
         checkpoints.load_slim(cfg, path)
 
