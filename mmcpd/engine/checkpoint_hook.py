@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,39 +26,37 @@ WHOLE = 'mmcpd.whole'
 class WholeFiles(LocalBackend):
     """Local files, each written whole or not at all; what is removed goes when `remove_outdated` is called.
 
-    Args:
-        outdated: What is to be removed; several backends of one hook share it.
-
     Example:
         >>> from tempfile import mkdtemp
-        >>> files, path = WholeFiles([]), Path(mkdtemp(), 'a.pth')
+        >>> files, path = WholeFiles(), Path(mkdtemp(), 'a.pth')
         >>> files.put(b'1', path)
         >>> files.remove(path)
         >>> before = path.exists()
-        >>> files.remove_outdated()
+        >>> files.remove_outdated(in_use=[])
         >>> before, path.exists()
         (True, False)
     """
 
-    def __init__(self, outdated: list[Path]) -> None:
-        self.outdated = outdated
+    def __init__(self) -> None:
+        self._outdated: list[Path] = []
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
         path = Path(filepath)
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole(path) as unfinished:
             unfinished.write_bytes(obj)
-        while path in self.outdated:
-            self.outdated.remove(path)
 
     def remove(self, filepath: str | Path) -> None:
-        self.outdated.append(Path(filepath))
+        self._outdated.append(Path(filepath))
 
     rmtree = remove
 
-    def remove_outdated(self) -> None:
-        while self.outdated:
-            path = self.outdated.pop()
+    def remove_outdated(self, in_use: Sequence[Path]) -> None:
+        """Remove what was given to `remove`, unless it was written again."""
+        while self._outdated:
+            path = self._outdated.pop()
+            if path in in_use:
+                continue
             if path.is_dir():
                 shutil.rmtree(path)
             else:
@@ -85,7 +84,7 @@ class CheckpointHook(PlainCheckpointHook):
     def before_train(self, runner: Runner) -> None:
         remote = self.file_client_args is not None or '://' in str(self.out_dir or runner.work_dir)
         if not remote and self.backend_args in (None, {}, {'backend': 'local'}):
-            self.backend_args = {'backend': WHOLE, 'outdated': []}
+            self.backend_args = {'backend': WHOLE}
         super().before_train(runner)
         if is_main_process():
             for folder in {Path(runner.work_dir), Path(self.out_dir)}:
@@ -190,4 +189,5 @@ class CheckpointHook(PlainCheckpointHook):
 
     def _remove_outdated(self) -> None:
         if isinstance(self.file_backend, WholeFiles):
-            self.file_backend.remove_outdated()
+            best = [getattr(self, 'best_ckpt_path', None), *getattr(self, 'best_ckpt_path_dict', {}).values()]
+            self.file_backend.remove_outdated([Path(path) for path in (self.last_ckpt, *best) if path])

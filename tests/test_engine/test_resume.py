@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.test_engine.resumed import config, run, same
 from torch.utils.data import DataLoader, TensorDataset
 
 from mmcpd.engine.batches import Batches
 from mmcpd.engine.checkpoint_hook import RANDOM
 from mmcpd.engine.random_states import plain_states
 from tests.helpers import on_two_processes
+from tests.test_engine.resumed import config, run, same
 
 torch.set_num_threads(1)
 
@@ -56,8 +56,7 @@ def test_workers_that_begin_with_each_epoch_are_bit_for_bit(tmp_path):
 
 
 def two_processes(rank: int, folder: Path, by_epoch: bool, stop: int) -> None:
-    cfg = config(folder / 'whole', by_epoch)
-    cfg.launcher = 'none'
+    cfg = config(folder / 'whole', by_epoch, **{'train_dataloader.dataset.indices': 64})
     whole = run(cfg)
     cfg.work_dir = str(folder / 'parts')
     run(cfg, stop=stop)
