@@ -66,34 +66,44 @@ def written_or_said(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except WriteError:
-        raise
     except (OSError, RuntimeError) as error:
-        reason = why_unwritten(error)
-        if reason is None:
+        if why_unwritten(error) is None:
             raise
-        folder = path.absolute().parent
-        free = shutil.disk_usage(folder).free / 1e6
-        raise WriteError(
-            f'cannot write {path.name} into {folder}: {reason} ({free:.1f} MB free). Make room there or choose another '
-            'folder; what stood there is as it was'
-        ) from error
+        raise unwritten(error, path.parent, path.name) from error
 
 
-def why_unwritten(error: BaseException | None) -> str | None:
-    """Return why a disk refused what an error or its cause is about; None where it is about something else.
+def unwritten(error: OSError | RuntimeError, folder: Path, name: str = '') -> OSError:
+    """Return the one line for an error that `why_unwritten` knows: the file's own where it says which, or the folder's.
 
     Example:
-        >>> why_unwritten(OSError(errno.EROFS, '')), why_unwritten(ValueError('no'))
+        >>> unwritten(OSError(errno.EROFS, 'no'), Path('/proc'))
+        WriteError('cannot write into /proc: the file system is read-only (0.0 MB free). Make room there or ...')
+    """
+    if isinstance(error, WriteError):
+        return error
+    if isinstance(error, OSError) and isinstance(error.filename, str) and not name:
+        name, folder = Path(error.filename).name, Path(error.filename).parent
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free / 1e6
+    return WriteError(
+        f'cannot write {name + " " if name else ""}into {folder.absolute()}: {why_unwritten(error)} ({free:.1f} MB '
+        'free). Make room there or choose another folder; what stood there is as it was'
+    )
+
+
+def why_unwritten(error: OSError | RuntimeError) -> str | None:
+    """Return why a disk refused what an error is about; None where it is about something else.
+
+    Example:
+        >>> why_unwritten(OSError(errno.EROFS, '')), why_unwritten(RuntimeError('no'))
         ('the file system is read-only', None)
     """
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in REASONS:
-            return REASONS[error.errno]
-        if isinstance(error, RuntimeError) and 'PytorchStreamWriter failed' in str(error):
-            return 'the file could not be written to its end'
-        error = error.__cause__ or error.__context__
-    return None
+    if isinstance(error, WriteError):
+        return str(error)
+    if isinstance(error, OSError):
+        return REASONS.get(error.errno or 0)
+    return 'the file could not be written to its end' if 'PytorchStreamWriter failed' in str(error) else None
 
 
 def sweep(folder: Path) -> list[Path]:

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-import os
+import logging
 import re
-import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from mmengine.logging import print_log
 
 from mmcpd.engine.checkpoints import read_checkpoint
 from mmcpd.engine.slim_file import PathLike
 from mmcpd.errors import SlimError, first_line
 
 LAST = 'last_checkpoint'
-NAMES = re.compile(r'(?:iter|epoch)_(\d+)\.pth')
+TEMPLATES = ('iter_{}.pth', 'epoch_{}.pth')
 
 
-def newest_whole(work_dir: PathLike) -> Path | None:
-    """Return the newest whole training checkpoint of a work dir, or None where there was never one.
+def newest_whole(work_dir: PathLike, folders: Sequence[PathLike] = (), templates: Sequence[str] = ()) -> str | None:
+    """Return the newest whole training checkpoint of a run, or None where there was never one.
 
-    First comes what `last_checkpoint` names, also where the folder was moved, then the files beside it by their number,
-    newest first. A warning names those that are passed over.
+    First comes what `last_checkpoint` names, also where the folder was moved, then all that are numbered, newest first.
+    A warning names those that are passed over. A remote one is not looked at.
+
+    Args:
+        work_dir: Where `last_checkpoint` is, and checkpoints usually are.
+        folders: Where they may be besides.
+        templates: Names of checkpoints other than `iter_{}.pth` and `epoch_{}.pth`.
 
     Raises:
         SlimError: There are checkpoints, and none of them is whole: to start anew would write over them.
@@ -32,13 +38,16 @@ def newest_whole(work_dir: PathLike) -> Path | None:
         >>> print(newest_whole(mkdtemp()))
         None
     """
+    named = _named(Path(work_dir))
+    if named is not None and '://' in named:
+        return named
     faults: list[str] = []
-    for path in _candidates(Path(work_dir)):
+    for path in _candidates(Path(work_dir), named, folders, templates):
         fault = _fault(path)
         if fault is None:
             for line in faults:
-                warnings.warn(f'{line}; {path} is taken', stacklevel=2)
-            return path
+                print_log(f'{line}; {path} is taken', 'current', logging.WARNING)
+            return str(path)
         faults.append(fault)
     if faults:
         raise SlimError(
@@ -48,38 +57,38 @@ def newest_whole(work_dir: PathLike) -> Path | None:
     return None
 
 
-def _candidates(folder: Path) -> Iterator[Path]:
+def _candidates(
+    work_dir: Path, named: str | None, others: Sequence[PathLike], templates: Sequence[str]
+) -> Iterator[Path]:
     """Give what may be resumed, the likeliest first, each once."""
-    named = _named(folder)
-    folders, pattern = [folder], NAMES
+    folders, names = [work_dir, *map(Path, others)], list(TEMPLATES + tuple(templates))
+    first = []
     if named is not None:
-        beside = folder / named.name
-        if named.is_file() or not beside.is_file():
-            yield named
-        else:
-            yield beside
-        folders = list(dict.fromkeys([named.parent, folder]))
-        if NAMES.fullmatch(named.name) is None and re.search(r'\d', named.stem):  # another filename_tmpl
-            *_, number = re.finditer(r'\d+', named.name)
-            before, after = named.name[: number.start()], named.name[number.end() :]
-            pattern = re.compile(rf'{re.escape(before)}(\d+){re.escape(after)}')
-    numbered = [
-        (int(match[1]), file)
-        for each in folders
-        if each.is_dir()
-        for file in each.iterdir()
-        if (match := pattern.fullmatch(file.name)) is not None and named not in (file, each / file.name)
-    ]
-    yield from (file for _, file in sorted(numbered, reverse=True))
+        path = Path(named)
+        moved = work_dir / path.name
+        first = [path if path.is_file() or not moved.is_file() else moved]
+        folders.append(path.parent)
+        names += [f'{before}{{}}{after}' for before, after in re.findall(r'^(.*?)\d+(\D*)$', path.name)]
+    patterns = [re.compile(r'(\d+)'.join(map(re.escape, name.split('{}')))) for name in names]
+    numbered = {
+        file: int(match[1])
+        for folder in folders
+        if folder.is_dir()
+        for file in folder.iterdir()
+        for pattern in patterns
+        if (match := pattern.fullmatch(file.name)) is not None
+    }
+    later = sorted(numbered, key=lambda file: (numbered[file], file.name), reverse=True)
+    yield from {path.absolute(): path for path in (*first, *later)}.values()
 
 
-def _named(folder: Path) -> Path | None:
-    """Return the path that `last_checkpoint` holds, if it can be read."""
+def _named(folder: Path) -> str | None:
+    """Return what `last_checkpoint` holds, if it may be a path."""
     try:
         text = (folder / LAST).read_text(encoding='utf-8').strip()
-        return Path(text) if text and len(text) < 4096 and '\0' not in text else None
     except (OSError, UnicodeDecodeError):
         return None
+    return text if text.isprintable() and 0 < len(text) < 4096 else None
 
 
 def _fault(path: Path) -> str | None:
@@ -100,7 +109,7 @@ def _resumable(content: dict[str, Any]) -> bool:
     return isinstance(meta, dict) and all(isinstance(meta.get(name), int) for name in ('epoch', 'iter'))
 
 
-def resumed_from(work_dir: PathLike, load_from: str | os.PathLike | None) -> Path | None:
+def resumed_from(work_dir: PathLike, load_from: PathLike | None) -> Path | None:
     """Return the local checkpoint that a Runner resumes; None where it is a remote one or there is none."""
-    path = Path(load_from) if load_from else _named(Path(work_dir))
-    return path if path is not None and path.is_file() else None
+    path = load_from or _named(Path(work_dir))
+    return Path(path) if path and Path(path).is_file() else None

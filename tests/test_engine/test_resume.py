@@ -56,7 +56,7 @@ def test_workers_that_begin_with_each_epoch_are_bit_for_bit(tmp_path):
 
 
 def two_processes(rank: int, folder: Path, by_epoch: bool, stop: int) -> None:
-    cfg = config(folder / 'whole', by_epoch, **{'train_dataloader.dataset.indices': 64})
+    cfg = config(folder / 'whole', by_epoch, launcher='pytorch', **{'train_dataloader.dataset.indices': 64})
     whole = run(cfg)
     cfg.work_dir = str(folder / 'parts')
     run(cfg, stop=stop)
