@@ -20,6 +20,8 @@ REASONS = {
     errno.EACCES: 'permission denied',
     errno.EPERM: 'permission denied',
 }
+# What torch's writer says of the same, without the reason.
+TORCH = ('PytorchStreamWriter failed', 'iostream error', 'inline_container')
 
 
 class WriteError(OSError):
@@ -103,7 +105,7 @@ def why_unwritten(error: OSError | RuntimeError) -> str | None:
         return str(error)
     if isinstance(error, OSError):
         return REASONS.get(error.errno or 0)
-    return 'the file could not be written to its end' if 'PytorchStreamWriter failed' in str(error) else None
+    return 'the file could not be written to its end' if any(word in str(error) for word in TORCH) else None
 
 
 def sweep(folder: Path) -> list[Path]:

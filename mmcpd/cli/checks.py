@@ -92,10 +92,7 @@ def check_checkpoint(path: str | None, option: str) -> None:
 
 def save_whole(cfg: Config) -> None:
     """Let checkpoints be saved by mmcpd's `CheckpointHook` wherever a config names MMEngine's, or none, in place."""
-    hooks = cfg.setdefault('default_hooks', ConfigDict())
-    if hooks is None:
-        hooks = cfg.default_hooks = ConfigDict()
-    hooks.setdefault('checkpoint', ConfigDict(type='CheckpointHook'))
+    cfg.default_hooks = {'checkpoint': {'type': 'CheckpointHook'}, **(cfg.get('default_hooks') or {})}
     with root.HOOKS.switch_scope_and_registry(cfg.get('default_scope')) as registry:
         for hook in savers(cfg):
             kind = hook['type']

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,9 @@ def test_workers_that_begin_with_each_epoch_are_bit_for_bit(tmp_path):
 
 
 def two_processes(rank: int, folder: Path, by_epoch: bool, stop: int) -> None:
+    os.environ['LOCAL_RANK'] = str(rank)
     cfg = config(folder / 'whole', by_epoch, launcher='pytorch', **{'train_dataloader.dataset.indices': 64})
+    cfg.model_wrapper_cfg = {'type': 'MMDistributedDataParallel', 'device_ids': None, 'broadcast_buffers': False}
     whole = run(cfg)
     cfg.work_dir = str(folder / 'parts')
     run(cfg, stop=stop)
