@@ -7,7 +7,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import mmengine.registry as root
 from mmengine.config import Config, ConfigDict
+from mmengine.hooks import CheckpointHook
 
 from mmcpd.cli.common import UserError
 from mmcpd.engine.build import datasets, type_name
@@ -86,6 +88,22 @@ def check_checkpoint(path: str | None, option: str) -> None:
     """
     if path and '://' not in path and not Path(path).is_file():
         raise UserError(f'{option}: there is no checkpoint {path}')
+
+
+def save_whole(cfg: Config) -> None:
+    """Let checkpoints be saved by mmcpd's `CheckpointHook` wherever a config names MMEngine's, or none, in place."""
+    cfg.default_hooks = {'checkpoint': {'type': 'CheckpointHook'}, **(cfg.get('default_hooks') or {})}
+    with root.HOOKS.switch_scope_and_registry(cfg.get('default_scope')) as registry:
+        for hook in savers(cfg):
+            kind = hook['type']
+            if (registry.get(kind) if isinstance(kind, str) else kind) is CheckpointHook:
+                hook['type'] = 'mmcpd.CheckpointHook'
+
+
+def savers(cfg: Config) -> list[ConfigDict]:
+    """Return the configs of the hooks that save checkpoints, whoever wrote them."""
+    hooks = (*(cfg.get('default_hooks') or {}).values(), *(cfg.get('custom_hooks') or ()))
+    return [hook for hook in hooks if isinstance(hook, dict) and type_name(hook).endswith('CheckpointHook')]
 
 
 def check_hooks(cfg: Config) -> None:

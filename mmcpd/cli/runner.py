@@ -8,15 +8,19 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
 from mmengine.registry import RUNNERS
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import Runner
 
 import mmcpd
+from mmcpd.cli.checks import savers
 from mmcpd.cli.common import MISTAKES, TRACEBACK, UserError, was_interrupted
+from mmcpd.engine.latest import newest_whole
+from mmcpd.errors import SlimError
 
 PACKAGE = str(Path(mmcpd.__file__).parent)
 # What MMEngine says in each run and no user can change: CheckpointHook's own use of FileClient, the name of the log's
@@ -48,7 +52,9 @@ class ScreenRunner(Runner):
         logger = super().build_logger(*args, **kwargs)
         self.screen = ScreenFilter()
         for handler in logger.handlers:
-            if not isinstance(handler, logging.FileHandler):
+            if isinstance(handler, logging.FileHandler):
+                handler.handleError = _unwritten  # type: ignore[assignment, method-assign]
+            else:
                 handler.addFilter(self.screen)
         return logger
 
@@ -56,6 +62,10 @@ class ScreenRunner(Runner):
         if fn_name in ('before_train', 'before_test'):
             self.screen.loop_runs = True
         super().call_hook(fn_name, **kwargs)
+
+
+def _unwritten(_record: logging.LogRecord) -> None:
+    """Pass over a line that a full disk does not take: what fails for it says so, and logging prints a traceback."""
 
 
 def build_runner(cfg: Config) -> Runner:
@@ -80,16 +90,41 @@ def run(runner: Runner, step: Callable[[Runner], Any]) -> Any:
     except MISTAKES as error:
         if was_interrupted(error):
             raise KeyboardInterrupt from error
-        file = Path(runner.log_dir) / 'traceback.txt'
-        file.write_text(traceback.format_exc(), encoding='utf-8')
-        error.add_note(f'{TRACEBACK}{file}')
+        with suppress(OSError):  # the disk may be full
+            file = Path(runner.log_dir) / 'traceback.txt'
+            file.write_text(traceback.format_exc(), encoding='utf-8')
+            error.add_note(f'{TRACEBACK}{file}')
         raise
+
+
+def newest(cfg: Config) -> str | None:
+    """Return the newest whole checkpoint of a config's run.
+
+    Raises:
+        SlimError: All are damaged.
+    """
+    hooks, name = savers(cfg), Path(cfg.work_dir).absolute().name
+    folders = [Path(hook['out_dir']) / name for hook in hooks if hook.get('out_dir')]
+    templates = [hook['filename_tmpl'] for hook in hooks if hook.get('filename_tmpl')]
+    return newest_whole(cfg.work_dir, folders, templates)
+
+
+def last_whole(cfg: Config) -> str:
+    """Say which checkpoint of a run that failed is the last whole one."""
+    try:
+        path = newest(cfg)
+    except SlimError as error:
+        return str(error)
+    return f'the last whole checkpoint is {path}' if path else f'{cfg.work_dir} has no checkpoint yet'
 
 
 def resume_hint(cfg: Config, args: argparse.Namespace) -> str:
     """Return how to go on after an interruption."""
-    if find_latest_checkpoint(cfg.work_dir) is None:
-        return f'{cfg.work_dir} has no checkpoint yet, so the next run starts anew'
+    try:
+        if newest(cfg) is None:
+            return f'{cfg.work_dir} has no checkpoint yet, so the next run starts anew'
+    except SlimError as error:
+        return str(error)
     script = Path(sys.argv[0])
     program = ['python', '-m', 'mmcpd'] if script.name == '__main__.py' else ['python', sys.argv[0]]
     program = program if script.suffix == '.py' else [script.name]

@@ -13,16 +13,16 @@ from pathlib import Path
 
 from mmengine.config import Config
 from mmengine.device import get_device
-from mmengine.runner import find_latest_checkpoint
 
-from mmcpd.cli.checks import check_checkpoint, check_data, check_folder, check_hooks
-from mmcpd.cli.common import UserError, add_runner_options
+from mmcpd.cli.checks import check_checkpoint, check_data, check_folder, check_hooks, save_whole
+from mmcpd.cli.common import UserError, add_runner_options, one_line
 from mmcpd.cli.configs import read_config, set_runner_options
-from mmcpd.cli.runner import build_runner, resume_hint, run
+from mmcpd.cli.runner import build_runner, last_whole, newest, resume_hint, run
 from mmcpd.engine.checkpoints import check_start
 from mmcpd.engine.compat import start_processes
 from mmcpd.engine.hooks import PruneHook
 from mmcpd.engine.stage import check_target
+from mmcpd.files import unwritten, why_unwritten
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -52,10 +52,10 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
     if args.seed is not None:
         cfg.randomness = {**cfg.get('randomness', {}), 'seed': args.seed}
-    if args.resume == 'auto':
+    if args.resume == 'auto' or (args.resume is None and cfg.get('resume') and not cfg.get('load_from')):
         # Without a checkpoint yet this is the first run, and load_from is where it begins.
-        if find_latest_checkpoint(cfg.work_dir) is not None:
-            cfg.resume, cfg.load_from = True, None
+        if (path := newest(cfg)) is not None:
+            cfg.resume, cfg.load_from = True, path
     elif args.resume:
         cfg.resume, cfg.load_from = True, args.resume
     if args.auto_scale_lr:
@@ -74,6 +74,7 @@ def main(args: argparse.Namespace) -> None:
     if args.amp and get_device() == 'cpu':
         raise UserError('--amp needs an accelerator, and torch finds none here; leave it out')
     check_folder(cfg.work_dir, '--work-dir')
+    save_whole(cfg)
     check_hooks(cfg)
     check_data(cfg, ('train_dataloader', 'val_dataloader'))
     check_checkpoint(cfg.get('load_from'), '--resume' if args.resume else 'load_from')
@@ -83,9 +84,14 @@ def main(args: argparse.Namespace) -> None:
     try:
         runner = build_runner(cfg)
         run(runner, lambda runner: runner.train())
+        for failure in [hook.failure for hook in runner.hooks if isinstance(hook, PruneHook)]:
+            if failure is not None:  # the hook has said how to go on
+                raise failure
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(resume_hint(cfg, args)) from error
+    except (OSError, RuntimeError) as error:
+        if why_unwritten(error) is None:
+            raise
+        raise UserError(f'{one_line(unwritten(error, Path(cfg.work_dir)))}; {last_whole(cfg)}') from error
     for hook in [hook for hook in runner.hooks if isinstance(hook, PruneHook)]:
-        if hook.failure is not None:  # the hook has said how to go on
-            raise hook.failure
         check_target(hook.stage(), Path(cfg.work_dir) / 'slim.pth')

@@ -15,6 +15,7 @@ with warnings.catch_warnings():
     # OneDL's mmcv comes without compiled operators, and says so at each start.
     warnings.filterwarnings('ignore', message='Fail to import ``MultiScaleDeformableAttention``')
     from mmcpd import datasets, models
+    from mmcpd.engine.checkpoint_hook import CheckpointHook
     from mmcpd.engine.checkpoints import load_slim
     from mmcpd.engine.comb_hook import CombHook
     from mmcpd.engine.compat import mend_scopes
@@ -26,4 +27,4 @@ with warnings.catch_warnings():
 mend_scopes()
 install()
 
-__all__ = ['CombHook', 'Distiller', 'PruneHook', 'datasets', 'load_slim', 'models', 'slimmed']
+__all__ = ['CheckpointHook', 'CombHook', 'Distiller', 'PruneHook', 'datasets', 'load_slim', 'models', 'slimmed']

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.optim import AmpOptimWrapper
@@ -22,6 +21,7 @@ from mmcpd.engine.checkpoints import STATE
 from mmcpd.engine.closure import StepClosure
 from mmcpd.engine.comb_hook import comb_options, refuse_unknown
 from mmcpd.engine.combing import comb_runner, shape_combed
+from mmcpd.engine.dense_file import DENSE, read_dense, write_dense
 from mmcpd.engine.distillers import Distiller
 from mmcpd.engine.ending import RunWatch, meta_of, say_ended
 from mmcpd.engine.optimizers import optimizer_of, refuse_shards
@@ -29,7 +29,6 @@ from mmcpd.engine.plan import doubts, left_alone, plan
 from mmcpd.engine.reader import trust
 from mmcpd.engine.report import comparison, costs, numbers
 from mmcpd.engine.saving import Proof, keep_unslimmed, refuse_not_finite, rehearse, save_checked
-from mmcpd.engine.slim_file import save_whole
 from mmcpd.engine.stage import at_target, refuse_pruned, stage_of
 from mmcpd.engine.validation import validate_unseen
 from mmcpd.engine.wrappers import bare_model, unwrapped
@@ -38,7 +37,7 @@ from mmcpd.prune import NORMALIZERS, Pruner, Schedule, check_floors, check_impor
 from mmcpd.prune.selection import Floors
 from mmcpd.registry import HOOKS
 
-DENSE, SLIM, TABLE = 'dense.pth', 'slim.pth', 'coupling.txt'
+SLIM, TABLE = 'slim.pth', 'coupling.txt'
 
 
 @HOOKS.register_module()
@@ -128,6 +127,7 @@ class PruneHook(Hook):
         self.closure: StepClosure | None = None
         self.begun = False
         self.dense_metrics: dict[str, float] = {}
+        self.dense_digest = ''  # of the weights in dense.pth
         self.failure: Exception | None = None  # why there is no slim file at the end
         self._untrained: nn.Module | None = None  # a copy of a model that no config describes
         self._loaded: dict[str, Any] | None = None
@@ -251,6 +251,7 @@ class PruneHook(Hook):
                 'pruner': self._pruner.state_dict(),
                 'begun': self.begun,
                 'dense_metrics': self.dense_metrics,
+                'dense_digest': self.dense_digest,
                 'input_shape': shape_combed(self._pruner.coupling),
                 'best_before': self.best.before,
                 **self.stage(),
@@ -275,8 +276,7 @@ class PruneHook(Hook):
             model = unwrapped(runner.model)
             if isinstance(model, Distiller):
                 model.begin_distillation()
-            if is_main_process():
-                save_whole(Path(runner.work_dir) / DENSE, {'state_dict': self.pruner.model.state_dict()})
+            self.dense_digest = write_dense(runner.work_dir, self.pruner.model)
             metrics = ', '.join(f'{name} {value:.2f}' for name, value in self.dense_metrics.items())
             runner.logger.info(f'pruning begins; the dense model is in {DENSE}: {metrics or "not validated"}')
             if self.at_once:
@@ -290,14 +290,12 @@ class PruneHook(Hook):
     def _resume(self, runner: Runner, loaded: Mapping[str, Any]) -> None:
         """Bring back what was known of the dense model, and the teacher, which is a copy without the pruner's hooks."""
         self.begun, self.dense_metrics = loaded['begun'], loaded['dense_metrics']
+        self.dense_digest = loaded['dense_digest']
         self.best.before = loaded['best_before']
         self.comb_options['input_shape'] = loaded['input_shape']
         model = unwrapped(runner.model)
         if self.begun and isinstance(model, Distiller) and model.teaches_itself:
-            path = Path(runner.work_dir) / DENSE
-            if not path.is_file():
-                raise ValueError(f'{path} is missing: it holds the teacher of the run that is resumed')
-            model.snapshot_teacher(torch.load(path, map_location='cpu', weights_only=True)['state_dict'])
+            model.snapshot_teacher(read_dense(runner.work_dir, runner.cfg.get('load_from'), self.dense_digest))
 
     def _metrics(self, runner: Runner) -> dict[str, float]:
         """Return the validation's metrics at this iteration; validate if that was not just done."""

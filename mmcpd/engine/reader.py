@@ -125,7 +125,7 @@ def _refusal(path: Path, error: pickle.UnpicklingError, plain: bool) -> SlimErro
         return SlimError(f'{path} is truncated or not a checkpoint')
     name = found[1] or found[2]
     if plain:
-        return SlimError(f'{path} is not a slim checkpoint: it holds more than weights ({name})')
+        return SlimError(f'{path} holds more than weights ({name}), and is not read')
     return SlimError(
         f'{path} is refused: to read it is to run {name}, which its writer chose. If you trust its writer, use '
         '--trust-checkpoint, or trust_checkpoint=True of PruneHook or of the teacher'

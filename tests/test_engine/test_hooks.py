@@ -22,7 +22,7 @@ from mmcpd.engine.hooks import PruneHook
 from mmcpd.engine.saving import slim_checkpoint
 from mmcpd.engine.slim_file import read_slim
 from mmcpd.engine.wrappers import bare_model
-from mmcpd.errors import PruneError
+from mmcpd.errors import PruneError, SlimError
 from mmcpd.prune import IMPORTANCES, Schedule
 
 torch.set_num_threads(1)
@@ -206,7 +206,7 @@ def test_resuming_without_the_teacher_or_the_state_is_refused(runner_of, tmp_pat
     train(runner_of(epochs=3))
     checkpoint = tmp_path / 'run' / 'epoch_2.pth'
     (tmp_path / 'run' / 'dense.pth').unlink()
-    with pytest.raises(ValueError, match=r'dense\.pth is missing'):
+    with pytest.raises(SlimError, match=r'dense\.pth is missing'):
         runner_of(resume=True, load_from=str(checkpoint)).train()
     content = torch.load(checkpoint, weights_only=False)
     assert content.pop('mmcpd')['begun']

@@ -1,0 +1,93 @@
+"""A resumed run ends with the weights of one that was never stopped, random augmentation and dropout included."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from mmcpd.engine.batches import Batches
+from mmcpd.engine.checkpoint_hook import RANDOM
+from mmcpd.engine.random_states import plain_states
+from tests.helpers import on_two_processes
+from tests.test_engine.resumed import config, run, same
+
+torch.set_num_threads(1)
+
+
+def stopped_and_resumed(folder: Path, by_epoch: bool, stop: int, *, states: bool = True, **changes: object):
+    """Return what an uninterrupted run ends with, and one that is stopped and goes on from its last checkpoint."""
+    cfg = config(folder / 'whole', by_epoch, **changes)
+    whole = run(cfg)
+    cfg.work_dir = str(folder / 'parts')
+    run(cfg, stop=stop)
+    last = Path((folder / 'parts' / 'last_checkpoint').read_text())
+    if not states:
+        content = torch.load(last, weights_only=False)
+        del content[RANDOM]
+        torch.save(content, last)
+    cfg.resume, cfg.load_from = True, str(last)
+    torch.rand(3)  # a process of its own would begin at other states, too
+    return whole, run(cfg)
+
+
+@pytest.mark.parametrize(
+    ('by_epoch', 'stop'), [(False, 3), (False, 7), (False, 12), (True, 5), (True, 9)], ids=str
+)  # before pruning begins, while it prunes, after it
+def test_it_is_bit_for_bit_the_uninterrupted_one(tmp_path, by_epoch, stop):
+    assert same(*stopped_and_resumed(tmp_path, by_epoch, stop))
+
+
+@pytest.mark.parametrize('by_epoch', [False, True])
+def test_without_the_states_it_is_not(tmp_path, by_epoch):
+    assert not same(*stopped_and_resumed(tmp_path, by_epoch, 5, states=False))
+
+
+@pytest.mark.parametrize('sampler', ['DefaultSampler', 'TorchSampler'])
+def test_passes_that_end_and_samplers_that_draw_from_torch(tmp_path, sampler):
+    changes = {'sampler': sampler, 'train_dataloader.dataset.indices': 24}  # three iterations are a pass
+    assert same(*stopped_and_resumed(tmp_path, False, 9, **changes))
+
+
+def test_workers_that_begin_with_each_epoch_are_bit_for_bit(tmp_path):
+    assert same(*stopped_and_resumed(tmp_path, True, 9, workers=1))
+
+
+def two_processes(rank: int, folder: Path, by_epoch: bool, stop: int) -> None:
+    os.environ['LOCAL_RANK'] = str(rank)
+    cfg = config(folder / 'whole', by_epoch, launcher='pytorch', **{'train_dataloader.dataset.indices': 64})
+    cfg.model_wrapper_cfg = {'type': 'MMDistributedDataParallel', 'device_ids': None, 'broadcast_buffers': False}
+    whole = run(cfg)
+    cfg.work_dir = str(folder / 'parts')
+    run(cfg, stop=stop)
+    cfg.resume, cfg.load_from = True, (folder / 'parts' / 'last_checkpoint').read_text()
+    torch.rand(rank + 1)
+    resumed = run(cfg)
+    torch.save({'same': same(whole, resumed)}, folder / f'{rank}.pth')
+
+
+@pytest.mark.parametrize(('by_epoch', 'stop'), [(False, 7), (True, 5)])
+def test_two_processes(tmp_path, by_epoch, stop):
+    on_two_processes(two_processes, tmp_path, by_epoch, stop)
+    assert [torch.load(tmp_path / f'{rank}.pth')['same'] for rank in (0, 1)] == [True, True]
+    last = Path((tmp_path / 'parts' / 'last_checkpoint').read_text())
+    first, second = torch.load(last, weights_only=False)[RANDOM]
+    assert not torch.equal(first['states']['numpy'][0], second['states']['numpy'][0]), 'each process has its own'
+
+
+def test_a_loop_of_before_skip_iter_draws_and_drops():
+    def batches(discarded: int) -> Batches:
+        return Batches(DataLoader(TensorDataset(torch.arange(12)), shuffle=True, batch_size=2), discarded)
+
+    whole = batches(0)
+    drawn = [next(whole) for _ in range(4)]
+    place, states = whole.place, plain_states()
+    expected = [next(whole) for _ in range(7)]  # into the next pass
+    torch.rand(5)
+    again = batches(4)
+    again.resume(place, states)
+    assert [next(again) for _ in drawn] == [None] * 4
+    assert str([next(again) for _ in expected]) == str(expected)
