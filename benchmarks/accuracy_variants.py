@@ -15,6 +15,7 @@ from torch import nn
 from benchmarks.accuracy_peers import interval
 from benchmarks.accuracy_recipes import (
     OURS,
+    TEACHER_ALONE,
     TEACHER_AND_LABELS,
     Pruned,
     PrunerInLoop,
@@ -122,6 +123,7 @@ VARIANTS = {
             replace(OURS, name=f'mmcpd, refit on {n:,} pictures', prune=partial(at_once, refit_pictures=n))
             for n in (2000, 4000)
         ),
+        replace(OURS, name='mmcpd, distilled at tau 1', learning=replace(TEACHER_ALONE, tau=1), learns_only=True),
         replace(OURS, name='at once, with labels', learning=TEACHER_AND_LABELS, learns_only=True),
         *(
             Recipe(f'in training, {name}', partial(in_training, build=build), TEACHER_AND_LABELS, in_loop=True)
