@@ -98,11 +98,12 @@ def gradients_are_due(model: nn.Module, record: Record) -> bool:
     """Say whether the trial compares gradients: a function has its own backward, or a statistic may be recomputed.
 
     Masking takes statistics over the kept channels while a forward runs. What runs in the backward pass takes them over
-    all: a function's own formula, or a forward that `torch.utils.checkpoint` runs again. The latter is seen by name,
-    for most models skip it where no gradient is needed.
+    all: a function's own formula, or a part that `torch.utils.checkpoint` runs again, unless that is a module's own
+    forward. Most models skip it where no gradient is needed, so it is seen by name.
     """
-    places = {seen.site.place.module for seen in record.statistics if seen.axis is not None}
-    around = {path[:end] for path in places for end in range(len(path) + 1) if f'{path}.'[end] == '.' or not end}
+    places = [seen.site.place for seen in record.statistics if seen.axis is not None]
+    parts = {p.module for p in places if not p.function.endswith('.forward') or len(p.instructions) > 1}
+    around = {path[:end] for path in parts for end in range(len(path) + 1) if f'{path}.'[end] == '.' or not end}
     kinds = {kind for path in around for kind in type(model.get_submodule(path)).__mro__ if issubclass(kind, nn.Module)}
     return Note.OWN_BACKWARD in record.notes or any(map(_recomputes, kinds - {nn.Module}))
 

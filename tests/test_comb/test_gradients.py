@@ -161,3 +161,23 @@ def test_comparing_gradients_leaves_the_model_alone() -> None:
     compare_gradients(model, found, random_keep(found, 0.5, 0))
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not torch.is_grad_enabled() or x.grad is None
+
+
+class RecomputedHelper(Net):
+    """What runs again is a function that knows no module."""
+
+    @staticmethod
+    def centred(x: Tensor) -> Tensor:
+        return x - 2 * x.mean(1, keepdim=True)
+
+    def middle(self, x: Tensor) -> Tensor:
+        x = self.b(x)
+        return cp.checkpoint(self.centred, x, use_reentrant=True) if x.requires_grad else self.centred(x)
+
+
+def test_a_recomputed_function_is_seen_too_and_a_norm_costs_no_second_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = made(RecomputedHelper)
+    assert [group.name for group in comb(model, x).groups] == ['a']
+    monkeypatch.setattr('mmcpd.slim.trial.compare_gradients', lambda *_: pytest.fail('gradients are compared'))
+    for kind in (RecomputedNorm, PlainNorm):
+        comb(*made(kind))
