@@ -7,7 +7,7 @@ CONFIG := configs/cpd/resnet50_prune.py
 WORK   := work_dirs/resnet50_prune
 JOBS   ?= 2
 
-.PHONY: help env demo test lint mutants zoo clean
+.PHONY: help env demo test lint mutants chaos zoo clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -44,6 +44,10 @@ lint: env ## run ruff and mypy
 
 mutants: env ## break the library's claims one by one, and see whether its tests notice (some ten minutes)
 	$(BIN)/python benchmarks/mutants.py --jobs $(JOBS)
+
+chaos: env ## kill runs and damage files, and see that nothing is lost and nothing let in (under an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/chaos_kills.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/chaos_files.py
 
 zoo: env ## comb and slim one model of every architecture family, Torch-Pruning beside it (about an hour)
 	$(BIN)/python -m pip install --quiet torch-pruning==1.6.1
