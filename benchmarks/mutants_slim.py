@@ -5,6 +5,7 @@ from __future__ import annotations
 from .mutant import Mutant
 
 _MASK, _SLIMMING, _STRUCTURE = 'mmcpd/slim/mask.py', 'mmcpd/slim/slimming.py', 'mmcpd/slim/structure.py'
+_CHECK, _FAULTS = 'mmcpd/slim/check_structure.py', 'test_slim/test_check_structure.py'
 _TRIAL, _ATTENTION, _SITES = 'mmcpd/slim/trial.py', 'mmcpd/slim/attention.py', 'mmcpd/slim/call_sites.py'
 _EXPRESSIONS, _SHAPES = 'mmcpd/slim/size_expressions.py', 'mmcpd/slim/shape_attributes.py'
 
@@ -110,9 +111,9 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant('rewrite-found', _SITES, 'test_slim/test_call_sites.py::test_a_structure_cannot_bring_code',
            'a call that is not in the source is an error',
            '        if missing:\n', '        if False:\n'),
-    Mutant('structure-shape', _STRUCTURE, 'test_slim/test_slimming.py::test_a_structure_of_another_model_is_refused',
+    Mutant('structure-shape', _CHECK, 'test_slim/test_slimming.py::test_a_structure_of_another_model_is_refused',
            'a structure of another model is refused by its shapes',
-           'tensor.dim() == len(shape) and all(s <= o', 'tensor.dim() == len(shape) and all(True or s <= o'),
+           'all(s == h or 1 <= s <= h for', 'all(True for'),
     Mutant('structure-shared', 'mmcpd/slim/weights.py',
            'test_slim/test_slimming.py::test_shared_parameters_stay_shared',
            'shared parameters stay shared in a model that is restructured',
@@ -133,10 +134,27 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant('seeded-example', 'mmcpd/coupling.py', 'test_slim/test_random_forwards.py',
            'runs that are compared draw the same random numbers',
            'with seeded(0):', 'if True:'),
-    Mutant('structure-attribute', _STRUCTURE,
+    Mutant('structure-attribute', _CHECK,
            'test_slim/test_slimming.py::test_a_structure_of_another_model_is_refused',
            'a structure sets no attribute that a model has not',
-           'if not hasattr(module, name):', 'if False:'),
+           'if name not in vars(module):', 'if False:'),
+    Mutant('structure-larger', _CHECK, _FAULTS,
+           'a structure makes no size larger', '1 <= value <= (dense or made)', '1 <= value'),
+    Mutant('structure-names', _CHECK, _FAULTS,
+           'a structure names no mode and no address', "if name in NOT_A_SIZE or name.startswith('__'):", 'if False:'),
+    Mutant('structure-made', _CHECK, _FAULTS,
+           'what a first forward makes is bounded', 'if made > MADE:', 'if False:'),
+    Mutant('structure-count', _CHECK, _FAULTS,
+           'no call has more sizes than a tensor has dimensions', 'index < count <= DIMS', 'index < count'),
+    Mutant('structure-untouched', _CHECK, _FAULTS,
+           'a check leaves the classes of a model as they were', 'module.__class__ = kind', 'pass'),
+    Mutant('file-checksum', 'mmcpd/engine/slim_file.py', 'test_engine/test_slim_content.py',
+           'a flipped bit is found', "if content['checksum'] != checksum(content):", 'if False:'),
+    Mutant('file-packed', 'mmcpd/engine/slim_content.py', 'test_engine/test_slim_content.py',
+           'a file is not larger than it says', 'if not (plain and whole and short):', 'if False:'),
+    Mutant('file-overlap', 'mmcpd/engine/slim_content.py', 'test_engine/test_slim_content.py',
+           'tensors that are one storage take no more memory than the file',
+           'if sum(views.values()) > OVERLAP', 'if False and sum(views.values()) > OVERLAP'),
     Mutant('attention-scale', _ATTENTION,
            'test_slim/test_attention.py::test_only_an_attention_that_loses_something_is_replaced',
            'the scale of a slimmed attention is that of the dense one',

@@ -34,15 +34,20 @@ NAME, TEXT, REWRITES, ADDED = 200, 2000, 1000, 10_000  # characters of a name an
 # own tensors bound them further (`mmcpd.engine.slim_model.cut_to_`).
 MADE = 2**28
 
-_short = reprlib.Repr()
-_short.maxstring = _short.maxother = 80
-_short.maxlist = _short.maxtuple = 8
-_short.maxdict, _short.maxlevel = 4, 2
+_repr = reprlib.Repr()
+_repr.maxlist = _repr.maxtuple = 8
+_repr.maxlevel = 2
+
+
+def _short(value: object) -> str:
+    """Show a value in a message of one line."""
+    text = ' '.join(_repr.repr(value).split())
+    return text if len(text) <= NAME else f'{text[:NAME]}...'
 
 
 def _named(name: object) -> str:
     """Return a name for a message of one line."""
-    return name if isinstance(name, str) and name.isprintable() and len(name) <= NAME else _short.repr(name)
+    return name if isinstance(name, str) and name.isprintable() and len(name) <= NAME else _short(name)
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class _Dense:
 
     def module(self, path: str) -> nn.Module:
         if path not in self.modules:
-            raise SlimError(f'this model has no module {_short.repr(path)}, which the structure names: another model')
+            raise SlimError(f'this model has no module {_short(path)}, which the structure names: another model')
         return self.modules[path]
 
 
@@ -76,13 +81,17 @@ def check_structure(model: nn.Module, plan: Mapping[str, Any]) -> None:
         mmcpd.errors.SlimError: conv1.out_channels is 8 in this model, and 16 in the structure: another model
     """
     if type(plan) is not dict or set(plan) != set(KEYS):
-        raise SlimError(f'a structure has the entries {", ".join(KEYS)}: got {_short.repr(plan)}')
+        raise SlimError(f'a structure has the entries {", ".join(KEYS)}: got {_short(plan)}')
     for key, entries in plan.items():
         if type(entries) is not dict or not all(type(name) is str for name in entries):
-            raise SlimError(f'{key} of the structure is {_short.repr(entries)}, and no table by name')
+            raise SlimError(f'{key} of the structure is {_short(entries)}, and no table by name')
     dense = _Dense(dict(model.named_modules()), all_tensors(model))
     _check_added(dense, plan['added'], plan['tensors'])
     _check_tensors(dense, plan['tensors'], plan['added'])
+    given = {dense.tensors.get(name) for name in plan['tensors']}
+    for name, tensor in dense.tensors.items():
+        if is_lazy(tensor) and tensor not in given and name not in plan['shared']:
+            raise SlimError(f'{name} has no shape in this model, and none in the structure: another model')
     _check_shared(dense, plan)
     _check_replaced(dense, plan)
     _check_attributes(dense, plan)
@@ -105,16 +114,16 @@ def _check_tensors(dense: _Dense, shapes: Mapping[str, Any], added: Mapping[str,
     made, seen = 0, dict[Tensor, list[int]]()
     for name, shape in shapes.items():
         if type(shape) is not list or len(shape) > DIMS or not all(type(n) is int and n >= 0 for n in shape):
-            raise SlimError(f'{_named(name)} is {_short.repr(shape)} in the structure, which is no shape')
+            raise SlimError(f'{_named(name)} is {_short(shape)} in the structure, which is no shape')
         tensor = dense.tensors.get(name)
         if name in added or (tensor is not None and is_lazy(tensor)):
             made += math.prod(shape)
             if made > MADE:
-                raise SlimError(f'{_named(name)} is too large in the structure: {_short.repr(tuple(shape))}')
+                raise SlimError(f'{_named(name)} is too large in the structure: {_short(tuple(shape))}')
             continue
         if tensor is None or not _contains(tensor.shape, shape) or seen.setdefault(tensor, shape) != shape:
             have = 'missing' if tensor is None else tuple(tensor.shape)
-            there = _short.repr(tuple(shape))
+            there = _short(tuple(shape))
             raise SlimError(f'{_named(name)} is {have} in this model, and {there} in the structure: another model')
 
 
@@ -128,9 +137,9 @@ def _check_added(dense: _Dense, added: Mapping[str, Any], shapes: Mapping[str, A
         raise SlimError(f'the structure adds {len(added)} tensors, more than {ADDED}')
     for name, entry in added.items():
         if type(entry) is not dict or set(entry) != {'parameter', 'dtype'} or type(entry['parameter']) is not bool:
-            raise SlimError(f'{_named(name)} is added as {_short.repr(entry)}, which says no kind of tensor')
+            raise SlimError(f'{_named(name)} is added as {_short(entry)}, which says no kind of tensor')
         if type(entry['dtype']) is not str or entry['dtype'] not in DTYPES:
-            raise SlimError(f'{_named(name)} is added with an unknown dtype, {_short.repr(entry["dtype"])}')
+            raise SlimError(f'{_named(name)} is added with an unknown dtype, {_short(entry["dtype"])}')
         path, _, local = name.rpartition('.')
         module = dense.module(path)
         named = local.isprintable() and 0 < len(local) <= NAME and not local.startswith('__')
@@ -172,16 +181,16 @@ def _check_replaced(dense: _Dense, plan: Mapping[str, Any]) -> None:
     for path, entry in plan['replaced'].items():
         module = dense.module(path)
         if type(entry) is not dict or set(entry) != {'kind', 'arguments'}:
-            raise SlimError(f'{path} is replaced by {_short.repr(entry)}, which says no kind and arguments')
+            raise SlimError(f'{path} is replaced by {_short(entry)}, which says no kind and arguments')
         row = REPLACEMENTS.get(entry['kind']) if type(entry['kind']) is str else None
         if row is None or not row.source(module) or not path:
             kind = type(module).__name__
-            raise SlimError(f'{path} is a {kind}, which {_short.repr(entry["kind"])} of the structure cannot replace')
+            raise SlimError(f'{path} is a {kind}, which {_short(entry["kind"])} of the structure cannot replace')
         with seeded(0):
             twin: Any = row.kind(module)
         own, given = twin.arguments(), entry['arguments']
         if type(given) is not dict or set(given) != set(own):
-            raise SlimError(f'{path} is replaced with the arguments {_short.repr(given)}, and takes {", ".join(own)}')
+            raise SlimError(f'{path} is replaced with the arguments {_short(given)}, and takes {", ".join(own)}')
         for name, value in own.items():
             fewer = type(value) is int and type(given[name]) is int and 1 <= given[name] <= value
             if not fewer and (type(given[name]) is not type(value) or given[name] != value):
@@ -201,7 +210,7 @@ def _check_attributes(dense: _Dense, plan: Mapping[str, Any]) -> None:
     for path, entries in plan['attributes'].items():
         module, where = dense.module(path), path or 'the model'
         if type(entries) is not dict:
-            raise SlimError(f'the attributes of {where} are {_short.repr(entries)}, and no table by name')
+            raise SlimError(f'the attributes of {where} are {_short(entries)}, and no table by name')
         made = largest_made(module, shapes.get(path, {}))
         for name, value in entries.items():
             if name not in vars(module):
@@ -251,7 +260,7 @@ def largest_made(module: nn.Module, shapes: Mapping[str, Sequence[int]]) -> int:
 
 
 def _differs(where: str, name: str, dense: object, value: object) -> str:
-    have, there = _short.repr(dense), _short.repr(value)
+    have, there = _short(dense), _short(value)
     return f'{where}.{_named(name)} is {have} in this model, and {there} in the structure: another model'
 
 
@@ -262,11 +271,11 @@ def _check_rewritten(dense: _Dense, plan: Mapping[str, Any]) -> None:
     for path, rewrites in plan['rewritten'].items():
         module, kind = dense.module(path), type(dense.modules[path])
         if type(rewrites) is not list or len(rewrites) > REWRITES:
-            raise SlimError(f'what is rewritten in {path or "the model"} is {_short.repr(rewrites)}: another model')
+            raise SlimError(f'what is rewritten in {path or "the model"} is {_short(rewrites)}: another model')
         for rewrite in rewrites:
             if not _is_rewrite(rewrite, largest):
                 where = path or 'the model'
-                raise SlimError(f'{where} is rewritten by {_short.repr(rewrite)}, which slimming never writes')
+                raise SlimError(f'{where} is rewritten by {_short(rewrite)}, which slimming never writes')
         try:
             rewrite_(module, [Rewrite(*rewrite) for rewrite in rewrites])
         except SlimError as error:
