@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import re
+import struct
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ from mmcpd.errors import SlimError, first_line
 PathLike: TypeAlias = str | os.PathLike
 # What reading may raise on bytes that are no checkpoint, or half of one.
 GARBAGE = (RuntimeError, EOFError, ValueError, OSError, LookupError, TypeError, AttributeError, MemoryError,
-           OverflowError, zipfile.BadZipFile)  # fmt: skip
+           OverflowError, struct.error, zipfile.BadZipFile)  # fmt: skip
 PICKLE = 2**23  # bytes of a slim file beside the tensors' values
 STATISTICS = ('mean', 'max', 'min', 'current')
 _torch_load = torch.load
