@@ -176,3 +176,12 @@ def test_the_fuzz_would_see_another_exception_and_changed_values(original, conte
     with pytest.raises(AssertionError, match='KeyError'):
         chaos = chaos_files.attempt(original[0], original[1])
         assert all(end in ('loaded', 'SlimError') for end, _ in chaos), chaos
+
+
+def test_a_version_that_names_more_values_than_there_are_is_not_written_out(tmp_path):
+    value = [1]
+    for _ in range(60):
+        value = [value, value]
+    torch.save({'state_dict': {}, 'structure': '{}', 'version': value}, tmp_path / 'slim.pth')
+    with pytest.raises(SlimError, match='of version list'):
+        read_slim(tmp_path / 'slim.pth')
