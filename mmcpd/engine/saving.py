@@ -18,9 +18,10 @@ from torch import nn
 from mmcpd.coupling import Coupling, Keep
 from mmcpd.engine.build import HOOKS_OF_OURS
 from mmcpd.engine.checkpoint_hook import WHOLE
-from mmcpd.engine.checkpoints import STATE, load_any, load_dense, read_checkpoint, removed_units
+from mmcpd.engine.checkpoints import load_any, load_dense, read_checkpoint, removed_units
 from mmcpd.engine.combing import comb_by_config
 from mmcpd.engine.proof import proof_batches, prove
+from mmcpd.engine.pruning_state import STATE
 from mmcpd.engine.reader import PathLike
 from mmcpd.engine.report import costs
 from mmcpd.engine.slim_file import is_slim, plain_entries, read_slim, save_slim
