@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,6 +21,10 @@ ENTRIES = ('version', 'state_dict', 'buffers', 'structure', 'meta', 'checksum')
 PICKLE, STRUCTURE = 2**23, 2**22  # bytes of everything beside the tensors' values; characters of JSON
 DEPTH, VALUES = 32, 10**6  # of nested values: a short pickle can name one list many times
 PIXELS = 2**28  # of an input
+# What zipfile raises on a damaged archive.
+DAMAGED = (
+    zipfile.BadZipFile, struct.error, OSError, ValueError, NotImplementedError, EOFError, LookupError, OverflowError,
+)  # fmt: skip
 OVERLAP = 4  # times the file's size: tensors may be parts of each other
 
 
@@ -33,7 +38,7 @@ def check_archive(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
             plain = not archive.comment and all(m.compress_type == zipfile.ZIP_STORED for m in members)
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError, LookupError) as error:
+    except DAMAGED as error:
         raise SlimError(f'{path} is truncated or not a checkpoint') from error
     whole = sum(max(m.file_size, m.compress_size) for m in members) <= path.stat().st_size
     short = all(m.file_size <= PICKLE for m in members if m.filename.endswith('.pkl'))

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import pickle
+import struct
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -36,7 +37,9 @@ GARBAGE = (
     TypeError,
     AttributeError,
     MemoryError,
-    OverflowError,
+    ArithmeticError,
+    AssertionError,
+    struct.error,
 )
 
 PathLike: TypeAlias = str | os.PathLike
