@@ -179,7 +179,8 @@ def readable(path: PathLike) -> Iterator[None]:
             raise SlimError(f'{path} is not a slim checkpoint: it holds more than weights') from error
         raise SlimError(f'{path} is truncated or not a checkpoint') from error
     except GARBAGE as error:
-        raise SlimError(f'{path} is truncated or not a checkpoint: {first_line(error)}') from error
+        reason = ascii(first_line(error))[1:-1]  # it may quote the file's own bytes
+        raise SlimError(f'{path} is truncated or not a checkpoint: {reason}') from error
 
 
 def plain_entries(values: Mapping[str, Any], where: str) -> dict[str, Any]:
