@@ -16,6 +16,7 @@ from ..errors import CombError
 from ..nested import tensors_in
 from ..slim.compare import evaluating
 from ..slim.mask import named_tensors
+from .fresh import resolve_
 from .record import Note, Record
 from .rules import apply
 from .size_arguments import observing_sizes
@@ -38,6 +39,7 @@ def observe(model: nn.Module, example: Example, policy: Policy) -> Record:
             if not hasattr(tensor, AXES):  # a parameter that two modules share has one set of atoms
                 run.set(tensor, run.record.table.add(name, tensor))
                 marked.append(tensor)
+        run.real = run.record.table.size
         with (
             evaluating(model),
             _module_paths(model, run.cursor),
@@ -54,6 +56,7 @@ def observe(model: nn.Module, example: Example, policy: Policy) -> Record:
         for tensor in results:
             run.freeze_all(tensor, 'model output')
         _forget_cached(model, run, marked)
+        resolve_(run.record, run.real)
     finally:
         for tensor in marked + given:
             for name in (AXES, INPUT):

@@ -70,6 +70,7 @@ class Run:
 
     def __init__(self, policy: Policy, cursor: Cursor) -> None:
         self.policy, self.record, self.cursor = policy, Record(), cursor
+        self.real = 0  # atoms of parameters and buffers; those of tensors that the forward makes come behind them
         self.counts = True  # whether what runs now is part of the model's cost
         self.storages = Storages()
 
@@ -111,6 +112,12 @@ class Run:
         else:
             self.freeze(left or right, f'{what} with channels that no layer produces in {self.where}')
 
+    def layered(self, tensor: Tensor) -> bool:
+        """Say whether a tensor has channels of a parameter or buffer, not of what the forward made anew alone."""
+        return any(
+            bool(((axis.atoms >= 0) & (axis.atoms < self.real)).any()) for axis in self.axes(tensor) if axis is not None
+        )
+
     def freeze(self, axis: Axis | None, reason: str) -> None:
         if axis is not None:
             self.record.table.freeze(axis.atoms, reason)
@@ -128,7 +135,7 @@ class Run:
         first = atoms.max(axis=1)  # an atom wherever the row has one
         names, table = self.cursor.names, self.record.table
         if len(names) < table.size:
-            names = self.cursor.names = np.arange(table.size)
+            names = self.cursor.names = np.concatenate([names, np.arange(len(names), table.size)])
         for column in atoms.T:
             both = (column >= 0) & (first >= 0)
             table.equate(column[both], first[both], '')

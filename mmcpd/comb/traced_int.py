@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from ..fixes import Equality, Expression, Live, Op
-from ..slim.call_sites import LEFT, RIGHT, spot
+from ..slim.call_sites import spot
+from ..slim.replace_sizes import LEFT, RIGHT
 from ..slim.size_expressions import OPERATORS, leaves, may_change
 from .record import Equation, Note
 from .trace import Run

@@ -136,7 +136,8 @@ def _carrier(run: Run, call: Call, varying: list[int], labels: Tensor) -> int:
     if 'pixel_shuffle' in call.op:
         return varying[0]
     whole = run.policy.whole_heads
-    if whole is not None and len(varying) > 1 and bool(whole[labels[labels >= 0].numpy()].all()):
+    known = labels[labels >= 0].numpy()
+    if whole is not None and len(varying) > 1 and bool((known < len(whole)).all() and whole[known].all()):
         return varying[-2]
     return varying[-1]
 

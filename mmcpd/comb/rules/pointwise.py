@@ -128,6 +128,7 @@ def compared(run: Run, call: Call) -> None:
 
 def unknown(run: Run, call: Call) -> None:
     """Freeze what goes through an operation without a rule, and report it."""
-    run.unsupported(call.op)
+    if any(map(run.layered, call.tensors())):
+        run.unsupported(call.op)
     for tensor in call.tensors():
         run.freeze_all(tensor, f'no rule for {call.op} in {run.where}')
