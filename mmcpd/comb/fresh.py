@@ -74,9 +74,7 @@ def _own(run: Run, sizes: Sizes, i: int, zero: bool) -> Axis | None:
     value, where = of_run(sizes.values[i], run), sizes.place(i)
     if not 1 < int(value) < LONGEST or not _could_be_width(value, where):
         return None
-    table = run.record.table
-    axis = Axis(np.arange(table.size, table.size + int(value)), zero)
-    table.size += int(value)
+    axis = run.new_axis(int(value), zero)
     equation(run, value, axis.atoms, where)
     return axis
 

@@ -86,13 +86,13 @@ def _decomposed(name: str) -> Iterator[None]:
     if name not in RECURRENT:
         yield
         return
-    before = torch._C._get_mkldnn_enabled()  # type: ignore[attr-defined]
-    torch._C._set_mkldnn_enabled(False)  # type: ignore[attr-defined]
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
     try:
         with torch.backends.cudnn.flags(enabled=False):
             yield
     finally:
-        torch._C._set_mkldnn_enabled(before)  # type: ignore[attr-defined]
+        torch._C._set_mkldnn_enabled(before)
 
 
 @contextmanager

@@ -112,11 +112,16 @@ class Run:
         else:
             self.freeze(left or right, f'{what} with channels that no layer produces in {self.where}')
 
+    def new_axis(self, size: int, zero: bool) -> Axis:
+        """Make an axis of a tensor that the forward made anew; see `mmcpd.comb.fresh`."""
+        table = self.record.table
+        table.size += size
+        return Axis(np.arange(table.size - size, table.size), zero)
+
     def layered(self, tensor: Tensor) -> bool:
         """Say whether a tensor has channels of a parameter or buffer, not of what the forward made anew alone."""
-        return any(
-            bool(((axis.atoms >= 0) & (axis.atoms < self.real)).any()) for axis in self.axes(tensor) if axis is not None
-        )
+        atoms = [axis.atoms for axis in self.axes(tensor) if axis is not None]
+        return any(bool(((each >= 0) & (each < self.real)).any()) for each in atoms)
 
     def freeze(self, axis: Axis | None, reason: str) -> None:
         if axis is not None:

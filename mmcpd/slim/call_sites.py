@@ -114,13 +114,13 @@ def call_site(module: nn.Module, path: str, place: Spot, inferable: bool = False
         for node in ast.walk(tree) if tree is not None else ():
             if not isinstance(node, _NODES):
                 continue
-            if tuple(positions) in _positions(node):
+            if tuple(positions) in list(_positions(node)):
                 found = CallSite(path, name, ast.unparse(node), place.index, place.count, inferable)
                 return found if put(copy.deepcopy(node), place.index, place.count, 1) else None
     return None
 
 
-def _positions(node: Any) -> Iterator[tuple[int, int, int, int]]:
+def _positions(node: Any) -> Iterator[tuple[int | None, ...]]:
     """Yield where byte code says that a node is; a method's call over several lines starts at the method's name."""
     yield node.lineno, node.end_lineno, node.col_offset, node.end_col_offset
     name = getattr(node, 'func', None)

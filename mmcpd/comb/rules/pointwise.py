@@ -59,6 +59,27 @@ def positive_power(call: Call, met: Sequence[Axis], operands: int) -> bool:
     return stays(call, met, operands) and isinstance(exponent, (int, float)) and exponent > 0
 
 
+def filled(call: Call, met: Sequence[Axis], operands: int) -> bool:
+    """masked_fill(self, mask, value): zero before, and filled with zeros."""
+    own = [axis for axis in met if any(axis is a for a in getattr(call.named['self'], AXES, ()))]
+    return bool(own) and own[0].zero and _zero_number(call.named.get('value'))
+
+
+def selected(call: Call, met: Sequence[Axis], operands: int) -> bool:
+    """where(condition, self, other): both are zero, whichever is taken."""
+    values = [call.named.get(name) for name in ('self', 'other')]
+    axes = [[axis for axis in met if any(axis is a for a in getattr(v, AXES, ()))] for v in values]
+    return all(own[0].zero if own else _zero_number(v) for own, v in zip(axes, values, strict=True))
+
+
+def _zero_number(value: object) -> bool:
+    return (
+        float(value) == 0
+        if isinstance(value, (int, float)) or (isinstance(value, Tensor) and not value.dim())
+        else False
+    )
+
+
 # -- rules -------------------------------------------------------------------------------------------------------------
 def pointwise(zero_after: ZeroRule = lost) -> Rule:
     """Return the rule of an element-wise operation; `zero_after` says where its result is zero."""
@@ -97,7 +118,13 @@ def meet(run: Run, call: Call, zero_after: ZeroRule = lost) -> None:
 
 
 def fresh(run: Run, call: Call) -> None:
-    """Leave an output without axes: nothing of the input is in it."""
+    """Leave an output without axes: nothing of the input is in it.
+
+    A batch that is unpacked inside torch has the width of what it is filled with, whatever that is.
+    """
+    if run.cursor.function == '_pad_packed_sequence' and isinstance(call.out, Tensor):
+        zero = call.named.get('fill_value', 0) == 0
+        run.set(call.out, [run.new_axis(size, zero) if size > 1 else None for size in call.out.shape])
 
 
 def same(run: Run, call: Call) -> None:
