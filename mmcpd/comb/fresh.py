@@ -21,7 +21,7 @@ from .atoms import FIXED, AtomTable, Axis
 from .record import BiasRows, Equation, Record, RoleOf, SeenStatistic
 from .size_equations import Sizes, equation, handles, sizes_of
 from .trace import Run
-from .traced_int import TracedInt, of_run
+from .traced_int import TracedInt, as_int, of_run
 
 
 @dataclass(frozen=True)
@@ -65,16 +65,16 @@ def _spread(run: Run, args: Any, kwargs: Any, out: Tensor) -> None:
     sizes, source, axes = sizes_of(args, kwargs, 1, 'shape', 'size', 'repeats'), args[0].shape, list(run.axes(out))
     for i, size in enumerate(sizes.values):
         at = i - len(sizes.values)
-        if axes[i] is None and int(size) == out.shape[i] and (-at > len(source) or source[at] == 1):
+        if axes[i] is None and as_int(size) == out.shape[i] and (-at > len(source) or source[at] == 1):
             axes[i] = _own(run, sizes, i, False)
     run.set(out, axes)
 
 
 def _own(run: Run, sizes: Sizes, i: int, zero: bool) -> Axis | None:
     value, where = of_run(sizes.values[i], run), sizes.place(i)
-    if not 1 < int(value) < LONGEST or not _could_be_width(value, where):
+    if not 1 < as_int(value) < LONGEST or not _could_be_width(value, where):
         return None
-    axis = run.new_axis(int(value), zero)
+    axis = run.new_axis(as_int(value), zero)
     equation(run, value, axis.atoms, where)
     return axis
 

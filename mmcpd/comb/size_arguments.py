@@ -22,7 +22,7 @@ from ..slim.replace_sizes import LEFT, RIGHT
 from .fresh import FACTORIES, factory
 from .size_equations import HANDLERS
 from .trace import Run
-from .traced_int import TracedInt
+from .traced_int import TracedInt, as_int
 
 
 def _size(run: Run, tensor: Tensor, dim: int, value: int) -> int:
@@ -139,7 +139,7 @@ def observing_sizes(model: nn.Module, run: Run) -> Iterator[None]:
 def _plain(value: Any) -> Any:
     """Return a value without sizes; whatever holds none is returned as it is."""
     if isinstance(value, TracedInt):
-        return int(value)
+        return as_int(value)
     if type(value) in (list, tuple, torch.Size):
         plain = [_plain(v) for v in value]
         return value if all(a is b for a, b in zip(plain, value, strict=True)) else type(value)(plain)

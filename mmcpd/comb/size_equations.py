@@ -16,7 +16,7 @@ from ..slim.size_expressions import leaves, may_change
 from .atoms import Axis
 from .record import Equation
 from .trace import Run
-from .traced_int import TracedInt, expression, of_run
+from .traced_int import TracedInt, as_int, expression, of_run
 
 HANDLERS: dict[str, list[Callable[[Run, Any, Any, Any], None]]] = {}
 
@@ -41,7 +41,7 @@ def equation(
     """
     value = of_run(value, run)
     if atoms is not None or (isinstance(value, TracedInt) and may_change(value.expression)):
-        target = int(value) if atoms is None else Live(run.record.number(atoms))
+        target = as_int(value) if atoms is None else Live(run.record.number(atoms))
         run.record.sizes.append(Equation(expression(value), target, run.module, place, inferable))
 
 
@@ -70,7 +70,7 @@ def _expand(run: Run, args: Any, kwargs: Any, out: Tensor) -> None:
     sizes, source = sizes_of(args, kwargs, 1, 'shape', 'size'), args[0].shape
     for i, size in enumerate(sizes.values):
         axis, at = run.axes(out)[i], i - len(sizes.values)
-        if int(size) != -1 and -at <= len(source) and source[at] != 1:  # else it may be of any size
+        if as_int(size) != -1 and -at <= len(source) and source[at] != 1:  # else it may be of any size
             equation(run, size, None if axis is None else axis.atoms, sizes.place(i), True)
 
 
@@ -79,9 +79,11 @@ def _reshape(run: Run, args: Any, kwargs: Any, out: Tensor) -> None:
     sizes = sizes_of(args, kwargs, 1, 'shape', 'size')
     if len(sizes.values) != out.dim():  # view(dtype)
         return
-    inferable = all(int(size) != INFER for size in sizes.values)
+    inferable = all(as_int(size) != INFER for size in sizes.values)
     for i, (size, axis) in enumerate(zip(sizes.values, run.axes(out), strict=True)):
-        if int(size) != INFER and (axis is not None or (isinstance(size, TracedInt) and may_change(size.expression))):
+        if as_int(size) != INFER and (
+            axis is not None or (isinstance(size, TracedInt) and may_change(size.expression))
+        ):
             equation(run, size, None if axis is None else axis.atoms, sizes.place(i), inferable)
 
 
@@ -89,9 +91,9 @@ def _reshape(run: Run, args: Any, kwargs: Any, out: Tensor) -> None:
 def _unflatten(run: Run, args: Any, kwargs: Any, out: Tensor) -> None:
     dim = (args[1] if len(args) > 1 else kwargs['dim']) % args[0].dim()
     sizes = sizes_of(args, kwargs, 2, 'sizes')
-    inferable = all(int(size) != INFER for size in sizes.values)
+    inferable = all(as_int(size) != INFER for size in sizes.values)
     for i, (size, axis) in enumerate(zip(sizes.values, run.axes(out)[dim:], strict=False)):
-        if int(size) != INFER:
+        if as_int(size) != INFER:
             equation(run, size, None if axis is None else axis.atoms, sizes.place(i), inferable)
 
 
@@ -122,23 +124,23 @@ def _split(run: Run, args: Any, kwargs: Any, out: Sequence[Tensor]) -> None:
     if isinstance(sizes, int):
         if len(axis) % len(out) == 0 and len({t.shape[dim] for t in out}) == 1:
             _tie_pieces(run, axis.atoms, len(out))
-            equation(run, sizes, axis.atoms[: int(sizes)], spot(argument(1), 0))
+            equation(run, sizes, axis.atoms[: as_int(sizes)], spot(argument(1), 0))
         else:
             run.freeze(axis, f'a dimension split into unequal pieces in {run.where}')
         return
     start, places = 0, Sizes(list(sizes), 1)
     for i, size in enumerate(sizes):
-        equation(run, size, axis.atoms[start : start + int(size)], places.place(i))
-        start += int(size)
+        equation(run, size, axis.atoms[start : start + as_int(size)], places.place(i))
+        start += as_int(size)
 
 
 @handles('narrow')  # narrow(dim, start, length)
 def _narrow(run: Run, args: Any, kwargs: Any, out: Tensor) -> None:
     dim, start, length = (args[i] if len(args) > i else kwargs[n] for i, n in ((1, 'dim'), (2, 'start'), (3, 'length')))
-    axis, begin = run.axes(args[0])[dim], int(start) % args[0].shape[dim]
+    axis, begin = run.axes(args[0])[dim], as_int(start) % args[0].shape[dim]
     if axis is not None:
         _bound(run, axis, start, spot(argument(2), 0))
-        equation(run, length, axis.atoms[begin : begin + int(length)], spot(argument(3), 0))
+        equation(run, length, axis.atoms[begin : begin + as_int(length)], spot(argument(3), 0))
 
 
 @handles('__getitem__', '__setitem__')
@@ -156,21 +158,21 @@ def _getitem(run: Run, args: Any, kwargs: Any, out: Tensor | None) -> None:
             if isinstance(item, slice) and item.step in (None, 1) and axis is not None:
                 for stop, value in enumerate((item.start, item.stop)):
                     if value is not None:
-                        _bound(run, axis, value, spot(bound(number, bool(stop), int(value) < 0), 0))
+                        _bound(run, axis, value, spot(bound(number, bool(stop), as_int(value) < 0), 0))
             dim += 1
 
 
 def _bound(run: Run, axis: Axis, value: Any, where: Spot | None) -> None:
     """Read one bound of a slice: the number of live units before it, or behind it where it counts from the end."""
     n = len(axis)
-    if int(value) == 0 or int(value) >= n or int(value) < -n:
+    if as_int(value) == 0 or as_int(value) >= n or as_int(value) < -n:
         return
-    place = int(value) % n
+    place = as_int(value) % n
     expr = expression(value)
     if place and n % place == 0 and any(np.array_equal(run.atoms_of(w), axis.atoms) for w in leaves(expr, Live)):
         _tie_pieces(run, axis.atoms, n // place)  # x[:, : x.shape[1] // 2]
-    if int(value) < 0:
-        flipped = TracedInt.of(-int(value), Op('-', 0, expr), run) if isinstance(value, TracedInt) else -value
+    if as_int(value) < 0:
+        flipped = TracedInt.of(-as_int(value), Op('-', 0, expr), run) if isinstance(value, TracedInt) else -value
         equation(run, flipped, axis.atoms[place:], where)
     else:
         equation(run, value, axis.atoms[:place], where)
@@ -183,7 +185,7 @@ def _conv(run: Run, args: Any, kwargs: Any, out: Tensor) -> None:
     axis = run.axes(args[0])[1] if args[0].dim() == args[1].dim() else None
     if axis is not None and groups != 1:
         narrowed = run.module in run.policy.narrowed
-        equation(run, groups, None if narrowed else axis.atoms[:: len(axis) // int(groups)], spot(argument(6), 0))
+        equation(run, groups, None if narrowed else axis.atoms[:: len(axis) // as_int(groups)], spot(argument(6), 0))
 
 
 @handles('layer_norm', 'rms_norm')  # layer_norm(input, normalized_shape, ...)

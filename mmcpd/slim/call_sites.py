@@ -27,6 +27,7 @@ from torch.autograd.function import FunctionCtx
 
 from ..errors import SlimError
 from ..fixes import CallSite, CodePlace
+from .recompile import layers_of, rebuilt
 from .replace_sizes import put
 
 _OURS, _TORCH = ('mmcpd.comb.', 'mmcpd.slim.'), ('torch.',)
@@ -131,8 +132,7 @@ def _positions(node: Any) -> Iterator[tuple[int | None, ...]]:
 def _methods(kind: type) -> Iterator[tuple[str, Any]]:
     """Yield the plain methods and static methods of a class, as its instances find them, without their decorators."""
     for name in dir(kind):
-        raw = inspect.getattr_static(kind, name)
-        function = inspect.unwrap(raw.__func__ if isinstance(raw, staticmethod) else raw)
+        function = layers_of(inspect.getattr_static(kind, name), name)[-1]
         if inspect.isfunction(function) and not (function.__module__ or '').startswith(_TORCH):
             yield name, function
 
@@ -208,27 +208,17 @@ def rewrite_(module: nn.Module, rewrites: Iterable[Rewrite]) -> None:
     for name in dict.fromkeys(r.method for r in wanted):
         function: Any = functions.get(name)
         tree = _parsed(function) if function is not None else None
-        if tree is None or function.__code__.co_freevars or not isinstance(tree.body[0], _DEFINITIONS):
+        if tree is None or not isinstance(tree.body[0], _DEFINITIONS):
             raise SlimError(f'{kind.__name__}.{name} has no source of its own to put a size into')
         replace = _Replace([r for r in wanted if r.method == name])
         tree = ast.fix_missing_locations(replace.visit(copy.deepcopy(tree)))
         missing = [r.text for r in replace.rewrites if r not in replace.done]
         if missing:
             raise SlimError(f'{kind.__name__}.{name} has no call {missing[0]}: another release of this class?')
-        changed[name] = _compile(tree, function)
+        changed[name] = rebuilt(inspect.getattr_static(kind, name), name, tree)
     module.__class__ = type(kind.__name__, (kind,), {'__module__': kind.__module__, 'rewrites': wanted, **changed})
 
 
 def rewrites_of(module: nn.Module) -> list[Rewrite]:
     """Return what `rewrite_` did to a module."""
     return list(getattr(type(module), 'rewrites', []))
-
-
-def _compile(tree: ast.Module, function: Any) -> Any:
-    """Compile a method, its decorators included."""
-    space: dict[str, Any] = {}
-    try:
-        exec(compile(tree, inspect.getfile(function), 'exec'), function.__globals__, space)
-    except NameError as error:
-        raise SlimError(f'a decorator of {function.__qualname__} is not found in its module: {error}') from error
-    return space[function.__name__]
