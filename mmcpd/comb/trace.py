@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -37,6 +38,7 @@ class Cursor:
 
     paths: dict[nn.Module | None, str]  # of each module
     path: list[str] = field(default_factory=lambda: [''])  # of the running modules, the innermost last
+    widths: list[set[int]] = field(default_factory=lambda: [set()])  # of channels that they met
     function: str = ''  # the Python function that runs, as its caller sees it
     names: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # one of the atoms tied to each
 
@@ -97,6 +99,11 @@ class Run:
         if any(fitting):
             self.storages.note(tensor, fitting)
 
+    def of_weights(self, tensor: Tensor) -> bool:
+        """Say whether a tensor is made of parameters and buffers alone, or a number."""
+        axes = [axis for axis in self.axes(tensor) if axis is not None]
+        return all(axis.weight for axis in axes) if axes else tensor.numel() == 1
+
     def origin(self, tensor: Tensor) -> str:
         """Say whose the channels of a tensor are that no layer produces."""
         return "the model's input channels" if hasattr(tensor, INPUT) else 'channels that no layer produces'
@@ -122,6 +129,12 @@ class Run:
         """Say whether a tensor has channels of a parameter or buffer, not of what the forward made anew alone."""
         atoms = [axis.atoms for axis in self.axes(tensor) if axis is not None]
         return any(bool(((each >= 0) & (each < self.real)).any()) for each in atoms)
+
+    def depth(self, axis: Axis) -> int:
+        """Return the dimension of the parameter that the atoms of an axis come from; positions lie behind channels."""
+        rows, atom = self.record.table.rows, int(axis.atoms.max())
+        found = bisect_right(rows, atom, key=lambda row: row.start) - 1
+        return rows[found].dim if 0 <= atom < self.real else 0
 
     def freeze(self, axis: Axis | None, reason: str) -> None:
         if axis is not None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..atoms import Axis
 from ..trace import AXES, Call, Run
 
+WIDENING = ('_pad_packed_sequence', 'multi_head_attention_forward')
 Rule = Callable[[Run, Call], None]
 ZeroRule = Callable[[Call, Sequence[Axis], int], bool]
 
@@ -91,6 +92,7 @@ def meet(run: Run, call: Call, zero_after: ZeroRule = lost) -> None:
     out: Tensor = call.out if isinstance(call.out, Tensor) else call.out[0]
     tensors = call.tensors()
     result: list[Axis | None] = []
+    weight = all(map(run.of_weights, tensors))
     for back in range(out.dim(), 0, -1):
         wide = [tensor for tensor in tensors if tensor.dim() >= back and tensor.shape[-back] != 1]
         met = [axis for tensor in wide if (axis := run.axes(tensor)[-back]) is not None]
@@ -105,7 +107,6 @@ def meet(run: Run, call: Call, zero_after: ZeroRule = lost) -> None:
             run.equate(first, None, call.op)
             result.append(None)
             continue
-        weight = all(axis.weight for axis in met) and len(met) == len(tensors)
         zero = zero_after(call, met, len(tensors))
         if call.op == 'add' and len(met) == 2 and met[0].weight != met[1].weight:  # a bias that is added by itself
             activation, bias = sorted(met, key=lambda axis: axis.weight)
@@ -120,9 +121,9 @@ def meet(run: Run, call: Call, zero_after: ZeroRule = lost) -> None:
 def fresh(run: Run, call: Call) -> None:
     """Leave an output without axes: nothing of the input is in it.
 
-    A batch that is unpacked inside torch has the width of what it is filled with, whatever that is.
+    What torch makes inside one of its functions is as wide as what it meets there.
     """
-    if run.cursor.function == '_pad_packed_sequence' and isinstance(call.out, Tensor):
+    if run.cursor.function in WIDENING and isinstance(call.out, Tensor):
         zero = call.named.get('fill_value', 0) == 0
         run.set(call.out, [run.new_axis(size, zero) if size > 1 else None for size in call.out.shape])
 

@@ -32,7 +32,7 @@ from .products import add_product, attention, convolution, embedding, grid_sampl
 from .recurrent import fused_cell, packed
 from .regions import cell_pool, chosen, deformable, region_pool, unpool
 from .scattering import index_put, scatter
-from .statistics import batch_norm, group_norm, layer_norm, reduction, softmax
+from .statistics import batch_norm, group_norm, layer_norm, reduction, softmax, weight_norm
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ OPERATIONS: dict[str, Operation] = {
     'convolution': plain(convolution, counted=True), '_convolution': op(convolution, counted=True),
     'cudnn_convolution': op(convolution, counted=True), 'mkldnn_convolution': op(convolution, counted=True),
     'mm': plain(product, counted=True), 'bmm': op(product, counted=True), 'mv': op(product, counted=True),
-    'dot': op(product, counted=True), 'addmm': plain(add_product, counted=True),
+    'dot': op(product, counted=True), 'vdot': op(product, counted=True), 'addmm': plain(add_product, counted=True),
     'baddbmm': op(add_product, counted=True), 'addmv': op(add_product, counted=True),
     'linear': op(linear, counted=True), 'embedding': op(embedding),
     '_sparse_addmm': op(sparse_product, counted=True),
@@ -138,7 +138,7 @@ OPERATIONS: dict[str, Operation] = {
     '_native_batch_norm_legit': op(batch_norm), 'cudnn_batch_norm': plain(batch_norm),
     'miopen_batch_norm': op(batch_norm), '_batch_norm_no_update': op(batch_norm),
     '_batch_norm_with_update': op(batch_norm), 'native_layer_norm': op(layer_norm),
-    'native_group_norm': op(group_norm),
+    'native_group_norm': op(group_norm), '_weight_norm_interface': op(weight_norm),
     # -- losses
     'nll_loss_forward': op(compared), 'nll_loss2d_forward': op(compared), 'binary_cross_entropy': op(compared),
     'binary_cross_entropy_with_logits': op(compared), 'mse_loss': op(compared), 'smooth_l1_loss': op(compared),
@@ -146,7 +146,7 @@ OPERATIONS: dict[str, Operation] = {
     'multilabel_margin_loss_forward': op(compared), '_ctc_loss': op(compared),
     # -- fresh tensors, sizes and random numbers: no input axis matters
     'new_zeros': op(fresh), 'new_ones': op(fresh), 'new_empty': op(fresh), 'new_full': op(fresh, counted=True),
-    'new_empty_strided': op(fresh), 'empty': op(fresh), 'zeros': op(fresh), 'ones': op(fresh),
+    'new_empty_strided': op(fresh), 'empty': op(fresh), 'zeros': op(fresh, counted=True), 'ones': op(fresh),
     'full': op(fresh, counted=True), 'arange': op(fresh), 'linspace': op(fresh), 'rand': op(fresh),
     'randn': op(fresh),
     'randint': op(fresh), 'scalar_tensor': op(fresh), 'eye': op(fresh), 'randperm': op(fresh),
