@@ -10,7 +10,7 @@ from ..trace import INPUT, Call, Run
 from .movement import movement
 from .pointwise import fresh, pointwise, same, unknown
 from .products import ATTENTION, add_product, attention, convolution, embedding, linear, product
-from .table import OPERATIONS, Operation
+from .table import OPERATIONS, UNTAGGED, VISION, Operation
 
 TAGGED = Operation(pointwise())
 UNKNOWN = Operation(unknown)
@@ -24,7 +24,9 @@ def apply(run: Run, call: Call) -> None:
     One without a row is point-wise where torch says so. Everything else: freeze the axes that go in, count the
     operation and report it. Never guess.
     """
-    operation = OPERATIONS.get(call.op) or (TAGGED if torch.Tag.pointwise in call.func.tags else UNKNOWN)
+    operation = OPERATIONS.get(call.op) or VISION.get(call.op)
+    if operation is None:
+        operation = TAGGED if torch.Tag.pointwise in call.func.tags or call.op in UNTAGGED else UNKNOWN
     inputs = call.tensors()
     if operation.counted or any(any(run.axes(tensor)) for tensor in inputs):
         run.record.operations.add(call.op)

@@ -203,6 +203,12 @@ def add_product(run: Run, call: Call) -> None:
     _product(run, call, left, right, bias)
 
 
+def sparse_product(run: Run, call: Call) -> None:
+    # _sparse_addmm(self, mat1, mat2, *, beta, alpha): where nothing is added, `self` is zeros that torch makes
+    added = call.named['self']
+    _product(run, call, call.named['mat1'], call.named['mat2'], added if any(run.axes(added)) else None)
+
+
 def linear(run: Run, call: Call) -> None:
     # linear(input, weight, bias)
     x, weight, bias = call.named['input'], call.named['weight'], call.named.get('bias')
