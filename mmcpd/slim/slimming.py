@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
@@ -16,6 +15,7 @@ from ..errors import SlimError
 from ..fixes import Attr, CallSite, Equality, Expression, Input, Live, SizeRule
 from .attention import REPLACEMENTS, replacement
 from .call_sites import INFER, Rewrite, rewrite_
+from .copying import copied
 from .mask import kept_rows, named_tensors, unmask_statistics_
 from .shape_attributes import Shapes, described, local_shapes
 from .size_expressions import evaluate, leaves, read_attribute, show, solve, write_attribute
@@ -72,7 +72,7 @@ def _sliced(model: nn.Module, coupling: Coupling, keep: Keep) -> nn.Module:
         for dim, rows in dims.items():
             value = value.index_select(dim, rows.nonzero().flatten().to(value.device))
         memo[id(tensor)] = as_tensor_of(tensor, value)
-    small = copy.deepcopy(model, memo)
+    small = copied(model, memo, coupling.caches)
     unmask_statistics_(small)
     return small
 
