@@ -174,10 +174,11 @@ def _forget_(model: nn.Module, caches: Iterable[Cache]) -> None:
     """Take off a copy what forwards keep on it, which the next one makes anew; what hooks keep is made here."""
     modules = dict(model.named_modules())
     for cache in caches:
-        if cache.module in modules and cache.missing:
-            vars(modules[cache.module]).pop(cache.name, None)
-        elif cache.module in modules and cache.name in vars(modules[cache.module]):
-            vars(modules[cache.module])[cache.name] = copy.copy(cache.before)
+        here = modules[cache.module].__dict__ if cache.module in modules else {}
+        if cache.missing:
+            here.pop(cache.name, None)
+        elif cache.name in here:
+            here[cache.name] = copy.copy(cache.before)
     with modes_kept(model):
         model.eval()  # a spectral norm iterates in training only
         for module in modules.values():
