@@ -17,6 +17,7 @@ from mmcpd.errors import ProofError, SlimError, first_line
 from mmcpd.nested import map_tensors, named_tensors_in
 from mmcpd.random_state import seeded
 from mmcpd.slim.compare import difference, evaluating
+from mmcpd.slim.copying import copied
 from mmcpd.slim.trial import FAILURES, double
 
 TOLERANCE = {'float32': 1e-3, 'float64': 1e-9}  # of the largest value of each output
@@ -101,7 +102,7 @@ def _fault(model: nn.Module, fresh: nn.Module, ours: Any, theirs: Any, each: Pas
 
 def _in_double(model: nn.Module, fresh: nn.Module, batch: Any, each: Pass, fault: str) -> str | None:
     """Compare copies in float64, where rounding decides nothing; where they do not run in it the fault stands."""
-    left, right = (copy.deepcopy(net).double() for net in (model, fresh))
+    left, right = (copied(net).double() for net in (model, fresh))
     ours, theirs = (
         map_tensors(_preprocessed(net, batch), lambda t: double(t) if t.is_floating_point() else t)
         for net in (model, fresh)
