@@ -21,7 +21,7 @@ def keep_last_input(module: nn.Module, inputs: tuple) -> None:
 
 
 @pytest.mark.parametrize('distil', [True])
-def test_a_run_ends_with_a_slim_file(runner_of, tmp_path, distil):  # noqa: F811
+def test_a_run_ends_with_a_slim_file(runner_of, tmp_path, distil):
     runner = runner_of(distil=distil)
     layers = list(getattr(runner.model, 'student', runner.model).backbone.children())
     for module in layers:
