@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ from mmcpd.names import look_up
 from mmcpd.prune import NORMALIZERS, Pruner, Schedule, check_floors, check_importance
 from mmcpd.prune.selection import Floors
 from mmcpd.registry import HOOKS
+from mmcpd.slim.copying import copied
 
 SLIM, TABLE = 'slim.pth', 'coupling.txt'
 
@@ -154,7 +154,7 @@ class PruneHook(Hook):
             self._resume(runner, loaded)
         elif self._loaded is not None:
             refuse_pruned(runner.cfg.get('load_from') or 'what was loaded', self._loaded)
-        self._untrained = None if 'model' in runner.cfg else copy.deepcopy(bare_model(runner.model))
+        self._untrained = None if 'model' in runner.cfg else copied(bare_model(runner.model))
         coupling = comb_runner(runner, **self.comb_options)
         model = bare_model(runner.model)
         self._stepping = optimizer_of(runner.optim_wrapper, model, coupling)

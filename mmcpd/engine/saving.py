@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from mmcpd.prune.finite import CURES, broken_tensor
 from mmcpd.random_state import seeded
 from mmcpd.slim import mask_, slim, structure
 from mmcpd.slim.compare import compare
+from mmcpd.slim.copying import copied
 from mmcpd.slim.trial import random_keep
 
 TOLERANCE = 1e-3  # of the largest output, in float32
@@ -89,7 +89,7 @@ class Proof:
     @classmethod
     def of_runner(cls, runner: Runner, untrained: nn.Module | None = None) -> Proof:
         """Prove by a runner's config and data, or by a copy of a model that no config describes."""
-        build = partial(build_fresh, runner.cfg) if untrained is None else partial(copy.deepcopy, untrained)
+        build = partial(build_fresh, runner.cfg) if untrained is None else partial(copied, untrained)
         return cls(build, proof_batches(runner, bare_model(runner.model)))
 
 
@@ -149,7 +149,7 @@ def rehearse(model: nn.Module, coupling: Coupling, proof: Proof) -> None:
     Raises:
         SlimError: what would not fit.
     """
-    keep, masked = random_keep(coupling, 0.5, 0), copy.deepcopy(model)
+    keep, masked = random_keep(coupling, 0.5, 0), copied(model, caches=coupling.caches)
     mask_(masked, coupling, keep)
     with TemporaryDirectory() as folder:
         save_checked(masked, coupling, keep, Path(folder) / 'slim.pth', {}, proof)

@@ -27,6 +27,7 @@ from torch.autograd.function import FunctionCtx
 
 from ..errors import SlimError
 from ..fixes import CallSite, CodePlace
+from .pickling import copy_methods
 from .recompile import layers_of, rebuilt
 from .replace_sizes import put
 
@@ -216,7 +217,8 @@ def rewrite_(module: nn.Module, rewrites: Iterable[Rewrite]) -> None:
         if missing:
             raise SlimError(f'{kind.__name__}.{name} has no call {missing[0]}: another release of this class?')
         changed[name] = rebuilt(inspect.getattr_static(kind, name), name, tree)
-    module.__class__ = type(kind.__name__, (kind,), {'__module__': kind.__module__, 'rewrites': wanted, **changed})
+    own = {'__module__': kind.__module__, 'rewrites': wanted, **copy_methods(rewrite_, kind), **changed}
+    module.__class__ = type(kind.__name__, (kind,), own)
 
 
 def rewrites_of(module: nn.Module) -> list[Rewrite]:
