@@ -24,6 +24,7 @@ from mmcpd.engine.compat import start_processes
 from mmcpd.engine.saving import use_checkpoint
 from mmcpd.engine.slim_file import is_slim
 from mmcpd.engine.stage import stage_of
+from mmcpd.files import whole
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -55,4 +56,5 @@ def main(args: argparse.Namespace) -> None:
     for name, value in metrics.items():
         print(f'{name}: {value:.4f}' if isinstance(value, (float, np.floating)) else f'{name}: {value}')
     if args.out and item == 'metrics':
-        mmengine.dump(metrics, args.out)
+        with whole(Path(args.out)) as unfinished:
+            mmengine.dump(metrics, unfinished, file_format=Path(args.out).suffix[1:])

@@ -17,6 +17,7 @@ from torch import nn
 
 from mmcpd.coupling import Coupling, Keep
 from mmcpd.engine.build import HOOKS_OF_OURS
+from mmcpd.engine.checkpoint_hook import WHOLE
 from mmcpd.engine.checkpoints import STATE, load_any, load_dense, read_checkpoint, removed_units
 from mmcpd.engine.combing import comb_by_config
 from mmcpd.engine.proof import proof_batches, prove
@@ -134,7 +135,7 @@ def keep_unslimmed(runner: Runner, error: Exception) -> None:
     if isinstance(error, NotFiniteError):
         runner.logger.error(f'there is no slim.pth: {error}')
         return
-    runner.save_checkpoint(runner.work_dir, UNSLIMMED, save_optimizer=False)
+    runner.save_checkpoint(runner.work_dir, UNSLIMMED, save_optimizer=False, backend_args={'backend': WHOLE})
     runner.logger.exception(
         f'there is no slim.pth: {error}. The pruned weights are in {UNSLIMMED}: once the cause is mended, `mmcpd slim '
         f'CONFIG {Path(runner.work_dir) / UNSLIMMED}` goes on from there'
