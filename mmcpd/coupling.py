@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .cost import Cost, CostModel
+from .files import whole
 from .fixes import Attr, Fixes, Input, Live, Op
 from .names import near
 from .random_state import seeded
@@ -306,7 +307,8 @@ class Coupling:
         left_out = ('example', 'caches')
         text = json.dumps(_plain({f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}))
         if path is not None:
-            Path(path).write_text(text)
+            with whole(Path(path)) as unfinished:
+                unfinished.write_text(text, encoding='utf-8')
         return text
 
 

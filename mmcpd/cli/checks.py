@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 import mmengine.registry as root
 from mmengine.config import Config, ConfigDict
 from mmengine.hooks import CheckpointHook
+from mmengine.logging import print_log
 
 from mmcpd.cli.common import UserError
 from mmcpd.engine.build import datasets, type_name
+from mmcpd.engine.checkpoint_hook import CheckpointHook as Whole
 from mmcpd.names import near
 from mmcpd.registry import HOOKS
 
@@ -91,13 +94,24 @@ def check_checkpoint(path: str | None, option: str) -> None:
 
 
 def save_whole(cfg: Config) -> None:
-    """Let checkpoints be saved by mmcpd's `CheckpointHook` wherever a config names MMEngine's, or none, in place."""
+    """Let checkpoints be saved by mmcpd's `CheckpointHook` wherever a config names MMEngine's, or none, in place.
+
+    Another one is left as it is, with a warning.
+    """
     cfg.default_hooks = {'checkpoint': {'type': 'CheckpointHook'}, **(cfg.get('default_hooks') or {})}
     with root.HOOKS.switch_scope_and_registry(cfg.get('default_scope')) as registry:
         for hook in savers(cfg):
             kind = hook['type']
-            if (registry.get(kind) if isinstance(kind, str) else kind) is CheckpointHook:
+            found = registry.get(kind) if isinstance(kind, str) else kind
+            if found is CheckpointHook:
                 hook['type'] = 'mmcpd.CheckpointHook'
+            elif found is not None and not issubclass(found, Whole):
+                print_log(
+                    f'{found.__name__} saves the checkpoints: a kill may leave half a one, and a resumed run draws '
+                    'other random numbers. Let it inherit from mmcpd.engine.CheckpointHook to mend both',
+                    'current',
+                    logging.WARNING,
+                )
 
 
 def savers(cfg: Config) -> list[ConfigDict]:

@@ -25,6 +25,7 @@ from mmcpd.engine.pruning_state import STATE
 from mmcpd.engine.saving import use_checkpoint
 from mmcpd.engine.slim_file import is_slim
 from mmcpd.engine.stage import stage_of
+from mmcpd.files import whole
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -56,4 +57,5 @@ def main(args: argparse.Namespace) -> None:
     for name, value in metrics.items():
         print(f'{name}: {value:.4f}' if isinstance(value, (float, np.floating)) else f'{name}: {value}')
     if args.out and item == 'metrics':
-        mmengine.dump(metrics, args.out)
+        with whole(Path(args.out)) as unfinished:
+            mmengine.dump(metrics, unfinished, file_format=Path(args.out).suffix[1:])

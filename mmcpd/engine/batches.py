@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
@@ -114,3 +115,16 @@ class Batches:
         inner = self._loader.batch_sampler
         sampler = inner.sampler if type(inner) is BatchSampler else self._loader.sampler
         return sampler if self._loader.batch_size and hasattr(sampler, 'skip') else None
+
+
+def reseed(loader: DataLoader, built: int | None, resumed: int | None) -> None:
+    """Give samplers and workers the seed of the run that is resumed, where they have the one they were built with.
+
+    Where a config says no seed, MMEngine draws one; it reads that of the run that is resumed after the loader is built.
+    """
+    for sampler in (loader.sampler, getattr(loader.batch_sampler, 'sampler', None)):
+        if getattr(sampler, 'seed', None) == built:
+            setattr(sampler, 'seed', resumed)  # noqa: B010 - torch's samplers have none
+    begin = loader.worker_init_fn
+    if isinstance(begin, partial) and begin.keywords.get('seed') == built:
+        loader.worker_init_fn = partial(begin, seed=resumed)

@@ -13,7 +13,8 @@ from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook as PlainCheckpointHook
 from mmengine.runner import Runner
 
-from mmcpd.engine.batches import Batches
+from mmcpd.engine.batches import Batches, reseed
+from mmcpd.engine.latest import newest_whole, numbered
 from mmcpd.engine.random_states import Place, Plain, plain_states, set_plain_states
 from mmcpd.files import sweep, whole
 from mmcpd.registry import HOOKS
@@ -80,6 +81,14 @@ class CheckpointHook(PlainCheckpointHook):
     _loaded: list[dict[str, Any]] | None = None  # of each process, in the checkpoint that was read
     _gathered: list[dict[str, Any]] | None = None  # of each process, for the checkpoint that is written
     _in_training: Plain | None = None  # the states before the validation that runs
+    _seed: int | None = None  # that the loaders were built with
+
+    def before_run(self, runner: Runner) -> None:
+        """Let a run that resumes without a name take the newest whole checkpoint, under any package's train tool."""
+        self._seed = runner.seed
+        if runner._resume and runner._load_from is None:
+            folders = [Path(self.out_dir) / Path(runner.work_dir).absolute().name] if self.out_dir else []
+            runner._load_from = newest_whole(runner.work_dir, folders, [self.filename_tmpl])
 
     def before_train(self, runner: Runner) -> None:
         remote = self.file_client_args is not None or '://' in str(self.out_dir or runner.work_dir)
@@ -91,6 +100,14 @@ class CheckpointHook(PlainCheckpointHook):
                 for file in sweep(folder):
                     runner.logger.info(f'removed {file}, which a killed run left unfinished')
             Path(runner.work_dir, UNPROVED).unlink(missing_ok=True)
+            others = numbered(self.out_dir, templates=[self.filename_tmpl])
+            if runner.iter == 0 and others:
+                runner.logger.warning(
+                    f'{others[0]} is of an earlier run, and this one starts anew and writes over its files; --resume '
+                    '(resume=True) goes on with it, another work_dir keeps it'
+                )
+        if runner.iter > 0 and runner.seed != self._seed:
+            reseed(runner.train_dataloader, self._seed, runner.seed)
         self._go_on(runner)
 
     def _states_of_this_process(self, runner: Runner) -> dict[str, Any] | None:
@@ -178,14 +195,18 @@ class CheckpointHook(PlainCheckpointHook):
             self._remove_outdated()
 
     def _outdated(self, runner: Runner, step: int) -> str | None:
-        """Count a new checkpoint among those that are kept, and return the one that goes for it."""
+        """Count a new checkpoint among those that are kept, and return the one that goes for it.
+
+        The new one counts both: where a kill leaves both, the resumed run removes the old one, by MMEngine's own count.
+        """
         if self.max_keep_ckpts <= 0 or (self.keep_ckpt_ids and self.keep_ckpt_ids[-1] == step):
             return None  # a checkpoint that is written again
-        full = len(self.keep_ckpt_ids) == self.max_keep_ckpts
-        first = self.keep_ckpt_ids.popleft() if full else None
-        self.keep_ckpt_ids.append(step)
-        runner.message_hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
-        return self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(first)) if full else None
+        steps = [*self.keep_ckpt_ids, step]
+        self.keep_ckpt_ids.append(step)  # which drops the first where they are full
+        runner.message_hub.update_info('keep_ckpt_ids', steps)
+        if len(steps) == len(self.keep_ckpt_ids):
+            return None
+        return self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(steps[0]))
 
     def _remove_outdated(self) -> None:
         if isinstance(self.file_backend, WholeFiles):

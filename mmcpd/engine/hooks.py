@@ -295,7 +295,7 @@ class PruneHook(Hook):
         self.comb_options['input_shape'] = loaded['input_shape']
         model = unwrapped(runner.model)
         if self.begun and isinstance(model, Distiller) and model.teaches_itself:
-            model.snapshot_teacher(read_dense(runner.work_dir, runner.cfg.get('load_from'), self.dense_digest))
+            model.snapshot_teacher(read_dense(runner.work_dir, runner._load_from, self.dense_digest))
 
     def _metrics(self, runner: Runner) -> dict[str, float]:
         """Return the validation's metrics at this iteration; validate if that was not just done."""

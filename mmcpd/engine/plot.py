@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from mmcpd.compat import require
 from mmcpd.coupling import Coupling
+from mmcpd.files import whole
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # How a member's role is drawn: marker, size, what the legend calls it. Norms and free tensors share a mark.
 ROLES = {
@@ -56,7 +61,7 @@ def plot(coupling: Coupling, path: str | os.PathLike, title: str = '') -> None:
     axes.set_xticks(range(len(modules)), modules, fontsize=5, rotation=90)
     axes.invert_yaxis()
     axes.set_title(title or f'{len(coupling.groups)} coupling groups, {coupling.units} units', fontsize=10)
-    figure.savefig(path, dpi=110)
+    _save(figure, Path(path))
 
 
 def plot_curve(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
@@ -88,4 +93,9 @@ def plot_curve(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> No
         axes.set_xlabel(f'{label}, % of the dense model')
         axes.grid(alpha=0.3)
     panels[0].set_ylabel('latency, % of the dense model' if metric is None else metric)
-    figure.savefig(path, dpi=110)
+    _save(figure, Path(path))
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with whole(path) as unfinished:
+        figure.savefig(unfinished, dpi=110, format=path.suffix[1:] or 'png')

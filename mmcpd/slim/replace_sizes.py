@@ -16,6 +16,7 @@ import sys
 LEFT, RIGHT = -1, -2  # which operand
 SCALE = -3  # of an attention: the number is the width whose square root it divides by
 _ARGUMENT, _BOUND = -100, -1000
+_MOST = 64  # arguments of a call, and items of a subscript
 _FUNCTIONS = ('torch', 'F', 'functional', 'Tensor', 'nn')  # `torch.reshape(x, s)` has one argument more than a method
 # Names of size arguments by their number, which counts the tensor of a method as the first.
 _KEYWORDS = {
@@ -40,6 +41,19 @@ def in_sequence(position: int, i: int, count: int) -> int:
 def bound(item: int, stop: bool, from_end: bool) -> int:
     """Return the index of one bound of the slice that is the `item`-th of a subscript."""
     return _BOUND - (4 * item + stop + 2 * from_end)
+
+
+def is_place(index: int, count: int) -> bool:
+    """Say whether an index names a place, of a call with `count` sizes or of an operand (0).
+
+    Example:
+        >>> is_place(1, 2), is_place(7, 0), is_place(SCALE, 0), is_place(in_sequence(0, 1, 2), 2)
+        (True, False, True, True)
+    """
+    if count:
+        return 0 <= index < count * (_MOST + 1)
+    named = _ARGUMENT - _MOST < index <= _ARGUMENT or _BOUND - 4 * _MOST < index <= _BOUND
+    return named or index in (LEFT, RIGHT, SCALE)
 
 
 def put(node: ast.AST, index: int, count: int, number: int) -> bool:

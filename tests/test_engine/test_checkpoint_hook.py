@@ -197,6 +197,59 @@ def test_validation_draws_nothing_of_training(tmp_path):
     assert not torch.equal(*plain)
 
 
+def test_a_kill_before_the_old_one_goes_leaves_it_to_the_resumed_run(tmp_path, monkeypatch):
+    hook = CheckpointHook(interval=2, by_epoch=False, max_keep_ckpts=1)
+    runner = runner_of(tmp_path, hook, iterations=4)
+
+    def full(in_use) -> None:
+        if hook.file_backend._outdated:
+            raise Full
+
+    monkeypatch.setattr(CheckpointHook, '_remove_outdated', lambda hook: full([]))
+    with pytest.raises(Full):
+        runner.train()
+    assert {'iter_2.pth', 'iter_4.pth'} <= checkpoints(tmp_path)
+    monkeypatch.undo()
+    runner_of(tmp_path, CheckpointHook(interval=2, by_epoch=False, max_keep_ckpts=1), resume=True).train()
+    assert checkpoints(tmp_path) == {'iter_6.pth', 'last_checkpoint'}
+
+
+def test_any_runner_resumes_the_newest_whole_one(tmp_path):
+    runner_of(tmp_path, CheckpointHook(interval=2, by_epoch=False), iterations=4).train()
+    (tmp_path / 'iter_4.pth').write_bytes(b'half')
+    for kind in (CheckpointHook, PlainCheckpointHook):
+        runner = runner_of(tmp_path, kind(interval=2, by_epoch=False), iterations=4, resume=True)
+        begun: list[int] = []
+        runner.register_hook(Begin(begun))
+        if kind is PlainCheckpointHook:
+            with pytest.raises(Exception, match='truncated or not a checkpoint'):
+                runner.train()
+        else:
+            runner.train()
+            assert begun == [2]
+            (tmp_path / 'iter_4.pth').write_bytes(b'half')
+
+
+class Begin(Hook):
+    def __init__(self, begun: list[int]) -> None:
+        self.begun = begun
+
+    def before_train(self, runner: Runner) -> None:
+        self.begun.append(runner.iter)
+
+
+def test_starting_anew_over_an_earlier_run_is_said(tmp_path):
+    def said(**options) -> list[str]:
+        runner, lines = runner_of(tmp_path, CheckpointHook(interval=2, by_epoch=False), **options), []
+        runner.logger.warning = lines.append
+        runner.train()
+        return [line for line in lines if 'this one starts anew' in line]
+
+    assert not said(iterations=2)
+    assert not said(iterations=4, resume=True)
+    assert len(said(iterations=2)) == 1
+
+
 def test_a_best_file_that_is_written_again_is_not_removed(tmp_path):
     def hook() -> CheckpointHook:
         return CheckpointHook(interval=2, by_epoch=False, save_best='acc', rule='greater')

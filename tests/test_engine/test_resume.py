@@ -46,6 +46,19 @@ def test_without_the_states_it_is_not(tmp_path, by_epoch):
     assert not same(*stopped_and_resumed(tmp_path, by_epoch, 5, states=False))
 
 
+@pytest.mark.parametrize(('by_epoch', 'workers'), [(False, 0), (True, 0), (True, 1)])
+def test_a_run_whose_seed_no_config_says(tmp_path, by_epoch, workers):
+    cfg = config(tmp_path / 'parts', by_epoch, workers=workers)
+    cfg.randomness = {'seed': None}
+    run(cfg, stop=9)
+    last = (tmp_path / 'parts' / 'last_checkpoint').read_text()
+    cfg.resume, cfg.load_from = True, last
+    resumed = run(cfg)
+    whole = config(tmp_path / 'whole', by_epoch, workers=workers)
+    whole.randomness = {'seed': torch.load(last, weights_only=False)['meta']['seed']}
+    assert same(run(whole), resumed)
+
+
 @pytest.mark.parametrize('sampler', ['DefaultSampler', 'TorchSampler'])
 def test_passes_that_end_and_samplers_that_draw_from_torch(tmp_path, sampler):
     changes = {'sampler': sampler, 'train_dataloader.dataset.indices': 24}  # three iterations are a pass

@@ -12,8 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.hooks import CheckpointHook
+from mmengine.registry import HOOKS
 
 from mmcpd.cli.checks import save_whole
+from mmcpd.engine.checkpoint_hook import CheckpointHook as WholeCheckpointHook
 from mmcpd.files import WriteError, whole, why_unwritten
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,6 +67,47 @@ def test_our_hook_takes_the_place_of_a_plain_one_only():
         save_whole(cfg)
         none = 'checkpoint' in (hooks.get('default_hooks') or {})
         assert (cfg.default_hooks.checkpoint is None) == none
+
+
+@pytest.mark.parametrize('name', ['groups.json', 'groups.png', 'metrics.json'])
+def test_tables_and_pictures_that_do_not_fit_leave_the_old_ones(tool, tiny, tmp_path, monkeypatch, name):
+    file = tmp_path / name
+    file.write_text('old')
+
+    def full(path, *args, **kwargs) -> None:
+        Path(path).write_bytes(b'ha')
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    if name == 'metrics.json':
+        assert tool('train', tiny, '--cfg-options', 'train_cfg.max_epochs=1')[0] == 0
+        monkeypatch.setattr('mmengine.dump', lambda _metrics, path, **_: full(path))
+        command = ['test', tiny, tmp_path / 'work_dirs/tiny/epoch_1.pth', '--out', file, '--out-item', 'metrics']
+    else:
+        monkeypatch.setattr('matplotlib.figure.Figure.savefig', lambda _figure, path, **_: full(path))
+        monkeypatch.setattr(Path, 'write_text', full)
+        command = ['comb', tiny, '--json' if name.endswith('json') else '--plot', file]
+    code, _, err = tool(*command)
+    assert code == 1
+    assert re.search(rf'error: cannot write {name} into {tmp_path}: no space is left \(\d+\.\d MB free\)', err), err
+    assert file.read_bytes() == b'old'
+
+
+def test_a_hook_of_the_users_own_is_left_as_it_is_and_that_is_said(capfd):
+    @HOOKS.register_module(force=True)
+    class OddCheckpointHook(CheckpointHook):
+        pass
+
+    @HOOKS.register_module(force=True)
+    class GoodCheckpointHook(WholeCheckpointHook):
+        pass
+
+    cfg = Config({'default_hooks': {'checkpoint': {'type': 'OddCheckpointHook'}}})
+    save_whole(cfg)
+    assert cfg.default_hooks.checkpoint.type == 'OddCheckpointHook'
+    out, err = capfd.readouterr()
+    assert 'OddCheckpointHook saves the checkpoints: a kill may leave half a one' in out + err
+    save_whole(Config({'default_hooks': {'checkpoint': {'type': 'GoodCheckpointHook'}}}))
+    assert capfd.readouterr() == ('', '')
 
 
 SMALL_DISK = """
