@@ -164,7 +164,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant('two-axes', _MOVEMENT,
            'test_comb/test_norms.py::test_filters_that_are_standardised_over_their_inputs_freeze_these',
            'of two axes that meet in one dimension the first stays',
-           "run.freeze(found[keep], f'two axes in one dimension ({call.op}) in {run.where}')", 'pass'),
+           'run.freeze(found[keep], merged)', 'pass'),
     Mutant('shuffle', _MOVEMENT, 'test_comb/test_movement.py::test_data_movement',
            'groups of a channel shuffle stay equally wide',
            "run.tie(axis.atoms.reshape(call.named['groups'], -1).T)", 'pass'),

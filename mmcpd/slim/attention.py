@@ -97,7 +97,7 @@ class SlimMultiheadAttention(nn.Module):
         rows = [qk_rows, qk_rows, v_rows]
         weights = self.in_proj_weight.split(rows) if packed else weights
         biases = self.in_proj_bias.split(rows) if self.in_proj_bias is not None else (None, None, None)
-        found = []
+        found: list[Tensor] = []
         for x, weight, bias, last in zip(
             (query, key, value), weights, biases, (None, self.bias_k, self.bias_v), strict=True
         ):

@@ -39,10 +39,9 @@ def net(form, **call):
 
 def groups(form):
     options = FORMS[form]
-    inner = 'at' if {'kdim', 'vdim'} & options.keys() else 'at.in_proj'
-    outer = {'k': options['kdim']} if 'kdim' in options else {}
-    outer |= {'v': options['vdim']} if 'vdim' in options else {}
-    return {'a': 8, **outer, inner: 4, f'{inner}#2': 4}
+    if not {'kdim', 'vdim'} & options.keys():  # keys and values are as wide as the embedding, and share its columns
+        return {'a': 8, 'at.in_proj': 4, 'at.in_proj#2': 4}
+    return {'a': 8, 'k': options.get('kdim', 8), 'v': options.get('vdim', 8), 'at': 4, 'at#2': 4}
 
 
 @pytest.mark.parametrize('form', FORMS)
