@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from ..fixes import Attr, Input
 from ..slim.replace_sizes import LEFT, RIGHT
 from .fresh import FACTORIES, factory
+from .rules.products import MULTI_HEAD
 from .size_equations import HANDLERS
 from .trace import Run
 from .traced_int import TracedInt, as_int
@@ -49,8 +50,9 @@ class _Observe(TorchFunctionMode):
             self.run.freeze_all(args[0], f'its values leave torch by {name} in {self.run.where}')
         if name == 'lstm':
             _keep_projected(self.run, args)
+        given = map(_plain, args) if name == MULTI_HEAD else args  # it compares them with sizes that it reads itself
         with _decomposed(name):
-            out = func(*args, **kwargs)
+            out = func(*given, **kwargs)
         for handler in HANDLERS.get(name, ()) if args and isinstance(args[0], Tensor) else ():
             handler(self.run, args, kwargs, out)
         if name in FACTORIES and isinstance(out, Tensor):

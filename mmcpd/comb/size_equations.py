@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..fixes import Live, Op
@@ -201,3 +202,24 @@ def _attention(run: Run, args: Any, kwargs: Any, out: Tensor) -> None:
     run.reads(tensors_in([*args[1 if own else 0 :], kwargs]))
     if own and axis is not None:
         run.scaled(axis, spot(SCALE, 0))
+
+
+# multi_head_attention_forward(query, key, value, embed_dim_to_check, num_heads, in_proj_weight, ..., need_weights)
+@handles('multi_head_attention_forward')
+def _multi_head(run: Run, args: Any, kwargs: Any, out: Any) -> None:
+    """Couple the embedding with the rows of all heads: where a module calls the function, it has one width for both."""
+    place = spot(argument(3), 0)
+    if place is None:  # torch's own module, which is replaced
+        return
+    embed, width = run.axes(args[0])[-1], args[0].shape[-1]
+    packed = None if args[5] is None else run.axes(args[5])[0]
+    query = run.axes(kwargs['q_proj_weight'])[0] if packed is None else Axis(packed.atoms[:width], weight=True)
+    value = run.axes(kwargs['v_proj_weight'])[0] if packed is None else Axis(packed.atoms[2 * width :], weight=True)
+    run.equate(embed, query, 'multi-head attention')
+    run.equate(query, value, 'multi-head attention')
+    if query is None:
+        return
+    equation(run, args[3], query.atoms, place)
+    heads = query.atoms.reshape(as_int(args[4]), -1)
+    if kwargs.get('need_weights', True):
+        run.scaled(Axis(heads.max(axis=0), full=torch.from_numpy(heads.astype(np.int32))))

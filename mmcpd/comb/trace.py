@@ -151,19 +151,24 @@ class Run:
     def tie(self, atoms: np.ndarray) -> None:
         """Make all columns of `(n, k)` atoms equal, row by row; fixed positions are passed over."""
         first = atoms.max(axis=1)  # an atom wherever the row has one
-        names, table = self.cursor.names, self.record.table
-        if len(names) < table.size:
-            names = self.cursor.names = np.concatenate([names, np.arange(len(names), table.size)])
+        names, table = self._names(), self.record.table
         for column in atoms.T:
             both = (column >= 0) & (first >= 0)
             table.equate(column[both], first[both], '')
             names[column[both]] = names[first[both]]
 
+    def _names(self) -> np.ndarray:
+        """Return the names of all atoms that there are by now."""
+        names, size = self.cursor.names, self.record.table.size
+        if len(names) < size:
+            self.cursor.names = np.concatenate([names, np.arange(len(names), size)])
+        return self.cursor.names
+
     def tied_names(self, atoms: Tensor) -> Tensor:
         """Return one name for atoms that were tied, as int32; `FIXED` stays."""
         if not len(self.cursor.names):
             return atoms
-        names = torch.from_numpy(self.cursor.names.astype(np.int32))
+        names = torch.from_numpy(self._names().astype(np.int32))
         return torch.where(atoms >= 0, names[atoms.clamp(min=0)], atoms)
 
     # -- what else the record holds ----------------------------------------------------------------------------------

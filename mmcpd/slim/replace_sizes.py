@@ -23,7 +23,7 @@ _KEYWORDS = {
     0: ('size', 'n'),
     1: ('size', 'shape', 'repeats', 'split_size_or_sizes', 'split_size', 'split_sizes', 'normalized_shape', 'n', 'm'),
     2: ('sizes', 'start'),
-    3: ('length',),
+    3: ('length', 'embed_dim_to_check'),
     6: ('groups',),
 }
 

@@ -9,7 +9,7 @@ from ..record import Record
 from ..trace import INPUT, Call, Run
 from .movement import movement
 from .pointwise import fresh, pointwise, same, unknown
-from .products import ATTENTION, add_product, attention, convolution, embedding, linear, product
+from .products import ATTENTION, MULTI_HEAD, add_product, attention, convolution, embedding, linear, product
 from .table import OPERATIONS, UNTAGGED, VISION, Operation
 
 TAGGED = Operation(pointwise())
@@ -30,7 +30,7 @@ def apply(run: Run, call: Call) -> None:
     inputs = call.tensors()
     if operation.counted or any(any(run.axes(tensor)) for tensor in inputs):
         run.record.operations.add(call.op)
-        if operation.rule not in MOVEMENTS and run.cursor.function != ATTENTION:
+        if operation.rule not in MOVEMENTS and run.cursor.function not in (ATTENTION, MULTI_HEAD):
             run.reads(inputs, weights=operation.rule not in PRODUCTS)
         operation.rule(run, call)
     elif any(hasattr(tensor, INPUT) for tensor in inputs):
