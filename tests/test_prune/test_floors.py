@@ -79,7 +79,7 @@ def combed(between: Callable[[], nn.Module]) -> tuple[nn.Module, Any, Tensor]:
 
 @pytest.mark.parametrize('name', NORMS)
 def test_a_group_under_a_statistic_keeps_two_units(name: str) -> None:
-    model, coupling, x = combed(NORMS[name])
+    model, coupling, _ = combed(NORMS[name])
     assert coupling.floors == {'a': 2, 'b': 1}
     lowest = select(
         {g.name: torch.rand(g.units) for g in coupling.groups}, coupling, coupling.keep(),
