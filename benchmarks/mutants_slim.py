@@ -180,8 +180,7 @@ MUTANTS: tuple[Mutant, ...] = (
            '    if error == NOT_FINITE:\n', '    if False:\n'),
     # -- copies
     Mutant('copy-history', _COPYING, 'test_slim/test_copies.py::test_a_copy_is_one_of_its_own',
-           'a tensor that stands in two places is one in the copy',
-           'if id(tensor) not in memo:', 'if True:'),
+           'a tensor with a history is copied detached', 'if not tensor.is_leaf:', 'if False:'),
     Mutant('cache-note', _COPYING, 'test_slim/test_copies.py::test_slim_after_training_forwards',
            'the size that a cache is for goes with the cache',
            'for name in [*kept, *(notes if', 'for name in [*kept, *([] if'),
