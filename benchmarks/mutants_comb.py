@@ -270,8 +270,8 @@ MUTANTS: tuple[Mutant, ...] = (
            'test_comb/test_pointwise.py::test_a_view_of_what_no_longer_vanishes_is_found_by_the_trial',
            'a view of what was overwritten is tried',
            'self.run.record.notes.add(Note.OVERWRITTEN)', 'pass'),
-    Mutant('cached', _OBSERVE, 'test_slim/test_traps.py::test_a_weight_that_a_forward_cached_leaves_no_trace_and_stays',
-           'a weight that a forward cached is tried',
+    Mutant('cached', _OBSERVE, 'test_slim/test_traps.py::test_a_weight_that_is_cached_on_another_object_is_tried',
+           'a weight that a forward cached on an object is tried',
            'run.record.notes.add(Note.CACHED)', 'pass'),
     # -- conflicts, and sizes that are computed with
     Mutant('conflicts', _CONFLICTS, 'test_comb/test_conflicts.py::test_one_line_with_two_widths_couples_them',

@@ -7,6 +7,7 @@ from .mutant import Mutant
 _MASK, _SLIMMING, _STRUCTURE = 'mmcpd/slim/mask.py', 'mmcpd/slim/slimming.py', 'mmcpd/slim/structure.py'
 _CHECK, _FAULTS = 'mmcpd/slim/check_structure.py', 'test_slim/test_check_structure.py'
 _TRIAL, _ATTENTION, _SITES = 'mmcpd/slim/trial.py', 'mmcpd/slim/attention.py', 'mmcpd/slim/call_sites.py'
+_COPYING, _PICKLING = 'mmcpd/slim/copying.py', 'mmcpd/slim/pickling.py'
 _EXPRESSIONS, _SHAPES = 'mmcpd/slim/size_expressions.py', 'mmcpd/slim/shape_attributes.py'
 
 # fmt: off
@@ -201,6 +202,36 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant('trial-finite', _TRIAL, 'test_comb/test_api.py::test_an_output_that_is_not_finite',
            'an output that is not finite is an error',
            '    if error == NOT_FINITE:\n', '    if False:\n'),
+    # -- copies
+    Mutant('copy-history', _COPYING, 'test_slim/test_copies.py::test_a_copy_is_one_of_its_own',
+           'a tensor with a history is copied detached', 'if not tensor.is_leaf:', 'if False:'),
+    Mutant('cache-note', _COPYING, 'test_slim/test_copies.py::test_slim_after_training_forwards',
+           'the size that a cache is for goes with the cache',
+           'for name in [*kept, *(notes if', 'for name in [*kept, *([] if'),
+    Mutant('cache-state', _COPYING, 'test_slim/test_copies.py::test_constants_and_state_stay',
+           'what a forward reads of the last one is no cache',
+           'and not read & {id(tensor) for tensor in tensors_in(old)}', ''),
+    Mutant('cache-forget', _COPYING, 'test_slim/test_copies.py::test_a_cache_is_not_in_the_slim_model',
+           'a cache is not copied', 'here[cache.name] = copy.copy(cache.before)', 'pass'),
+    Mutant('hook-anew', _COPYING, 'test_slim/test_copies.py::test_torchs_own_prune_is_made_permanent_in_the_slim_model',
+           'what a hook keeps is made anew of the kept rows', 'hook(module, ())', 'pass'),
+    Mutant('expanded', _COPYING, 'test_slim/test_copies.py::test_an_expanded_tensor_stays_the_same_object',
+           'an expanded tensor gets its own memory', 'tensor.data = tensor.data.contiguous()', 'pass'),
+    # -- what other methods read
+    Mutant('follow-run', _SLIMMING, 'test_slim/test_after_slimming.py::test_a_number_that_the_forward_compares_stays',
+           'a number that a forward reads does not follow',
+           'if len(found) == 1 and not methods.run_reads(kind, base):', 'if found:'),
+    Mutant('follow-side', _SHAPES, 'test_slim/test_after_slimming.py::test_what_follows_by_name_by_side_and_by_size',
+           'an input width follows input widths', "_INSIDE if words & _IN else", "_INSIDE if False else"),
+    Mutant('follow-word', _SHAPES, 'test_slim/test_after_slimming.py::test_what_follows_by_name_by_side_and_by_size',
+           'a number of heads is no width', 'and not words & _NO_WIDTHS and', 'and'),
+    # -- copies of rewritten modules
+    Mutant('pickle-graph', _PICKLING, 'test_slim/test_pickling.py::test_copies_compute_what_the_slim_model_computes',
+           'a graph whose source was changed is copied with the change',
+           "    if hasattr(kind, '__deepcopy__'):\n", '    if False:\n'),
+    Mutant('pickle-rewrite', _PICKLING, 'test_slim/test_pickling.py::test_copies_compute_what_the_slim_model_computes',
+           'a pickle has the sizes', '    module = build(*arguments)\n    rewrite_(module, rewrites)\n',
+           '    module = build(*arguments)\n'),
     Mutant('trial-awkward', _TRIAL, 'test_slim/test_trial.py::test_random_keep',
            'no two groups of one size keep equally many units',
            'taken[group.units, count] += 1', 'pass'),

@@ -73,6 +73,24 @@ class Frozen:
     reason: str
 
 
+class LayerKind(StrEnum):
+    """What a layer does, as reports tell them apart."""
+
+    ATTENTION = 'attention'  # queries, keys and values
+    CONVOLUTION = 'convolution'
+    LINEAR = 'linear'
+    NORM = 'norm'
+
+
+@dataclass(frozen=True)
+class Widths:
+    """How many channels the layers of one kind have, and how many of them can go; the model's outputs left out."""
+
+    kind: LayerKind
+    prunable: int
+    total: int
+
+
 class OperationAt(NamedTuple):
     """An operation, and the path of the module that ran it."""
 
@@ -141,6 +159,7 @@ class Coupling:
         fixes: what slimming does beyond slicing.
         tensors: every parameter and buffer, by name.
         example: what it was combed with.
+        widths: how many channels can go, by the kinds of layers.
         caches: what its forwards keep on modules, which no copy takes along.
         untried: why no trial was held where one was due; empty if it was.
     """
@@ -152,6 +171,7 @@ class Coupling:
     fixes: Fixes
     tensors: Mapping[str, TensorInfo]
     example: Example = field(repr=False)
+    widths: tuple[Widths, ...] = ()
     caches: tuple[Cache, ...] = ()
     untried: str = ''
 
@@ -278,6 +298,11 @@ class Coupling:
                 prunable += round(size * (1 - float(fixed)))
         return prunable, total
 
+    def prunable_channels(self) -> tuple[int, int]:
+        """Return (channels that can go, all channels) of the layers' outputs, those of the model itself left out."""
+        made = [widths for widths in self.widths if widths.kind is not LayerKind.NORM]
+        return sum(widths.prunable for widths in made), sum(widths.total for widths in made)
+
     def reasons(self) -> Counter[str]:
         """Return how many rows each reason freezes, kernel sizes left out."""
         counts: Counter[str] = Counter()
@@ -288,7 +313,7 @@ class Coupling:
     def __str__(self) -> str:
         """Return the groups, what is frozen and why, and the operations without a rule, as a table."""
         cost, saved = self.cost(self.keep()), self.marginal(self.keep())
-        prunable, total = self.prunable()
+        (prunable, total), (channels, width) = self.prunable(), self.prunable_channels()
         rows: list[tuple[str, ...]] = [('group', 'units', 'rows', 'producers', 'consumers', 'MACs saved by one unit')]
         for group in self.groups:
             count = sum(m.index.shape[1] for m in group.members)
@@ -298,9 +323,14 @@ class Coupling:
         head = (
             f'{len(self.groups)} groups, {self.units} units; {cost.macs / 1e6:,.1f} M MACs, '
             f'{cost.params / 1e6:,.2f} M parameters ({prunable / max(total, 1):.1%} prunable), '
-            f'{cost.memory / 2**20:,.1f} MiB of activations'
+            f'{cost.memory / 2**20:,.1f} MiB of activations; {channels / max(width, 1):.1%} of the channels prunable'
         )
-        lines = [head, '', *aligned(rows), '', *(aligned(frozen) if len(frozen) > 1 else [])]
+        kinds = [('channels of', 'prunable', 'frozen')]
+        kinds += [(w.kind, str(w.prunable), str(w.total - w.prunable)) for w in self.widths]
+        lines = [head, '', *aligned(rows), '']
+        for table in (kinds, frozen):
+            lines += [*aligned(table), ''] if len(table) > 1 else []
+        lines = lines[: -1 if lines[-1] == '' else None]
         for (op, where), n in self.unsupported.items():
             lines.append(
                 f'no rule for {op} in {where} (x{n}): what goes through it is frozen until it has one (docs/design.md)'
@@ -314,7 +344,7 @@ class Coupling:
         places: dict[str, list[str]] = {}
         rows: Counter[str] = Counter()
         for reason, count in self.reasons().items():
-            text = re.sub(r' (in|\(read by) ([\w.]+|the model itself)\)?$', '', reason)
+            text = re.sub(r' (in|\(read by) ([\w.]+|the model itself)\)?( \([\w.<>-]+:\d+\))?$', '', reason)
             places.setdefault(text, []).append(reason)
             rows[text] += count
         more = {text: f' and {len(found) - 1} more' if len(found) > 1 else '' for text, found in places.items()}

@@ -73,6 +73,7 @@ class SizeRule:
     expression: Expression
     target: Live | int
     site: CallSite | None
+    where: str = ''  # the module and the source line, for messages
 
 
 @dataclass(frozen=True)

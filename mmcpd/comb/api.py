@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..coupling import Cache, Coupling, Example, arguments
+from ..errors import CombError, first_line
 from ..fixes import Fixes
 from ..slim.attention import replacement
 from ..slim.copying import restored
-from ..slim.trial import Outcome, trial_of
+from ..slim.trial import FAILURES, Outcome, trial_of
 from .conflicts import couple_conflicts_
 from .grouping import coupled_by_groups, group, heads_of
 from .observe import observe
@@ -54,7 +57,8 @@ def comb(
 
     Raises:
         CombError: if the output holds no tensor, or one that is not finite where a trial is held; with `strict`, if
-            an operation has no rule.
+            an operation has no rule; if a module waits for its first forward to get its shapes, or if a dictionary is
+            given to a model that takes its entries.
         ValueError: for an unknown `heads`, or an `ignore` that matches nothing.
 
     Source: arXiv 2408.03046, section III-A; the algorithm is described in `docs/design.md`.
@@ -71,7 +75,7 @@ def comb(
     caches: list[Cache] = []
 
     def observed(policy: Policy) -> Record:
-        with restored(model, caches):
+        with restored(model, caches), explaining(model, example):
             return observe(model, example, policy)
 
     def grouped(faults: Mapping[str, str] | None = None) -> Coupling:
@@ -91,6 +95,26 @@ def comb(
     tried = trial_of(model, found, gradients=gradients_are_due(model, record)) if due else Outcome({})
     found = grouped(tried.faults) if tried.faults else found
     return replace(found, untried=tried.untried)
+
+
+@contextmanager
+def explaining(model: nn.Module, example: Example) -> Iterator[None]:
+    """Say in one line what a model needs that cannot be run as it is."""
+    for path, module in model.named_modules():
+        if any(map(is_lazy, (*module.parameters(recurse=False), *module.buffers(recurse=False)))):
+            kind = type(module).__name__
+            raise CombError(
+                f'{path or "the model itself"} ({kind}) has no shapes yet: run the model once, then comb it'
+            )
+    try:
+        yield
+    except FAILURES as error:
+        if example.forward is operator.call and len(example.inputs) == 1 and isinstance(example.inputs[0], Mapping):
+            raise CombError(
+                f'the model does not take a dictionary as its one input ({first_line(error)}): give comb '
+                '`forward=lambda model, inputs: model(**inputs)`'
+            ) from error
+        raise
 
 
 def trial_is_due(model: nn.Module, record: Record, found: Coupling) -> bool:

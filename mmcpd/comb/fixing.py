@@ -10,6 +10,7 @@ from torch import nn
 from ..fixes import Attr, CallSite, Fixes, Live, QueryScale, Rows, SizeRule, Statistic
 from ..slim.attention import replacement
 from ..slim.call_sites import call_site
+from ..slim.places import place_name
 from ..slim.size_expressions import leaves
 from .atoms import Row
 from .record import Equation, Lookup, Record, ScaledQuery
@@ -43,7 +44,8 @@ def _sizes(model: nn.Module, equations: list[Equation], live: Sequence[bool]) ->
         by_attributes = leaves(equation.expression, Attr) and not leaves(equation.expression, Live)
         widths = leaves(equation.expression, Live) + ([equation.target] if isinstance(equation.target, Live) else [])
         if by_attributes or any(live[width.axis] for width in widths):
-            yield SizeRule(equation.expression, equation.target, _site(modules, equation))
+            where = place_name(equation.module, equation.spot)
+            yield SizeRule(equation.expression, equation.target, _site(modules, equation), where)
 
 
 def _site(modules: Mapping[str, nn.Module], equation: Equation) -> CallSite | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
@@ -9,12 +10,14 @@ import torch
 from torch import nn
 
 from ..cost import CostModel, Term
-from ..coupling import Coupling, Example, Frozen, Group, Member, Role, TensorInfo
+from ..coupling import Coupling, Example, Frozen, Group, LayerKind, Member, Role, TensorInfo, Widths
 from ..names import match
 from ..slim.mask import named_tensors
 from .fixing import fixes_of, freeze_unscaled
 from .record import ROLES, Lookup, Record
 
+Shapes = dict[str, tuple[int, ...]]
+OUTPUT = 'model output'
 IGNORED = 'ignored by the user'
 UNREAD = 'nothing that ran reads it: it goes into an output that `forward=` drops, or where combing does not see it'
 SINGLE = 'all channels are coupled into a single unit; a group needs two or more'
@@ -50,7 +53,7 @@ def group(
             why[component[row.start + member.index.numpy().flatten()]] = len(record.table.reasons) - 1
     if freeze:
         groups, unit_of = _groups(record, rows, component, why, parameters)
-    return _assembled(model, record, rows, groups, unit_of, _frozen(record, rows, component, why), example)
+    return _assembled(model, record, rows, groups, unit_of, component, why, example)
 
 
 def coupled_by_groups(record: Record) -> frozenset[str]:
@@ -203,10 +206,12 @@ def _assembled(
     rows: Lookup,
     groups: list[Group],
     unit_of: np.ndarray,
-    frozen: list[Frozen],
+    component: np.ndarray,
+    why: np.ndarray,
     example: Example,
 ) -> Coupling:
     parameters = dict(model.named_parameters())
+    shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
     by_dim = {(r.tensor, r.dim): np.arange(r.start, r.start + r.size) for r in rows.rows}
     params = [
         Term(1, tuple(record.number(by_dim[name, dim]) for dim, size in enumerate(parameter.shape) if size > 1))
@@ -216,15 +221,38 @@ def _assembled(
     live = [bool((units >= 0).any()) for units in axes]
     return Coupling(
         groups=tuple(groups),
-        frozen=tuple(frozen),
+        frozen=tuple(_frozen(record, rows, component, why)),
         unsupported=dict(record.unsupported),
         cost_model=CostModel(
             sum(found.units for found in groups), axes, tuple(record.macs), tuple(params), tuple(record.elements)
         ),
         fixes=fixes_of(model, record, rows, live),
-        tensors={name: TensorInfo(tuple(t.shape), name in parameters) for name, t in named_tensors(model).items()},
+        tensors={name: TensorInfo(shape, name in parameters) for name, shape in shapes.items()},
+        widths=_widths(record, rows, unit_of, component, why, shapes),
         example=example,
     )
+
+
+def _widths(
+    record: Record, rows: Lookup, unit_of: np.ndarray, component: np.ndarray, why: np.ndarray, shapes: Shapes
+) -> tuple[Widths, ...]:
+    """Count the channels that each kind of layer produces, and those that norms scale."""
+    atoms = np.concatenate([np.empty(0, np.int64), *record.batched])
+    heads = np.isin(component, component[atoms[atoms >= 0]])
+    reason = why[component]
+    outputs = (reason >= 0) & (np.array([*record.table.reasons, ''])[reason] == OUTPUT)
+    counted: Counter[LayerKind] = Counter()
+    free: Counter[LayerKind] = Counter()
+    for row in (row for row in rows.rows if not row.tensor.endswith('bias')):
+        own = slice(row.start, row.start + row.size)
+        layer = LayerKind.LINEAR if len(shapes[row.tensor]) == 2 else LayerKind.CONVOLUTION
+        made = (rows.role[own] == ROLES.index(Role.PRODUCER)) & ~outputs[own]
+        scaled = rows.role[own] == ROLES.index(Role.AFFINE)
+        parts = {LayerKind.ATTENTION: made & heads[own], layer: made & ~heads[own], LayerKind.NORM: scaled}
+        for kind, part in parts.items():
+            counted[kind] += int(part.sum())
+            free[kind] += int((part & (unit_of[own] >= 0)).sum())
+    return tuple(Widths(kind, free[kind], counted[kind]) for kind in LayerKind if counted[kind])
 
 
 def _frozen(record: Record, rows: Lookup, component: np.ndarray, why: np.ndarray) -> list[Frozen]:

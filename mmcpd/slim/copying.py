@@ -31,8 +31,7 @@ class _Detaching(TorchFunctionMode):
         if func is Tensor.__deepcopy__:
             tensor, memo = args
             if not tensor.is_leaf:
-                if id(tensor) not in memo:
-                    memo[id(tensor)] = tensor.detach().clone()
+                memo[id(tensor)] = tensor.detach().clone()
                 return memo[id(tensor)]
         return func(*args, **(kwargs or {}))
 
@@ -63,7 +62,7 @@ def restored(model: nn.Module, caches: list[Cache]) -> Iterator[None]:
 
     Parameters, buffers and modules that the forward made stay, with what their module noted about them.
     """
-    before = {module: _Snapshot(module) for module in model.modules()}
+    before = {m: _Snapshot(m) for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)}
     names = {module: path for path, module in model.named_modules()}
     reads = _Reads([t for snapshot in before.values() for t in snapshot.with_history()])
     try:

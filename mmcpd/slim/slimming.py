@@ -211,7 +211,8 @@ def planned_sizes(
     new = {**attributes, **changes}
     unsolved = [sizes[n] for n in failed if n < len(sizes)]
     if lost := [rule for rule in unsolved if rule.site is None]:
-        message = f'no attribute makes {show(lost[0].expression)} equal {_target(lost[0], live)}'
+        asked = f'{show(lost[0].expression)} equal {_target(lost[0], live)}'
+        message = f'no attribute makes {asked} in {lost[0].where}'
         raise SizeConflict(message, [pair for rule in lost for pair in _rivals(rule, sizes, live)])
     unsolved += [rule for rule in constants if evaluate(rule.expression, new, live) != rule.target]
     rewrites = _rewrites({rule.site for rule in unsolved if rule.site is not None}, rules, live)
@@ -262,8 +263,9 @@ def _rewrites(places: set[CallSite], rules: Sequence[SizeRule], live: Sequence[i
         number = INFER
         if inferred.get((place.module, place.method, place.text)) != place:
             if dependent := [rule.expression for rule in at[place] if leaves(rule.expression, Input)]:
+                where = f'{place.text} in {place.method} of {place.module or "the model itself"}'
                 text = show(dependent[0])
-                raise SlimError(f'{text} depends on the input too, so that no number can stand in its place')
+                raise SlimError(f'{text} depends on the input too, so that no number can stand in its place: {where}')
             numbers = {_target(rule, live) for rule in at[place]}
             if len(numbers) > 1:
                 where = place.module or 'the model itself'

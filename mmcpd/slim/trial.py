@@ -24,6 +24,7 @@ from ..random_state import draws
 from .compare import compare, compare_gradients, evaluating
 from .copying import copied
 from .mask import named_tensors
+from .places import raised_at
 
 NOISE = 1_000_003  # random numbers for all weights; a prime, so that rows repeat none
 KEEPS = ((0.5, 0), (0.8, 1))  # what a trial leaves, and the seed of the choice
@@ -150,7 +151,8 @@ class _Trial:
             raise
         except FAILURES as error:
             text = first_line(error)
-            return f'a trial failed: {text if isinstance(error, SlimError) else f"{type(error).__name__}: {text}"}'
+            named = text if isinstance(error, SlimError) else f'{type(error).__name__}: {text}{raised_at(error)}'
+            return f'a trial failed: {named}'
 
     def _difference(self, keeps: Sequence[Keep]) -> str | None:
         tolerance = TOLERANCE.get(next((p.dtype for p in self.model.parameters()), torch.float32), 1e-3)

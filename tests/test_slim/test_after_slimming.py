@@ -240,6 +240,7 @@ def test_what_follows_by_name_by_side_and_by_size() -> None:
     assert followed('in_features', 8, [sizes]) == {3} and followed('out_features', 6, [sizes]) == {2}
     assert followed('in_planes', 8, [sizes]) == {3} and followed('out_dims', 6, [sizes]) == {2}
     assert followed('embed_dims', 8, [sizes]) == {3} and followed('widths[1]', 7, [sizes]) == set()
+    assert followed('head_dims', 8, [sizes]) == followed('stage_width', 6, [sizes]) == set()
     assert followed('num_heads', 8, [sizes]) == followed('patch', 6, [sizes]) == set()
     small = Layer.of(nn.Linear(3, 4), nn.Linear(2, 4))
     assert followed('dim', 3, [small]) == set() and followed('in_channels', 3, [small]) == {2}

@@ -186,7 +186,7 @@ def test_a_copy_is_one_of_its_own() -> None:
 
 
 @pytest.mark.parametrize('kind', ['maps', 'a table of its size', 'tables by size', 'missing at first'])
-def test_a_cache_is_not_in_the_slim_model_and_combing_leaves_none(kind: str) -> None:
+def test_a_cache_is_not_in_the_slim_model(kind: str) -> None:
     model, x = built(kind)
     before = [dict(vars(module)) for module in model.modules()]
     coupling = comb(model, x)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -230,6 +231,24 @@ def test_a_weight_that_a_forward_cached_leaves_no_trace():
     check_equal(inner, found)
     outer = randomise_(Net(lambda m, x: m.inner(m.one(x)), one=conv(3, 3), inner=copy.deepcopy(inner)))
     assert {group.name: group.units for group in comb(outer, IMAGE).groups} == {'one': 3, 'inner.last': 16}
+
+
+class CachedElsewhere(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.store = conv(12, 12), SimpleNamespace(weight=None)
+
+    def forward(self, x):
+        if self.store.weight is None:
+            self.store.weight = self.conv.weight * 2
+        return F.conv2d(x, self.store.weight, padding=1)
+
+
+def test_a_weight_that_is_cached_on_another_object_is_tried():
+    inner = around(CachedElsewhere())
+    found = comb(randomise_(inner), IMAGE)
+    assert [group.name for group in found.groups] == ['last']
+    check_equal(inner, found)
 
 
 def test_a_forward_put_on_an_instance_is_tried():
