@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +20,7 @@ from mmcpd.coupling import Coupling, Group, Keep
 from mmcpd.nested import tensors_in
 from mmcpd.slim import mask_, restructure_, slim, structure
 from mmcpd.slim.compare import evaluating
+from mmcpd.slim.copying import copied
 from mmcpd.slim.trial import random_keep
 
 EXACT = 1e-9  # float64, relative
@@ -67,7 +67,7 @@ def call(coupling: Coupling, model: nn.Module) -> Any:
 
 
 def masked(model: nn.Module, coupling: Coupling, keep: Keep) -> nn.Module:
-    twin = copy.deepcopy(model)
+    twin = copied(model)
     mask_(twin, coupling, keep)
     return twin
 
