@@ -11,6 +11,7 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def strange(value: Any, names: list[str], rng: random.Random) -> Any:
 
 def damage_structure(data: bytes, rng: random.Random) -> bytes:
     """Change one to three values, names, types or nestings of a file's structure; the checksum is put right."""
-    content = torch.load(io.BytesIO(data), weights_only=True)
+    content = _read(data)
     text = content['structure']
     plan = json.loads(text)
     names = sorted(set(re.findall(r'[\w.]{2,}', text)))
@@ -61,8 +62,14 @@ def damage_structure(data: bytes, rng: random.Random) -> bytes:
         if not plan:
             break
     deep = rng.choice([50, 900, 100_000])
-    content['structure'] = json.dumps(plan).replace(f'"{DEEP}"', '[' * deep + ']' * deep, 1)
+    text = json.dumps(plan).replace(f'"{DEEP}"', '[' * deep + ']' * deep, 1)
+    content = content | {'structure': text}
     return written(content | {'checksum': checksum(content)})
+
+
+@lru_cache(maxsize=1)
+def _read(data: bytes) -> dict[str, Any]:
+    return torch.load(io.BytesIO(data), weights_only=True)
 
 
 def written(content: dict[str, Any]) -> bytes:

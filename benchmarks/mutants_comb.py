@@ -9,7 +9,8 @@ _GROUPING, _CONFLICTS, _API = 'mmcpd/comb/grouping.py', 'mmcpd/comb/conflicts.py
 _PRODUCTS, _POINTWISE = 'mmcpd/comb/rules/products.py', 'mmcpd/comb/rules/pointwise.py'
 _MOVEMENT, _STATISTICS = 'mmcpd/comb/rules/movement.py', 'mmcpd/comb/rules/statistics.py'
 _FIXING = 'mmcpd/comb/fixing.py'
-_INT, _ARGUMENTS = 'mmcpd/comb/traced_int.py', 'mmcpd/comb/size_arguments.py'
+_INT, _ARGUMENTS = 'mmcpd/comb/traced_int.py', 'mmcpd/comb/size_equations.py'
+_FRESH = 'mmcpd/comb/fresh.py'
 _COUPLING, _COST = 'mmcpd/coupling.py', 'mmcpd/cost.py'
 
 # fmt: off
@@ -163,7 +164,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant('two-axes', _MOVEMENT,
            'test_comb/test_norms.py::test_filters_that_are_standardised_over_their_inputs_freeze_these',
            'of two axes that meet in one dimension the first stays',
-           "run.freeze(found[keep], f'two axes in one dimension ({call.op}) in {run.where}')", 'pass'),
+           'run.freeze(found[keep], merged)', 'pass'),
     Mutant('shuffle', _MOVEMENT, 'test_comb/test_movement.py::test_data_movement',
            'groups of a channel shuffle stay equally wide',
            "run.tie(axis.atoms.reshape(call.named['groups'], -1).T)", 'pass'),
@@ -287,7 +288,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant('constant-width', _INT,
            'test_slim/test_computed_widths.py::test_a_width_that_became_a_factor_stays_what_it_was',
            'a width that became a factor stays what it was',
-           'record.constants.append(Equation(self.expression, int(self), self.run.module, place))', 'pass'),
+           'record.constants.append(Equation(self.expression, as_int(self), self.run.module, place))', 'pass'),
     Mutant('compared-width', _INT, 'test_slim/test_slimming.py::test_a_width_that_the_forward_checks_is_an_error',
            'a width that a forward compares with an attribute follows it',
            'self.run.record.equalities.append(found)', 'pass'),
@@ -299,10 +300,22 @@ MUTANTS: tuple[Mutant, ...] = (
            '    run.tie(source.reshape(count, -1).T)\n', '    pass\n'),
     Mutant('slice-from-end', _ARGUMENTS, 'test_comb/test_movement.py::test_pieces_of_the_channels',
            'a slice from the end counts the kept channels behind it',
-           '_equation(run, flipped, axis.atoms[place:])', 'pass'),
+           'equation(run, flipped, axis.atoms[place:], where)', 'pass'),
     Mutant('width-of-slice', _ARGUMENTS, 'test_comb/test_movement.py::test_pieces_of_the_channels',
            'a bound of a slice is the number of kept channels before it',
-           '_equation(run, bound, axis.atoms[:place])', 'pass'),
+           'equation(run, value, axis.atoms[:place], where)', 'pass'),
+    Mutant('new-width', _FRESH, 'test_comb/test_recurrent.py',
+           'a tensor that a forward makes is as wide as the channels that it meets',
+           '    equation(run, value, axis.atoms, where)\n', ''),
+    Mutant('kernel-behind', _MOVEMENT, 'test_comb/test_weight_statistics.py',
+           'in a weight seen as a matrix the inputs stay prunable, not the positions of its kernel',
+           'run.depth(other) < run.depth(axis)', 'False'),
+    Mutant('projection-narrower', 'mmcpd/comb/size_arguments.py', 'test_comb/test_recurrent.py',
+           'an LSTM has more hidden units than its projection',
+           '            _keep_projected(self.run, args)\n', '            pass\n'),
+    Mutant('offset-parts', 'mmcpd/comb/rules/regions.py', 'test_comb/test_regions.py',
+           'parts of the channels with offsets of their own stay equally wide',
+           'run.tie(channel.atoms.reshape(parts, -1).T)', 'pass'),
     Mutant('trial-due-replaced', _API, 'test_slim/test_traps.py::test_a_forward_put_on_an_instance_is_tried',
            'a replaced module, or a forward of its own on an instance, is tried',
            'found.fixes != Fixes() or special)', 'found.fixes != Fixes())'),

@@ -145,7 +145,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant('structure-made', _CHECK, _FAULTS,
            'what a first forward makes is bounded', 'if made > MADE:', 'if False:'),
     Mutant('structure-count', _CHECK, _FAULTS,
-           'no call has more sizes than a tensor has dimensions', 'index < count <= DIMS', 'index < count'),
+           'no call has more sizes than a tensor has dimensions', '0 <= count <= DIMS and', '0 <= count and'),
     Mutant('structure-untouched', _CHECK, _FAULTS,
            'a check leaves the classes of a model as they were', 'module.__class__ = kind', 'pass'),
     Mutant('file-checksum', 'mmcpd/engine/slim_file.py', 'test_engine/test_slim_content.py',

@@ -118,6 +118,16 @@ def arguments(inputs: object) -> tuple[object, ...]:
     return inputs if isinstance(inputs, tuple) else (inputs,)
 
 
+@dataclass(frozen=True)
+class Cache:
+    """An attribute that a forward keeps a tensor on, or the size that it is for; the next forward makes it anew."""
+
+    module: str  # its path
+    name: str
+    missing: bool  # whether there was no such attribute before
+    before: object  # what stood there
+
+
 # -- a whole model -----------------------------------------------------------------------------------------------------
 @dataclass(frozen=True, eq=False)
 class Coupling:
@@ -131,6 +141,7 @@ class Coupling:
         fixes: what slimming does beyond slicing.
         tensors: every parameter and buffer, by name.
         example: what it was combed with.
+        caches: what its forwards keep on modules, which no copy takes along.
         untried: why no trial was held where one was due; empty if it was.
     """
 
@@ -141,6 +152,7 @@ class Coupling:
     fixes: Fixes
     tensors: Mapping[str, TensorInfo]
     example: Example = field(repr=False)
+    caches: tuple[Cache, ...] = ()
     untried: str = ''
 
     @property
@@ -291,8 +303,9 @@ class Coupling:
         return [(places[text][0] + more[text], count) for text, count in rows.most_common()]
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """Return everything but the example as JSON, and save it where a path is given."""
-        text = json.dumps(_plain({f.name: getattr(self, f.name) for f in fields(self) if f.name != 'example'}))
+        """Return everything but the example and the caches as JSON, and save it where a path is given."""
+        left_out = ('example', 'caches')
+        text = json.dumps(_plain({f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}))
         if path is not None:
             with whole(Path(path)) as unfinished:
                 unfinished.write_text(text, encoding='utf-8')

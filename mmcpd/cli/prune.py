@@ -110,7 +110,8 @@ def prepare(cfg: Config, request: Request) -> Dense:
     stages = Stages()
     with tempfile.TemporaryDirectory() as folder:
         path = loadable(cfg, request.checkpoint, Path(folder))  # a pruned training checkpoint is slimmed first
-        meta, model = read_checkpoint(path).get('meta', {}), load_any(cfg, path)
+        model = load_any(cfg, path)
+        meta = read_checkpoint(path)['meta']
     shape, module = meta.get('input_shape'), model.to(request.device)
     with stages('read pictures') as progress:
         batches = pictures(

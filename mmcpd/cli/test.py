@@ -19,8 +19,9 @@ from mmcpd.cli.checks import check_checkpoint, check_data, check_folder
 from mmcpd.cli.common import add_runner_options
 from mmcpd.cli.configs import read_config, set_runner_options
 from mmcpd.cli.runner import build_runner, run
-from mmcpd.engine.checkpoints import STATE, read_checkpoint
+from mmcpd.engine.checkpoints import read_checkpoint
 from mmcpd.engine.compat import start_processes
+from mmcpd.engine.pruning_state import STATE
 from mmcpd.engine.saving import use_checkpoint
 from mmcpd.engine.slim_file import is_slim
 from mmcpd.engine.stage import stage_of

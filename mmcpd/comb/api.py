@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor, nn
 
-from ..coupling import Coupling, Example, arguments
+from ..coupling import Cache, Coupling, Example, arguments
 from ..fixes import Fixes
 from ..slim.attention import replacement
+from ..slim.copying import restored
 from ..slim.trial import Outcome, trial_of
 from .conflicts import couple_conflicts_
 from .grouping import coupled_by_groups, group, heads_of
@@ -67,19 +68,28 @@ def comb(
         raise ValueError(f'heads must be one of {HEADS}, not {heads!r}')
     ignore = [ignore] if isinstance(ignore, str) else ignore
     example = Example(arguments(inputs), forward or operator.call, tuple(also))
-    record = observe(model, example, Policy())
+    caches: list[Cache] = []
+
+    def observed(policy: Policy) -> Record:
+        with restored(model, caches):
+            return observe(model, example, policy)
+
+    def grouped(faults: Mapping[str, str] | None = None) -> Coupling:
+        return replace(group(model, record, example, ignore, faults), caches=tuple(caches))
+
+    record = observed(Policy())
     whole = heads_of(record) if heads == 'head' else None
     if whole is not None:
-        record = observe(model, example, Policy(whole))
+        record = observed(Policy(whole))
     if narrowed := coupled_by_groups(record):
-        record = observe(model, example, Policy(whole, narrowed))
+        record = observed(Policy(whole, narrowed))
     if strict:
         check_strict(record)
     couple_conflicts_(model, record, example)
-    found = group(model, record, example, ignore)
+    found = grouped()
     due = trial and trial_is_due(model, record, found)
     tried = trial_of(model, found, gradients=gradients_are_due(model, record)) if due else Outcome({})
-    found = group(model, record, example, ignore, tried.faults) if tried.faults else found
+    found = grouped(tried.faults) if tried.faults else found
     return replace(found, untried=tried.untried)
 
 

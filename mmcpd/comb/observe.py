@@ -13,9 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..coupling import Example
 from ..errors import CombError
-from ..nested import tensors_in
+from ..nested import named_tensors_in, tensors_in
 from ..slim.compare import evaluating
 from ..slim.mask import named_tensors
+from .fresh import resolve_
 from .record import Note, Record
 from .rules import apply
 from .size_arguments import observing_sizes
@@ -38,9 +39,11 @@ def observe(model: nn.Module, example: Example, policy: Policy) -> Record:
             if not hasattr(tensor, AXES):  # a parameter that two modules share has one set of atoms
                 run.set(tensor, run.record.table.add(name, tensor))
                 marked.append(tensor)
+        run.real = run.record.table.size
+        marked += _hold_plain(model, run)
         with (
             evaluating(model),
-            _module_paths(model, run.cursor),
+            _module_paths(model, run),
             observing_sizes(model, run),
             _own_backwards(run),
             _Dispatch(run),
@@ -54,6 +57,7 @@ def observe(model: nn.Module, example: Example, policy: Policy) -> Record:
         for tensor in results:
             run.freeze_all(tensor, 'model output')
         _forget_cached(model, run, marked)
+        resolve_(run.record, run.real)
     finally:
         for tensor in marked + given:
             for name in (AXES, INPUT):
@@ -102,12 +106,13 @@ class _Dispatch(TorchDispatchMode):
 
 
 @contextmanager
-def _module_paths(model: nn.Module, cursor: Cursor) -> Iterator[None]:
+def _module_paths(model: nn.Module, run: Run) -> Iterator[None]:
     """Keep `cursor.path` at the path of the running module.
 
     Raises:
         CombError: at a scripted or traced module, whose Python code does not run.
     """
+    cursor = run.cursor
     with ExitStack() as stack:
         for name, module in model.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
@@ -116,15 +121,26 @@ def _module_paths(model: nn.Module, cursor: Cursor) -> Iterator[None]:
                     f'{where} is compiled by torch.jit, and cannot be observed; comb the module it was made of'
                 )
 
-            def enter(_m: nn.Module, _i: Any, name: str = name) -> None:
+            def enter(_m: nn.Module, inputs: Any, name: str = name) -> None:
                 cursor.path.append(name)
+                cursor.widths.append(_widths(run, inputs))
 
-            def leave(_m: nn.Module, _i: Any, _o: Any) -> None:
+            def leave(_m: nn.Module, _i: Any, out: Any) -> None:
                 cursor.path.pop()
+                cursor.widths.pop()
+                cursor.widths[-1].update(_widths(run, out))
 
             stack.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
             stack.callback(module.register_forward_hook(leave, always_call=True).remove)
         yield
+
+
+def _widths(run: Run, values: Any) -> set[int]:
+    """Return the numbers of channels of what a module was given or gave."""
+    values = values if isinstance(values, (list, tuple)) else (values,)
+    with torch._C.DisableTorchFunction():  # sizes that nobody asked for are no sizes of the forward
+        axes = [axis for tensor in values if isinstance(tensor, Tensor) for axis in run.axes(tensor)]
+    return {len(axis) for axis in axes if axis is not None}
 
 
 @contextmanager
@@ -146,6 +162,20 @@ def _own_backwards(run: Run) -> Iterator[None]:
         yield
     finally:
         function.apply = apply
+
+
+def _hold_plain(model: nn.Module, run: Run) -> list[Tensor]:
+    """Freeze the channels of tensors that modules hold beside parameters and buffers, and return these tensors."""
+    held: list[Tensor] = []
+    for path, module in model.named_modules():
+        own = {name: value for name, value in vars(module).items() if not name.startswith('_')}
+        for name, tensor in named_tensors_in(own).items():
+            if tensor.dim() and not hasattr(tensor, AXES):
+                reason = f'{path}.{name} is neither a parameter nor a buffer: `register_buffer` lets it be cut'
+                run.set(tensor, [run.new_axis(size, False) if size > 1 else None for size in tensor.shape])
+                run.freeze_all(tensor, reason.lstrip('.'))
+                held.append(tensor)
+    return held
 
 
 def _forget_cached(model: nn.Module, run: Run, marked: list[Tensor]) -> None:

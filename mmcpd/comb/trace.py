@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -37,6 +38,7 @@ class Cursor:
 
     paths: dict[nn.Module | None, str]  # of each module
     path: list[str] = field(default_factory=lambda: [''])  # of the running modules, the innermost last
+    widths: list[set[int]] = field(default_factory=lambda: [set()])  # of channels that they met
     function: str = ''  # the Python function that runs, as its caller sees it
     names: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # one of the atoms tied to each
 
@@ -70,6 +72,7 @@ class Run:
 
     def __init__(self, policy: Policy, cursor: Cursor) -> None:
         self.policy, self.record, self.cursor = policy, Record(), cursor
+        self.real = 0  # atoms of parameters and buffers; those of tensors that the forward makes come behind them
         self.counts = True  # whether what runs now is part of the model's cost
         self.storages = Storages()
 
@@ -96,6 +99,11 @@ class Run:
         if any(fitting):
             self.storages.note(tensor, fitting)
 
+    def of_weights(self, tensor: Tensor) -> bool:
+        """Say whether a tensor is made of parameters and buffers alone, or a number."""
+        axes = [axis for axis in self.axes(tensor) if axis is not None]
+        return all(axis.weight for axis in axes) if axes else tensor.numel() == 1
+
     def origin(self, tensor: Tensor) -> str:
         """Say whose the channels of a tensor are that no layer produces."""
         return "the model's input channels" if hasattr(tensor, INPUT) else 'channels that no layer produces'
@@ -110,6 +118,23 @@ class Run:
             self.record.table.equate(left.atoms, right.atoms, f'{what} with a fixed position in {self.where}')
         else:
             self.freeze(left or right, f'{what} with channels that no layer produces in {self.where}')
+
+    def new_axis(self, size: int, zero: bool) -> Axis:
+        """Make an axis of a tensor that the forward made anew; see `mmcpd.comb.fresh`."""
+        table = self.record.table
+        table.size += size
+        return Axis(np.arange(table.size - size, table.size), zero)
+
+    def layered(self, tensor: Tensor) -> bool:
+        """Say whether a tensor has channels of a parameter or buffer, not of what the forward made anew alone."""
+        atoms = [axis.atoms for axis in self.axes(tensor) if axis is not None]
+        return any(bool(((each >= 0) & (each < self.real)).any()) for each in atoms)
+
+    def depth(self, axis: Axis) -> int:
+        """Return the dimension of the parameter that the atoms of an axis come from; positions lie behind channels."""
+        rows, atom = self.record.table.rows, int(axis.atoms.max())
+        found = bisect_right(rows, atom, key=lambda row: row.start) - 1
+        return rows[found].dim if 0 <= atom < self.real else 0
 
     def freeze(self, axis: Axis | None, reason: str) -> None:
         if axis is not None:
@@ -126,19 +151,24 @@ class Run:
     def tie(self, atoms: np.ndarray) -> None:
         """Make all columns of `(n, k)` atoms equal, row by row; fixed positions are passed over."""
         first = atoms.max(axis=1)  # an atom wherever the row has one
-        names, table = self.cursor.names, self.record.table
-        if len(names) < table.size:
-            names = self.cursor.names = np.arange(table.size)
+        names, table = self._names(), self.record.table
         for column in atoms.T:
             both = (column >= 0) & (first >= 0)
             table.equate(column[both], first[both], '')
             names[column[both]] = names[first[both]]
 
+    def _names(self) -> np.ndarray:
+        """Return the names of all atoms that there are by now."""
+        names, size = self.cursor.names, self.record.table.size
+        if len(names) < size:
+            self.cursor.names = np.concatenate([names, np.arange(len(names), size)])
+        return self.cursor.names
+
     def tied_names(self, atoms: Tensor) -> Tensor:
         """Return one name for atoms that were tied, as int32; `FIXED` stays."""
         if not len(self.cursor.names):
             return atoms
-        names = torch.from_numpy(self.cursor.names.astype(np.int32))
+        names = torch.from_numpy(self._names().astype(np.int32))
         return torch.where(atoms >= 0, names[atoms.clamp(min=0)], atoms)
 
     # -- what else the record holds ----------------------------------------------------------------------------------

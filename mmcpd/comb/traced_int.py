@@ -1,4 +1,4 @@
-"""An integer that remembers where it came from, and stays so under `+ - * // %`."""
+"""An integer that remembers where it came from, and stays so under `+ - * // % >> <<`."""
 
 from __future__ import annotations
 
@@ -9,20 +9,26 @@ from typing import Any
 from torch import Tensor
 
 from ..fixes import Equality, Expression, Live, Op
-from ..slim.call_sites import LEFT, RIGHT, spot
+from ..slim.call_sites import spot
+from ..slim.replace_sizes import LEFT, RIGHT
 from ..slim.size_expressions import OPERATORS, leaves, may_change
 from .record import Equation, Note
 from .trace import Run
 
 
+def as_int(value: Any) -> int:
+    """Return the plain number of a size, without a note that the forward took it, which `int` makes."""
+    return int.__int__(value) if isinstance(value, int) else int(value)
+
+
 def expression(value: int) -> Expression:
     """Return where an integer came from; a plain one is itself."""
-    return value.expression if isinstance(value, TracedInt) else int(value)
+    return value.expression if isinstance(value, TracedInt) else as_int(value)
 
 
 def of_run(value: Any, run: Run | None) -> Any:
     """Return a traced integer, or the plain one where another run left it in somebody's cache."""
-    return int(value) if isinstance(value, TracedInt) and value.run is not run else value
+    return as_int(value) if isinstance(value, TracedInt) and value.run is not run else value
 
 
 def _binary(symbol: str, swap: bool = False) -> Callable[[TracedInt, Any], Any]:
@@ -36,7 +42,7 @@ def _binary(symbol: str, swap: bool = False) -> Callable[[TracedInt, Any], Any]:
             return NotImplemented
         other = of_run(other, self.run)
         left, right = (other, self) if swap else (self, other)
-        value = function(int(left), int(right))
+        value = function(as_int(left), as_int(right))
         return TracedInt.of(value, Op(symbol, expression(left), expression(right)), self.run)
 
     return method
@@ -48,7 +54,7 @@ def _ordered(name: str) -> Callable[[TracedInt, Any], Any]:
     def method(self: TracedInt, other: Any) -> Any:
         run = self.run
         by_torch = sys._getframe(1).f_globals.get('__name__', '').startswith('torch.')
-        if run is not None and isinstance(other, int) and int(other) > 1 and not by_torch:
+        if run is not None and isinstance(other, int) and as_int(other) > 1 and not by_torch:
             for width in leaves(self.expression, Live) + leaves(expression(of_run(other, run)), Live):
                 run.record.table.freeze(run.atoms_of(width), f'compared in size in {run.where}')
         return getattr(int, name)(self, other)
@@ -86,8 +92,26 @@ class TracedInt(int):
             record.notes.add(Note.WIDTH_COMPUTED)
             place = spot(side, 0)
             if place is not None:
-                record.constants.append(Equation(self.expression, int(self), self.run.module, place))
-        return int(self)
+                record.constants.append(Equation(self.expression, as_int(self), self.run.module, place))
+        return as_int(self)
+
+    def __rshift__(self, other: int) -> Any:
+        return self // (1 << as_int(other))
+
+    def __lshift__(self, other: int) -> Any:
+        return self * (1 << as_int(other))
+
+    def __divmod__(self, other: Any) -> Any:
+        return self // other, self % other
+
+    def __pos__(self, *_: Any) -> TracedInt:
+        return self
+
+    __round__ = __floor__ = __ceil__ = __pos__
+
+    def __int__(self) -> int:
+        """Return the number alone: what a forward works out from it keeps the value of the dense model."""
+        return self.as_number(LEFT)
 
     def __float__(self) -> float:
         return float(self.as_number(LEFT))
@@ -120,7 +144,7 @@ class TracedInt(int):
     __lt__, __le__, __gt__, __ge__ = map(_ordered, ('__lt__', '__le__', '__gt__', '__ge__'))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return int, (int(self),)
+        return int, (as_int(self),)
 
     def __deepcopy__(self, memo: Any) -> int:
-        return int(self)
+        return as_int(self)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from mmcpd.random_state import seeded
 from mmcpd.refit import RefitReport, absorb_
 from mmcpd.refit import refit as refit_
 from mmcpd.slim import mask_
+from mmcpd.slim.copying import copied
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +117,7 @@ def prune_at_once(
     def reporting(stage: str) -> Callable[[int, int], None] | None:
         return None if progress is None else lambda done, total: progress(stage, done, total)
 
-    model = copy.deepcopy(model)
+    model = copied(model)
     report = None
     with seeded(seed):
         if scores is None:

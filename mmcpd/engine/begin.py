@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +14,14 @@ from mmcpd.engine.combing import shape_combed
 from mmcpd.engine.pictures import pictures as draw_pictures
 from mmcpd.prune import Pruner
 from mmcpd.rotate import rotate_
+from mmcpd.slim.copying import copied
 
 REFIT = 'refit.txt'
 
 
 def rotate_in_training_(pruner: Pruner) -> str:
     """Sort the dimensions inside the heads of a pruner's model, and return the report."""
-    rotated, example = copy.deepcopy(pruner.model), pruner.coupling.example
+    rotated, example = copied(pruner.model), pruner.coupling.example
     report = str(rotate_(rotated, example.inputs, forward=example.forward))
     take_over_(pruner.model, rotated, pruner.optimizer)
     return report

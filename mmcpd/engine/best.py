@@ -6,7 +6,8 @@ from mmengine.dist import master_only
 from mmengine.hooks import CheckpointHook
 from mmengine.runner import Runner
 
-from mmcpd.engine.checkpoints import STATE, read_checkpoint
+from mmcpd.engine.checkpoints import read_checkpoint
+from mmcpd.engine.pruning_state import STATE
 from mmcpd.engine.stage import stage_of
 from mmcpd.errors import SlimError
 

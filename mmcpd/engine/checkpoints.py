@@ -14,6 +14,7 @@ from torch import nn
 from mmcpd.engine.build import ConfigLike, as_config, build_dense
 from mmcpd.engine.examples import example_data
 from mmcpd.engine.passes import DEPLOYED, TESTING, TRAINING, runs
+from mmcpd.engine.pruning_state import STATE, check_resumable, pruning_state
 from mmcpd.engine.reader import PathLike, readable
 from mmcpd.engine.slim_file import is_slim
 from mmcpd.engine.slim_model import build_slim, build_trained, check_fit
@@ -23,7 +24,6 @@ from mmcpd.errors import SlimError
 from mmcpd.random_state import seeded
 from mmcpd.slim.weights import is_extra_state, weights
 
-STATE = 'mmcpd'  # where the pruning state is in a training checkpoint
 TOLERANCE = 1e-3  # of the largest output, in float32
 
 
@@ -32,13 +32,19 @@ def read_checkpoint(path: PathLike) -> dict[str, Any]:
     """Read any checkpoint as MMEngine does: training checkpoints hold more than weights.
 
     Raises:
-        SlimError: The file is missing, truncated, or no checkpoint.
+        SlimError: The file is missing, truncated, no checkpoint, or it would have to run code.
     """
     with readable(path):
         content = CheckpointLoader.load_checkpoint(os.fspath(path), map_location='cpu', logger='silent')
     if not isinstance(content, dict):
         raise SlimError(f'{path} is not a checkpoint: it holds a {type(content).__name__}')
-    return content if 'state_dict' in content else {'state_dict': content}
+    content = content if 'state_dict' in content else {'state_dict': content}
+    for name in ('state_dict', 'meta'):
+        entries = content.setdefault(name, {})
+        if not isinstance(entries, dict) or not all(isinstance(key, str) for key in entries):
+            raise SlimError(f'{path} is not a checkpoint: its {name} is no table of names')
+    pruning_state(content, path)
+    return content
 
 
 def fill(model: nn.Module, state_dict: Mapping[str, Any], where: PathLike) -> list[str]:
@@ -137,7 +143,9 @@ def check_start(cfg: Config, path: PathLike) -> None:
         SlimError: The checkpoint is unreadable, pruned, slim for a dense model, or of another model.
     """
     checkpoint = read_checkpoint(path)
-    if STATE in checkpoint and not cfg.get('resume'):
+    if cfg.get('resume'):
+        check_resumable(checkpoint, path)
+    elif STATE in checkpoint:
         refuse_pruned(path, checkpoint[STATE])
     weights = student_weights(checkpoint)
     if type_name(trained_config(cfg)) == 'slimmed':
@@ -148,9 +156,10 @@ def check_start(cfg: Config, path: PathLike) -> None:
             f"model = dict(type='mmcpd.slimmed', model=..., structure='{path}')"
         )
     own = build_dense(cfg).state_dict()
-    misfits = [name for name, value in own.items() if name not in weights or weights[name].shape != value.shape]
+    shapes = {name: value.shape for name, value in weights.items() if isinstance(value, torch.Tensor)}
+    misfits = [n for n, value in own.items() if isinstance(value, torch.Tensor) and shapes.get(n) != value.shape]
     if len(misfits) > len(own) / 2:
-        there = tuple(weights[misfits[0]].shape) if misfits[0] in weights else 'missing'
+        there = tuple(shapes[misfits[0]]) if misfits[0] in shapes else 'missing'
         raise SlimError(
             f'{path} is of another model: {len(misfits)} of {len(own)} tensors do not fit, the first is {misfits[0]}, '
             f'{there} there and {tuple(own[misfits[0]].shape)} here'

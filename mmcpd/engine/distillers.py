@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from mmcpd.engine.loss_configs import LOGITS, LossConfig, labels_of, listed
 from mmcpd.engine.teachers import FrozenTeacher, Rehearsal, check_same_input, load_teacher
 from mmcpd.engine.wrappers import DISTILL, StudentWrapper
 from mmcpd.registry import MODELS
+from mmcpd.slim.copying import copied
 
 
 @MODELS.register_module()
@@ -136,7 +136,7 @@ class Distiller(StudentWrapper):
 
     def snapshot_teacher(self, state_dict: Mapping[str, Tensor] | None = None) -> nn.Module:
         """Let a copy of the student, as it is now or with the weights of an earlier snapshot, teach, and return it."""
-        module = copy.deepcopy(self.student)
+        module = copied(self.student)
         if state_dict is not None:
             module.load_state_dict(state_dict)
         if is_distributed():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from mmcpd.engine.at_once import check_label_free, check_way, with_softmax
 from mmcpd.engine.averages import Averages
 from mmcpd.engine.begin import AtOnce, prune_at_once_in_training_, rotate_in_training_
 from mmcpd.engine.best import BestFiles
-from mmcpd.engine.checkpoints import STATE
 from mmcpd.engine.closure import StepClosure
 from mmcpd.engine.comb_hook import comb_options, refuse_unknown
 from mmcpd.engine.combing import comb_runner, shape_combed
@@ -26,6 +24,7 @@ from mmcpd.engine.distillers import Distiller
 from mmcpd.engine.ending import RunWatch, meta_of, say_ended
 from mmcpd.engine.optimizers import optimizer_of, refuse_shards
 from mmcpd.engine.plan import doubts, left_alone, plan
+from mmcpd.engine.pruning_state import STATE, pruning_state
 from mmcpd.engine.reader import trust
 from mmcpd.engine.report import comparison, costs, numbers
 from mmcpd.engine.saving import Proof, keep_unslimmed, refuse_not_finite, rehearse, save_checked
@@ -36,6 +35,7 @@ from mmcpd.names import look_up
 from mmcpd.prune import NORMALIZERS, Pruner, Schedule, check_floors, check_importance
 from mmcpd.prune.selection import Floors
 from mmcpd.registry import HOOKS
+from mmcpd.slim.copying import copied
 
 SLIM, TABLE = 'slim.pth', 'coupling.txt'
 
@@ -154,7 +154,7 @@ class PruneHook(Hook):
             self._resume(runner, loaded)
         elif self._loaded is not None:
             refuse_pruned(runner.cfg.get('load_from') or 'what was loaded', self._loaded)
-        self._untrained = None if 'model' in runner.cfg else copy.deepcopy(bare_model(runner.model))
+        self._untrained = None if 'model' in runner.cfg else copied(bare_model(runner.model))
         coupling = comb_runner(runner, **self.comb_options)
         model = bare_model(runner.model)
         self._stepping = optimizer_of(runner.optim_wrapper, model, coupling)
@@ -258,7 +258,7 @@ class PruneHook(Hook):
             }
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
-        self._loaded = checkpoint.get(STATE)
+        self._loaded = pruning_state(checkpoint, runner.cfg.get('load_from') or 'what was loaded')
 
     def _begin(self, runner: Runner) -> None:
         """Keep the dense model, as a file and as the teacher; then prune at once, or start to score."""

@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import re
+import struct
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ from mmcpd.errors import SlimError, first_line
 PathLike: TypeAlias = str | os.PathLike
 # What reading may raise on bytes that are no checkpoint, or half of one.
 GARBAGE = (RuntimeError, EOFError, ValueError, OSError, LookupError, TypeError, AttributeError, MemoryError,
-           OverflowError, zipfile.BadZipFile)  # fmt: skip
+           AssertionError, ArithmeticError, struct.error, zipfile.BadZipFile)  # fmt: skip
 PICKLE = 2**23  # bytes of a slim file beside the tensors' values
 STATISTICS = ('mean', 'max', 'min', 'current')
 _torch_load = torch.load
@@ -120,10 +121,10 @@ def _load(path: Path, map_location: Any, plain: bool) -> Any:
 
 
 def _refusal(path: Path, error: pickle.UnpicklingError, plain: bool) -> SlimError:
-    found = re.search(r'GLOBAL ([\w.]+(?: of \w+)?)|(?:class|function|callable) ([\w.]+)', str(error))
+    found = re.search(r'(?:GLOBAL|class|function|callable) ([a-zA-Z_]\w*(?:\.\w+)+(?: of \w+)?)', str(error))
     if found is None:
         return SlimError(f'{path} is truncated or not a checkpoint')
-    name = found[1] or found[2]
+    name = found[1]
     if plain:
         return SlimError(f'{path} holds more than weights ({name}), and is not read')
     return SlimError(
@@ -164,7 +165,8 @@ def readable(path: PathLike) -> Iterator[None]:
     except pickle.UnpicklingError as error:
         raise SlimError(f'{path} is truncated or not a checkpoint') from error
     except GARBAGE as error:
-        raise SlimError(f'{path} is truncated or not a checkpoint: {first_line(error)}') from error
+        reason = ascii(first_line(error))[1:-1]  # it may quote the file's own bytes
+        raise SlimError(f'{path} is truncated or not a checkpoint: {reason}') from error
 
 
 # -- MMEngine's reading ------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,9 +17,10 @@ from torch import nn
 from mmcpd.coupling import Coupling, Keep
 from mmcpd.engine.build import HOOKS_OF_OURS
 from mmcpd.engine.checkpoint_hook import WHOLE
-from mmcpd.engine.checkpoints import STATE, load_any, load_dense, read_checkpoint, removed_units
+from mmcpd.engine.checkpoints import load_any, load_dense, read_checkpoint, removed_units
 from mmcpd.engine.combing import comb_by_config
 from mmcpd.engine.proof import proof_batches, prove
+from mmcpd.engine.pruning_state import STATE
 from mmcpd.engine.reader import PathLike
 from mmcpd.engine.report import costs
 from mmcpd.engine.slim_file import is_slim, plain_entries, read_slim, save_slim
@@ -32,6 +32,7 @@ from mmcpd.prune.finite import CURES, broken_tensor
 from mmcpd.random_state import seeded
 from mmcpd.slim import mask_, slim, structure
 from mmcpd.slim.compare import compare
+from mmcpd.slim.copying import copied
 from mmcpd.slim.trial import random_keep
 
 TOLERANCE = 1e-3  # of the largest output, in float32
@@ -88,7 +89,7 @@ class Proof:
     @classmethod
     def of_runner(cls, runner: Runner, untrained: nn.Module | None = None) -> Proof:
         """Prove by a runner's config and data, or by a copy of a model that no config describes."""
-        build = partial(build_fresh, runner.cfg) if untrained is None else partial(copy.deepcopy, untrained)
+        build = partial(build_fresh, runner.cfg) if untrained is None else partial(copied, untrained)
         return cls(build, proof_batches(runner, bare_model(runner.model)))
 
 
@@ -148,7 +149,7 @@ def rehearse(model: nn.Module, coupling: Coupling, proof: Proof) -> None:
     Raises:
         SlimError: what would not fit.
     """
-    keep, masked = random_keep(coupling, 0.5, 0), copy.deepcopy(model)
+    keep, masked = random_keep(coupling, 0.5, 0), copied(model, caches=coupling.caches)
     mask_(masked, coupling, keep)
     with TemporaryDirectory() as folder:
         save_checked(masked, coupling, keep, Path(folder) / 'slim.pth', {}, proof)

@@ -89,9 +89,7 @@ def _check_meta(meta: Any, path: Path) -> None:
         raise SlimError(f'{path} is damaged: its meta is no table by name')
     if any(True for _ in _tensors(meta, 'meta', path)):
         raise SlimError(f'{path} is damaged: its meta holds a tensor')
-    shape = meta.get('input_shape')
-    sizes = type(shape) is list and all(type(n) is int and n > 0 for n in shape)
-    if shape is not None and not (sizes and len(shape) <= DIMS and math.prod(shape) <= PIXELS):
+    if meta.get('input_shape') is not None and not is_shape(meta['input_shape']):
         raise SlimError(f'{path} is damaged: the input_shape in its meta is no shape of an input')
     for key in ('dense', 'slim', 'dataset_meta'):
         if type(meta.get(key, {})) is not dict:
@@ -100,6 +98,18 @@ def _check_meta(meta: Any, path: Path) -> None:
         for name in (*COSTS, 'units'):
             if type(meta.get(key, {}).get(name, 0)) not in (int, float):
                 raise SlimError(f'{path} is damaged: {key}.{name} in its meta is no number')
+
+
+def is_shape(value: object) -> bool:
+    """Say whether a value is the shape of an input, (C, H, W) say, that fits into memory.
+
+    Example:
+        >>> is_shape([3, 32, 32]), is_shape([3, 10**6, 10**6]), is_shape('32')
+        (True, False, False)
+    """
+    if not isinstance(value, list | tuple) or len(value) > DIMS or not all(type(n) is int and n > 0 for n in value):
+        return False
+    return math.prod(value) <= PIXELS
 
 
 def _named(name: object) -> str:

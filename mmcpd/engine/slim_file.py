@@ -106,8 +106,9 @@ def read_slim(path: PathLike) -> dict[str, Any]:
         )
     version = content.get('version')
     if type(version) is not int or version != VERSION:
+        shown = version if version is None or type(version) is int else type(version).__name__
         raise SlimError(
-            f'{path} is a slim checkpoint of version {ascii(version)[:20]}, and mmcpd {__version__} reads version '
+            f'{path} is a slim checkpoint of version {shown}, and mmcpd {__version__} reads version '
             f'{VERSION}: cut it again from its training checkpoint by `mmcpd slim`, or use the mmcpd that wrote it'
         )
     check_content(content, Path(path))

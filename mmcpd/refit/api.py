@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from ..coupling import Coupling, arguments
 from ..nested import tensors_in
 from ..slim.compare import evaluating
+from ..slim.copying import copied
 from ..slim.mask import MaskedForward, kept_rows, mask_, named_tensors
 from ..slim.trial import double
 from .masked_run import MaskedRun
@@ -87,9 +87,9 @@ def refit(
     """
     inputs = [arguments(batch) for batch in batches]
     _check(model, coupling, keep, inputs, ridge, teacher)
-    masked, dense = copy.deepcopy(model), model if teacher is None else teacher
+    masked, dense = copied(model, caches=coupling.caches), model if teacher is None else teacher
     mask_(masked, coupling, keep)
-    refitted = copy.deepcopy(masked)
+    refitted = copied(masked)
     forward, before, after = coupling.example.run, _Distance(), _Distance()
     with evaluating(masked), evaluating(refitted), evaluating(dense):
         targets = DenseRun(dense, kept_rows(coupling, keep), samples)

@@ -33,6 +33,9 @@ class SlimMultiheadAttention(nn.Module):
         self.num_heads, self.scale = num_heads or source.num_heads, scale or source.head_dim**-0.5
         self.dropout, self.batch_first = source.dropout, source.batch_first
         self.in_proj_weight, self.in_proj_bias = source.in_proj_weight, source.in_proj_bias
+        self.q_proj_weight, self.k_proj_weight = source.q_proj_weight, source.k_proj_weight
+        self.v_proj_weight, self.add_zero_attn = source.v_proj_weight, source.add_zero_attn
+        self.bias_k, self.bias_v = source.bias_k, source.bias_v
         self.out_proj = nn.Linear(1, 1, bias=source.out_proj.bias is not None)
         self.out_proj.weight, self.out_proj.bias = source.out_proj.weight, source.out_proj.bias
         self.out_proj.out_features, self.out_proj.in_features = source.out_proj.weight.shape
@@ -40,7 +43,8 @@ class SlimMultiheadAttention(nn.Module):
 
     @property
     def embed_dim(self) -> int:
-        return int(self.in_proj_weight.shape[1])
+        weight = self.q_proj_weight if self.in_proj_weight is None else self.in_proj_weight
+        return int(weight.shape[1])
 
     def arguments(self) -> dict[str, Any]:
         """Return what the class needs beside the source, in plain types."""
@@ -65,17 +69,11 @@ class SlimMultiheadAttention(nn.Module):
             mean = average_attn_weights
             out, probabilities = self.forward(query, key, value, padding, need_weights, attn_mask, mean, is_causal)
             return out.squeeze(batch), probabilities if probabilities is None else probabilities[0]
-        v_rows = self.out_proj.weight.shape[1]
-        qk_rows = (self.in_proj_weight.shape[0] - v_rows) // 2
-        rows = [qk_rows, qk_rows, v_rows]
-        weights = self.in_proj_weight.split(rows)
-        biases = self.in_proj_bias.split(rows) if self.in_proj_bias is not None else (None, None, None)
         if not self.batch_first:
             query, key, value = (t.transpose(0, 1) for t in (query, key, value))
-        q, k, v = (
-            F.linear(t, w, b).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, L, d)
-            for t, w, b in zip((query, key, value), weights, biases, strict=True)
-        )
+        q, k, v = self._project(query, key, value)
+        more = k.shape[2] - key.shape[1]  # positions that the module adds, which no mask hides
+        attn_mask, key_padding_mask = (m if m is None else F.pad(m, (0, more)) for m in (attn_mask, key_padding_mask))
         mask = _merge_masks(attn_mask, key_padding_mask, q, self.num_heads)
         probabilities = None
         if need_weights:
@@ -89,6 +87,25 @@ class SlimMultiheadAttention(nn.Module):
             out = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=self.scale)
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         return (out if self.batch_first else out.transpose(0, 1)), probabilities
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        """Return queries, keys and values, (B, heads, L, d), with the positions that the module adds."""
+        v_rows = self.out_proj.weight.shape[1]
+        weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        packed = weights[0] is None
+        qk_rows = (self.in_proj_weight.shape[0] - v_rows) // 2 if packed else weights[0].shape[0]
+        rows = [qk_rows, qk_rows, v_rows]
+        weights = self.in_proj_weight.split(rows) if packed else weights
+        biases = self.in_proj_bias.split(rows) if self.in_proj_bias is not None else (None, None, None)
+        found: list[Tensor] = []
+        for x, weight, bias, last in zip(
+            (query, key, value), weights, biases, (None, self.bias_k, self.bias_v), strict=True
+        ):
+            x = F.linear(x, weight, bias)
+            x = x if last is None else torch.cat([x, last.expand(len(x), -1, -1)], 1)
+            x = F.pad(x, (0, 0, 0, 1)) if self.add_zero_attn and found else x
+            found.append(x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2))
+        return found
 
 
 def _merge_masks(mask: Tensor | None, padding: Tensor | None, like: Tensor, heads: int) -> Tensor | None:
@@ -114,7 +131,7 @@ class Replacement(NamedTuple):
 
 REPLACEMENTS = {
     'MultiheadAttention': Replacement(
-        lambda m: type(m) is nn.MultiheadAttention and m._qkv_same_embed_dim and m.bias_k is None,
+        lambda m: type(m) is nn.MultiheadAttention,
         SlimMultiheadAttention,
     )
 }

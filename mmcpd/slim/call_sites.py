@@ -27,12 +27,13 @@ from torch.autograd.function import FunctionCtx
 
 from ..errors import SlimError
 from ..fixes import CallSite, CodePlace
+from .pickling import copy_methods
+from .recompile import layers_of, rebuilt
+from .replace_sizes import put
 
 _OURS, _TORCH = ('mmcpd.comb.', 'mmcpd.slim.'), ('torch.',)
-LEFT, RIGHT = -1, -2  # which operand
-SCALE = -3  # of an attention: the number is the width whose square root it divides by
 INFER = -1  # let torch work out the size
-_NODES = (ast.Call, ast.BinOp, ast.AugAssign)
+_NODES = (ast.Call, ast.BinOp, ast.AugAssign, ast.Subscript)
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef)  # a lambda has no name to be compiled under
 
 
@@ -49,10 +50,17 @@ class Spot:
 
 
 def spot(index: int, count: int) -> Spot | None:
-    """Return the place in the nearest caller outside this package; torch's own code, which cannot change, has none."""
-    for frame in _frames():
+    """Return the place in the nearest caller outside this package; torch's own code, which cannot change, has none.
+
+    Functions of torch that are written in Python, as `split`, stand between that caller and this package.
+    """
+    frames = _frames()
+    for frame in frames:
         if _of(frame, _TORCH):
-            return None
+            if frame.f_code.co_name != 'handle_torch_function':
+                return None
+            next(frames, None)  # the function itself
+            continue
         if not _of(frame, _OURS):
             # The module whose method runs in the nearest frame: no hook sees a call like `head.forward(x)`.
             module = next((module for f in _frames(frame) if (module := _module(f)) is not None), None)
@@ -108,17 +116,24 @@ def call_site(module: nn.Module, path: str, place: Spot, inferable: bool = False
         for node in ast.walk(tree) if tree is not None else ():
             if not isinstance(node, _NODES):
                 continue
-            if (node.lineno, node.end_lineno, node.col_offset, node.end_col_offset) == tuple(positions):
+            if tuple(positions) in list(_positions(node)):
                 found = CallSite(path, name, ast.unparse(node), place.index, place.count, inferable)
-                return found if _put(copy.deepcopy(node), place.index, place.count, 1) else None
+                return found if put(copy.deepcopy(node), place.index, place.count, 1) else None
     return None
+
+
+def _positions(node: Any) -> Iterator[tuple[int | None, ...]]:
+    """Yield where byte code says that a node is; a method's call over several lines starts at the method's name."""
+    yield node.lineno, node.end_lineno, node.col_offset, node.end_col_offset
+    name = getattr(node, 'func', None)
+    if isinstance(name, ast.Attribute) and name.end_lineno is not None and name.end_col_offset is not None:
+        yield name.end_lineno, node.end_lineno, name.end_col_offset - len(name.attr), node.end_col_offset
 
 
 def _methods(kind: type) -> Iterator[tuple[str, Any]]:
     """Yield the plain methods and static methods of a class, as its instances find them, without their decorators."""
     for name in dir(kind):
-        raw = inspect.getattr_static(kind, name)
-        function = inspect.unwrap(raw.__func__ if isinstance(raw, staticmethod) else raw)
+        function = layers_of(inspect.getattr_static(kind, name), name)[-1]
         if inspect.isfunction(function) and not (function.__module__ or '').startswith(_TORCH):
             yield name, function
 
@@ -169,7 +184,7 @@ class _Replace(ast.NodeTransformer):
         text = ast.unparse(node) if isinstance(node, _NODES) else ''
         super().generic_visit(node)
         for rewrite in self.rewrites if text in self.texts else ():
-            if rewrite.text == text and _put(node, rewrite.index, rewrite.count, rewrite.number):
+            if rewrite.text == text and put(node, rewrite.index, rewrite.count, rewrite.number):
                 self.done.add(rewrite)
         return node
 
@@ -194,84 +209,18 @@ def rewrite_(module: nn.Module, rewrites: Iterable[Rewrite]) -> None:
     for name in dict.fromkeys(r.method for r in wanted):
         function: Any = functions.get(name)
         tree = _parsed(function) if function is not None else None
-        if tree is None or function.__code__.co_freevars or not isinstance(tree.body[0], _DEFINITIONS):
+        if tree is None or not isinstance(tree.body[0], _DEFINITIONS):
             raise SlimError(f'{kind.__name__}.{name} has no source of its own to put a size into')
         replace = _Replace([r for r in wanted if r.method == name])
         tree = ast.fix_missing_locations(replace.visit(copy.deepcopy(tree)))
         missing = [r.text for r in replace.rewrites if r not in replace.done]
         if missing:
             raise SlimError(f'{kind.__name__}.{name} has no call {missing[0]}: another release of this class?')
-        changed[name] = _compile(tree, function)
-    module.__class__ = type(kind.__name__, (kind,), {'__module__': kind.__module__, 'rewrites': wanted, **changed})
+        changed[name] = rebuilt(inspect.getattr_static(kind, name), name, tree)
+    own = {'__module__': kind.__module__, 'rewrites': wanted, **copy_methods(rewrite_, kind), **changed}
+    module.__class__ = type(kind.__name__, (kind,), own)
 
 
 def rewrites_of(module: nn.Module) -> list[Rewrite]:
     """Return what `rewrite_` did to a module."""
     return list(getattr(type(module), 'rewrites', []))
-
-
-def _compile(tree: ast.Module, function: Any) -> Any:
-    """Compile a method, its decorators included."""
-    space: dict[str, Any] = {}
-    try:
-        exec(compile(tree, inspect.getfile(function), 'exec'), function.__globals__, space)
-    except NameError as error:
-        raise SlimError(f'a decorator of {function.__qualname__} is not found in its module: {error}') from error
-    return space[function.__name__]
-
-
-def _put(node: ast.AST, index: int, count: int, number: int) -> bool:
-    """Write a number in place of one size, or of one operand, of a call or an arithmetic expression, in place.
-
-    Returns:
-        Whether the place was found.
-
-    Understands `x.view(a, b)`, `x.view((a, b))`, `torch.reshape(x, (a, b))`, `x.view(a, *rest)` where the size is not
-    one of the starred, and `x.view(shape)`; `d ** -0.5`, `x / d`, `x /= d`, `math.sqrt(d)`, `torch.tensor(d)`.
-    """
-    new = ast.UnaryOp(ast.USub(), ast.Constant(-number)) if number < 0 else ast.Constant(number)
-    if index == SCALE:
-        return _put_scale(node, new)
-    if count == 0:
-        return _put_operand(node, index, new)
-    if not isinstance(node, ast.Call):
-        return False
-    if len(node.args) == 1 and isinstance(node.args[0], (ast.Name, ast.Attribute)) and count > 1:  # a whole shape
-        shape = node.args[0]
-        parts: list[ast.expr] = [ast.Subscript(copy.deepcopy(shape), ast.Constant(i), ast.Load()) for i in range(count)]
-        node.args = [ast.Tuple(parts, ast.Load())]
-    for candidate in ([a for a in node.args if isinstance(a, (ast.Tuple, ast.List))], [node]):
-        if len(candidate) != 1:
-            continue
-        sizes = candidate[0].args if isinstance(candidate[0], ast.Call) else candidate[0].elts
-        stars = [i for i, s in enumerate(sizes) if isinstance(s, ast.Starred)]
-        if (not stars and len(sizes) == count) or (len(stars) == 1 and index < stars[0]):
-            sizes[index] = new
-            return True
-        if len(stars) == 1 and index - count > stars[0] - len(sizes):  # counted from the end
-            sizes[index - count] = new
-            return True
-    return False
-
-
-def _put_scale(node: ast.AST, width: ast.expr) -> bool:
-    """Let an attention that takes `scale` divide by the square root of this width."""
-    if not isinstance(node, ast.Call) or any(keyword.arg is None for keyword in node.keywords):
-        return False  # `**options` may have it
-    value = ast.BinOp(width, ast.Pow(), ast.UnaryOp(ast.USub(), ast.Constant(0.5)))
-    node.keywords = [*(k for k in node.keywords if k.arg != 'scale'), ast.keyword('scale', value)]
-    return True
-
-
-def _put_operand(node: ast.AST, side: int, new: ast.expr) -> bool:
-    if isinstance(node, ast.BinOp) and side == LEFT:
-        node.left = new
-    elif isinstance(node, ast.BinOp):
-        node.right = new
-    elif isinstance(node, ast.AugAssign) and side == RIGHT:
-        node.value = new
-    elif isinstance(node, ast.Call) and len(node.args) == 1:
-        node.args = [new]
-    else:
-        return False
-    return True

@@ -16,7 +16,8 @@ from torch.nn.parameter import is_lazy
 from ..errors import SlimError, first_line
 from ..random_state import seeded
 from .attention import REPLACEMENTS
-from .call_sites import INFER, LEFT, RIGHT, SCALE, Rewrite, rewrite_
+from .call_sites import INFER, Rewrite, rewrite_
+from .replace_sizes import is_place
 from .weights import is_extra_state, own_tensors
 
 KEYS = ('tensors', 'added', 'shared', 'attributes', 'replaced', 'rewritten')
@@ -291,6 +292,6 @@ def _is_rewrite(rewrite: object, largest: int) -> bool:
     if type(rewrite) is not list or [type(value) for value in rewrite] != [str, str, int, int, int]:
         return False
     method, text, index, count, number = rewrite
-    placed = 0 <= index < count <= DIMS or (index in (LEFT, RIGHT, SCALE) and count == 0)
+    placed = 0 <= count <= DIMS and is_place(index, count)
     said = method.isidentifier() and len(method) <= NAME and text.isprintable() and len(text) <= TEXT
     return said and placed and (number == INFER or 1 <= number <= largest)

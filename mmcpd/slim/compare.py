@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from ..coupling import Coupling, Example, Keep
 from ..errors import SlimError
 from ..modes import modes_kept
 from ..nested import map_tensors, tensors_in
+from .copying import copied
 from .mask import kept_rows, mask_, named_tensors
 from .slimming import slim
 
@@ -65,7 +65,7 @@ def compare(model: nn.Module, coupling: Coupling, keep: Keep, small: nn.Module |
     """
     masked_names = kept_rows(coupling, keep)
     shared: dict[int, Any] = {id(t): t for name, t in named_tensors(model).items() if name not in masked_names}
-    masked = copy.deepcopy(model, shared)
+    masked = copied(model, shared, coupling.caches)
     mask_(masked, coupling, keep)
     small = small if small is not None else slim(model, coupling, keep)
     with evaluating(masked), evaluating(small):
@@ -83,7 +83,7 @@ def compare_gradients(model: nn.Module, coupling: Coupling, keep: Keep) -> float
         >>> compare_gradients(model, coupling, coupling.keep()) < 1e-6
         True
     """
-    masked = copy.deepcopy(model)
+    masked = copied(model, caches=coupling.caches)
     mask_(masked, coupling, keep)
     ours = _gradients(masked, coupling.example)
     theirs = _gradients(slim(model, coupling, keep), coupling.example)

@@ -17,6 +17,7 @@ from ..coupling import Coupling, Keep
 from ..errors import SlimError
 from ..fixes import CodePlace
 from .call_sites import code_place
+from .copying import writable_
 
 # Functions that may run over only the kept channels: their result is then what it is in the slimmed model. The second
 # kind keeps the channels. All of them take `(input, dim, ...)`, dim an integer, several, or none for all of them.
@@ -184,7 +185,7 @@ class Masker:
                 path, _, attribute = name.rpartition('.')
                 place = TensorPlace(modules[path], attribute)
                 for dim, live in dims.items():
-                    tensor = place.tensor
+                    tensor = writable_(place.tensor)
                     shape = [1] * tensor.dim()
                     shape[dim] = -1
                     tensor.index_fill_(dim, (~live).nonzero().flatten().to(tensor.device), 0)  # 0 * nan is not 0
@@ -194,7 +195,7 @@ class Masker:
                     self._masked.append((place, factor))
             self._flat = flat.clone()
             self._mask_statistics(keep)
-        return [(place.tensor, factor) for place, factor in self._masked]
+        return [(writable_(place.tensor), factor) for place, factor in self._masked]
 
     @torch.no_grad()
     def apply_(self, keep: Keep) -> None:

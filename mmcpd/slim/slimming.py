@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
@@ -16,8 +16,10 @@ from ..errors import SlimError
 from ..fixes import Attr, CallSite, Equality, Expression, Input, Live, SizeRule
 from .attention import REPLACEMENTS, replacement
 from .call_sites import INFER, Rewrite, rewrite_
+from .copying import copied
 from .mask import kept_rows, named_tensors, unmask_statistics_
-from .shape_attributes import Shapes, described, local_shapes
+from .methods import Methods
+from .shape_attributes import Layer, Shapes, described, followed, integers, local_shapes
 from .size_expressions import evaluate, leaves, read_attribute, show, solve, write_attribute
 
 
@@ -57,6 +59,7 @@ def slim(model: nn.Module, coupling: Coupling, keep: Mapping[str, Tensor]) -> nn
     replaced = _replace_(small, changed)
     _fold_scales_(small, coupling, dict(keep), replaced)
     _set_sizes_(small, coupling, dict(keep), before, replaced)
+    _let_follow_(model, small, coupling, replaced)
     return small
 
 
@@ -72,7 +75,7 @@ def _sliced(model: nn.Module, coupling: Coupling, keep: Keep) -> nn.Module:
         for dim, rows in dims.items():
             value = value.index_select(dim, rows.nonzero().flatten().to(value.device))
         memo[id(tensor)] = as_tensor_of(tensor, value)
-    small = copy.deepcopy(model, memo)
+    small = copied(model, memo, coupling.caches)
     unmask_statistics_(small)
     return small
 
@@ -139,6 +142,31 @@ def _set_sizes_(
     describe()  # again: a convolution's channels follow from its groups
     for path, wanted in rewrites.items():
         rewrite_(modules[path], wanted)
+
+
+def _let_follow_(model: nn.Module, small: nn.Module, coupling: Coupling, replaced: Iterable[str]) -> None:
+    """Set the widths that blocks keep for their other methods, or say where it is not clear which one they are."""
+    dense, modules = dict(model.named_modules()), modules_outside(small, replaced)
+    layers = {path: Layer.of(dense[path], module) for path, module in modules.items() if local_shapes(module)}
+    methods = Methods(dense.values(), coupling.example.forward)
+    named = {leaf for rule in coupling.fixes.sizes for leaf in leaves(rule.expression, Attr)}
+    unclear: dict[str, str] = {}
+    for path, module in modules.items():
+        kind, prefix = type(dense[path]), f'{path}.' if path else ''
+        below = [each for p, each in layers.items() if f'{p}.'.startswith(prefix)]
+        for name, value in () if kind.__module__.startswith('torch.') else integers(dense[path]).items():
+            found, base = followed(name, value, below), name.partition('[')[0]
+            if Attr(path, name) in named or found <= {value}:
+                continue
+            if len(found) == 1 and not methods.run_reads(kind, base):
+                write_attribute(module, name, found.pop())
+            elif (later := methods.later(kind, base)) is not None:
+                unclear[prefix + name] = later
+    if unclear:
+        name, later = next(iter(unclear.items()))
+        more = f' and {len(unclear) - 1} more' if len(unclear) > 1 else ''
+        text = f'slimming cannot tell which width {name}{more} is, which {later}() reads: call it before combing'
+        warnings.warn(text, stacklevel=3)
 
 
 def modules_outside(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:

@@ -8,7 +8,6 @@ hides nothing. Where the copies differ, or where slimming or running fails, the 
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from ..errors import CombError, SlimError, first_line
 from ..nested import map_tensors, tensors_in
 from ..random_state import draws
 from .compare import compare, compare_gradients, evaluating
+from .copying import copied
 from .mask import named_tensors
 
 NOISE = 1_000_003  # random numbers for all weights; a prime, so that rows repeat none
@@ -68,7 +68,7 @@ def randomised(model: nn.Module) -> nn.Module:
         >>> bool((twin[0].weight == twin[1].weight).any()), bool((twin[0].bias >= 0.5).all())
         (False, True)
     """
-    twin = copy.deepcopy(model)
+    twin = copied(model)
     noise = torch.rand(NOISE, generator=torch.Generator().manual_seed(0))
     begin = 0
     for parameter in twin.parameters():
@@ -102,7 +102,7 @@ def double(tensor: Tensor) -> Tensor:
 
 def doubled(model: nn.Module) -> nn.Module:
     """Return a copy of a model in float64, on the CPU where its device has none."""
-    twin = copy.deepcopy(model)
+    twin = copied(model)
     on_cpu = any(tensor.device.type == 'mps' for tensor in named_tensors(model).values())
     return (twin.cpu() if on_cpu else twin).double()
 
@@ -121,7 +121,7 @@ def in_double(model: nn.Module, example: Example) -> tuple[nn.Module, Example]:
             return twin, tried
     except FAILURES:
         pass
-    return copy.deepcopy(model), example
+    return copied(model), example
 
 
 # -- the trial ---------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX as EXTRA_STATE
 from torch.nn.parameter import is_lazy
 
+from .copying import writable_
 from .slimming import as_tensor_of
 
 
@@ -55,7 +56,7 @@ def set_weights_(model: nn.Module, values: Mapping[str, Any]) -> None:
         if local == EXTRA_STATE:
             modules[path].set_extra_state(value)
         else:
-            dict(own_tensors(modules[path]))[local].copy_(value)
+            writable_(dict(own_tensors(modules[path]))[local]).copy_(value)
 
 
 def is_extra_state(name: str) -> bool:

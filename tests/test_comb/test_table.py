@@ -120,10 +120,12 @@ CALLS = [
     Call('pow', ZN, torch.pow),
     Call('pow', ZZ, torch.pow),
     Call('copy', Z, lambda x: torch.ones_like(x).copy_(x), cautious=True),
-    Call('where', ZZ, lambda x, y: torch.where(x > y, x, y), cautious=True),
-    Call('where', NN, lambda x, y: torch.where(x > y, x, y)),
+    *pair(lambda x, y: torch.where(x > 0.5, x, y), 'where'),
+    *each(lambda x: torch.where(x > 0.5, x, 0.0), 'where'),
+    *each(lambda x: torch.where(x > 0.5, x, 0.1), 'where'),
     Call('masked_fill', Z, lambda x: x.masked_fill(x < 0, 1.0), cautious=True),
     Call('masked_fill', Z, lambda x: x.masked_fill(x > -1, 1.0)),
+    *each(lambda x: x.masked_fill(x > 0.5, 0.0), 'masked_fill'),
 ]
 
 

@@ -52,7 +52,7 @@ def ran(tmp_path: Path) -> Path:
 
 
 def content(ran: Path) -> dict[str, Any]:
-    return {'state_dict': nn.Linear(3, 2).state_dict(), 'meta': Payload(ran)}
+    return {'state_dict': nn.Linear(3, 2).state_dict(), 'meta': {'author': Payload(ran)}}
 
 
 @pytest.mark.parametrize('zipped', (True, False))

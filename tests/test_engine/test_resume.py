@@ -79,6 +79,7 @@ def test_workers_that_would_have_lived_on_draw_other_numbers(tmp_path, by_epoch)
 def two_processes(rank: int, folder: Path, by_epoch: bool, stop: int) -> None:
     os.environ['LOCAL_RANK'] = str(rank)
     cfg = config(folder / 'whole', by_epoch, launcher='pytorch', **{'train_dataloader.dataset.indices': 64})
+    cfg.randomness.diff_rank_seed = True
     cfg.model_wrapper_cfg = {'type': 'MMDistributedDataParallel', 'device_ids': None, 'broadcast_buffers': False}
     whole = run(cfg)
     cfg.work_dir = str(folder / 'parts')

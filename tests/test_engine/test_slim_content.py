@@ -119,6 +119,28 @@ def test_a_packed_archive_is_refused_before_it_is_unpacked(original, tmp_path):
         read_slim(path)
 
 
+@pytest.mark.parametrize('length', range(1, 60))
+def test_a_pickle_that_ends_too_soon_is_one_line(original, tmp_path, length):
+    path = tmp_path / 'slim.pth'
+    with zipfile.ZipFile(original[1]) as old, zipfile.ZipFile(path, 'w') as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name)[:length] if name.endswith('data.pkl') else old.read(name))
+    with pytest.raises(SlimError, match=r'slim\.pth is (truncated or not a checkpoint|not a slim)') as error:
+        read_slim(path)
+    assert str(error.value).isprintable()
+
+
+def test_an_error_that_quotes_the_file_is_one_line(original, tmp_path):
+    path = tmp_path / 'slim.pth'
+    with zipfile.ZipFile(original[1]) as old, zipfile.ZipFile(path, 'w') as new:
+        for name in old.namelist():
+            value = old.read(name)
+            new.writestr(name, value.replace(b'X\x01\x00\x00\x000', b'X\x01\x00\x00\x00\x12', 1))
+    with pytest.raises(SlimError, match=r'slim\.pth is truncated or not a checkpoint') as error:
+        read_slim(path)
+    assert str(error.value).isprintable()
+
+
 class Picky(nn.Module):
     def __init__(self):
         super().__init__()
@@ -176,3 +198,12 @@ def test_the_fuzz_would_see_another_exception_and_changed_values(original, conte
     with pytest.raises(AssertionError, match='KeyError'):
         chaos = chaos_files.attempt(original[0], original[1])
         assert all(end in ('loaded', 'SlimError') for end, _ in chaos), chaos
+
+
+def test_a_version_that_names_more_values_than_there_are_is_not_written_out(tmp_path):
+    value = [1]
+    for _ in range(60):
+        value = [value, value]
+    torch.save({'state_dict': {}, 'structure': '{}', 'version': value}, tmp_path / 'slim.pth')
+    with pytest.raises(SlimError, match='of version list'):
+        read_slim(tmp_path / 'slim.pth')

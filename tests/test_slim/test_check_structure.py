@@ -126,7 +126,7 @@ FAULTS = {
     'below a replaced one': (put('attributes', 'attention.out_proj', {'in_features': 1}), 'attention is replaced'),
     # rewritten
     'many sizes': (put('rewritten', 'own', 0, 3, 3_000_000), 'own is rewritten by'),
-    'outside of the call': (put('rewritten', 'own', [[*REWRITE[:2], 5, 5, -1]]), 'own is rewritten by'),
+    'outside of the call': (put('rewritten', 'own', [[*REWRITE[:2], 5000, 5, -1]]), 'own is rewritten by'),
     'an operand of many': (put('rewritten', 'own', [[*REWRITE[:2], -3, 5, 2]]), 'own is rewritten by'),
     'another side': (put('rewritten', 'own', [[*REWRITE[:2], -4, 0, 2]]), 'own is rewritten by'),
     'a large number': (put('rewritten', 'own', [[*REWRITE[:4], 10**9]]), 'own is rewritten by'),

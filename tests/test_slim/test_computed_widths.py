@@ -104,14 +104,36 @@ def test_what_torch_computes_inside_is_not_written_into_its_caller():
 
 
 class Scaled(nn.Conv2d):
-    """Plain operations, and a width under a source that cannot be compiled again (`super()` is a closure)."""
+    """A width under a source that calls `super()`, which is a closure."""
 
     def forward(self, x):
         return super().forward(x) * self.out_channels**-0.5
 
 
+def shrink(x, width):
+    return x * width**-0.5
+
+
+class Helped(nn.Conv2d):
+    """A width that a function outside the class computes with."""
+
+    def forward(self, x):
+        return shrink(nn.Conv2d.forward(self, x), self.out_channels)
+
+
+def scaled(kind):
+    return nn.Sequential(kind(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 5, 1), nn.ReLU(), nn.Conv2d(5, 2, 1))
+
+
+def test_a_method_that_calls_its_parent_is_rewritten():
+    model = randomise_(scaled(Scaled))
+    found = comb(model, sample((2, 3, 4, 4)), trial=False)
+    assert {g.name: g.units for g in found.groups} == {'0': 6, '2': 5}
+    check_structure(model, found, check_equal(model, found), lambda: scaled(Scaled))
+
+
 def test_a_number_whose_place_cannot_be_written_freezes_by_the_trial():
-    model = randomise_(nn.Sequential(Scaled(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 5, 1), nn.ReLU(), nn.Conv2d(5, 2, 1)))
+    model = randomise_(scaled(Helped))
     found = comb(model, sample((2, 3, 4, 4)))
     assert {g.name: g.units for g in found.groups} == {'2': 5}
     assert any('trial failed' in f.reason for f in found.frozen if f.tensor == '0.weight')

@@ -39,7 +39,7 @@ def strange(tmp_path: Path, pruning: Path) -> dict[str, Path]:
     weights = build_dense(Config.fromfile(pruning)).state_dict()
     files = {'dense': tmp_path / 'strange.pth', 'slim': tmp_path / 'strange_slim.pth'}
     payload = Payload(tmp_path / 'ran')
-    torch.save({'state_dict': weights, 'meta': payload}, files['dense'])
+    torch.save({'state_dict': weights, 'meta': {'author': payload}}, files['dense'])
     torch.save({'state_dict': weights, 'structure': '{}', 'version': 2, 'meta': payload}, files['slim'])
     return files
 

@@ -9,8 +9,8 @@ from ..record import Record
 from ..trace import INPUT, Call, Run
 from .movement import movement
 from .pointwise import fresh, pointwise, same, unknown
-from .products import ATTENTION, add_product, attention, convolution, embedding, linear, product
-from .table import OPERATIONS, Operation
+from .products import ATTENTION, MULTI_HEAD, add_product, attention, convolution, embedding, linear, product
+from .table import OPERATIONS, UNTAGGED, VISION, Operation
 
 TAGGED = Operation(pointwise())
 UNKNOWN = Operation(unknown)
@@ -24,11 +24,13 @@ def apply(run: Run, call: Call) -> None:
     One without a row is point-wise where torch says so. Everything else: freeze the axes that go in, count the
     operation and report it. Never guess.
     """
-    operation = OPERATIONS.get(call.op) or (TAGGED if torch.Tag.pointwise in call.func.tags else UNKNOWN)
+    operation = OPERATIONS.get(call.op) or VISION.get(call.op)
+    if operation is None:
+        operation = TAGGED if torch.Tag.pointwise in call.func.tags or call.op in UNTAGGED else UNKNOWN
     inputs = call.tensors()
     if operation.counted or any(any(run.axes(tensor)) for tensor in inputs):
         run.record.operations.add(call.op)
-        if operation.rule not in MOVEMENTS and run.cursor.function != ATTENTION:
+        if operation.rule not in MOVEMENTS and run.cursor.function not in (ATTENTION, MULTI_HEAD):
             run.reads(inputs, weights=operation.rule not in PRODUCTS)
         operation.rule(run, call)
     elif any(hasattr(tensor, INPUT) for tensor in inputs):

@@ -121,7 +121,12 @@ def place(run: Run, call: Call, axis: Axis, labels: Tensor, found: list[Axis | N
     if columns.shape[1] > 1:
         run.tie(columns)
     atoms = columns.max(axis=1)
-    run.freeze(found[keep], f'two axes in one dimension ({call.op}) in {run.where}')
+    merged = f'two axes in one dimension ({call.op}) in {run.where}'
+    other = found[keep]
+    if other is not None and run.depth(other) < run.depth(axis):  # a weight as a matrix: positions of its kernel stay
+        run.freeze(axis, merged)
+        return
+    run.freeze(found[keep], merged)
     zero = axis.zero and (call.op != 'constant_pad_nd' or not call.named.get('value'))
     found[keep] = Axis(atoms, zero, axis.weight, labels if columns.shape[1] > 1 else None)
 
@@ -136,8 +141,12 @@ def _carrier(run: Run, call: Call, varying: list[int], labels: Tensor) -> int:
     if 'pixel_shuffle' in call.op:
         return varying[0]
     whole = run.policy.whole_heads
-    if whole is not None and len(varying) > 1 and bool(whole[labels[labels >= 0].numpy()].all()):
+    known = labels[labels >= 0].numpy()
+    if whole is not None and len(varying) > 1 and bool((known < len(whole)).all() and whole[known].all()):
         return varying[-2]
+    last = labels.shape[varying[-1]]
+    if call.op in VIEWS and last not in run.cursor.widths[-1]:  # `view(-1, C, 2 * k)`: C are the module's own channels
+        return next((d for d in varying[-2::-1] if labels.shape[d] in run.cursor.widths[-1]), varying[-1])
     return varying[-1]
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..atoms import Axis
 from ..trace import AXES, Call, Run
 
+WIDENING = ('_pad_packed_sequence', 'multi_head_attention_forward')
 Rule = Callable[[Run, Call], None]
 ZeroRule = Callable[[Call, Sequence[Axis], int], bool]
 
@@ -59,6 +60,27 @@ def positive_power(call: Call, met: Sequence[Axis], operands: int) -> bool:
     return stays(call, met, operands) and isinstance(exponent, (int, float)) and exponent > 0
 
 
+def filled(call: Call, met: Sequence[Axis], operands: int) -> bool:
+    """masked_fill(self, mask, value): zero before, and filled with zeros."""
+    own = [axis for axis in met if any(axis is a for a in getattr(call.named['self'], AXES, ()))]
+    return bool(own) and own[0].zero and _zero_number(call.named.get('value'))
+
+
+def selected(call: Call, met: Sequence[Axis], operands: int) -> bool:
+    """where(condition, self, other): both are zero, whichever is taken."""
+    values = [call.named.get(name) for name in ('self', 'other')]
+    axes = [[axis for axis in met if any(axis is a for a in getattr(v, AXES, ()))] for v in values]
+    return all(own[0].zero if own else _zero_number(v) for own, v in zip(axes, values, strict=True))
+
+
+def _zero_number(value: object) -> bool:
+    return (
+        float(value) == 0
+        if isinstance(value, (int, float)) or (isinstance(value, Tensor) and not value.dim())
+        else False
+    )
+
+
 # -- rules -------------------------------------------------------------------------------------------------------------
 def pointwise(zero_after: ZeroRule = lost) -> Rule:
     """Return the rule of an element-wise operation; `zero_after` says where its result is zero."""
@@ -70,6 +92,7 @@ def meet(run: Run, call: Call, zero_after: ZeroRule = lost) -> None:
     out: Tensor = call.out if isinstance(call.out, Tensor) else call.out[0]
     tensors = call.tensors()
     result: list[Axis | None] = []
+    weight = all(map(run.of_weights, tensors))
     for back in range(out.dim(), 0, -1):
         wide = [tensor for tensor in tensors if tensor.dim() >= back and tensor.shape[-back] != 1]
         met = [axis for tensor in wide if (axis := run.axes(tensor)[-back]) is not None]
@@ -84,7 +107,6 @@ def meet(run: Run, call: Call, zero_after: ZeroRule = lost) -> None:
             run.equate(first, None, call.op)
             result.append(None)
             continue
-        weight = all(axis.weight for axis in met) and len(met) == len(tensors)
         zero = zero_after(call, met, len(tensors))
         if call.op == 'add' and len(met) == 2 and met[0].weight != met[1].weight:  # a bias that is added by itself
             activation, bias = sorted(met, key=lambda axis: axis.weight)
@@ -97,7 +119,13 @@ def meet(run: Run, call: Call, zero_after: ZeroRule = lost) -> None:
 
 
 def fresh(run: Run, call: Call) -> None:
-    """Leave an output without axes: nothing of the input is in it."""
+    """Leave an output without axes: nothing of the input is in it.
+
+    What torch makes inside one of its functions is as wide as what it meets there.
+    """
+    if run.cursor.function in WIDENING and isinstance(call.out, Tensor):
+        zero = call.named.get('fill_value', 0) == 0
+        run.set(call.out, [run.new_axis(size, zero) if size > 1 else None for size in call.out.shape])
 
 
 def same(run: Run, call: Call) -> None:
@@ -128,6 +156,7 @@ def compared(run: Run, call: Call) -> None:
 
 def unknown(run: Run, call: Call) -> None:
     """Freeze what goes through an operation without a rule, and report it."""
-    run.unsupported(call.op)
+    if any(map(run.layered, call.tensors())):
+        run.unsupported(call.op)
     for tensor in call.tensors():
         run.freeze_all(tensor, f'no rule for {call.op} in {run.where}')

@@ -11,6 +11,7 @@ from ..record import GroupedConvolution
 from ..trace import Call, Run
 from .pointwise import Rule
 
+MULTI_HEAD = 'multi_head_attention_forward'  # which scales its queries inside
 ATTENTION = 'scaled_dot_product_attention'  # the function, whatever operations it is made of
 
 
@@ -201,6 +202,12 @@ def add_product(run: Run, call: Call) -> None:
     # addmm(self, mat1, mat2, *, beta, alpha)
     bias, left, right = call.tensors()[:3]
     _product(run, call, left, right, bias)
+
+
+def sparse_product(run: Run, call: Call) -> None:
+    # _sparse_addmm(self, mat1, mat2, *, beta, alpha): where nothing is added, `self` is zeros that torch makes
+    added = call.named['self']
+    _product(run, call, call.named['mat1'], call.named['mat2'], added if any(run.axes(added)) else None)
 
 
 def linear(run: Run, call: Call) -> None:

@@ -45,7 +45,7 @@ def _over_dims(run: Run, call: Call, safe: bool, zero: bool, last: bool) -> None
             elif not (safe and axis.zero):
                 run.over_kept(axis, d - source.dim(), len(axis), call.op)
         else:
-            kept.append(axis and axis.activation(axis.zero and zero))
+            kept.append(axis and Axis(axis.atoms, axis.zero and zero, axis.weight, axis.full))
     for out in call.outputs():
         if out.dim() == source.dim():  # keepdim, or a scan
             rest = iter(kept)
@@ -132,3 +132,14 @@ def group_norm(run: Run, call: Call) -> None:
         run.statistic(channel, 1 - x.dim(), len(channel))
     run.freeze_each(axes[2:], 'a spatial dimension')
     run.set(call.out[0], (axes[0], channel and channel.activation(True), *axes[2:]))
+
+
+def weight_norm(run: Run, call: Call) -> None:
+    # _weight_norm_interface(v, g, dim=0): v * (g / norm of v over all dimensions but `dim`), which zeros do not change
+    v: Tensor = call.named['v']
+    axes, dim = list(run.axes(v)), int(call.named.get('dim', 0)) % v.dim()
+    own = run.axes(call.named['g'])[dim]
+    if axes[dim] is not None and own is not None:
+        run.equate(axes[dim], own, 'a weight norm')
+    run.freeze(axes[dim], f'a weight norm divides by the norm of a unit, zero where it is removed, in {run.where}')
+    run.set(call.out[0], axes)

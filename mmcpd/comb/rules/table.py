@@ -17,17 +17,22 @@ from .pointwise import (
     any_factor,
     as_strided,
     compared,
+    filled,
     fresh,
     like,
     numerator,
     pointwise,
     positive_power,
     same,
+    selected,
     stays,
     within_bounds,
 )  # fmt: skip
-from .products import add_product, attention, convolution, embedding, grid_sample, linear, pool, product
-from .statistics import batch_norm, group_norm, layer_norm, reduction, softmax
+from .products import add_product, attention, convolution, embedding, grid_sample, linear, pool, product, sparse_product
+from .recurrent import fused_cell, packed
+from .regions import cell_pool, chosen, deformable, region_pool, unpool
+from .scattering import index_put, scatter
+from .statistics import batch_norm, group_norm, layer_norm, reduction, softmax, weight_norm
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class Operation:
 
     rule: Rule  # what it says about axes
     plain: bool = False  # where only such ones run, slimming is slicing and needs no trial
-    counted: bool = False  # it costs something, with axes or without, so that its rule always runs
+    counted: bool = False  # its rule always runs, with axes or without: it costs something, or may make axes
 
 
 plain, op = partial(Operation, plain=True), Operation
@@ -60,8 +65,8 @@ OPERATIONS: dict[str, Operation] = {
     'nan_to_num': op(pointwise(stays)), 'hardsigmoid': plain(pointwise()), 'softplus': op(pointwise()),
     'logit': op(pointwise()), 'sigmoid': plain(pointwise()), 'exp': op(pointwise()), 'log': op(pointwise()),
     'cos': op(pointwise()), 'reciprocal': op(pointwise()), 'rsqrt': op(pointwise()),
-    'log_sigmoid_forward': op(pointwise()), 'copy': op(pointwise()), 'where': op(pointwise()),
-    'masked_fill': op(pointwise()),
+    'log_sigmoid_forward': op(pointwise()), 'copy': op(pointwise()), 'where': op(pointwise(selected)),
+    'masked_fill': op(pointwise(filled)),
     # -- axes pass through
     'clone': plain(same), 'detach': plain(same), 'alias': plain(same), '_to_copy': op(same),
     'lift_fresh': op(same), 'lift': op(same),
@@ -77,6 +82,15 @@ OPERATIONS: dict[str, Operation] = {
     'diagonal': op(movement), 'rot90': op(movement), 'pixel_shuffle': op(movement),
     'pixel_unshuffle': op(movement), 'squeeze_copy': op(movement), 'index': op(movement),
     'index_select': op(movement), 'gather': op(movement),
+    'reflection_pad3d': op(movement), 'replication_pad3d': op(movement), '_unsafe_index': op(movement),
+    # -- written to by an index, or chosen by values
+    'scatter': op(scatter), 'scatter_add': op(scatter), 'scatter_reduce': op(scatter), 'index_add': op(scatter),
+    'index_reduce': op(scatter), 'index_copy': op(scatter), 'index_fill': op(scatter), 'index_put': op(index_put),
+    '_unsafe_index_put': op(index_put), '_index_put_impl': op(index_put), 'nonzero': op(chosen),
+    'masked_select': op(chosen),
+    # -- recurrent layers
+    '_thnn_fused_lstm_cell': op(fused_cell), '_thnn_fused_gru_cell': op(fused_cell),
+    '_pack_padded_sequence': op(packed),
     # -- data movement with a rule of its own
     'channel_shuffle': op(channel_shuffle), 'cat': plain(cat), 'stack': op(cat), 'tril': op(triangle),
     'triu': op(triangle), 'im2col': op(im2col), 'col2im': op(col2im), 'glu': op(glu),
@@ -88,14 +102,19 @@ OPERATIONS: dict[str, Operation] = {
     'upsample_linear1d': op(pool(1)), 'upsample_bilinear2d': plain(pool(2)), 'upsample_bicubic2d': op(pool(2)),
     '_upsample_bilinear2d_aa': op(pool(2)), '_upsample_bicubic2d_aa': op(pool(2)),
     '_upsample_nearest_exact2d': op(pool(2)), 'upsample_trilinear3d': op(pool(3)),
+    'upsample_nearest3d': op(pool(3)), '_upsample_nearest_exact1d': op(pool(1)),
+    '_upsample_nearest_exact3d': op(pool(3)), 'adaptive_max_pool3d': op(pool(3)),
+    'fractional_max_pool2d': op(pool(2)), 'fractional_max_pool3d': op(pool(3)),
+    'max_unpool2d': op(unpool), 'max_unpool3d': op(unpool),
     'grid_sampler_2d': op(grid_sample), 'grid_sampler_3d': op(grid_sample),
     # -- weights
     'convolution': plain(convolution, counted=True), '_convolution': op(convolution, counted=True),
     'cudnn_convolution': op(convolution, counted=True), 'mkldnn_convolution': op(convolution, counted=True),
     'mm': plain(product, counted=True), 'bmm': op(product, counted=True), 'mv': op(product, counted=True),
-    'dot': op(product, counted=True), 'addmm': plain(add_product, counted=True),
+    'dot': op(product, counted=True), 'vdot': op(product, counted=True), 'addmm': plain(add_product, counted=True),
     'baddbmm': op(add_product, counted=True), 'addmv': op(add_product, counted=True),
     'linear': op(linear, counted=True), 'embedding': op(embedding),
+    '_sparse_addmm': op(sparse_product, counted=True),
     # -- attention
     '_scaled_dot_product_flash_attention_for_cpu': op(attention, counted=True),
     '_scaled_dot_product_flash_attention': op(attention, counted=True),
@@ -119,19 +138,35 @@ OPERATIONS: dict[str, Operation] = {
     '_native_batch_norm_legit': op(batch_norm), 'cudnn_batch_norm': plain(batch_norm),
     'miopen_batch_norm': op(batch_norm), '_batch_norm_no_update': op(batch_norm),
     '_batch_norm_with_update': op(batch_norm), 'native_layer_norm': op(layer_norm),
-    'native_group_norm': op(group_norm),
+    'native_group_norm': op(group_norm), '_weight_norm_interface': op(weight_norm),
     # -- losses
     'nll_loss_forward': op(compared), 'nll_loss2d_forward': op(compared), 'binary_cross_entropy': op(compared),
     'binary_cross_entropy_with_logits': op(compared), 'mse_loss': op(compared), 'smooth_l1_loss': op(compared),
     'huber_loss': op(compared), 'soft_margin_loss': op(compared), 'multi_margin_loss': op(compared),
     'multilabel_margin_loss_forward': op(compared), '_ctc_loss': op(compared),
     # -- fresh tensors, sizes and random numbers: no input axis matters
-    'new_zeros': op(fresh), 'new_ones': op(fresh), 'new_empty': op(fresh), 'new_full': op(fresh),
-    'new_empty_strided': op(fresh), 'empty': op(fresh), 'zeros': op(fresh), 'ones': op(fresh),
-    'full': op(fresh), 'arange': op(fresh), 'linspace': op(fresh), 'rand': op(fresh), 'randn': op(fresh),
+    'new_zeros': op(fresh), 'new_ones': op(fresh), 'new_empty': op(fresh), 'new_full': op(fresh, counted=True),
+    'new_empty_strided': op(fresh), 'empty': op(fresh), 'zeros': op(fresh, counted=True), 'ones': op(fresh),
+    'full': op(fresh, counted=True), 'arange': op(fresh), 'linspace': op(fresh), 'rand': op(fresh),
+    'randn': op(fresh),
     'randint': op(fresh), 'scalar_tensor': op(fresh), 'eye': op(fresh), 'randperm': op(fresh),
     'empty_strided': op(fresh), 'is_same_size': op(fresh), 'tril_indices': op(fresh),
     'zeros_like': op(like(zero=True)), 'zero': op(like(zero=True)), 'ones_like': op(like(zero=False)),
     'full_like': op(like(zero=False)), 'empty_like': op(like(zero=False)), 'rand_like': op(like(zero=False)),
     'randn_like': op(like(zero=False)), 'bernoulli': op(like(zero=False)), 'fill': op(like(zero=False)),
 }  # fmt: skip
+
+# Operations of torchvision.
+VISION: dict[str, Operation] = {
+    'roi_align': op(region_pool), 'roi_pool': op(region_pool), 'ps_roi_align': op(cell_pool),
+    'ps_roi_pool': op(cell_pool), 'deform_conv2d': op(deformable, counted=True), 'nms': op(chosen),
+}  # fmt: skip
+
+# Point-wise operations that some releases of torch do not tag as such.
+UNTAGGED = frozenset(
+    'acos acosh addcdiv asin atan2 atanh bitwise_and bitwise_not bitwise_or bitwise_xor clip copysign cosh '
+    'digamma eq erfc erfinv exp2 float_power floor_divide fmax fmin fmod frac ge gt hardshrink heaviside hypot '
+    'i0 isfinite isinf isnan le lgamma log10 log2 logaddexp logaddexp2 logical_and logical_not logical_or '
+    'logical_xor lt ne polygamma relu6 remainder rrelu_with_noise selu sgn signbit sinc softshrink '
+    'special_entr special_xlog1py square tan threshold xlogy'.split()
+)

@@ -1,0 +1,116 @@
+"""Find out, from byte code, which attributes the methods of modules read, and which methods a forward may run."""
+
+from __future__ import annotations
+
+import dis
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from types import CodeType
+from typing import Any
+
+from torch import nn
+
+_SETTING_UP = ('init', 'reset', '__', 'repr')  # parts of the names of methods that nobody calls after slimming
+
+
+@dataclass(frozen=True)
+class Reads:
+    """Names of attributes that code reads, methods among them."""
+
+    own: frozenset[str]  # `self.name`
+    others: frozenset[str]  # of any other object
+
+    def __or__(self, other: Reads) -> Reads:
+        return Reads(self.own | other.own, self.others | other.others)
+
+
+NOTHING = Reads(frozenset(), frozenset())
+
+
+@lru_cache(maxsize=4096)
+def reads_of(code: CodeType) -> Reads:
+    """Return what a function reads, those that it defines included.
+
+    Example:
+        >>> reads_of((lambda self, x: self.conv(x.data)).__code__)
+        Reads(own=frozenset({'conv'}), others=frozenset({'data'}))
+    """
+    own, others, before = set[str](), set[str](), ''
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ('LOAD_ATTR', 'LOAD_METHOD'):
+            (own if before == 'self' else others).add(str(instruction.argval))
+        if instruction.opname.startswith(('LOAD_FAST', 'LOAD_DEREF')):
+            value = instruction.argval
+            before = value[-1] if isinstance(value, tuple) else value  # two in one since Python 3.13
+        else:
+            before = ''
+    found = Reads(frozenset(own), frozenset(others))
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            found |= reads_of(constant)
+    return found
+
+
+@lru_cache(maxsize=1024)
+def methods_of(kind: type) -> dict[str, Reads]:
+    """Return what each method and property of a module's class reads, in any of the classes that it stems from."""
+    found: dict[str, Reads] = {}
+    for base in kind.__mro__:
+        if not base.__module__.startswith('torch.') and base is not object:
+            for name, value in vars(base).items():
+                for code in _codes(value):
+                    found[name] = found.get(name, NOTHING) | reads_of(code)
+    return found
+
+
+def _codes(value: Any) -> Iterator[CodeType]:
+    for each in (value.fget, value.fset) if isinstance(value, property) else (getattr(value, '__func__', value),):
+        function = inspect.unwrap(each) if callable(each) else None
+        if inspect.isfunction(function):
+            yield function.__code__
+
+
+class Methods:
+    """Know of a whole model which methods a forward may run, and what reads an attribute."""
+
+    def __init__(self, modules: Iterable[nn.Module], forward: Callable[..., object]) -> None:
+        self.kinds = {kind: methods_of(kind) for kind in dict.fromkeys(map(type, modules))}
+        code = getattr(forward, '__code__', None)
+        self.run, self.others = {'forward', '__call__'}, frozenset[str]()
+        wanted = [*self.run, *(reads_of(code).others if code is not None else ())]
+        self.run.update(wanted)
+        while wanted:
+            name = wanted.pop()
+            for methods in self.kinds.values():
+                reads = methods.get(name, NOTHING)
+                self.others |= reads.others
+                new = (reads.own | reads.others) - self.run
+                self.run |= new
+                wanted.extend(new)
+
+    def run_reads(self, kind: type, name: str) -> bool:
+        """Say whether a forward may read an attribute of a module of this class."""
+        methods = self.kinds[kind]
+        return name in self.others or any(name in methods[each].own for each in methods.keys() & self.run)
+
+    def later(self, kind: type, name: str) -> str | None:
+        """Return a method that reads an attribute, itself or through others, and which no forward runs."""
+        methods = self.kinds[kind]
+        built = _reachable(methods, '__init__')
+        for each in methods:
+            late = each not in self.run and each not in built and not any(part in each for part in _SETTING_UP)
+            if late and any(name in methods[inner].own for inner in _reachable(methods, each)):
+                return each
+        return None
+
+
+def _reachable(methods: dict[str, Reads], start: str) -> set[str]:
+    """Return the names of the methods that a method runs, itself included."""
+    found, wanted = {start} & methods.keys(), [start]
+    while wanted:
+        new = methods.get(wanted.pop(), NOTHING).own & methods.keys() - found
+        found |= new
+        wanted.extend(new)
+    return found
