@@ -162,7 +162,7 @@ MUTANTS: tuple[Mutant, ...] = (
            'channels of an index stay',
            "run.freeze_all(index, f'channels in an index ({call.op}) in {run.where}')", 'pass'),
     Mutant('two-axes', _MOVEMENT,
-           'test_comb/test_norms.py::test_filters_that_are_standardised_over_their_inputs_freeze_these',
+           'test_comb/test_weight_statistics.py',
            'of two axes that meet in one dimension the first stays',
            'run.freeze(found[keep], merged)', 'pass'),
     Mutant('shuffle', _MOVEMENT, 'test_comb/test_movement.py::test_data_movement',

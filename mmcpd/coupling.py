@@ -171,6 +171,13 @@ class Coupling:
         starts = np.cumsum([0, *(g.units for g in self.groups)])
         return {g.name: int(s) for g, s in zip(self.groups, starts, strict=False)}
 
+    @cached_property
+    def floors(self) -> dict[str, int]:
+        """The least number of units of each group: two where a norm goes over them, for it makes nothing of one."""
+        seen = [self.axes[statistic.axis] for statistic in self.fixes.statistics]
+        normed = np.unique(np.concatenate([np.empty(0, np.int64), *seen]))
+        return {g.name: 1 + int(np.isin(self.start[g.name] + np.arange(g.units), normed).any()) for g in self.groups}
+
     def group(self, name: str) -> Group:
         """Return one group by its name.
 
@@ -192,7 +199,7 @@ class Coupling:
         return {g.name: torch.ones(g.units, dtype=torch.bool) for g in self.groups}
 
     def check(self, keep: Mapping[str, Tensor]) -> None:
-        """Check that a keep fits this model and leaves a unit in each group.
+        """Check that a keep fits this model and leaves each group a unit, or two under a norm (see `floors`).
 
         Raises:
             ValueError: with the group's name and what is wrong.
@@ -208,6 +215,17 @@ class Coupling:
                 raise ValueError(f'keep[{group.name!r}] must be a BoolTensor of {group.units}, not {got}')
             if not bool(kept.any()):
                 raise ValueError(f'keep[{group.name!r}] removes every unit; at least one must be kept')
+            if (count := int(kept.sum())) < min(group.units, self.floors[group.name]):
+                raise ValueError(
+                    f'keep[{group.name!r}] leaves {count} of {group.units} units, which {self._norm_over(group)} takes '
+                    f'a statistic over: keep at least {self.floors[group.name]}, for of one value a norm makes nothing'
+                )
+
+    def _norm_over(self, group: Group) -> str:
+        """Return the path of the first module that takes a statistic over the units of a group."""
+        units = self.start[group.name] + np.arange(group.units)
+        places = (s.place.module for s in self.fixes.statistics if np.isin(self.axes[s.axis], units).any())
+        return next(places) or 'the model itself'
 
     def flat(self, keep: Mapping[str, Tensor]) -> np.ndarray:
         """Return a keep as one boolean vector over all units."""

@@ -24,7 +24,7 @@ ROUNDED_FROM = 64
 
 
 class Floors(TypedDict):
-    """What each group keeps: at least `min_units`, and in a large group a multiple of `round_to`."""
+    """What each group keeps: at least `min_units`, two under a norm, and in a large group a multiple of `round_to`."""
 
     min_units: int
     round_to: int
@@ -63,9 +63,9 @@ def select(
 
     Scores are normalised ones, (units,) per group; `keep` are the kept units so far, and is not changed. The ratios are
     shares of the dense model's quantities that may remain, for some of `macs`, `params`, `memory` and `units`. Each
-    group keeps `min_units` (a smaller one stays whole), and a group of at least 64 units, and of more than `round_to`,
-    a multiple of `round_to`. At most `limit` units are removed; a chunk is not broken, so at least one chunk is. The
-    groups in `fixed` lose none.
+    group keeps `min_units` (a smaller one stays whole), under a norm at least two, and a group of at least 64 units,
+    and of more than `round_to`, a multiple of `round_to`. At most `limit` units are removed; a chunk is not broken, so
+    at least one chunk is. The groups in `fixed` lose none.
 
     Raises:
         ValueError: an unknown quantity, or a floor below 1.
@@ -143,7 +143,7 @@ def steps_of(
     steps = {}
     for group in coupling.groups:
         chunk = round_to if group.units >= ROUNDED_FROM and group.units > round_to else 1
-        floor = math.ceil(min_units / chunk) * chunk
+        floor = math.ceil(max(min_units, coupling.floors[group.name]) / chunk) * chunk
         first = (int(keep[group.name].sum()) - 1) // chunk * chunk
         steps[group.name] = [] if group.name in fixed else list(range(first, floor - 1, -chunk))
     return steps

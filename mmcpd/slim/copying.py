@@ -52,7 +52,7 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None, caches: Iterabl
     """
     with _Detaching():
         twin = copy.deepcopy(model, memo if memo is not None else {})
-    _forget_(twin, caches)
+    forget_(twin, caches)
     return twin
 
 
@@ -170,8 +170,8 @@ def _is_plain(value: object) -> bool:
 
 
 @torch.no_grad()
-def _forget_(model: nn.Module, caches: Iterable[Cache]) -> None:
-    """Take off a copy what forwards keep on it, which the next one makes anew; what hooks keep is made here."""
+def forget_(model: nn.Module, caches: Iterable[Cache]) -> None:
+    """Take off a model what forwards keep on it, which the next one makes anew; what hooks keep is made here."""
     modules = dict(model.named_modules())
     for cache in caches:
         here = modules[cache.module].__dict__ if cache.module in modules else {}

@@ -17,7 +17,7 @@ from ..coupling import Coupling, Keep
 from ..errors import SlimError
 from ..fixes import CodePlace
 from .call_sites import code_place
-from .copying import writable_
+from .copying import forget_, writable_
 
 # Functions that may run over only the kept channels: their result is then what it is in the slimmed model. The second
 # kind keeps the channels. All of them take `(input, dim, ...)`, dim an integer, several, or none for all of them.
@@ -264,4 +264,5 @@ def mask_(model: nn.Module, coupling: Coupling, keep: Mapping[str, Tensor]) -> N
         0.0
     """
     coupling.check(keep)
+    forget_(model, coupling.caches)  # made of all channels
     Masker(model, coupling).apply_(dict(keep))

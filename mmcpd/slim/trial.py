@@ -49,9 +49,9 @@ def random_keep(
     for group in coupling.groups:
         order = torch.randperm(group.units, generator=generator)
         share = ratio + (0.4 * float(torch.rand((), generator=generator)) - 0.2 if awkward else 0.0)
-        count = max(1, round(share * group.units))
+        count = max(least := min(group.units, coupling.floors[group.name]), round(share * group.units))
         if awkward:
-            odd = range(3, group.units, 2) or [max(1, group.units - 1)]
+            odd = range(3, group.units, 2) or [max(least, group.units - 1)]
             count = min(odd, key=lambda n: (taken[group.units, n], abs(n - share * group.units)))
             taken[group.units, count] += 1
         if among is None or group.name in among:

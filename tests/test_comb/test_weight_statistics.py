@@ -166,3 +166,11 @@ def test_a_constant_that_meets_no_channels_freezes_nothing():
     model = Net(lambda m, x: m.b(m.a(x) * m.weights[:, None]), a=nn.Linear(3, 8), b=nn.Linear(8, 2))
     model.weights = torch.rand(5).double()
     exact(model, TOKENS, {'a': 8})
+
+
+def test_of_two_axes_of_activations_in_one_dimension_the_first_stays():
+    def outer(m, x):
+        return m.c((m.a(x)[:, :, None] * m.b(x)[:, None, :]).flatten(1))
+
+    found = exact(Net(outer, a=nn.Linear(3, 5), b=nn.Linear(3, 4), c=nn.Linear(20, 2)), ROWS, {'b': 4})
+    assert any('two axes in one dimension' in f.reason for f in found.frozen if f.tensor == 'a.weight')

@@ -154,19 +154,11 @@ def test_blocks_are_merged_after_slimming(build: type[nn.Module]) -> None:
         assert block.sizes_of_planes == (block.embed_dims, int(keep['layers.0.fc2'].sum()))
 
 
-@pytest.mark.parametrize(
-    'name, options',
-    [
-        ('RepVGG', {'arch': 'A0'}),
-        ('RepVGG', {'arch': 'B1g2'}),
-        ('MobileOne', {'arch': 's0'}),
-        ('MobileOne', {'arch': 's4'}),
-    ],
-)
-def test_mmpretrain_models_switch_to_deploy(name: str, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(('name', 'arch'), [('RepVGG', 'A0'), ('MobileOne', 's0')])
+def test_mmpretrain_models_switch_to_deploy(name: str, arch: str) -> None:
     backbones = pytest.importorskip('mmpretrain.models.backbones')
-    x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
-    check_deploy(lambda: getattr(backbones, name)(**options), x, lambda model: model.switch_to_deploy())
+    x = torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    check_deploy(lambda: getattr(backbones, name)(arch), x, lambda model: model.switch_to_deploy())
 
 
 class Torso(nn.Module):
