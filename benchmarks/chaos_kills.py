@@ -122,6 +122,7 @@ OF_ALL = ('mid-iteration', 'at the begin', 'after the begin', 'after')
 def train(folder: Path, by_epoch: bool, processes: int, rank: int, moment: Callable[[], None] | None) -> None:
     """Train in this process, from the newest whole checkpoint if there is one."""
     torch.set_num_threads(1)
+    os.chdir(folder.parent)  # processes exchange what they validated in the folder they are in
     cfg = config(folder, by_epoch, processes)
     newest = newest_whole(folder)
     if newest is not None:

@@ -69,7 +69,7 @@ def written_or_said(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        if why_unwritten(error) is None:
+        if isinstance(error, WriteError) or why_unwritten(error) is None:
             raise
         raise unwritten(error, path.parent, path.name) from error
 

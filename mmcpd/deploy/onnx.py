@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from mmcpd.deploy.drawn import Fixed
 from mmcpd.errors import DeployError
-from mmcpd.files import whole
+from mmcpd.files import whole, why_unwritten
 from mmcpd.modes import modes_kept
 from mmcpd.random_state import seeded
 
@@ -184,6 +184,8 @@ def _export(
                 module, args, path, opset_version=opset, input_names=ins, output_names=outs, verbose=False, **options
             )
     except Exception as error:  # exporters raise errors of many unrelated kinds
+        if isinstance(error, OSError | RuntimeError) and why_unwritten(error) is not None:
+            raise  # which is about the disk
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         other = 'a lower opset (17)' if opset >= NEW_EXPORTER else f'a higher opset ({NEW_EXPORTER})'
         hint = f'{other}, or a static batch' if dynamic else other

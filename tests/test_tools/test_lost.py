@@ -16,6 +16,7 @@ from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
 
 from mmcpd.cli.checks import save_whole
+from mmcpd.deploy.onnx import export_onnx
 from mmcpd.engine.checkpoint_hook import CheckpointHook as WholeCheckpointHook
 from mmcpd.files import WriteError, whole, why_unwritten
 
@@ -171,6 +172,26 @@ def test_each_of_a_disks_refusals_is_one_line(tmp_path, name):
     with pytest.raises(WriteError, match=r'cannot write a\.pth into .*MB free') as error, whole(path):
         raise OSError(getattr(errno, name), 'no')
     assert '\n' not in str(error.value) and path.read_text() == 'old'
+
+
+def test_files_that_appear_together_name_the_one_that_does_not_fit(tmp_path):
+    both = whole(tmp_path / 'a.txt'), whole(tmp_path / 'b.txt')
+    with pytest.raises(WriteError, match=r'cannot write b\.txt into') as error, both[0] as first, both[1] as second:
+        first.write_text('a')
+        second.write_text('b')
+        raise OSError(errno.ENOSPC, 'no')
+    causes = [error.value, error.value.__cause__, error.value.__cause__.__cause__]
+    assert [type(cause) for cause in causes] == [WriteError, OSError, type(None)], 'no circle, which has no end'
+    assert not os.listdir(tmp_path)
+
+
+def test_an_export_that_does_not_fit_is_no_fault_of_the_model(tmp_path, monkeypatch):
+    def full(*_, **__) -> None:
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    monkeypatch.setattr('torch.onnx.export', full)
+    with pytest.raises(WriteError, match=r'cannot write a\.onnx into .*: no space is left'):
+        export_onnx(torch.nn.Linear(2, 2), torch.rand(2, 2), tmp_path / 'a.onnx')
 
 
 def test_other_errors_stay_what_they_are(tmp_path):
