@@ -33,7 +33,7 @@ class WholeFiles(LocalBackend):
         >>> files.put(b'1', path)
         >>> files.remove(path)
         >>> before = path.exists()
-        >>> files.remove_outdated(in_use=[])
+        >>> files.remove_outdated(path.parent)
         >>> before, path.exists()
         (True, False)
     """
@@ -52,11 +52,14 @@ class WholeFiles(LocalBackend):
 
     rmtree = remove
 
-    def remove_outdated(self, in_use: Sequence[Path]) -> None:
-        """Remove what was given to `remove`, unless it was written again."""
+    def remove_outdated(self, folder: str | Path, in_use: Sequence[Path] = ()) -> None:
+        """Remove what was given to `remove` and lies in this folder, unless it was written again.
+
+        Names of outdated files come from a checkpoint, which may name any file.
+        """
         while self._outdated:
             path = self._outdated.pop()
-            if path in in_use:
+            if path in in_use or path.resolve().parent != Path(folder).resolve():
                 continue
             if path.is_dir():
                 shutil.rmtree(path)
@@ -211,4 +214,5 @@ class CheckpointHook(PlainCheckpointHook):
     def _remove_outdated(self) -> None:
         if isinstance(self.file_backend, WholeFiles):
             best = [getattr(self, 'best_ckpt_path', None), *getattr(self, 'best_ckpt_path_dict', {}).values()]
-            self.file_backend.remove_outdated([Path(path) for path in (self.last_ckpt, *best) if path])
+            in_use = [Path(path) for path in (self.last_ckpt, *best) if path]
+            self.file_backend.remove_outdated(self.out_dir, in_use)

@@ -191,6 +191,10 @@ def install() -> None:
 
     def load_checkpoint(filename: str, map_location: Any = None, logger: Any = 'current') -> Any:
         with _instead_of_torch():
-            return theirs(filename, map_location, logger)
+            content = theirs(filename, map_location, logger)
+        meta = content.get('meta') if isinstance(content, dict) else None
+        if isinstance(meta, dict) and not _trusted:
+            meta.pop('config', None)  # a text, which `Runner.resume` would run as Python
+        return content
 
     setattr(CheckpointLoader, 'load_checkpoint', staticmethod(load_checkpoint))  # noqa: B010

@@ -17,7 +17,7 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from mmcpd.engine.checkpoint_hook import RANDOM, CheckpointHook
+from mmcpd.engine.checkpoint_hook import RANDOM, CheckpointHook, WholeFiles
 from mmcpd.files import UNFINISHED
 
 
@@ -261,3 +261,16 @@ def test_a_best_file_that_is_written_again_is_not_removed(tmp_path):
     torch.save(content, tmp_path / 'iter_2.pth')
     runner_of(tmp_path, hook(), iterations=4, score=9, resume=True, load_from=str(tmp_path / 'iter_2.pth')).train()
     assert (tmp_path / 'best_acc_iter_4.pth').is_file()
+
+
+def test_a_file_that_a_checkpoint_names_elsewhere_is_not_removed(tmp_path):
+    """A checkpoint says which best file the next one replaces."""
+    own, other = tmp_path / 'run' / 'best.pth', tmp_path / 'important.pth'
+    own.parent.mkdir()
+    for path in (own, other):
+        path.write_bytes(b'1')
+    files = WholeFiles()
+    for path in (own, other, own.parent / '..' / other.name):
+        files.remove(path)
+    files.remove_outdated(own.parent)
+    assert other.exists() and not own.exists()

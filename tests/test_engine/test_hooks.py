@@ -330,7 +330,6 @@ def test_refusals_come_before_training(runner_of, tmp_path, changes, error, mess
         ({'round_to': 0}, 'round_to counts units'),
         ({'min_units': 0}, 'min_units counts units'),
         ({'heads': 'heads'}, 'did you mean head'),
-        ({'ignore': 'backbone'}, 'ignore is a list of patterns'),
         ({'ignore': 5}, 'ignore is a list of patterns'),
         ({'strict': 'no'}, 'strict is True or False'),
         ({'seed': 'a'}, 'seed is an integer'),

@@ -125,3 +125,18 @@ def test_a_hook_may_trust_too(pruning: Path, strange: dict[str, Path], tmp_path:
     cfg.default_hooks.prune.target = {'macs': 0.9}
     Runner.from_cfg(cfg).train()
     assert (tmp_path / 'ran').exists()
+
+
+def test_the_config_inside_a_checkpoint_is_not_run_when_it_is_resumed(pruning: Path, tmp_path: Path) -> None:
+    """`Runner.resume` parses the text `meta['config']` as a Python config, which is to run it."""
+    cfg = Config.fromfile(pruning.with_name('tiny.py'))
+    cfg.work_dir, cfg.train_cfg.max_epochs, cfg.train_cfg.val_interval = str(tmp_path / 'run'), 1, 1
+    Runner.from_cfg(cfg).train()
+    file = tmp_path / 'run' / 'epoch_1.pth'
+    checkpoint = reader.load(file)
+    checkpoint['meta']['config'] = f'import os\nos.makedirs({str(tmp_path / "ran")!r}, exist_ok=True)\n'
+    torch.save(checkpoint, file)
+    cfg.resume, cfg.load_from, cfg.train_cfg.max_epochs, cfg.experiment_name = True, str(file), 2, 'resumed'
+    Runner.from_cfg(cfg).train()
+    assert not (tmp_path / 'ran').exists()
+    assert (tmp_path / 'run' / 'epoch_2.pth').exists()
