@@ -133,7 +133,7 @@ def test_an_option_says_otherwise():
         model = distiller(several_labels, [{'type': 'KDLoss', 'sigmoid': sigmoid}], teacher=teacher)
         values.append(model(**batch(model, several_labels), mode='loss')['loss_distill_kd'].item())
     assert values[0] == values[1] != values[2]
-    with pytest.raises(ValueError, match="sigmoid is True, False or None, got 'yes'"):
+    with pytest.raises(ValueError, match="sigmoid is True or False or None: got 'yes'"):
         distiller(several_labels, [{'type': 'KDLoss', 'sigmoid': 'yes'}])
 
 
