@@ -98,6 +98,7 @@ def save_whole(cfg: Config) -> None:
 
     Another one is left as it is, with a warning.
     """
+    savers(cfg)  # whose places are looked at first
     cfg.default_hooks = {'checkpoint': {'type': 'CheckpointHook'}, **(cfg.get('default_hooks') or {})}
     with root.HOOKS.switch_scope_and_registry(cfg.get('default_scope')) as registry:
         for hook in savers(cfg):
@@ -116,8 +117,21 @@ def save_whole(cfg: Config) -> None:
 
 def savers(cfg: Config) -> list[ConfigDict]:
     """Return the configs of the hooks that save checkpoints, whoever wrote them."""
-    hooks = (*(cfg.get('default_hooks') or {}).values(), *(cfg.get('custom_hooks') or ()))
-    return [hook for hook in hooks if isinstance(hook, dict) and type_name(hook).endswith('CheckpointHook')]
+    return [hook for hook in _hooks(cfg) if isinstance(hook, dict) and type_name(hook).endswith('CheckpointHook')]
+
+
+def _hooks(cfg: Config) -> list[Any]:
+    """Return the configs of all hooks.
+
+    Raises:
+        UserError: They are not where MMEngine looks for them.
+    """
+    defaults, customs = cfg.get('default_hooks') or {}, cfg.get('custom_hooks') or ()
+    if not isinstance(defaults, dict) or not isinstance(customs, list | tuple):
+        raise UserError(
+            'default_hooks is a dict of dicts, as dict(prune=dict(type=...)), and custom_hooks a list of dicts'
+        )
+    return [*defaults.values(), *customs]
 
 
 def check_hooks(cfg: Config) -> None:
@@ -127,12 +141,7 @@ def check_hooks(cfg: Config) -> None:
         UserError: There is no such hook.
         ValueError: An option is unknown or its value makes no sense; the hook says why.
     """
-    defaults, customs = cfg.get('default_hooks') or {}, cfg.get('custom_hooks') or ()
-    if not isinstance(defaults, dict) or not isinstance(customs, list | tuple):
-        raise UserError(
-            'default_hooks is a dict of dicts, as dict(prune=dict(type=...)), and custom_hooks a list of dicts'
-        )
-    for config in (*defaults.values(), *customs):
+    for config in _hooks(cfg):
         kind = config.get('type') if isinstance(config, dict) else None
         if not str(kind if isinstance(kind, str) else getattr(kind, '__module__', '')).startswith('mmcpd.'):
             continue  # other people's

@@ -207,7 +207,9 @@ def test_training_checkpoints_of_a_slim_model_are_those_of_the_slim_model(tmp_pa
     found = comb_by_config(loaded, again)
     keep = random_keep(found, 0.5, 2)
     mask_(loaded, found, keep)
-    state = {'pruner': {'keep': keep}, 'input_shape': [3, SIZE, SIZE]}
+    pruner = {'keep': keep, 'importance': {}, 'iteration': 1, 'last': 1, 'waiting': False, 'frozen': []}
+    state = {'pruner': pruner, 'begun': True, 'dense_metrics': {}, 'dense_digest': '', 'best_before': []}
+    state |= {'left': {'macs': 0.5}, 'target': {'macs': 0.5}, 'input_shape': [3, SIZE, SIZE]}
     torch.save({'state_dict': loaded.state_dict(), 'mmcpd': state}, tmp_path / 'epoch_2.pth')
     assert checkpoints.removed_units(checkpoints.read_checkpoint(tmp_path / 'epoch_2.pth')) > 0
     with DefaultScope.overwrite_default_scope('mmpretrain'):
