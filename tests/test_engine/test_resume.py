@@ -35,18 +35,26 @@ def stopped_and_resumed(folder: Path, by_epoch: bool, stop: int, *, states: bool
 
 
 @pytest.mark.parametrize(
-    ('by_epoch', 'stop'), [(False, 3), (False, 7), (False, 12), (True, 5), (True, 9)], ids=str
+    ('by_epoch', 'stop'),
+    [
+        (False, 7),
+        (True, 9),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in ((False, 3), (False, 12), (True, 5))),
+    ],
+    ids=str,
 )  # before pruning begins, while it prunes, after it
 def test_it_is_bit_for_bit_the_uninterrupted_one(tmp_path, by_epoch, stop):
     assert same(*stopped_and_resumed(tmp_path, by_epoch, stop))
 
 
-@pytest.mark.parametrize('by_epoch', [False, True])
+@pytest.mark.parametrize('by_epoch', [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_without_the_states_it_is_not(tmp_path, by_epoch):
     assert not same(*stopped_and_resumed(tmp_path, by_epoch, 5, states=False))
 
 
-@pytest.mark.parametrize(('by_epoch', 'workers'), [(False, 0), (True, 0), (True, 1)])
+@pytest.mark.parametrize(
+    ('by_epoch', 'workers'), [(False, 0), *(pytest.param(True, n, marks=pytest.mark.slow) for n in (0, 1))]
+)
 def test_a_run_whose_seed_no_config_says(tmp_path, by_epoch, workers):
     cfg = config(tmp_path / 'parts', by_epoch, workers=workers)
     cfg.randomness = {'seed': None}

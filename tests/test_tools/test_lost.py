@@ -125,6 +125,7 @@ def on_a_small_disk(folder: Path, limit: int, *arguments: object) -> subprocess.
     return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=folder, timeout=300)
 
 
+@pytest.mark.slow
 def test_a_file_that_does_not_fit_ends_training_in_one_line_and_the_old_one_is_whole(tiny, tmp_path):
     work = tmp_path / 'w'
     first = on_a_small_disk(tmp_path, 2**30, tiny, '--work-dir', 'w', '--cfg-options', 'train_cfg.max_epochs=1')
