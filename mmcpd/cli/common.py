@@ -101,10 +101,11 @@ def guard(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) 
 
 def was_interrupted(error: BaseException) -> bool:
     """Say whether Ctrl-C is behind an error: MMEngine catches everything while it formats a config."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, KeyboardInterrupt):
+    cause, seen = error.__cause__ or error.__context__, [error]
+    while cause is not None and cause not in seen:  # causes may run in a circle
+        seen.append(cause)
         cause = cause.__cause__ or cause.__context__
-    return cause is not None
+    return any(isinstance(each, KeyboardInterrupt) for each in seen)
 
 
 def one_line(error: BaseException) -> str:

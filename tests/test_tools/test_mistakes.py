@@ -6,7 +6,7 @@ import argparse
 
 import pytest
 
-from mmcpd.cli.common import guard, one_line, shortened
+from mmcpd.cli.common import guard, one_line, shortened, was_interrupted
 from mmcpd.engine.stage import check_target
 from mmcpd.errors import ProofError, TargetError
 
@@ -127,3 +127,11 @@ def test_a_state_at_its_target_is_no_error():
     check_target({'left': {'macs': 0.5}, 'target': {'macs': 0.5}}, 'slim.pth')
     with pytest.raises(TargetError):
         check_target({'left': {'macs': 0.5, 'params': 0.7}, 'target': {'macs': 0.5, 'params': 0.6}}, 'slim.pth')
+
+
+def test_causes_that_run_in_a_circle_are_followed_once():
+    first, second = ValueError('a'), OSError('b')
+    first.__cause__, second.__cause__ = second, first
+    assert not was_interrupted(first)
+    second.__cause__ = KeyboardInterrupt()
+    assert was_interrupted(first)
