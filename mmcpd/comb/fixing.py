@@ -59,7 +59,10 @@ def _site(modules: Mapping[str, nn.Module], equation: Equation) -> CallSite | No
 # -- the scales of attentions ------------------------------------------------------------------------------------------
 def _folds(record: Record, scale: ScaledQuery) -> bool:
     """Say whether the factor of an attention can go into its query's rows: nothing else computes with them."""
-    return not any(np.isin(scale.query, atoms).any() for atoms in record.read.values())
+    read = np.zeros(record.table.size, bool)
+    for atoms in record.read.values():
+        read[atoms[atoms >= 0]] = True
+    return not read[scale.query[scale.query >= 0]].any()
 
 
 def _constants(record: Record) -> list[Equation]:
