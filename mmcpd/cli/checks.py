@@ -93,7 +93,7 @@ def check_checkpoint(path: str | None, option: str) -> None:
         raise UserError(f'{option}: there is no checkpoint {path}')
 
 
-def save_whole(cfg: Config) -> None:
+def use_whole_checkpoints(cfg: Config) -> None:
     """Let checkpoints be saved by mmcpd's `CheckpointHook` wherever a config names MMEngine's, or none, in place.
 
     Another one is left as it is, with a warning.

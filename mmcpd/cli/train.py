@@ -14,7 +14,7 @@ from pathlib import Path
 from mmengine.config import Config
 from mmengine.device import get_device
 
-from mmcpd.cli.checks import check_checkpoint, check_data, check_folder, check_hooks, save_whole
+from mmcpd.cli.checks import check_checkpoint, check_data, check_folder, check_hooks, use_whole_checkpoints
 from mmcpd.cli.common import UserError, add_runner_options, one_line
 from mmcpd.cli.configs import read_config, set_runner_options
 from mmcpd.cli.runner import build_runner, last_whole, newest, resume_hint, run
@@ -74,7 +74,7 @@ def main(args: argparse.Namespace) -> None:
     if args.amp and get_device() == 'cpu':
         raise UserError('--amp needs an accelerator, and torch finds none here; leave it out')
     check_folder(cfg.work_dir, '--work-dir')
-    save_whole(cfg)
+    use_whole_checkpoints(cfg)
     check_hooks(cfg)
     check_data(cfg, ('train_dataloader', 'val_dataloader'))
     check_checkpoint(cfg.get('load_from'), '--resume' if args.resume else 'load_from')

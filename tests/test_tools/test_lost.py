@@ -15,7 +15,7 @@ from mmengine.config import Config
 from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
 
-from mmcpd.cli.checks import save_whole
+from mmcpd.cli.checks import use_whole_checkpoints
 from mmcpd.deploy.onnx import export_onnx
 from mmcpd.engine.checkpoint_hook import CheckpointHook as WholeCheckpointHook
 from mmcpd.files import WriteError, whole, why_unwritten
@@ -60,12 +60,12 @@ def test_our_hook_takes_the_place_of_a_plain_one_only():
             'custom_hooks': [{'type': 'MyCheckpointHook'}, {'type': 'mmengine.CheckpointHook'}],
         }
     )
-    save_whole(cfg)
+    use_whole_checkpoints(cfg)
     assert cfg.default_hooks.checkpoint == {'type': 'mmcpd.CheckpointHook', 'interval': 3}
     assert [hook.type for hook in cfg.custom_hooks] == ['MyCheckpointHook', 'mmcpd.CheckpointHook']
     for hooks in ({}, {'default_hooks': None}, {'default_hooks': {'checkpoint': None}}):
         cfg = Config(hooks)
-        save_whole(cfg)
+        use_whole_checkpoints(cfg)
         none = 'checkpoint' in (hooks.get('default_hooks') or {})
         assert (cfg.default_hooks.checkpoint is None) == none
 
@@ -106,10 +106,10 @@ def test_a_hook_of_the_users_own_is_left_as_it_is_and_that_is_said(monkeypatch):
         pass
 
     cfg = Config({'default_hooks': {'checkpoint': {'type': 'OddCheckpointHook'}}})
-    save_whole(cfg)
+    use_whole_checkpoints(cfg)
     assert cfg.default_hooks.checkpoint.type == 'OddCheckpointHook'
     assert said.pop().startswith('OddCheckpointHook saves the checkpoints: a kill may leave half a one')
-    save_whole(Config({'default_hooks': {'checkpoint': {'type': 'GoodCheckpointHook'}}}))
+    use_whole_checkpoints(Config({'default_hooks': {'checkpoint': {'type': 'GoodCheckpointHook'}}}))
     assert not said
 
 
