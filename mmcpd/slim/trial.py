@@ -87,13 +87,13 @@ def is_finite(out: object) -> bool:
     return all(bool(torch.isfinite(t).all()) for t in tensors_in(out) if t.is_floating_point())
 
 
-def _runs(model: nn.Module, example: Example) -> bool:
-    """Say whether a model runs on the example, with a number everywhere in its output."""
+def _error(model: nn.Module, example: Example) -> str | None:
+    """Return why a model does not run on the example with a number everywhere in its output, or None if it does."""
     try:
         with evaluating(model):
-            return is_finite(example.run_all(model))
-    except FAILURES:
-        return False
+            return None if is_finite(example.run_all(model)) else NOT_FINITE
+    except FAILURES as error:
+        return f'{type(error).__name__}: {first_line(error)}'
 
 
 def double(tensor: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ def in_double(model: nn.Module, example: Example) -> tuple[nn.Module, Example]:
 
     try:
         twin, tried = doubled(model), replace(example, inputs=map_tensors(example.inputs, wide))
-        if _runs(twin, tried):
+        if _error(twin, tried) is None:
             return twin, tried
     except FAILURES:
         pass
@@ -173,13 +173,14 @@ class _Trial:
 
     def error(self) -> str | None:
         """Return why the model itself fails, with all units, or None where it does not."""
+        error = _error(self.model, self.coupling.example)
+        if error is not None or not self.gradients:
+            return error
         try:
-            with evaluating(self.model):
-                finite = is_finite(self.coupling.example.run_all(self.model))
-            slope = compare_gradients(self.model, self.coupling, self.coupling.keep()) if self.gradients else 0.0
-        except FAILURES as error:
-            return f'{type(error).__name__}: {first_line(error)}'
-        return None if finite and math.isfinite(slope) else NOT_FINITE
+            slope = compare_gradients(self.model, self.coupling, self.coupling.keep())
+        except FAILURES as failure:
+            return f'{type(failure).__name__}: {first_line(failure)}'
+        return None if math.isfinite(slope) else NOT_FINITE
 
 
 def _try(model: nn.Module, coupling: Coupling, gradients: bool) -> tuple[_Trial, str | None]:
