@@ -115,6 +115,16 @@ class AtomTable:
             self.reasons.append(reason)
         self._frozen.append((atoms, len(self.reasons) - 1))
 
+    def resolve_(self, stands: np.ndarray, size: int) -> None:
+        """Let `stands[atom]` stand for each atom in all equations, of `size` atoms then; `FIXED` says nothing."""
+        pairs = [(stands[left], stands[right]) for left, right in zip(self._left, self._right, strict=True)]
+        both = [(left >= 0) & (right >= 0) for left, right in pairs]
+        self._left = [left[known] for (left, _), known in zip(pairs, both, strict=True)]
+        self._right = [right[known] for (_, right), known in zip(pairs, both, strict=True)]
+        frozen = [(stands[atoms], reason) for atoms, reason in self._frozen]
+        self._frozen = [(atoms[atoms >= 0], reason) for atoms, reason in frozen]
+        self.size = size
+
     def solve(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the component of each atom, and for each component the index of its reason, or -1 where it is free."""
         left = np.concatenate([np.empty(0, np.int64), *self._left])

@@ -17,7 +17,7 @@ from ..fixes import Expression, Input, Live, Op
 from ..slim.call_sites import Spot, call_site
 from ..slim.mask import Site
 from ..slim.size_expressions import leaves, may_change
-from .atoms import FIXED, AtomTable, Axis
+from .atoms import FIXED, Axis
 from .record import BiasRows, Equation, Record, RoleOf, SeenStatistic
 from .size_equations import Sizes, equation, handles, sizes_of
 from .trace import Run
@@ -99,7 +99,7 @@ def resolve_(record: Record, real: int) -> None:
     first[component[:real][::-1]] = np.arange(real)[::-1]
     stands = np.append(np.where(np.arange(table.size) < real, np.arange(table.size), first[component]), FIXED)
     made = np.append(np.where(np.arange(table.size) < real, np.arange(table.size), FIXED), FIXED)
-    _resolve_table_(table, stands, real)
+    table.resolve_(stands, real)
     fixed = {number for number, atoms in enumerate(record.axes) if (stands[atoms] == FIXED).all()}
     _resolve_axes_(record, fixed, lambda atoms: stands[atoms])
     record.roles = [RoleOf(made[found.atoms], found.role) for found in record.roles]
@@ -110,17 +110,6 @@ def resolve_(record: Record, real: int) -> None:
     record.read = {(new := stands[atoms]).tobytes(): new for atoms in record.read.values()}
     record.scales = [found._replace(query=stands[found.query]) for found in record.scales]
     record.grouped = [found._replace(rows=stands[found.rows]) for found in record.grouped]
-
-
-def _resolve_table_(table: AtomTable, stands: np.ndarray, real: int) -> None:
-    """Resolve the equations of a table, and leave those out that say nothing."""
-    pairs = [(stands[left], stands[right]) for left, right in zip(table._left, table._right, strict=True)]
-    both = [(left >= 0) & (right >= 0) for left, right in pairs]
-    table._left = [left[known] for (left, _), known in zip(pairs, both, strict=True)]
-    table._right = [right[known] for (_, right), known in zip(pairs, both, strict=True)]
-    frozen = [(stands[atoms], reason) for atoms, reason in table._frozen]
-    table._frozen = [(atoms[atoms >= 0], reason) for atoms, reason in frozen]
-    table.size = real
 
 
 def _resolve_axes_(record: Record, fixed: set[int], stand: Callable[[np.ndarray], np.ndarray]) -> None:
@@ -138,7 +127,7 @@ def _resolve_axes_(record: Record, fixed: set[int], stand: Callable[[np.ndarray]
             target = len(old[target.axis])
         return found._replace(expression=plain(found.expression), target=target)
 
-    record.axes = [stand(atoms) for atoms in old]
+    record.renumber_([stand(atoms) for atoms in old])
     record.sizes = [
         found for found in map(resolved, record.sizes) if isinstance(found.target, Live) or may_change(found.expression)
     ]
@@ -148,4 +137,3 @@ def _resolve_axes_(record: Record, fixed: set[int], stand: Callable[[np.ndarray]
     record.statistics = [
         SeenStatistic(Site(*found.site), None) if found.axis in fixed else found for found in record.statistics
     ]
-    record._numbers = {atoms.tobytes(): number for number, atoms in reversed(list(enumerate(record.axes)))}

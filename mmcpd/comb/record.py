@@ -109,6 +109,11 @@ class Record:
             self.axes.append(atoms)
         return self._numbers[key]
 
+    def renumber_(self, axes: list[np.ndarray]) -> None:
+        """Let other atoms have the numbers of the axes, in their order; of equal ones the first number counts."""
+        self.axes = axes
+        self._numbers = {atoms.tobytes(): number for number, atoms in reversed(list(enumerate(axes)))}
+
 
 class Lookup:
     """Look up atoms: which tensor, dimension and row each one is."""
