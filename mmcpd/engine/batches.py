@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
-from mmcpd.engine.random_states import Place, Plain, plain_states, set_plain_states
+from mmcpd.engine.plain_states import Place, Plain, plain_states, set_plain_states
 
 
 class Batches:

@@ -15,7 +15,7 @@ from mmengine.runner import Runner
 
 from mmcpd.engine.batches import Batches, reseed
 from mmcpd.engine.latest import newest_whole, numbered
-from mmcpd.engine.random_states import Place, Plain, plain_states, set_plain_states
+from mmcpd.engine.plain_states import Place, Plain, plain_states, set_plain_states
 from mmcpd.files import sweep, whole
 from mmcpd.registry import HOOKS
 

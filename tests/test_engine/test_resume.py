@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from mmcpd.engine.batches import Batches
 from mmcpd.engine.checkpoint_hook import RANDOM
-from mmcpd.engine.random_states import plain_states
+from mmcpd.engine.plain_states import plain_states
 from tests.helpers import on_two_processes
 from tests.test_engine.resumed import config, run, same
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from mmcpd.random_state import random_state, set_random_state
 
 Plain = dict[str, list[int | float | Tensor | None]]
 
@@ -26,18 +27,18 @@ def plain_states() -> Plain:
     """Return the states of Python's, numpy's, torch's and this process's GPU's generators.
 
     Example:
+        >>> import random
         >>> before = plain_states()
         >>> first = random.random(), np.random.rand(), torch.rand(1)
         >>> set_plain_states(before)
         >>> first == (random.random(), np.random.rand(), torch.rand(1))
         True
     """
-    version, words, gauss = random.getstate()
-    _, key, place, has_gauss, cached = np.random.get_state()
+    (version, words, gauss), (_, key, place, has_gauss, cached), cpu, _ = random_state()
     return {
         'python': [version, torch.tensor(words), gauss],
         'numpy': [torch.from_numpy(np.asarray(key, dtype=np.int64)), int(place), int(has_gauss), float(cached)],
-        'torch': [torch.get_rng_state()],
+        'torch': [cpu],
         'cuda': [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [],
     }
 
@@ -45,9 +46,8 @@ def plain_states() -> Plain:
 def set_plain_states(states: Mapping[str, list]) -> None:
     """Go back to states from `plain_states`, on whatever device they were read."""
     version, words, gauss = states['python']
-    random.setstate((version, tuple(words.tolist()), gauss))
     key, *rest = states['numpy']
-    np.random.set_state(('MT19937', key.cpu().numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(states['torch'][0].cpu())
+    numbers = ('MT19937', key.cpu().numpy().astype(np.uint32), *rest)
+    set_random_state(((version, tuple(words.tolist()), gauss), numbers, states['torch'][0].cpu(), []))
     if states['cuda'] and torch.cuda.is_available():
         torch.cuda.set_rng_state(states['cuda'][0].cpu())
