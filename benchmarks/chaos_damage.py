@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmcpd.engine import reader
 from mmcpd.engine.slim_file import checksum
 
 DEEP = '@deep'  # stands for lists in lists, which Python's own writer refuses
@@ -127,10 +128,9 @@ def damage_archive(data: bytes, rng: random.Random) -> bytes:
 
 def damage_entries(data: bytes, rng: random.Random) -> bytes:
     """Put a value of another kind at one place of the content, with the checksum put right where it has one."""
-    content = torch.load(io.BytesIO(data), weights_only=True)
-    inner = [(content, key) for key in content]
-    inner += [(content[part], key) for part in ('state_dict', 'buffers', 'meta') for key in content[part]]
-    where, key = rng.choice(inner)
+    content = reader.load(io.BytesIO(data))
+    parts = [part for part in content.values() if isinstance(part, dict)]
+    where, key = rng.choice([(part, key) for part in (content, *parts) for key in part])
     old = where[key]
     kinds: list[Callable[[], Any]] = [
         lambda: None, dict, lambda: [old], lambda: 'x', lambda: 2**70, lambda: float('nan'), lambda: {1: old},
@@ -143,7 +143,8 @@ def damage_entries(data: bytes, rng: random.Random) -> bytes:
     if rng.random() < 0.2:
         where[rng.choice(['other', 'fc.weight', '_extra_state', ''])] = where.pop(key)
     with suppress(ValueError, RecursionError, NotImplementedError, RuntimeError, TypeError):
-        if not any(isinstance(value, list) and len(value) == 2 for value in where.values()):  # `doubled` has no end
+        endless = any(isinstance(value, list) and len(value) == 2 for value in where.values())  # `doubled` has no end
+        if 'checksum' in content and not endless:
             content['checksum'] = checksum(content)
     return written(content)
 

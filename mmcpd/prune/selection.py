@@ -216,17 +216,19 @@ class _Search:
         return chosen
 
     def _smaller(self, removed: Sequence[int]) -> int:
-        """Return the first chunk of fewer units than the last one that is enough and saves less, or the last one.
+        """Return the first chunk that is enough and saves less than the last one, or the last one.
 
-        Its score times what it saves is no higher.
+        Its score times what it saves is no higher, and it has no more units. A single unit is as small as can be.
         """
         chunks, rest, last = self.chunks, removed[:-1], removed[-1]
+        if len(chunks[last]) == 1:
+            return last
         before, most, seen = self.room(rest), self.room(removed), {chunks.groups[last]}
         for other in range(last + 1, len(chunks.groups)):
             if chunks.groups[other] in seen:
                 continue  # its turn has not come
             seen.add(chunks.groups[other])
-            found = self.room([*rest, other]) if len(chunks[other]) < len(chunks[last]) else most
+            found = self.room([*rest, other]) if len(chunks[other]) <= len(chunks[last]) else most
             if 0 <= found < most and chunks.scores[other] * (found - before) <= chunks.scores[last] * (most - before):
                 return other
         return last

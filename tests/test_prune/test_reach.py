@@ -115,13 +115,16 @@ def test_units_on_the_way_is_what_an_even_choice_removes(coupling):
     assert units_on_the_way(coupling, {'units': 0.99999}, coupling.keep(), FLOORS) == 1
 
 
-def test_a_smaller_chunk_goes_where_the_last_one_would_overshoot(monkeypatch):
-    layers, before = [], 3
-    for width in (8, 8, 64):
-        layers += [nn.Conv2d(before, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
-        before = width
-    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
-    found, generator = comb(net, torch.rand(1, 3, 8, 8)), torch.Generator().manual_seed(54)
+@pytest.mark.parametrize(
+    ('widths', 'seed', 'without'), [((8, 8, 64), 54, 0.445), ((64, 64, 128, 64), 115, 0.49)], ids=['fewer', 'equal']
+)
+def test_a_smaller_chunk_goes_where_the_last_one_would_overshoot(monkeypatch, widths, seed, without):
+    layers, before, stride, deep = [], 3, 1, 1 if len(widths) == 3 else 2
+    for width in widths:
+        layers += [nn.Conv2d(before, width, 3, padding=1, stride=stride), nn.BatchNorm2d(width), nn.ReLU()]
+        before, stride = width, deep
+    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, 10))
+    found, generator = comb(net, torch.rand(1, 3, 8, 8)), torch.Generator().manual_seed(seed)
     scores = {}
     for group in found.groups:
         raw = torch.rand(group.units, generator=generator)
@@ -132,4 +135,4 @@ def test_a_smaller_chunk_goes_where_the_last_one_would_overshoot(monkeypatch):
 
     assert 0.49 < chosen() <= 0.5
     monkeypatch.setattr('mmcpd.prune.selection._Search._smaller', lambda self, removed: removed[-1])
-    assert chosen() < 0.445
+    assert chosen() < without
