@@ -27,7 +27,7 @@ def plan(runner: Runner, pruner: Pruner, at_once: str = '') -> list[str]:
     model = unwrapped(runner.model)
     cost = coupling.cost(coupling.keep())
     sizes = ', '.join(f'{cost[key] / unit:,.2f}{sign} {name}' for key, (name, unit, sign) in ROWS.items())
-    prunable, total = coupling.prunable()
+    (prunable, total), (channels, width) = coupling.prunable(), coupling.prunable_channels()
     target = ' and '.join(f'{share:.1%} of the {ROWS.get(key, (key,))[0]}' for key, share in schedule.target.items())
     when = f'iterations {schedule.begin} to {schedule.end} of {runner.max_iters}, every {schedule.interval}'
     if at_once:
@@ -36,7 +36,7 @@ def plan(runner: Runner, pruner: Pruner, at_once: str = '') -> list[str]:
         ('model', f'{type(pruner.model).__name__} at {"x".join(map(str, shape_combed(coupling)))}: {sizes}'),
         ('data', _data(runner)),
         ('coupling', f'{len(coupling.groups)} groups, {coupling.units} units; {prunable / total:.1%} of the '
-         'parameters can be pruned'),
+         f'parameters and {channels / max(width, 1):.1%} of the channels can be pruned'),
         *(('frozen', reason) for reason in _frozen(coupling)),
         *(('alone', line) for line in left_alone(pruner)),
         ('target', f'{target} of the dense model remain'),
