@@ -9,7 +9,7 @@ _base_ = [
 load_from = 'checkpoints/vit_cifar10.pth'
 losses = [dict(type='mmcpd.KDLoss')]
 model = dict(_delete_=True, type='mmcpd.Distiller', student=_base_.model, losses=losses, task_weight=0)
-default_hooks = dict(prune=dict(type='mmcpd.PruneHook', target=dict(macs=0.5), at_once=True, rotate=True, round_to=1))
+default_hooks = dict(prune=dict(type='mmcpd.PruneHook', target=dict(macs=0.5), at_once=True, round_to=1))
 
 optim_wrapper = dict(optimizer=dict(_delete_=True, type='AdamW', lr=1e-4, weight_decay=0.05))
 param_scheduler = dict(_delete_=True, type='CosineAnnealingLR', by_epoch=True, convert_to_iter_based=True)

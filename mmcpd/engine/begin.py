@@ -20,11 +20,12 @@ REFIT = 'refit.txt'
 
 
 def rotate_in_training_(pruner: Pruner) -> str:
-    """Sort the dimensions inside the heads of a pruner's model, and return the report."""
+    """Sort the dimensions inside the heads of a pruner's model, and return the report, '' where it has no heads."""
     rotated, example = copied(pruner.model), pruner.coupling.example
-    report = str(rotate_(rotated, example.inputs, forward=example.forward))
-    take_over_(pruner.model, rotated, pruner.optimizer)
-    return report
+    report = rotate_(rotated, example.inputs, forward=example.forward)
+    if report.heads:
+        take_over_(pruner.model, rotated, pruner.optimizer)
+    return str(report) if report.found else ''
 
 
 @dataclass(frozen=True)
