@@ -24,7 +24,7 @@ from .observe import observe
 from .record import Note, Record
 from .rules import OPERATIONS, check_strict
 from .trace import Policy
-from .training import Trained, reads_more
+from .training import Trained, newly_read
 
 HEADS = ('dim', 'head')
 UNUSED = ('freeze', 'leave')
@@ -92,7 +92,7 @@ def comb(
         return replace(group(model, record, example, ignore, faults), caches=tuple(caches))
 
     record = observed(Policy())
-    if record.unused and reads_more(model, example, trained := Trained(example.forward)):
+    if record.unused and newly_read(model, example, trained := Trained(example.forward), record.unread):
         example = replace(example, also=(*example.also, trained))
         record = observed(Policy())
     whole = heads_of(record) if heads == 'head' else None

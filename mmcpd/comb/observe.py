@@ -59,7 +59,7 @@ def observe(model: nn.Module, example: Example, policy: Policy) -> Record:
             run.freeze_all(tensor, 'model output')
         _forget_cached(model, run, marked)
         unused = Unused(run.ran, {len(found.atoms) for found in run.record.roles if found.role is Role.PRODUCER})
-        run.record.unused = unused.names
+        run.record.unread, run.record.unused = frozenset(run.ran.unread_names), unused.names
         if not policy.leave_unused:
             unused.freeze_(run.record.table)
         resolve_(run.record, run.real)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -58,14 +58,14 @@ def unread(model: nn.Module, example: Example) -> set[str]:
     return ran.unread_names
 
 
-def reads_more(model: nn.Module, example: Example, further: Callable[..., object]) -> bool:
-    """Say whether a further pass runs, and reads parameters or buffers that the passes of an example do not.
+def newly_read(model: nn.Module, example: Example, further: Callable[..., object], left: Set[str]) -> set[str]:
+    """Return which of the parameters and buffers in `left` a further pass reads: none if it does not run.
 
     Example:
-        >>> reads_more(model, coupling.example, lambda model, images: model(images) * 2)
-        False
+        >>> newly_read(model, coupling.example, lambda model, images: model.conv1(images), {'conv1.bias', 'fc.bias'})
+        {'conv1.bias'}
     """
     try:
-        return bool(unread(model, example) - unread(model, replace(example, forward=further, also=())))
+        return set(left - unread(model, replace(example, forward=further, also=()))) if left else set()
     except FAILURES:
-        return False
+        return set()

@@ -5,7 +5,7 @@ Whether a layer ran is asked of its tensors: a forward may read them without cal
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Set
 from typing import NamedTuple
 
 import numpy as np
@@ -71,7 +71,7 @@ class _Use(NamedTuple):
 class Unused:
     """What of a model never ran; `made` are the widths that layers made."""
 
-    def __init__(self, ran: Ran, made: Collection[int]) -> None:
+    def __init__(self, ran: Ran, made: Set[int]) -> None:
         self.ran, self.made, self.model = ran, made, ran.model
         self.modules = dict(self.model.named_modules(remove_duplicate=False))
         called = {id(self.modules[path]) for path in ran.met}

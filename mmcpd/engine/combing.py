@@ -11,11 +11,11 @@ from mmengine.runner import Runner
 from torch import nn
 
 from mmcpd.comb import comb
-from mmcpd.comb.training import reads_more
+from mmcpd.comb.training import newly_read, unread
 from mmcpd.coupling import Coupling, Example
 from mmcpd.engine.build import hook_options
 from mmcpd.engine.examples import example_data, picture_of
-from mmcpd.engine.passes import TESTING, TRAINING, Pass, deployed_pass, runs
+from mmcpd.engine.passes import TESTING, TRAINING, deployed_pass, runs
 from mmcpd.engine.samples import Samples
 from mmcpd.engine.wrappers import bare_model
 from mmcpd.names import in_short
@@ -59,10 +59,12 @@ def comb_passes(model: nn.Module, data: Any, **options: Any) -> Coupling:
     data = map_tensors(data, lambda tensor: tensor.to(device))
     deployed = deployed_pass(model, data)
     others = [each for each in (TESTING, TRAINING) if each != deployed and runs(model, data, each) is None]
-    also: list[Pass] = []
+    example, also = Example((data,), deployed), []
+    left = unread(model, example)
     for each in others:
-        if reads_more(model, Example((data,), deployed, tuple(also)), each):
+        if read := newly_read(model, example, each, left):
             also.append(each)
+            left -= read
     coupling = comb(model, (data,), forward=deployed, also=also, **options)
     for each in others:
         if each not in also and disagreement(model, coupling, each) is not None:
