@@ -38,7 +38,7 @@ class CombHook(Hook):
     Example:
         >>> CombHook(head='dim')
         Traceback (most recent call last):
-        ValueError: CombHook has no option 'head': did you mean heads?
+        ValueError: CombHook has no option 'head': did you mean heads, unused?
     """
 
     def __init__(
