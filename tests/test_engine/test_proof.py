@@ -139,7 +139,7 @@ def test_what_only_training_runs_is_combed_and_costs_nothing(kind):
     assert coupling.cost(coupling.keep()).macs == 16 * 27 * 100 + 12 * 144 * 64 + 120, 'the deployed part alone'
 
     (data,) = coupling.example.inputs
-    blind = comb_passes(model, data | {'data_samples': None})  # without a sample the loss cannot run
+    blind = comb_passes(model, data | {'data_samples': None}, unused='leave')  # without a sample the loss cannot run
     with pytest.raises(RuntimeError):  # the control
         TRAINING(slim(model, blind, random_keep(blind, 0.5, 1)), data)
 
