@@ -22,8 +22,8 @@ For each family (see `zoo_models.py`), with random weights and on one thread:
 8. Torch-Pruning on the same model: 30 % by magnitude, local, the classifier left out; does it build its graph, does
    the pruned model still run, is the output's shape still the same.
 
-The checks are in `zoo_checks.py`, `zoo_uses.py` and `zoo_peer.py`, the verdicts and the table in `zoo_report.py`. Results
-go to `benchmarks/results/zoo.json` as they come, the table to `docs/zoo.md`.
+The checks are in `zoo_checks.py`, `zoo_uses.py` and `zoo_peer.py`, verdicts and table in `zoo_report.py`. Results go to
+`benchmarks/results/zoo.json` as they come, the table to `docs/zoo.md`.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def child(family: Family, seed: int, gigabytes: float, peer: bool) -> None:
     ours, done = sweep_ours(model, inputs, seed)
     tell({'ours': ours})
     if done is not None:
-        tell({'uses': sweep_uses(family, model, done, seed)})
+        tell({'uses': sweep_uses(family, done, seed)})
         tell({'onnx': sweep_onnx(copy.deepcopy(model), done.small, inputs)})
     del done
     if peer:

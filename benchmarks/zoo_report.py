@@ -196,15 +196,19 @@ and torchvision that needs nothing beyond them (what is out stands below), and o
 """
 
 
+COLUMNS = (
+    'family', 'groups', 'units', 'prunable parameters', 'prunable units', 'of attention', 'frozen, and why',
+    'comb / forward (s)', 'masked against slim', 'other uses', 'heads rotated', 'ONNX parity', 'verdict',
+    'Torch-Pruning',
+)  # fmt: skip
+
+
 def report(results: Path, table: Path) -> None:
     """Write the table in Markdown, and print the summary."""
     stored = json.loads(results.read_text())
     about, rows = stored['about'], stored['families']
     totals = {k: f'{v:.3g}' if isinstance(v, float) else v for k, v in summary(rows).items()}
-    head = (
-        'family | groups | units | prunable parameters | prunable units | of attention | frozen, and why | comb / forward (s) | masked against slim '
-        '| other uses | heads rotated | ONNX parity | verdict | Torch-Pruning'
-    )
+    head = ' | '.join(COLUMNS)
     lines = [
         *LEGEND.splitlines(),
         *([f'Swept: {len(rows)} of {len(FAMILIES)}; `--resume` sweeps the rest.'] if len(rows) < len(FAMILIES) else []),

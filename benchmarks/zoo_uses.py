@@ -36,7 +36,7 @@ class NotRun(Exception):
     """Say why a use cannot be compared: the dense model does not run in it."""
 
 
-def sweep_uses(family: Family, dense: nn.Module, done: Slimmed, seed: int) -> Row:
+def sweep_uses(family: Family, done: Slimmed, seed: int) -> Row:
     """Compare in every use; each has the gap, that of its control, or why there is none."""
     row: Row = {}
     with use(row, 'batch') as result, torch.no_grad():
@@ -47,11 +47,11 @@ def sweep_uses(family: Family, dense: nn.Module, done: Slimmed, seed: int) -> Ro
         keep = random_keep(done.coupling, SECOND_KEEP, seed + 1, awkward=True)
         result |= slimmed(done.model, done.coupling, keep).gaps()
     with use(row, 'training') as result:
-        result |= in_training(dense, done)
+        result |= in_training(done)
     with use(row, 'reload') as result:
-        result |= reopened(family, done, 'reload', seed)
+        result |= reopened(family, done, 'reload')
     with use(row, 'pickle') as result:
-        result |= reopened(family, done, 'pickle', seed)
+        result |= reopened(family, done, 'pickle')
     return row
 
 
@@ -113,7 +113,7 @@ class Louder:
         return map_tensors(trained(model, *inputs), lambda t: t * factor if t.is_floating_point() else t)
 
 
-def in_training(dense: nn.Module, done: Slimmed) -> Row:
+def in_training(done: Slimmed) -> Row:
     """Compare outputs and gradients in training; combed with this pass too where it computes anything else."""
     example = done.coupling.example
     run = elsewhere(done, example.inputs, trained)
@@ -133,33 +133,18 @@ def in_training(dense: nn.Module, done: Slimmed) -> Row:
 
 
 # -- another process ---------------------------------------------------------------------------------------------------
-def reopened(family: Family, done: Slimmed, how: str, seed: int) -> Row:
+def reopened(family: Family, done: Slimmed, how: str) -> Row:
     """Save a slim model, open it in a fresh process, and compare what it gives out there.
 
     Raises:
         NotRun: the dense model cannot be saved either.
         RuntimeError: the other process failed; the message is its last line.
     """
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad(), evaluating(done.model), evaluating(done.small):
-        example = done.coupling.example
-        saved = {'inputs': example.inputs, 'expected': tensors_in(example.run(copy.deepcopy(done.small)))}
-        saved['control'] = tensors_in(example.run(copy.deepcopy(done.turned)))
+    with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / 'slim.pt'
-        if how == 'reload':
-            plan = json.loads(json.dumps(structure(family.net().to(saved['expected'][0].dtype), done.small)))
-            torch.save(saved | {'plan': plan, 'state': done.small.state_dict()}, file)
-        else:
-            whole(done, saved, file)
-        command = [
-            sys.executable,
-            str(ROOT / 'benchmarks' / 'zoo.py'),
-            '--reopen',
-            family.key,
-            '--how',
-            how,
-            '--file',
-            str(file),
-        ]
+        write(family, done, how, file)
+        script = str(ROOT / 'benchmarks' / 'zoo.py')
+        command = [sys.executable, script, '--reopen', family.key, '--how', how, '--file', str(file)]
         ran = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     lines = [line.removeprefix(MARK) for line in ran.stdout.splitlines() if line.startswith(MARK)]
     if not lines:
@@ -167,17 +152,33 @@ def reopened(family: Family, done: Slimmed, how: str, seed: int) -> Row:
     return json.loads(lines[-1])
 
 
-def whole(done: Slimmed, saved: Row, file: Path) -> None:
-    """Save the slim model itself.
+@torch.no_grad()
+def write(family: Family, done: Slimmed, how: str, file: Path) -> None:
+    """Save a slim model, whole (`pickle`) or as structure and values (`reload`), with what it gives out.
 
     Raises:
         NotRun: the dense model cannot be saved so either.
     """
-    try:
-        torch.save(done.model, file)
-    except Exception as error:
-        raise NotRun(f'the dense model neither: {first_line(error)}') from error
-    torch.save(saved | {'model': done.small}, file)
+    example = done.coupling.example
+    small, turned = copy.deepcopy(done.small), copy.deepcopy(done.turned)
+    with evaluating(small), evaluating(turned):
+        expected, control = tensors_in(example.run(small)), tensors_in(example.run(turned))
+    saved: Row = {
+        'inputs': example.inputs,
+        'expected': expected,
+        'control': control,
+        'dtype': tensors_in(example.inputs)[0].dtype,
+    }
+    if how == 'reload':
+        dense = family.net().to(saved['dtype'])
+        saved |= {'plan': json.loads(json.dumps(structure(dense, done.small))), 'state': done.small.state_dict()}
+    else:
+        try:
+            torch.save(done.model, file)
+        except Exception as error:
+            raise NotRun(f'the dense model neither: {first_line(error)}') from error
+        saved['model'] = done.small
+    torch.save(saved, file)
 
 
 @torch.no_grad()
@@ -194,6 +195,6 @@ def reopen(family: Family, how: str, file: Path) -> None:
 
 def rebuilt(family: Family, saved: Row) -> nn.Module:
     """Build the dense model anew, and give it the structure and the values of the slim one."""
-    model = restructure_(family.net().to(saved['expected'][0].dtype), saved['plan'])
+    model = restructure_(family.net().to(saved['dtype']), saved['plan'])
     model.load_state_dict(saved['state'])
     return model
