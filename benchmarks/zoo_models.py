@@ -1,54 +1,31 @@
-"""Name one config of every architecture family in mmpretrain and mmseg, and build it with random weights.
+"""Name one config of every architecture family in mmpretrain and mmseg, and all families of the zoo.
 
-A family is a folder of `<package>/.mim/configs`, and our own SeaFormer. `FAMILIES` has the config that is swept (the
-smallest sensible variant), `OUT` the folders that are not, each with the reason; `unlisted()` finds folders in
-neither, which is how a newer version of the packages shows up.
+An architecture family is a folder of `<package>/.mim/configs`, and our own SeaFormer. `FAMILIES` has the config that is
+swept (the smallest sensible variant), `OUT` the folders that are not, each with the reason; `unlisted()` finds folders
+in neither, which is how a newer version of the packages shows up.
 """
 
 from __future__ import annotations
 
-import importlib
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-
-@dataclass(frozen=True)
-class Family:
-    """Hold one row of the sweep.
-
-    `config` is a path below `<package>/.mim/configs`; `size` the input's height and width in pixels; `changes` are
-    overrides of the config, by dotted keys, where the file as it stands is too large or cannot be read.
-    """
-
-    package: str
-    name: str
-    config: str
-    size: tuple[int, int] = (224, 224)
-    channels: int = 3
-    changes: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def key(self) -> str:
-        return f'{self.package}/{self.name}'
+from benchmarks.zoo_configured import Configured, config_root, dotted
+from benchmarks.zoo_family import Family
+from benchmarks.zoo_pretraining import PRETRAINING
+from benchmarks.zoo_torchvision import TORCHVISION
 
 
 def classifier(name: str, config: str, size: int = 224, channels: int = 3, **changes: Any) -> Family:
     """Make a row of mmpretrain; underscores in the names of changes stand for dots where doubled."""
-    dotted = {k.replace('__', '.'): v for k, v in changes.items()}
-    return Family('mmpretrain', name, f'{name}/{config}.py', (size, size), channels, dotted)
+    return Configured('mmpretrain', name, f'{name}/{config}.py', (size, size), channels, changes=dotted(changes))
 
 
 def segmentor(name: str, config: str, size: int = 128, **changes: Any) -> Family:
     """Make a row of mmseg; underscores in the names of changes stand for dots where doubled."""
-    dotted = {k.replace('__', '.'): v for k, v in changes.items()}
-    return Family('mmseg', name, f'{name}/{config}.py', (size, size), 3, dotted)
+    return Configured('mmseg', name, f'{name}/{config}.py', (size, size), changes=dotted(changes))
 
 
-FAMILIES: tuple[Family, ...] = (
+ARCHITECTURES: tuple[Family, ...] = (
     classifier('arcface', 'resnet50-arcface_8xb32_inshop', model__head=None),
     classifier('beit', 'benchmarks/beit-base-p16_8xb128-coslr-100e_in1k'),
     classifier('clip', 'vit-base-p32_pt-64xb64_in1k-384px', model__backbone__img_size=224),
@@ -85,7 +62,7 @@ FAMILIES: tuple[Family, ...] = (
     classifier('mvit', 'mvitv2-tiny_8xb256_in1k'),
     classifier('poolformer', 'poolformer-s12_32xb128_in1k'),
     classifier('regnet', 'regnetx-400mf_8xb128_in1k'),
-    Family(
+    Configured(
         'mmpretrain',
         'replknet',
         '',  # its config files import Python modules, which Config.fromfile refuses: the model is written out
@@ -122,7 +99,7 @@ FAMILIES: tuple[Family, ...] = (
     classifier('vision_transformer', 'vit-base-p32_64xb64_in1k'),
     classifier('wrn', 'wide-resnet50_8xb32_in1k'),
     classifier('xcit', 'xcit-nano-12-p16_8xb128_in1k'),
-    Family('mmcpd', 'seaformer', '_base_/models/seaformer_t.py', (128, 128)),
+    Configured('mmcpd', 'seaformer', '_base_/models/seaformer_t.py', (128, 128)),
     segmentor('ann', 'ann_r50-d8_4xb2-40k_cityscapes-512x1024'),
     segmentor('apcnet', 'apcnet_r50-d8_4xb2-40k_cityscapes-512x1024'),
     segmentor('beit', 'beit-base_upernet_8xb2-160k_ade20k-640x640', model__backbone__img_size=128),
@@ -175,36 +152,23 @@ FAMILIES: tuple[Family, ...] = (
     segmentor('vit', 'vit_deit-s16_upernet_8xb2-160k_ade20k-512x512'),
 )
 
+FAMILIES: tuple[Family, ...] = (*ARCHITECTURES, *PRETRAINING, *TORCHVISION)
+
 _LANGUAGE = 'vision and language: needs the multimodal extra and a tokenizer, and is not a vision network'
 _OPS = "needs mmcv's compiled ops"
 _DET = 'needs mmdet'
 
 OUT: dict[str, str] = {
-    'mmpretrain/barlowtwins': "a pre-training method; the network is resnet's",
-    'mmpretrain/beitv2': "a pre-training method; the network is beit's",
     'mmpretrain/blip': _LANGUAGE,
     'mmpretrain/blip2': _LANGUAGE,
-    'mmpretrain/byol': "a pre-training method; the network is resnet's",
-    'mmpretrain/cae': "a pre-training method; the network is beit's",
     'mmpretrain/chinese_clip': _LANGUAGE,
-    'mmpretrain/densecl': "a pre-training method; the network is resnet's",
-    'mmpretrain/eva': "a pre-training method; the networks are beit's and vision_transformer's",
+    'mmpretrain/eva': "its targets come from a CLIP that is downloaded; the networks are beit's and mae's",
     'mmpretrain/flamingo': _LANGUAGE,
-    'mmpretrain/itpn': "pre-training only, without a classifier; the encoder is hivit's",
     'mmpretrain/llava': _LANGUAGE,
-    'mmpretrain/mae': "a pre-training method; the network is vision_transformer's",
-    'mmpretrain/maskfeat': "a pre-training method; the network is vision_transformer's",
-    'mmpretrain/mff': "a pre-training method; the network is vision_transformer's",
-    'mmpretrain/milan': "a pre-training method; the network is vision_transformer's",
+    'mmpretrain/milan': "its targets come from a CLIP that is downloaded; the network is mae's",
     'mmpretrain/minigpt4': _LANGUAGE,
-    'mmpretrain/mocov2': "a pre-training method; the network is resnet's",
     'mmpretrain/ofa': _LANGUAGE,
     'mmpretrain/otter': _LANGUAGE,
-    'mmpretrain/simclr': "a pre-training method; the network is resnet's",
-    'mmpretrain/simmim': "a pre-training method; the network is swin_transformer's",
-    'mmpretrain/simsiam': "a pre-training method; the network is resnet's",
-    'mmpretrain/spark': "a pre-training method; the networks are resnet's and convnext_v2's",
-    'mmpretrain/swav': "a pre-training method; the network is resnet's",
     'mmseg/ccnet': _OPS,
     'mmseg/dsdl': "a data format; the network is deeplabv3's",
     'mmseg/mask2former': _DET,
@@ -214,13 +178,6 @@ OUT: dict[str, str] = {
     'mmseg/san': _OPS,
     'mmseg/vpd': 'depth from a diffusion model: needs the ldm package',
 }
-
-
-def config_root(package: str) -> Path:
-    """Find the folder of a package's configs; mmcpd's own is the checkout's."""
-    if package == 'mmcpd':
-        return Path(__file__).resolve().parents[1] / 'configs'
-    return Path(importlib.import_module(package).__file__).parent / '.mim' / 'configs'
 
 
 def unlisted() -> list[str]:
@@ -233,110 +190,3 @@ def unlisted() -> list[str]:
         if folder.is_dir() and folder.name not in ('_base_', '__pycache__')
     ]
     return [key for key in found if key not in known]
-
-
-class Deployed(nn.Module):
-    """Run an OpenMMLab model as it is deployed: picture `(1, C, H, W)` in, a tuple of tensors out."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return tuple(flatten(self.net(x, mode='tensor')))
-
-
-def flatten(value: Any) -> list[Tensor]:
-    """List the tensors of nested tuples, lists and dicts in order."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [t for v in value for t in flatten(v)] if isinstance(value, list | tuple) else []
-
-
-def build(family: Family, seed: int = 0) -> tuple[Deployed, Tensor]:
-    """Build a family's model with random weights, in eval mode, and its input `(1, C, H, W)`.
-
-    Nothing is downloaded: `init_cfg` and `pretrained` are taken out. Auxiliary heads, which are there for training
-    only, are left away, and SyncBN becomes BN.
-    """
-    from mmengine.config import Config
-    from mmengine.registry import MODELS, DefaultScope
-
-    importlib.import_module(f'{family.package}.models')
-    config = Config.fromfile(str(config_root(family.package) / family.config)) if family.config else Config()
-    config.merge_from_dict(family.changes)
-    model = _local(config.model.to_dict())
-    model.pop('auxiliary_head', None)
-    torch.manual_seed(seed)
-    with DefaultScope.overwrite_default_scope(family.package):
-        net = MODELS.build(model)
-    deployed = randomise_(Deployed(net), seed).eval()
-    x = torch.randn(1, family.channels, *family.size, generator=torch.Generator().manual_seed(seed))
-    return calibrate_(deployed, x), x
-
-
-def _local(value: Any) -> Any:
-    if isinstance(value, dict):
-        kept = {k: _local(v) for k, v in value.items() if k not in ('init_cfg', 'pretrained')}
-        if kept.get('type') == 'SyncBN':
-            kept['type'] = 'BN'
-        return kept
-    return type(value)(_local(v) for v in value) if isinstance(value, list | tuple) else value
-
-
-@torch.no_grad()
-def randomise_(model: nn.Module, seed: int) -> nn.Module:
-    """Draw every parameter and running statistic anew, so that no branch is dead.
-
-    As built, gammas at zero, layer scales at 1e-6 and zero-initialised projections cut branches off, and a test that
-    compares outputs could not fail there; parameters from `torch.empty` would not even be repeatable.
-    """
-    g = torch.Generator().manual_seed(seed)
-
-    def uniform(t: Tensor) -> None:
-        t.copy_(torch.rand(t.shape, generator=g) + 0.5)
-
-    def normal(t: Tensor, std: float) -> None:
-        t.copy_(torch.randn(t.shape, generator=g) * std)
-
-    for name, p in model.named_parameters():
-        if name.endswith('bias') and p.dim() == 1:
-            normal(p, 0.1)
-        elif p.numel() == max(p.shape, default=1):  # gammas, layer scales, temperatures, whatever their shape
-            uniform(p)
-        elif p.shape[0] == 1:  # class tokens, position embeddings
-            normal(p, 0.2)
-        else:  # half the usual deviation for linear layers: kernels like exp(q k) stay within float32
-            normal(p, (p.shape[0] / p.numel()) ** 0.5 * (0.5 if p.dim() == 2 else 1))
-    for name, b in model.named_buffers():
-        if name.endswith('running_mean'):
-            normal(b, 0.1)
-        elif name.endswith('running_var'):
-            uniform(b)
-    return model
-
-
-@torch.no_grad()
-def calibrate_(model: nn.Module, x: Tensor) -> nn.Module:
-    """Multiply each batch norm's random running statistics into what the picture `x` gives there.
-
-    Random statistics alone let the signal grow by many powers of ten with depth: gates saturate and float32 is lost.
-    A batch norm that sees one value per channel keeps the statistics it has.
-    """
-
-    def measure(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
-        rows = args[0].transpose(0, 1).flatten(1)  # (C, N * H * W)
-        if norm.running_mean is not None and rows.shape[1] > 1:
-            norm.running_mean.mul_(rows.std(1)).add_(rows.mean(1))
-            norm.running_var.mul_(rows.var(1)).add_(1e-3)
-
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    handles = [m.register_forward_pre_hook(measure) for m in norms]
-    try:
-        model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return model

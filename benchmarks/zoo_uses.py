@@ -1,0 +1,200 @@
+"""Whether a slim model is exact where it was not combed: other inputs, another keep, training, another process."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.zoo_checks import MARK, ROOT, Row, Slimmed, gap, slimmed, stage
+from benchmarks.zoo_family import Family
+from mmcpd.comb import comb
+from mmcpd.coupling import Example
+from mmcpd.engine.passes import WithoutDropout, as_trained
+from mmcpd.errors import first_line
+from mmcpd.nested import map_tensors, tensors_in
+from mmcpd.slim import restructure_, structure
+from mmcpd.slim.compare import compare_gradients, evaluating
+from mmcpd.slim.trial import FAILURES, random_keep
+
+SECOND_KEEP = 0.45
+USES = ('batch', 'size', 'keep', 'training', 'reload', 'pickle')
+
+
+class NotRun(Exception):
+    """Say why a use cannot be compared: the dense model does not run in it."""
+
+
+def sweep_uses(family: Family, done: Slimmed, seed: int) -> Row:
+    """Compare in every use; each has the gap, that of its control, or why there is none."""
+    row: Row = {}
+    with use(row, 'batch') as result, torch.no_grad():
+        result |= elsewhere(done, family.inputs(batch=family.batch + 1, seed=seed + 1)).gaps()
+    with use(row, 'size') as result, torch.no_grad():
+        result |= other_size(family, done, seed).gaps()
+    with use(row, 'keep') as result, torch.no_grad():
+        keep = random_keep(done.coupling, SECOND_KEEP, seed + 1, awkward=True)
+        result |= slimmed(done.model, done.coupling, keep).gaps()
+    with use(row, 'training') as result:
+        result |= in_training(done)
+    with use(row, 'reload') as result:
+        result |= reopened(family, done, 'reload')
+    with use(row, 'pickle') as result:
+        result |= reopened(family, done, 'pickle')
+    return row
+
+
+@contextmanager
+def use(row: Row, name: str) -> Iterator[Row]:
+    """Fill in what one use shows, or why it does not run."""
+    row[name] = {}
+    with stage(row[name], name):
+        try:
+            yield row[name]
+        except NotRun as error:
+            row[name]['not_run'] = str(error)[:200]
+
+
+def elsewhere(done: Slimmed, inputs: tuple[Any, ...], run: Any = None) -> Slimmed:
+    """Return the models with other inputs, or with another way to run them.
+
+    Raises:
+        NotRun: the dense model does not run like that.
+    """
+    like = tensors_in(done.coupling.example.inputs)[0]
+    moved = map_tensors(inputs, lambda t: t.to(like.dtype) if t.is_floating_point() else t)
+    example = Example(moved, run or done.coupling.example.forward)
+    try:
+        with evaluating(done.model):
+            example.run(copy.deepcopy(done.model))
+    except FAILURES as error:
+        raise NotRun(f'{type(error).__name__}: {first_line(error)}') from error
+    return done.on(example)
+
+
+def other_size(family: Family, done: Slimmed, seed: int) -> Slimmed:
+    """Return the models with the first other size that the dense one takes."""
+    why = ''
+    for size in family.other_sizes():
+        try:
+            return elsewhere(done, family.inputs(size=size, seed=seed + 1))
+        except NotRun as error:
+            why = str(error)
+    raise NotRun(why)
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+def trained(model: nn.Module, *inputs: Any) -> Any:
+    """Run a model as in training, but without dropout and with the norms' own statistics."""
+    with as_trained(model), WithoutDropout():
+        return model(*inputs)
+
+
+class Louder:
+    """Run a model as in training; each run gives out 1 % more than the one before."""
+
+    def __init__(self) -> None:
+        self.runs = 0
+
+    def __call__(self, model: nn.Module, *inputs: Any) -> Any:
+        self.runs += 1
+        factor = 1.01**self.runs
+        return map_tensors(trained(model, *inputs), lambda t: t * factor if t.is_floating_point() else t)
+
+
+def in_training(done: Slimmed) -> Row:
+    """Compare outputs and gradients in training; combed with this pass too where it computes anything else."""
+    example = done.coupling.example
+    run = elsewhere(done, example.inputs, trained)
+    with evaluating(done.model):
+        same = gap(example.run(copy.deepcopy(done.model)), run.coupling.example.run(copy.deepcopy(done.model))) == 0
+    if not same:
+        found = comb(done.model, example.inputs, also=(trained,))
+        again = slimmed(done.model, found, random_keep(found, SECOND_KEEP, 2))
+        run = again.on(run.coupling.example)
+    row: Row = {'combed_again': not same}
+    with torch.no_grad():
+        row |= run.gaps()
+    row['gradient_gap'] = compare_gradients(run.model, run.coupling, run.keep)
+    louder = run.on(replace(run.coupling.example, forward=Louder()))
+    row['gradient_control'] = compare_gradients(louder.model, louder.coupling, louder.keep)
+    return row
+
+
+# -- another process ---------------------------------------------------------------------------------------------------
+def reopened(family: Family, done: Slimmed, how: str) -> Row:
+    """Save a slim model, open it in a fresh process, and compare what it gives out there.
+
+    Raises:
+        NotRun: the dense model cannot be saved either.
+        RuntimeError: the other process failed; the message is its last line.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / 'slim.pt'
+        write(family, done, how, file)
+        script = str(ROOT / 'benchmarks' / 'zoo.py')
+        command = [sys.executable, script, '--reopen', family.key, '--how', how, '--file', str(file)]
+        ran = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+    lines = [line.removeprefix(MARK) for line in ran.stdout.splitlines() if line.startswith(MARK)]
+    if not lines:
+        raise RuntimeError((ran.stderr.strip().splitlines() or ['no message'])[-1][:400])
+    return json.loads(lines[-1])
+
+
+@torch.no_grad()
+def write(family: Family, done: Slimmed, how: str, file: Path) -> None:
+    """Save a slim model, whole (`pickle`) or as structure and values (`reload`), with what it gives out.
+
+    Raises:
+        NotRun: the dense model cannot be saved so either.
+    """
+    example = done.coupling.example
+    small, turned = copy.deepcopy(done.small), copy.deepcopy(done.turned)
+    with evaluating(small), evaluating(turned):
+        expected, control = tensors_in(example.run(small)), tensors_in(example.run(turned))
+    saved: Row = {
+        'inputs': example.inputs,
+        'expected': expected,
+        'control': control,
+        'dtype': tensors_in(example.inputs)[0].dtype,
+    }
+    if how == 'reload':
+        dense = family.net().to(saved['dtype'])
+        saved |= {'plan': json.loads(json.dumps(structure(dense, done.small))), 'state': done.small.state_dict()}
+    else:
+        try:
+            torch.save(done.model, file)
+        except Exception as error:
+            raise NotRun(f'the dense model neither: {first_line(error)}') from error
+        saved['model'] = done.small
+    torch.save(saved, file)
+
+
+@torch.no_grad()
+def reopen(family: Family, how: str, file: Path) -> None:
+    """Open what another process saved, and print how far its outputs are from those that the slim model had there."""
+    torch.set_num_threads(1)
+    saved = torch.load(file, weights_only=False)
+    model = saved['model'] if how == 'pickle' else rebuilt(family, saved)
+    with evaluating(model):
+        example = Example(saved['inputs'], lambda net, *args: net(*args))
+        found = tensors_in(example.run(model))
+    print(MARK + json.dumps({'gap': gap(saved['expected'], found), 'control': gap(saved['control'], found)}))
+
+
+def rebuilt(family: Family, saved: Row) -> nn.Module:
+    """Build the dense model anew, and give it the structure and the values of the slim one."""
+    model = restructure_(family.net().to(saved['dtype']), saved['plan'])
+    model.load_state_dict(saved['state'])
+    return model
