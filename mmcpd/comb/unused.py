@@ -105,8 +105,8 @@ class Unused:
 
         These are the axes of as many channels among what goes in and out of the nearest module around it that was
         called, and of the modules called directly inside that one, weights that were read without a call included.
-        Where none has the width that a layer reads, all narrower ones may be joined or flattened for it. A part that the
-        forward around it cannot run, which has no branches and does not mention it, is passed over.
+        Where none has the width that a layer reads, all narrower ones may be joined or flattened for it. A part is
+        passed over that the forward around it cannot run: one without branches, which does not mention it.
         """
         scopes = self._scopes(table)
         for top in (path for path in self.idle if path.rpartition('.')[0] not in self.idle and self._may_run(path)):

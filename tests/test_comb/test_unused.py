@@ -312,6 +312,29 @@ def test_the_cost_is_that_of_the_forward_alone() -> None:
     assert found.cost(found.keep()).macs == 2 * 81 * (9 * 3 * 8 + 9 * 8 * 6) + 2 * 6 * 4
 
 
+class TwoModes(Sides):
+    """Its own `train` makes what eval mode reads, and takes it away for training."""
+
+    def train(self, mode: bool = True) -> nn.Module:
+        super().train(mode)
+        if mode:
+            vars(self).pop('scale', None)
+        else:
+            self.scale = self.fc.bias.detach().exp()
+        return self
+
+    def forward(self, x: Tensor) -> object:
+        return super().forward(x) if self.training else super().forward(x) * self.scale
+
+
+def test_a_model_with_its_own_train_is_left_as_it_was() -> None:
+    model = randomise_(TwoModes())
+    before = model(IMAGE)
+    found = comb(model, IMAGE)
+    assert not found.unused and torch.equal(model(IMAGE), before)
+    assert compare(model, found, random_keep(found, 0.5, 0)) < 1e-12
+
+
 class NeedsTargets(Sides):
     def forward(self, x: Tensor, targets: Tensor | None = None) -> object:
         if self.training and targets is None:
