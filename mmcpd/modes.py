@@ -44,11 +44,15 @@ def as_trained(model: nn.Module) -> Iterator[nn.Module]:
         True False
     """
     with modes_kept(model), _WithoutDropout():
+        before = model.training
         model.train()
         for module in model.modules():
             fixed = isinstance(module, _NormBase | nn.MultiheadAttention) or 'drop' in type(module).__name__.lower()
             module.training = module.training and not fixed
-        yield model
+        try:
+            yield model
+        finally:
+            model.train(before)  # modules may hold tensors for one mode, which their own `train` makes
 
 
 class _WithoutDropout(TorchFunctionMode):

@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..slim.mask import named_tensors
 from .atoms import AtomTable, Axis
+from .straight import straight_parts
 
 LAYERS = (_ConvNd, nn.Linear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)  # which sum over a weight's columns
 TABLES = (nn.Embedding, nn.EmbeddingBag, nn.ParameterList, nn.ParameterDict)  # which read no width
@@ -104,10 +105,11 @@ class Unused:
 
         These are the axes of as many channels among what goes in and out of the nearest module around it that was
         called, and of the modules called directly inside that one, weights that were read without a call included.
-        Where none has the width that a layer reads, all narrower ones may be joined or flattened for it.
+        Where none has the width that a layer reads, all narrower ones may be joined or flattened for it. A part is
+        passed over that the forward around it cannot run: one without branches, which does not mention it.
         """
         scopes = self._scopes(table)
-        for top in (path for path in self.idle if path.rpartition('.')[0] not in self.idle):
+        for top in (path for path in self.idle if path.rpartition('.')[0] not in self.idle and self._may_run(path)):
             uses = list(_ends(top, self.modules[top]))
             made = frozenset().union(*(_widths(module)[1] for module in self.modules[top].modules()))
             for use in uses:
@@ -119,6 +121,12 @@ class Unused:
                     for atoms in met:
                         if len(atoms) < width:
                             table.freeze(atoms, REASON.format(use.path))
+
+    def _may_run(self, path: str) -> bool:
+        """Say whether the module around a part may run it for another input."""
+        around, _, name = path.rpartition('.')
+        parts = straight_parts(self.modules[around]) if around in self.called else None
+        return parts is None or name in parts
 
     def _caller(self, path: str) -> str:
         """Return the nearest module around one that was called."""

@@ -210,6 +210,54 @@ def test_only_what_is_near_is_frozen() -> None:
     assert [group.name for group in comb(model, IMAGE).groups] == ['0', '1', '2.inner.b']
 
 
+class Straight(nn.Module):
+    """A forward without branches, which does not mention its second norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.mix = nn.LayerNorm(8), nn.LayerNorm(8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mix(self.one(x))
+
+
+class Chooses(Straight):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mix(self.one(x) if x.shape[0] < 9 else self.two(x))
+
+
+class HandsOver(Straight):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + mixed(self, x)
+
+
+class CallsItself(Straight):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mixed(x)
+
+    def mixed(self, x: Tensor) -> Tensor:
+        return mixed(self, x)
+
+
+class ByName(Straight):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mix(getattr(self, ('one', 'two')[x.shape[0] // 9])(x))
+
+
+def mixed(block: Straight, x: Tensor) -> Tensor:
+    return block.mix((block.one if x.shape[0] < 9 else block.two)(x))
+
+
+@pytest.mark.parametrize('kind', [Straight, Chooses, HandsOver, CallsItself, ByName])
+def test_what_a_forward_without_branches_leaves_out_freezes_nothing(kind: type[Straight]) -> None:
+    model = randomise_(nn.Sequential(nn.Linear(5, 8), kind(), nn.Linear(8, 6), nn.Linear(6, 3)))
+    found = comb(model, torch.rand(2, 5, dtype=torch.float64))
+    assert found.unused == ('1.two',)
+    assert [group.name for group in found.groups] == (['0', '2'] if kind is Straight else ['2'])
+    small = slim(model, found, random_keep(found, 0.5, 0))
+    assert small(torch.rand(9, 5, dtype=torch.float64)).shape == (9, 3)
+
+
 # -- training ----------------------------------------------------------------------------------------------------------
 class Sides(nn.Module):
     """A side head and a buffer that only training touches, and dropout."""
@@ -262,6 +310,29 @@ def test_the_cost_is_that_of_the_forward_alone() -> None:
     model = randomise_(Sides())
     found = comb(model, IMAGE)
     assert found.cost(found.keep()).macs == 2 * 81 * (9 * 3 * 8 + 9 * 8 * 6) + 2 * 6 * 4
+
+
+class TwoModes(Sides):
+    """Its own `train` makes what eval mode reads, and takes it away for training."""
+
+    def train(self, mode: bool = True) -> nn.Module:
+        super().train(mode)
+        if mode:
+            vars(self).pop('scale', None)
+        else:
+            self.scale = self.fc.bias.detach().exp()
+        return self
+
+    def forward(self, x: Tensor) -> object:
+        return super().forward(x) if self.training else super().forward(x) * self.scale
+
+
+def test_a_model_with_its_own_train_is_left_as_it_was() -> None:
+    model = randomise_(TwoModes())
+    before = model(IMAGE)
+    found = comb(model, IMAGE)
+    assert not found.unused and torch.equal(model(IMAGE), before)
+    assert compare(model, found, random_keep(found, 0.5, 0)) < 1e-12
 
 
 class NeedsTargets(Sides):
