@@ -49,7 +49,7 @@ chaos: env ## kill runs and damage files, and see that nothing is lost and nothi
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/chaos_kills.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/chaos_files.py --structures 10000 --files 2000
 
-zoo: env ## comb and slim one model of every architecture family, Torch-Pruning beside it (about an hour)
+zoo: env ## comb and slim one model of every architecture family, Torch-Pruning beside it (three to four hours)
 	$(BIN)/python -m pip install --quiet torch-pruning==1.6.1
 	$(BIN)/python benchmarks/zoo.py
 

@@ -94,6 +94,7 @@ def run_child(family: Family, seconds: float, gigabytes: float, seed: int, peer:
     command = [sys.executable, __file__, '--child', family.key, '--limit-gb', str(gigabytes), '--seed', str(seed)]
     command += ['--keep-peer'] if peer is not None else []
     environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
+    environment |= {'MALLOC_MMAP_THRESHOLD_': str(2**20)}  # what is freed goes back to the system
     start = time.perf_counter()
     row: Row = {'family': family.key, 'config': family.config, 'input': [family.batch, family.channels, *family.size]}
     died = None
@@ -203,7 +204,7 @@ def main() -> None:
     parser.add_argument('--rotate', action='store_true', help='only rotate, and fill that in where a row is there')
     parser.add_argument('--jobs', type=int, default=1, choices=(1, 2))
     parser.add_argument('--limit-seconds', type=float, default=900, help='per family')
-    parser.add_argument('--limit-gb', type=float, default=12, help='address space per family')
+    parser.add_argument('--limit-gb', type=float, default=14, help='address space per family')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--out', type=Path, default=RESULTS)
     parser.add_argument('--table', type=Path, default=TABLE)

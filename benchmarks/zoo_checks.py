@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import json
 import os
@@ -54,6 +55,8 @@ class Slimmed:
             return compare(self.model, self.coupling, self.keep, copy.deepcopy(other))
         except SlimError:
             return float('inf')
+        finally:
+            gc.collect()
 
     def on(self, example: Example) -> Slimmed:
         """Return the same models with another example."""
@@ -99,6 +102,7 @@ def stage(row: Row, name: str) -> Iterator[None]:
         row['error'] = f'{name}: {type(error).__name__}: {str(error)[:600]}'
         text = traceback.format_exc().replace(f'{sysconfig.get_path("purelib")}{os.sep}', '')
         row['traceback'] = text.replace(f'{ROOT}{os.sep}', '').splitlines()[-14:]
+    gc.collect()  # copies of models hold each other
     row['seconds'] = round(row.get('seconds', 0) + time.perf_counter() - start, 2)
 
 

@@ -181,11 +181,11 @@ and torchvision that needs nothing beyond them (what is out stands below), and o
 - **comb / forward**: seconds for combing and for one forward pass, float32, one thread of a shared machine.
 - **masked against slim**: largest difference of outputs, relative to the largest output, float64 unless noted. The
   same with each keep shifted by one unit must differ, or the family fails.
-- **other uses**: the largest difference, of outputs or gradients, with one more picture in the batch; with another
-  size; with another keep, odd and uneven; in training mode with gradients (no dropout, norms with their own
-  statistics; combed with this pass too where it computes anything else); after the weights were loaded into a newly
-  built model in a fresh process; and after `torch.save` of the model. Each has its control that must differ. Where the
-  dense model does not run in a use, it stands there.
+- **other uses**: the largest difference, of outputs or gradients, with twice as many pictures; with another size; with
+  another keep, odd and uneven; in training mode with gradients (no dropout, norms with their own statistics; combed
+  with this pass too where it computes anything else); after the weights were loaded into a newly built model in a fresh
+  process; and after `torch.save` of the model. Each has its control that must differ. Where the dense model does not
+  run in a use, it stands there.
 - **heads rotated**: of the attention heads that were found, those of which queries and keys, or values and the
   projection, were rotated (`mmcpd.rotate`). Outputs change by at most 1e-10 of the largest, float64 (float32: 1e-4),
   or the family fails.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import os
 import subprocess
@@ -40,7 +41,7 @@ def sweep_uses(family: Family, done: Slimmed, seed: int) -> Row:
     """Compare in every use; each has the gap, that of its control, or why there is none."""
     row: Row = {}
     with use(row, 'batch') as result, torch.no_grad():
-        result |= elsewhere(done, family.inputs(batch=family.batch + 1, seed=seed + 1)).gaps()
+        result |= elsewhere(done, family.inputs(batch=2 * family.batch, seed=seed + 1)).gaps()
     with use(row, 'size') as result, torch.no_grad():
         result |= other_size(family, done, seed).gaps()
     with use(row, 'keep') as result, torch.no_grad():
@@ -79,6 +80,8 @@ def elsewhere(done: Slimmed, inputs: tuple[Any, ...], run: Any = None) -> Slimme
         with evaluating(done.model):
             example.run(copy.deepcopy(done.model))
     except FAILURES as error:
+        if 'allocate memory' in str(error):
+            raise
         raise NotRun(f'{type(error).__name__}: {first_line(error)}') from error
     return done.on(example)
 
@@ -126,7 +129,9 @@ def in_training(done: Slimmed) -> Row:
     row: Row = {'combed_again': not same}
     with torch.no_grad():
         row |= run.gaps()
+    gc.collect()
     row['gradient_gap'] = compare_gradients(run.model, run.coupling, run.keep)
+    gc.collect()
     louder = run.on(replace(run.coupling.example, forward=Louder()))
     row['gradient_control'] = compare_gradients(louder.model, louder.coupling, louder.keep)
     return row
