@@ -355,3 +355,20 @@ def test_masking_and_slimming_agree_without_the_pass_as_a_control() -> None:
     other = masked(model, found, random_keep(found, 0.5, 1))
     with as_trained(other), as_trained(small := slim(model, found, keep)):
         assert not torch.allclose(other(IMAGE)['out'], small(IMAGE)['out'])
+
+
+class Written(nn.Module):
+    """A head that only training runs, behind sizes that stand in the source."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.side = nn.Conv2d(3, 12, 1), nn.Linear(12, 4), nn.Linear(12, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.one(x).reshape(x.shape[0], 12, -1).mean(2)
+        return self.two(x) + self.side(x) if self.training else self.two(x)
+
+
+def test_a_size_in_the_source_is_found_while_training_mode_is_observed_too() -> None:
+    coupling = comb(Written(), torch.rand(2, 3, 4, 4))
+    assert [(group.name, group.units) for group in coupling.groups] == [('one', 12)]
