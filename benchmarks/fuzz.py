@@ -167,9 +167,9 @@ def run(operations: int, seed: int, names: list[str] | None, shrink: bool) -> di
         channels = [a + b for a, b in zip(channels, outcome.units, strict=True)]
         for name in found:
             if why := getattr(outcome, name):
-                short = shrunk(plan, name) if shrink else plan
+                short = shrunk(plan, name) if shrink and name == 'wrong' else plan
                 found[name].append({'net': number, 'why': why, 'plan': short})
-                print(f'\n{name}: net {number}: {why}\n    Net({short})', flush=True)
+                print(f'{name}: net {number}: {why}\n    Net({short})', flush=True)
         line(min(done, operations), operations)
     return {
         'date': datetime.date.today().isoformat(), 'torch': torch.__version__, 'seed': seed, 'operations': done,

@@ -545,13 +545,13 @@ class Net(nn.Module):
 
 
 def plan_of(seed: int, length: int, names: list[str] | None = None) -> list[tuple[str, int]]:
-    """Draw blocks that follow one another: each takes what the one before it gives."""
+    """Draw blocks that follow one another: each takes what the one before it gives; half of the nets are of tokens."""
     rng, plan, dims = Random(seed), [('Conv', seed)], 3
     after = {'ToTokens': 2, 'ToMap': 3, 'MapMean': 1, 'TokenMean': 1}
     for number in range(length):
         fit = [n for n, kind in BLOCKS.items() if kind.dims == dims and (names is None or n in (*names, *after))]
         early = [name for name in fit if number > length // 2 or not name.endswith('Mean')]
-        name = rng.choice(early or fit)
+        name = 'ToTokens' if number == 0 and rng.random() < 0.5 else rng.choice(early or fit)
         plan.append((name, rng.randrange(2**31)))
         dims = after.get(name, dims)
     return plan
