@@ -51,8 +51,7 @@ class Command:
     words: tuple[str, ...]
 
     def line(self, cfg: Path, damaged: Path, out: Path) -> list[str]:
-        places = {'CONFIG': str(cfg), 'FILE': str(damaged), 'OUT': str(out)}
-        return [places.get(word, word.replace('FILE', str(damaged))) for word in self.words]
+        return [w.replace('CONFIG', str(cfg)).replace('FILE', str(damaged)).replace('OUT', str(out)) for w in self.words]
 
 
 COMMANDS = {
@@ -66,7 +65,7 @@ COMMANDS = {
     'test a checkpoint': Command(LATEST, ('test', 'CONFIG', 'FILE', '--work-dir', 'OUT')),
     'train, load_from': Command(
         'dense.pth',
-        ('train', 'CONFIG', '--work-dir', 'OUT', '--cfg-options', 'load_from=FILE', 'train_cfg.max_iters=4'),
+        ('train', 'CONFIG', '--work-dir', 'OUT', '--cfg-options', 'load_from=FILE'),
     ),
     'train --resume': Command(LATEST, ('train', 'CONFIG', '--work-dir', 'OUT', '--resume', 'FILE')),
 }

@@ -21,7 +21,8 @@ class Pass:
 
     `data` is what `data_preprocessor` returns, a dict or a sequence of the forward's arguments, or a tensor that is the
     first of them. Its samples are left as they are. In mode 'loss' the model runs as in training, its side branches
-    too, but without dropout and with the norms' own statistics, so that it always computes the same.
+    too, but without dropout and with the norms' own statistics, so that it always computes the same. With `one_view` it
+    is given the first picture of several that show the same, as self-supervised methods train on.
 
     Example:
         >>> Pass('tensor')(nn.Identity(), torch.ones(1))    # a module without modes is called as it is
@@ -29,8 +30,11 @@ class Pass:
     """
 
     mode: str
+    one_view: bool = False
 
     def __call__(self, model: nn.Module, data: Any) -> Any:
+        if self.one_view:
+            data = {**data, 'inputs': data['inputs'][0]}
         if self.mode != 'loss':
             return call(model, data, self.mode)
         with as_trained(model):
@@ -38,6 +42,7 @@ class Pass:
 
 
 DEPLOYED, TESTING, TRAINING = Pass('tensor'), Pass('predict'), Pass('loss')
+ONE_VIEW = Pass('tensor', one_view=True)
 
 
 def call(model: nn.Module, data: Any, mode: str) -> Any:
@@ -69,6 +74,8 @@ def runs(model: nn.Module, data: Any, each: Pass) -> str | None:
 def deployed_pass(model: nn.Module, data: Any) -> Pass:
     """Return the pass that is exported and whose cost counts: mode 'tensor', or 'predict' where a model has no other.
 
+    A model that trains on several views of a picture is deployed on one.
+
     Raises:
         ValueError: the model runs in neither.
     """
@@ -76,6 +83,9 @@ def deployed_pass(model: nn.Module, data: Any) -> Pass:
     for each in (DEPLOYED, TESTING):
         if why[each.mode] is None:
             return each
+    views = data.get('inputs') if isinstance(data, dict) else None
+    if isinstance(views, list | tuple) and views and runs(model, data, ONE_VIEW) is None:
+        return ONE_VIEW
     raise ValueError(
         f"{type(model).__name__} runs on an example neither in mode 'tensor' ({why['tensor']}) nor in mode 'predict' "
         f'({why["predict"]}): see that its forward takes what its data_preprocessor returns'
