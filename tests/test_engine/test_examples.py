@@ -9,13 +9,18 @@ import mmseg.models  # noqa: F401 - registers
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.model import BaseModel
 from mmpretrain.structures import DataSample
+from torch import nn
 
 from mmcpd.datasets.digits import DigitsDataset
 from mmcpd.engine.build import build_dense
+from mmcpd.engine.combing import comb_passes
 from mmcpd.engine.examples import data_batches, example_data, example_inputs, picture_of, random_batches
-from mmcpd.engine.passes import TRAINING
+from mmcpd.engine.passes import TRAINING, deployed_pass
 from mmcpd.engine.samples import Samples
+from mmcpd.slim.compare import compare
+from mmcpd.slim.trial import random_keep
 
 BASE = Path(__file__).resolve().parents[2] / 'configs' / '_base_' / 'datasets' / 'digits.py'
 
@@ -169,3 +174,28 @@ def test_a_real_config_is_sized(tmp_path):
     model = build_dense(file)
     assert example_inputs(str(file), model).shape == (1, 3, 512, 512)
     assert type(model).__name__ == 'EncoderDecoder'
+
+
+class Views(BaseModel):
+    """Trains on two views of a picture, as self-supervised methods do."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+
+    def forward(self, inputs, data_samples=None, mode='tensor'):
+        if mode == 'loss':
+            return {'loss': (self.two(self.one(inputs[0])) - self.two(self.one(inputs[1]))).square().mean()}
+        if mode == 'predict':
+            raise RuntimeError('Invalid mode "predict"')
+        return self.two(self.one(inputs))
+
+
+def test_a_model_that_trains_on_several_views_is_combed_on_one():
+    data = {'inputs': [torch.rand(2, 3, 8, 8), torch.rand(2, 3, 8, 8)], 'data_samples': None}
+    model = Views()
+    found = comb_passes(model, data)
+    assert [group.units for group in found.groups] == [8]
+    assert compare(model, found, random_keep(found, 0.5, 0)) < 1e-6
+    with pytest.raises(ValueError, match='runs on an example neither'):
+        deployed_pass(model, {'inputs': [torch.rand(2, 4, 8, 8)], 'data_samples': None})
