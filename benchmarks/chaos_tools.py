@@ -51,7 +51,8 @@ class Command:
     words: tuple[str, ...]
 
     def line(self, cfg: Path, damaged: Path, out: Path) -> list[str]:
-        return [w.replace('CONFIG', str(cfg)).replace('FILE', str(damaged)).replace('OUT', str(out)) for w in self.words]
+        words = (word.replace('CONFIG', str(cfg)).replace('FILE', str(damaged)) for word in self.words)
+        return [word.replace('OUT', str(out)) for word in words]
 
 
 COMMANDS = {

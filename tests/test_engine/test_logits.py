@@ -16,7 +16,8 @@ from mmseg.structures import SegDataSample
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from benchmarks.zoo_models import FAMILIES, _local, config_root
+from benchmarks.zoo_configured import _local, config_root
+from benchmarks.zoo_models import FAMILIES
 from mmcpd.distill import Taps
 from mmcpd.engine.distillers import Distiller
 from mmcpd.engine.logits import observe
