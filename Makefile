@@ -48,6 +48,8 @@ mutants: env ## break the library's claims one by one, and see whether its tests
 chaos: env ## kill runs and damage files, and see that nothing is lost and nothing let in (under an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/chaos_kills.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/chaos_files.py --structures 10000 --files 2000
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/chaos_tools.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fuzz.py
 
 zoo: env ## comb and slim one model of every architecture family, Torch-Pruning beside it (three to four hours)
 	$(BIN)/python -m pip install --quiet torch-pruning==1.6.1
