@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.overrides import TorchFunctionMode
 
+from mmcpd.coupling import Example
 from mmcpd.errors import first_line
-from mmcpd.modes import as_trained
+from mmcpd.modes import modes_kept
 from mmcpd.nested import tensors_in
 from mmcpd.slim.compare import evaluating
 from mmcpd.slim.trial import FAILURES
+
+DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 
 
 @dataclass(frozen=True)
@@ -37,7 +45,7 @@ class Pass:
             data = {**data, 'inputs': data['inputs'][0]}
         if self.mode != 'loss':
             return call(model, data, self.mode)
-        with as_trained(model):
+        with as_trained(model), WithoutDropout():
             return call(model, data, self.mode)
 
 
@@ -59,6 +67,24 @@ def _own(value: Any) -> Any:
     """Copy what is no tensor: data samples, which keep predictions."""
     samples = isinstance(value, list) and not any(isinstance(each, Tensor) for each in value)
     return copy.deepcopy(value) if samples else value
+
+
+@contextmanager
+def as_trained(model: nn.Module) -> Iterator[None]:
+    """Put a model into training mode, but for what would draw random numbers or update statistics."""
+    with modes_kept(model):
+        model.train()
+        for module in model.modules():
+            fixed = isinstance(module, _NormBase | nn.MultiheadAttention) or 'drop' in type(module).__name__.lower()
+            module.training = module.training and not fixed
+        yield
+
+
+class WithoutDropout(TorchFunctionMode):
+    """Let the functions that drop activations return them as they are."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if func in DROPOUTS and args else func(*args, **(kwargs or {}))
 
 
 def runs(model: nn.Module, data: Any, each: Pass) -> str | None:
@@ -90,3 +116,19 @@ def deployed_pass(model: nn.Module, data: Any) -> Pass:
         f"{type(model).__name__} runs on an example neither in mode 'tensor' ({why['tensor']}) nor in mode 'predict' "
         f'({why["predict"]}): see that its forward takes what its data_preprocessor returns'
     )
+
+
+def never_ran(model: nn.Module, example: Example) -> list[str]:
+    """Return the paths of the modules with parameters of their own that none of the passes called."""
+    called: set[str] = set()
+    owners = {path: module for path, module in model.named_modules() if module._parameters}
+    handles = [
+        module.register_forward_pre_hook(lambda _m, _i, path=path: called.add(path)) for path, module in owners.items()
+    ]
+    try:
+        with evaluating(model):
+            example.run_all(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [path for path in owners if path not in called]
