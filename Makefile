@@ -7,7 +7,7 @@ CONFIG := configs/cpd/resnet50_prune.py
 WORK   := work_dirs/resnet50_prune
 JOBS   ?= 2
 
-.PHONY: help env demo test lint mutants chaos zoo clean
+.PHONY: help env demo test lint mutants chaos fuzz zoo clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -49,7 +49,9 @@ chaos: env ## kill runs and damage files, and see that nothing is lost and nothi
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/chaos_kills.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/chaos_files.py --structures 10000 --files 2000
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/chaos_tools.py
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fuzz.py
+
+fuzz: env ## comb, mask and slim random small nets (some ten minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fuzz.py --seed 1
 
 zoo: env ## comb and slim one model of every architecture family, Torch-Pruning beside it (three to four hours)
 	$(BIN)/python -m pip install --quiet torch-pruning==1.6.1

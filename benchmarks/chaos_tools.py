@@ -1,6 +1,6 @@
 """Hand damaged checkpoints and slim files to the commands, and see that each ends as it should, in one line.
 
-    OMP_NUM_THREADS=1 python benchmarks/chaos_tools.py --files 400 --seed 0
+    OMP_NUM_THREADS=1 python benchmarks/chaos_tools.py --files 480 --seed 0
 
 A tiny classifier is trained by `mmcpd train`. Its slim.pth, training checkpoint and dense.pth are damaged at
 random (bytes, archives, entries, and structures with their checksum put right), and given to `test`, `slim`, `comb`,
@@ -141,7 +141,7 @@ def attack(command: Command, count: int, seed: int, folder: Path) -> dict[str, A
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--files', type=int, default=400, help='damaged files, in turn for each command')
+    parser.add_argument('--files', type=int, default=480, help='damaged files, in turn for each command')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--only', choices=COMMANDS, nargs='+', default=list(COMMANDS))
     parser.add_argument('--out', type=Path, default=RESULTS)
