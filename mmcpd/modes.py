@@ -1,11 +1,17 @@
-"""Put the modes of a model's modules back."""
+"""Run a model in training mode, or put the modes of its modules back."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.overrides import TorchFunctionMode
+
+DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 
 
 @contextmanager
@@ -25,3 +31,28 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def as_trained(model: nn.Module) -> Iterator[None]:
+    """Put a model into training mode, but for what would draw random numbers or update statistics.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+        >>> with as_trained(net):
+        ...     print(net[0].training, net[1].training)
+        True False
+    """
+    with modes_kept(model), _WithoutDropout():
+        model.train()
+        for module in model.modules():
+            fixed = isinstance(module, _NormBase | nn.MultiheadAttention) or 'drop' in type(module).__name__.lower()
+            module.training = module.training and not fixed
+        yield
+
+
+class _WithoutDropout(TorchFunctionMode):
+    """Let the functions that drop activations return them as they are."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if func in DROPOUTS and args else func(*args, **(kwargs or {}))

@@ -23,8 +23,7 @@ def rotate_in_training_(pruner: Pruner) -> str:
     """Sort the dimensions inside the heads of a pruner's model, and return the report, '' where it has no heads."""
     rotated, example = copied(pruner.model), pruner.coupling.example
     report = rotate_(rotated, example.inputs, forward=example.forward)
-    if report.heads:
-        take_over_(pruner.model, rotated, pruner.optimizer)
+    take_over_(pruner.model, rotated, pruner.optimizer)
     return str(report) if report.found else ''
 
 

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.overrides import TorchFunctionMode
 
 from mmcpd.coupling import Example
 from mmcpd.errors import first_line
-from mmcpd.modes import modes_kept
+from mmcpd.modes import as_trained
 from mmcpd.nested import tensors_in
 from mmcpd.slim.compare import evaluating
 from mmcpd.slim.trial import FAILURES
-
-DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 
 
 @dataclass(frozen=True)
@@ -45,7 +38,7 @@ class Pass:
             data = {**data, 'inputs': data['inputs'][0]}
         if self.mode != 'loss':
             return call(model, data, self.mode)
-        with as_trained(model), WithoutDropout():
+        with as_trained(model):
             return call(model, data, self.mode)
 
 
@@ -67,24 +60,6 @@ def _own(value: Any) -> Any:
     """Copy what is no tensor: data samples, which keep predictions."""
     samples = isinstance(value, list) and not any(isinstance(each, Tensor) for each in value)
     return copy.deepcopy(value) if samples else value
-
-
-@contextmanager
-def as_trained(model: nn.Module) -> Iterator[None]:
-    """Put a model into training mode, but for what would draw random numbers or update statistics."""
-    with modes_kept(model):
-        model.train()
-        for module in model.modules():
-            fixed = isinstance(module, _NormBase | nn.MultiheadAttention) or 'drop' in type(module).__name__.lower()
-            module.training = module.training and not fixed
-        yield
-
-
-class WithoutDropout(TorchFunctionMode):
-    """Let the functions that drop activations return them as they are."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return args[0] if func in DROPOUTS and args else func(*args, **(kwargs or {}))
 
 
 def runs(model: nn.Module, data: Any, each: Pass) -> str | None:

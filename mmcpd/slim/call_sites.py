@@ -31,7 +31,7 @@ from .pickling import copy_methods
 from .recompile import layers_of, rebuilt
 from .replace_sizes import put
 
-_OURS, _TORCH = ('mmcpd.comb.', 'mmcpd.slim.'), ('torch.',)
+_OURS, _TORCH = ('mmcpd.comb.', 'mmcpd.slim.', 'mmcpd.modes.'), ('torch.',)
 INFER = -1  # let torch work out the size
 _NODES = (ast.Call, ast.BinOp, ast.AugAssign, ast.Subscript)
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef)  # a lambda has no name to be compiled under

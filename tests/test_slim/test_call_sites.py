@@ -18,8 +18,10 @@ from torch import nn
 from mmcpd.comb import comb
 from mmcpd.coupling import Coupling
 from mmcpd.errors import SlimError
+from mmcpd.modes import as_trained
 from mmcpd.slim import restructure_, slim, structure
 from mmcpd.slim.call_sites import Rewrite, rewrite_, rewrites_of
+from mmcpd.slim.compare import compare
 from mmcpd.slim.trial import random_keep
 from tests.helpers import check_cost, check_equal, check_structure, gap, masked, randomise_, sample
 
@@ -385,3 +387,26 @@ def test_a_module_that_is_called_without_its_hooks():
     keep['stem'][1:4], keep['head.inner'][2] = False, False
     assert [len(rewrites_of(m)) for m in slim(model, found, keep).modules()] == [0, 0, 1, 0, 0]
     check_structure(model, found, check_equal(model, found), Unhooked)
+
+
+class WithASide(nn.Module):
+    """A head that only training runs, behind a size that stands in the source."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.side = nn.Conv2d(3, 12, 1), nn.Linear(12, 4), nn.Linear(12, 4)
+
+    def forward(self, x):
+        x = self.one(x).reshape(x.shape[0], 12, -1).mean(2)
+        return self.two(x) + self.side(x) if self.training else self.two(x)
+
+
+def test_a_size_is_found_while_training_mode_is_observed():
+    def trained(model, *inputs):
+        with as_trained(model):
+            return model(*inputs)
+
+    model, x = WithASide(), torch.rand(2, 3, 4, 4)
+    found = comb(model, x, also=[trained])
+    assert [(group.name, group.units) for group in found.groups] == [('one', 12)]
+    assert compare(model, found, random_keep(found, 0.5, 0)) < 1e-6
