@@ -15,7 +15,6 @@ import argparse
 import json
 import random
 import re
-import signal
 import sys
 import tempfile
 import time
@@ -35,6 +34,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, installed or not
 
 from benchmarks.chaos_damage import damage_archive, damage_bytes, damage_entries, damage_structure
+from benchmarks.time_limit import Slow, within
 from mmcpd.comb import comb
 from mmcpd.engine.checkpoints import load_slim
 from mmcpd.engine.slim_file import save_slim
@@ -122,14 +122,6 @@ def write(path: Path, width: int) -> tuple[Config, int]:
 
 
 # -- load, and watch ---------------------------------------------------------------------------------------------------
-class Slow(BaseException):
-    """One load took too long."""
-
-
-def stop(*_: object) -> None:
-    raise Slow
-
-
 def attempt(cfg: Config, path: Path) -> list[tuple[str, dict[str, Any]]]:
     """Load a file in both ways; return for each how it ended, and the weights."""
     ways: list[Callable[[], nn.Module]] = [
@@ -137,11 +129,10 @@ def attempt(cfg: Config, path: Path) -> list[tuple[str, dict[str, Any]]]:
         lambda: MODELS.build({'type': 'mmcpd.slimmed', 'model': cfg.model, 'structure': str(path)}),
     ]
     ends: list[tuple[str, dict[str, Any]]] = []
-    signal.signal(signal.SIGALRM, stop)
     for way in ways:
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
         try:
-            ends.append(('loaded', weights(way())))
+            with within(SECONDS):
+                ends.append(('loaded', weights(way())))
         except SlimError as error:
             one = str(error).isprintable() and len(str(error)) < 3000
             ends.append(('SlimError' if one else f'SlimError of several lines: {str(error)[:300]!r}', {}))
@@ -149,8 +140,6 @@ def attempt(cfg: Config, path: Path) -> list[tuple[str, dict[str, Any]]]:
             ends.append((f'nothing after {SECONDS} s', {}))
         except Exception as error:  # noqa: BLE001 - this is what is looked for
             ends.append((f'{type(error).__name__}: {str(error)[:300]}', {}))
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
     return ends
 
 

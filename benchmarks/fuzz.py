@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import signal
 import sys
 import time
 import traceback
@@ -33,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, installed or not
 
 from benchmarks.fuzz_nets import BLOCKS, Net, plan_of
+from benchmarks.time_limit import Slow, within
 from mmcpd.comb import comb
 from mmcpd.coupling import Coupling, Keep
 from mmcpd.errors import CombError, SlimError, first_line
@@ -59,14 +59,6 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class Slow(BaseException):
-    """One net took too long."""
-
-
-def stop(*_: object) -> None:
-    raise Slow
-
-
 @dataclass
 class Outcome:
     """What was found about one net."""
@@ -74,7 +66,7 @@ class Outcome:
     operations: int = 0
     wrong: str = ''
     saved: str = ''  # what would be wrong without the trial
-    control: bool = False  # whether cutting other units than the masked ones was seen
+    control: bool | None = None  # whether cutting other units than the masked ones was seen; None: nothing can go
     units: tuple[int, int] = (0, 0)  # channels that can go, and all
     reasons: dict[str, int] = field(default_factory=dict)
 
@@ -128,18 +120,15 @@ def examine(plan: Plan) -> Outcome:
 
 def attempt(plan: Plan) -> Outcome:
     """Examine a net; whatever it raises is a finding."""
-    signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
-        return examine(plan)
+        with within(SECONDS):
+            return examine(plan)
     except Slow:
         return Outcome(wrong=f'no end after {SECONDS} s')
     except SlimError as error:
         return Outcome(wrong=f'SlimError: {first_line(error)}')
     except Exception as error:  # noqa: BLE001 - this is what is looked for
         return Outcome(wrong=f'{type(error).__name__}: {first_line(error)}')
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def shrunk(plan: Plan, name: str) -> Plan:
@@ -154,14 +143,18 @@ def shrunk(plan: Plan, name: str) -> Plan:
 def run(operations: int, seed: int, names: list[str] | None, shrink: bool) -> dict[str, Any]:
     """Examine nets until so many operations ran; return what was found."""
     line, start = ProgressLine('fuzz', 'operations'), time.perf_counter()
-    done = nets = controls = 0
+    done = nets = 0
+    controls: list[bool] = []
+    unseen: list[int] = []
     found: dict[str, list[dict[str, Any]]] = {'wrong': [], 'saved': []}
     reasons, used, channels = Counter[str](), Counter[str](), [0, 0]
     while done < operations:
         number = seed * 1_000_000 + nets
         plan = plan_of(number, LENGTHS[0] + number % (LENGTHS[1] - LENGTHS[0]), names)
         outcome = attempt(plan)
-        nets, done, controls = nets + 1, done + max(1, outcome.operations), controls + outcome.control
+        nets, done = nets + 1, done + max(1, outcome.operations)
+        controls += [] if outcome.control is None else [outcome.control]
+        unseen += [number] if outcome.control is False else []
         used.update(name for name, _ in plan)
         reasons.update(outcome.reasons)
         channels = [a + b for a, b in zip(channels, outcome.units, strict=True)]
@@ -174,7 +167,8 @@ def run(operations: int, seed: int, names: list[str] | None, shrink: bool) -> di
     return {
         'date': datetime.date.today().isoformat(), 'torch': torch.__version__, 'seed': seed, 'operations': done,
         'nets': nets, 'wrong': len(found['wrong']), 'saved_by_the_trial': len(found['saved']),
-        'controls_that_differ': controls, 'channels_prunable': channels,
+        'controls': len(controls), 'controls_that_differ': sum(controls), 'controls_unseen': unseen,
+        'channels_prunable': channels,
         'seconds': round(time.perf_counter() - start), 'blocks': dict(used.most_common()),
         'frozen_because': dict(reasons.most_common(30)), 'findings': found,
     }  # fmt: skip

@@ -15,7 +15,7 @@ from mmcpd.comb import comb
 def test_random_nets_are_slimmed_exactly(seed):
     found = fuzz.run(60, seed, None, shrink=False)
     assert found['operations'] >= 60
-    assert (found['wrong'], found['controls_that_differ']) == (0, found['nets'])
+    assert (found['wrong'], found['controls_that_differ'], found['controls']) == (0, found['nets'], found['nets'])
 
 
 def test_a_mask_that_does_nothing_is_found_and_made_short(monkeypatch):
