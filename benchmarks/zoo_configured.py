@@ -37,7 +37,7 @@ class Configured(Family):
         importlib.import_module(f'{self.package}.models')
         config = Config.fromfile(str(config_root(self.package) / self.config)) if self.config else Config()
         config.merge_from_dict(self.changes)
-        model = _local(config.model.to_dict())
+        model = local(config.model.to_dict())
         model.pop('auxiliary_head', None)
         with DefaultScope.overwrite_default_scope(self.package):
             return MODELS.build(model)
@@ -55,10 +55,10 @@ def config_root(package: str) -> Path:
     return Path(importlib.import_module(package).__file__).parent / '.mim' / 'configs'
 
 
-def _local(value: Any) -> Any:
+def local(value: Any) -> Any:
     if isinstance(value, dict):
-        kept = {k: _local(v) for k, v in value.items() if k not in ('init_cfg', 'pretrained')}
+        kept = {k: local(v) for k, v in value.items() if k not in ('init_cfg', 'pretrained')}
         if kept.get('type') == 'SyncBN':
             kept['type'] = 'BN'
         return kept
-    return type(value)(_local(v) for v in value) if isinstance(value, list | tuple) else value
+    return type(value)(local(v) for v in value) if isinstance(value, list | tuple) else value

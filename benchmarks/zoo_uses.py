@@ -22,8 +22,8 @@ from benchmarks.zoo_checks import MARK, ROOT, Row, Slimmed, gap, slimmed, stage
 from benchmarks.zoo_family import Family
 from mmcpd.comb import comb
 from mmcpd.coupling import Example
-from mmcpd.engine.passes import WithoutDropout, as_trained
 from mmcpd.errors import first_line
+from mmcpd.modes import as_trained
 from mmcpd.nested import map_tensors, tensors_in
 from mmcpd.slim import restructure_, structure
 from mmcpd.slim.compare import compare_gradients, evaluating
@@ -100,7 +100,7 @@ def other_size(family: Family, done: Slimmed, seed: int) -> Slimmed:
 # -- training ----------------------------------------------------------------------------------------------------------
 def trained(model: nn.Module, *inputs: Any) -> Any:
     """Run a model as in training, but without dropout and with the norms' own statistics."""
-    with as_trained(model), WithoutDropout():
+    with as_trained(model):
         return model(*inputs)
 
 

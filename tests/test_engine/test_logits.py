@@ -16,7 +16,7 @@ from mmseg.structures import SegDataSample
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from benchmarks.zoo_configured import _local, config_root
+from benchmarks.zoo_configured import config_root, local
 from benchmarks.zoo_models import FAMILIES
 from mmcpd.distill import Taps
 from mmcpd.engine.distillers import Distiller
@@ -115,7 +115,7 @@ def shipped(name):
     family = next(f for f in FAMILIES if f.key == name)
     config = Config.fromfile(str(config_root(family.package) / family.config))
     config.merge_from_dict(family.changes)
-    model = _local(config.model.to_dict())
+    model = local(config.model.to_dict())
     model = {key: value for key, value in model.items() if value is not None} | {'test_cfg': ConfigDict(mode='whole')}
     if name in ('mmseg/pidnet', 'mmseg/ddrnet'):  # their heads are one with the backbone
         with DefaultScope.overwrite_default_scope('mmseg'):

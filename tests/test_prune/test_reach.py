@@ -116,13 +116,15 @@ def test_units_on_the_way_is_what_an_even_choice_removes(coupling):
 
 
 @pytest.mark.parametrize(
-    ('widths', 'seed', 'without'), [((8, 8, 64), 54, 0.445), ((64, 64, 128, 64), 115, 0.49)], ids=['fewer', 'equal']
+    ('widths', 'stride', 'seed', 'without'),
+    [((8, 8, 64), 1, 54, 0.445), ((64, 64, 128, 64), 2, 115, 0.49)],
+    ids=['fewer', 'equal'],
 )
-def test_a_smaller_chunk_goes_where_the_last_one_would_overshoot(monkeypatch, widths, seed, without):
-    layers, before, stride, deep = [], 3, 1, 1 if len(widths) == 3 else 2
+def test_a_smaller_chunk_goes_where_the_last_one_would_overshoot(monkeypatch, widths, stride, seed, without):
+    layers, before = [], 3
     for width in widths:
-        layers += [nn.Conv2d(before, width, 3, padding=1, stride=stride), nn.BatchNorm2d(width), nn.ReLU()]
-        before, stride = width, deep
+        layers += [nn.Conv2d(before, width, 3, stride if layers else 1, 1), nn.BatchNorm2d(width), nn.ReLU()]
+        before = width
     net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, 10))
     found, generator = comb(net, torch.rand(1, 3, 8, 8)), torch.Generator().manual_seed(seed)
     scores = {}
