@@ -267,4 +267,4 @@ class Means(Block):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.act(self.conv(x))
-        return (x - x.mean(self.axis, keepdim=True)) / (x.pow(2).mean(self.axis, keepdim=True) + 1).sqrt()
+        return (x - 0.7 * x.mean(self.axis, keepdim=True)) / (x.pow(2).mean(self.axis, keepdim=True) + 1).sqrt()
