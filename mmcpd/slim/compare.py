@@ -78,7 +78,8 @@ def gap_between(masked: nn.Module, small: nn.Module, example: Example) -> float:
         True
     """
     with evaluating(masked), evaluating(small):
-        return difference(example.run_all(masked), example.run_all(small))
+        theirs = example.run_all(small)
+        return difference(example.run_all(masked), theirs)
 
 
 def compare_gradients(model: nn.Module, coupling: Coupling, keep: Keep) -> float:

@@ -3,7 +3,7 @@
 Combing ends with a trial: remove units at random, mask one copy, slim another, run both on the example input and
 compare; once with about half of the units gone and once with a few, since some mistakes show in only one of them. The
 weights are random: behind a branch that is still almost zero no mistake would show. It runs in float64, where rounding
-hides nothing. Where the copies differ, or where slimming or running fails, the groups at fault are found by bisection.
+hides nothing. Where the copies differ, or where slimming or running fails, `fault_search` finds the groups at fault.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from ..nested import map_tensors, tensors_in
 from ..random_state import draws
 from .compare import compare_gradients, evaluating, gap_between, gap_of_gradients
 from .copying import copied
+from .fault_search import Fault, Watch, search
 from .mask import mask_, named_tensors
 from .places import raised_at
 from .slimming import as_tensor_of, slim
@@ -159,25 +161,27 @@ class _Trial:
         twin = (doubled if self.wide else copied)(self.model)
         return _randomise_(twin) if self.random else twin
 
-    def fault(self, among: Collection[str]) -> str | None:
-        """Return why pruning these groups fails, or None where it does not."""
-        try:
-            for keep in KEEPS:
-                why = self._difference(random_keep(self.combed, *keep, among=set(among), awkward=True))
-                if why is not None:
-                    return why
-            return None
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except FAILURES as error:
-            return _failure(error)
+    def fault(self, among: Collection[str], watched: bool = False) -> Fault | None:
+        """Return why pruning these groups fails, and which are suspects where it is watched, or None if it works."""
+        for keep in (random_keep(self.combed, *each, among=set(among), awkward=True) for each in KEEPS):
+            watch = Watch(self.coupling, keep) if watched else None
+            try:
+                why = self._difference(keep, watch)
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except FAILURES as error:
+                why = _failure(error)
+            if why is not None:
+                return Fault(why, watch.suspects() if watch is not None else frozenset())
+        return None
 
-    def _difference(self, keep: Keep) -> str | None:
+    def _difference(self, keep: Keep, watch: Watch | None) -> str | None:
         masked, example = self.copy(), self.coupling.example
         small = slim(masked, self.coupling, keep)
         mask_(masked, self.coupling, keep)
         tolerance = TOLERANCE.get(next((p.dtype for p in masked.parameters()), torch.float32), 1e-3)
-        gap = gap_between(masked, small, example)
+        with watch.observing(masked, small, tolerance) if watch is not None else nullcontext():
+            gap = gap_between(masked, small, example)
         if gap > tolerance:
             why = f'a trial failed: the slimmed model differs from the masked one by {gap:.1e}'
             with evaluating(masked):
@@ -210,7 +214,7 @@ def _failure(error: Exception) -> str:
     return f'a trial failed: {named}'
 
 
-def _try(model: nn.Module, coupling: Coupling, gradients: bool) -> tuple[_Trial, str | None]:
+def _try(model: nn.Module, coupling: Coupling, gradients: bool) -> tuple[_Trial, Fault | None]:
     """Try all groups at once: in float64, with random weights, with gradients; or as far as the model runs so.
 
     Whether it does is asked only where a trial with random weights fails: most models run once less.
@@ -228,9 +232,9 @@ def _try(model: nn.Module, coupling: Coupling, gradients: bool) -> tuple[_Trial,
     for trial in (_Trial(model, coupling, wide, *kind) for wide in (True, False) for kind in kinds):
         if not trial.random and (error := trial.error()) is not None:
             continue
-        why = trial.fault(names)
-        if why is None or not trial.random or (error := trial.error()) is None:
-            return trial, why
+        fault = trial.fault(names)
+        if fault is None or not trial.random or (error := trial.error()) is None:
+            return trial, fault
     if error == NOT_FINITE:
         raise CombError('the output on the example input is not finite; give an input, or weights, for which it is')
     raise _Untried(f'a copy of the dense model fails as well ({error})')
@@ -256,13 +260,14 @@ def disagreement(model: nn.Module, coupling: Coupling, forward: Callable[..., ob
     """
     try:
         tried = replace(coupling, example=Example(coupling.example.inputs, forward))
-        return _try(model, tried, False)[1] if coupling.groups else None
+        fault = _try(model, tried, False)[1] if coupling.groups else None
+        return None if fault is None else fault.reason
     except _Untried as error:
         return str(error)
 
 
 def trial_of(model: nn.Module, coupling: Coupling, *, gradients: bool = False) -> Outcome:
-    """Find the groups that cannot be slimmed, by trying and by bisection.
+    """Find the groups that cannot be slimmed, by trying.
 
     Args:
         model: the model that was combed.
@@ -281,23 +286,7 @@ def trial_of(model: nn.Module, coupling: Coupling, *, gradients: bool = False) -
     if any(tensor.is_meta for tensor in named_tensors(model).values()):
         return Outcome({}, 'tensors on the meta device have no values to compare')
     try:
-        trial, why = _try(model, coupling, gradients)
+        trial, fault = _try(model, coupling, gradients)
     except _Untried as error:
         return Outcome({}, str(error))
-    good: list[str] = []
-    faults: dict[str, str] = {}
-
-    def bisect(candidates: list[str], why: str) -> None:
-        if len(candidates) == 1:
-            faults[candidates[0]] = why
-            return
-        for half in (candidates[: len(candidates) // 2], candidates[len(candidates) // 2 :]):
-            reason = trial.fault(good + half)
-            if reason is None:
-                good.extend(half)
-            else:
-                bisect(half, reason)
-
-    if why is not None:
-        bisect([group.name for group in coupling.groups], why)
-    return Outcome(faults)
+    return Outcome({} if fault is None else search([group.name for group in coupling.groups], trial.fault))
