@@ -6,6 +6,7 @@ from .mutant import Mutant
 
 _MASK, _SLIMMING, _STRUCTURE = 'mmcpd/slim/mask.py', 'mmcpd/slim/slimming.py', 'mmcpd/slim/structure.py'
 _CHECK, _FAULTS = 'mmcpd/slim/check_structure.py', 'test_slim/test_check_structure.py'
+_SEARCH = 'mmcpd/slim/fault_search.py'
 _TRIAL, _ATTENTION, _SITES = 'mmcpd/slim/trial.py', 'mmcpd/slim/attention.py', 'mmcpd/slim/call_sites.py'
 _COPYING, _PICKLING = 'mmcpd/slim/copying.py', 'mmcpd/slim/pickling.py'
 _EXPRESSIONS, _SHAPES = 'mmcpd/slim/size_expressions.py', 'mmcpd/slim/shape_attributes.py'
@@ -187,14 +188,30 @@ MUTANTS: tuple[Mutant, ...] = (
            'parameter.copy_((values - 0.5)', 'torch.clone((values - 0.5)'),
     Mutant('trial-double', _TRIAL, 'test_slim/test_claims.py::test_a_trial_is_held_again_in_float64',
            'what depends on the last bit of float32 is tried in float64',
-           'own, example = in_double(model, coupling.example)', 'own, example = model, coupling.example'),
-    Mutant('trial-bisection', _TRIAL,
+           'for wide in (True, False)', 'for wide in (False,)'),
+    Mutant('trial-bisection', _SEARCH,
            'test_slim/test_trial.py::test_a_size_through_floats_is_frozen_and_the_rest_is_not',
            'groups that are not at fault stay free',
-           'reason = trial.fault(good + half)', 'reason = why'),
-    Mutant('trial-good', _TRIAL, 'test_slim/test_claims.py::test_a_fault_of_two_groups_together_is_found',
-           'a fault that needs two groups is found with the good ones gone too',
-           'reason = trial.fault(good + half)', 'reason = trial.fault(half)'),
+           'if (fault := fault_of([*rest, *half], False)) is None:', 'if (fault := Fault(reason)) is None:'),
+    Mutant('trial-good', _SEARCH, 'test_slim/test_claims.py::test_a_fault_of_two_groups_together_is_found',
+           'a fault that needs two groups is found with the good ones gone too', '[*rest, *half]', 'half'),
+    Mutant('trial-suspects', _SEARCH,
+           'test_slim/test_fault_search.py::test_faults_of_a_deep_net_are_found_in_few_trials',
+           'the groups near the first wrong module are suspects',
+           'found = [name for name in rest if name in fault.suspects] or rest', 'found = rest'),
+    Mutant('trial-raised', _SEARCH,
+           'test_slim/test_fault_search.py::test_faults_of_a_deep_net_are_found_in_few_trials',
+           'where a forward raises, what ended last in it is near',
+           "if ended and ended[-1].module.startswith(", "if not ended and ended[-1].module.startswith("),
+    Mutant('trial-one-copy', _TRIAL,
+           'test_slim/test_trial.py::test_a_trial_runs_each_side_once_for_each_keep_and_holds_one_copy',
+           'a trial holds one copy beside the slim model',
+           '        mask_(masked, self.coupling, keep)\n',
+           '        masked, whole = copied(masked), masked\n        mask_(masked, self.coupling, keep)\n'),
+    Mutant('frames', _SITES, 'test_slim/test_frames.py::test_asking_for_a_place_leaves_no_frame',
+           'a statistic leaves no frame in memory',
+           '    for frame in _frames(sys._getframe(1)):\n        module',
+           '    for frame in _frames(sys._getframe()):\n        module'),
     Mutant('trial-tolerance', _TRIAL,
            'test_slim/test_claims.py::test_a_small_difference_is_a_fault_and_rounding_is_none',
            'a small difference in float64 is a fault',

@@ -150,12 +150,14 @@ class Run:
 
     def tie(self, atoms: np.ndarray) -> None:
         """Make all columns of `(n, k)` atoms equal, row by row; fixed positions are passed over."""
-        first = atoms.max(axis=1)  # an atom wherever the row has one
-        names, table = self._names(), self.record.table
-        for column in atoms.T:
-            both = (column >= 0) & (first >= 0)
-            table.equate(column[both], first[both], '')
-            names[column[both]] = names[first[both]]
+        first = atoms.max(axis=1, keepdims=True)  # an atom wherever the row has one
+        other = (atoms >= 0) & (atoms != first)
+        pairs = np.stack([atoms[other], np.broadcast_to(first, atoms.shape)[other]])
+        if pairs.size:
+            names, table = self._names(), self.record.table
+            left, right = np.divmod(np.unique(pairs[0] * table.size + pairs[1]), table.size)  # over windows each is met
+            table.equate(left, right, '')
+            names[left] = names[right]
 
     def _names(self) -> np.ndarray:
         """Return the names of all atoms that there are by now."""

@@ -17,7 +17,7 @@ import inspect
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import CodeType, FrameType
 from typing import Any
@@ -54,7 +54,7 @@ def spot(index: int, count: int) -> Spot | None:
 
     Functions of torch that are written in Python, as `split`, stand between that caller and this package.
     """
-    frames = _frames()
+    frames = _frames(sys._getframe(1))
     for frame in frames:
         if _of(frame, _TORCH):
             if frame.f_code.co_name != 'handle_torch_function':
@@ -74,7 +74,7 @@ def code_place(path: str = '') -> tuple[nn.Module | None, CodePlace]:
     Frames of torch's functions and of this package do not count: they differ from one kind of run to another.
     """
     inward: list[int] = []
-    for frame in _frames():
+    for frame in _frames(sys._getframe(1)):
         module = _module(frame)
         if module is not None:
             return module, CodePlace(path, frame.f_code.co_qualname, (frame.f_lasti, *inward))
@@ -85,12 +85,12 @@ def code_place(path: str = '') -> tuple[nn.Module | None, CodePlace]:
 
 def in_own_function() -> bool:
     """Say whether the forward of an `autograd.Function` runs, which has a backward of its own."""
-    first = (frame.f_locals.get(next(iter(frame.f_code.co_varnames), '')) for frame in _frames())
+    first = (frame.f_locals.get(next(iter(frame.f_code.co_varnames), '')) for frame in _frames(sys._getframe(1)))
     return any(isinstance(value, FunctionCtx) for value in first)
 
 
-def _frames(frame: FrameType | None = None) -> Iterator[FrameType]:
-    frame = frame or sys._getframe(1)
+def _frames(frame: FrameType | None) -> Iterator[FrameType]:
+    """Yield a frame and its callers; not who asks, which would hold itself, and all that runs, in memory."""
     while frame is not None:
         yield frame
         frame = frame.f_back
@@ -108,17 +108,24 @@ def _module(frame: FrameType) -> nn.Module | None:
 # -- name --------------------------------------------------------------------------------------------------------------
 def call_site(module: nn.Module, path: str, place: Spot, inferable: bool = False) -> CallSite | None:
     """Name a place by method and call text, or None where the code is not a method of the module's class."""
-    positions = list(place.code.co_positions())[place.instruction // 2]
-    for name, function in _methods(type(module)):
-        if place.code not in _codes(function.__code__):
+    kind: Any = type(module)
+    found = _named(kind, place.code, place.instruction, place.index, place.count)
+    return found and replace(found, module=path, inferable=inferable)
+
+
+@lru_cache(maxsize=4096)  # the blocks of a network share their source
+def _named(kind: type, code: CodeType, instruction: int, index: int, count: int) -> CallSite | None:
+    positions = list(code.co_positions())[instruction // 2]
+    for name, function in _methods(kind):
+        if code not in _codes(function.__code__):
             continue
         tree = _parsed(function)
         for node in ast.walk(tree) if tree is not None else ():
             if not isinstance(node, _NODES):
                 continue
             if tuple(positions) in list(_positions(node)):
-                found = CallSite(path, name, ast.unparse(node), place.index, place.count, inferable)
-                return found if put(copy.deepcopy(node), place.index, place.count, 1) else None
+                found = CallSite('', name, ast.unparse(node), index, count)
+                return found if put(copy.deepcopy(node), index, count, 1) else None
     return None
 
 
@@ -211,9 +218,9 @@ def rewrite_(module: nn.Module, rewrites: Iterable[Rewrite]) -> None:
         tree = _parsed(function) if function is not None else None
         if tree is None or not isinstance(tree.body[0], _DEFINITIONS):
             raise SlimError(f'{kind.__name__}.{name} has no source of its own to put a size into')
-        replace = _Replace([r for r in wanted if r.method == name])
-        tree = ast.fix_missing_locations(replace.visit(copy.deepcopy(tree)))
-        missing = [r.text for r in replace.rewrites if r not in replace.done]
+        change = _Replace([r for r in wanted if r.method == name])
+        tree = ast.fix_missing_locations(change.visit(copy.deepcopy(tree)))
+        missing = [r.text for r in change.rewrites if r not in change.done]
         if missing:
             raise SlimError(f'{kind.__name__}.{name} has no call {missing[0]}: another release of this class?')
         changed[name] = rebuilt(inspect.getattr_static(kind, name), name, tree)

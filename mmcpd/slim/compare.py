@@ -67,17 +67,23 @@ def compare(model: nn.Module, coupling: Coupling, keep: Keep, small: nn.Module |
     shared: dict[int, Any] = {id(t): t for name, t in named_tensors(model).items() if name not in masked_names}
     masked = copied(model, shared, coupling.caches)
     mask_(masked, coupling, keep)
-    small = small if small is not None else slim(model, coupling, keep)
+    return gap_between(masked, small if small is not None else slim(model, coupling, keep), coupling.example)
+
+
+def gap_between(masked: nn.Module, small: nn.Module, example: Example) -> float:
+    """Return how far a slimmed model is from the masked one on the example inputs (see `difference`).
+
+    Example:
+        >>> gap_between(model, small, coupling.example) > 0.0    # the model is not masked
+        True
+    """
     with evaluating(masked), evaluating(small):
-        return difference(coupling.example.run_all(masked), coupling.example.run_all(small))
+        theirs = example.run_all(small)
+        return difference(example.run_all(masked), theirs)
 
 
 def compare_gradients(model: nn.Module, coupling: Coupling, keep: Keep) -> float:
-    """Return how far the gradients of the slimmed model are from those of the masked one, by inputs and kept rows.
-
-    Relative to the largest of each tensor, or to a thousandth of the largest of all: some are zero but for rounding (by
-    the bias of the keys). A query that takes up the scale of its attention has another gradient by right: it is left
-    out.
+    """Return how far the gradients of the slimmed model are from those of the masked one (see `gap_of_gradients`).
 
     Example:
         >>> compare_gradients(model, coupling, coupling.keep()) < 1e-6
@@ -85,8 +91,21 @@ def compare_gradients(model: nn.Module, coupling: Coupling, keep: Keep) -> float
     """
     masked = copied(model, caches=coupling.caches)
     mask_(masked, coupling, keep)
-    ours = _gradients(masked, coupling.example)
-    theirs = _gradients(slim(model, coupling, keep), coupling.example)
+    return gap_of_gradients(masked, slim(model, coupling, keep), coupling, keep)
+
+
+def gap_of_gradients(masked: nn.Module, small: nn.Module, coupling: Coupling, keep: Keep) -> float:
+    """Return how far a slimmed model's gradients are from those of the masked one, by inputs and kept rows.
+
+    Relative to the largest of each tensor, or to a thousandth of the largest of all: some are zero but for rounding (by
+    the bias of the keys). A query that takes up the scale of its attention has another gradient by right: it is left
+    out.
+
+    Example:
+        >>> gap_of_gradients(copy.deepcopy(model), small, coupling, keep) > 0.0    # the model is not masked
+        True
+    """
+    ours, theirs = _gradients(masked, coupling.example), _gradients(small, coupling.example)
     for name in {rows.tensor for scale in coupling.fixes.scales for rows in scale.rows} & ours.keys():
         del ours[name], theirs[name]
     for name, dims in kept_rows(coupling, keep).items():

@@ -3,16 +3,18 @@
 Combing ends with a trial: remove units at random, mask one copy, slim another, run both on the example input and
 compare; once with about half of the units gone and once with a few, since some mistakes show in only one of them. The
 weights are random: behind a branch that is still almost zero no mistake would show. It runs in float64, where rounding
-hides nothing. Where the copies differ, or where slimming or running fails, the groups at fault are found by bisection.
+hides nothing. Where the copies differ, or where slimming or running fails, `fault_search` finds the groups at fault.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +23,12 @@ from ..coupling import Coupling, Example, Keep
 from ..errors import CombError, SlimError, first_line
 from ..nested import map_tensors, tensors_in
 from ..random_state import draws
-from .compare import compare, compare_gradients, evaluating
+from .compare import compare_gradients, evaluating, gap_between, gap_of_gradients
 from .copying import copied
-from .mask import named_tensors
+from .fault_search import Fault, Watch, search
+from .mask import mask_, named_tensors
 from .places import raised_at
+from .slimming import as_tensor_of, slim
 
 NOISE = 1_000_003  # random numbers for all weights; a prime, so that rows repeat none
 KEEPS = ((0.5, 0), (0.8, 1))  # what a trial leaves, and the seed of the choice
@@ -60,7 +64,6 @@ def random_keep(
     return keep
 
 
-@torch.no_grad()
 def randomised(model: nn.Module) -> nn.Module:
     """Return a copy in which every weight matters: unit variance over what is summed, scales and biases about one.
 
@@ -69,31 +72,26 @@ def randomised(model: nn.Module) -> nn.Module:
         >>> bool((twin[0].weight == twin[1].weight).any()), bool((twin[0].bias >= 0.5).all())
         (False, True)
     """
-    twin = copied(model)
+    return _randomise_(copied(model))
+
+
+@torch.no_grad()
+def _randomise_(model: nn.Module) -> nn.Module:
     noise = torch.rand(NOISE, generator=torch.Generator().manual_seed(0))
     begin = 0
-    for parameter in twin.parameters():
+    for parameter in model.parameters():
         if parameter.is_floating_point() and parameter.numel():
             end = begin + parameter.numel()
             values = noise.expand(-(-end // NOISE), -1).reshape(-1)[begin:end].reshape(parameter.shape)
             spread = (12 / parameter[0].numel()) ** 0.5 if parameter.dim() > 1 else 1.0
             parameter.copy_((values - 0.5) * spread if parameter.dim() > 1 else values + 0.5)
             begin = end % NOISE
-    return twin
+    return model
 
 
 def is_finite(out: object) -> bool:
     """Say whether an output has a number everywhere."""
     return all(bool(torch.isfinite(t).all()) for t in tensors_in(out) if t.is_floating_point())
-
-
-def _error(model: nn.Module, example: Example) -> str | None:
-    """Return why a model does not run on the example with a number everywhere in its output, or None if it does."""
-    try:
-        with evaluating(model):
-            return None if is_finite(example.run_all(model)) else NOT_FINITE
-    except FAILURES as error:
-        return f'{type(error).__name__}: {first_line(error)}'
 
 
 def double(tensor: Tensor) -> Tensor:
@@ -103,23 +101,32 @@ def double(tensor: Tensor) -> Tensor:
 
 def doubled(model: nn.Module) -> nn.Module:
     """Return a copy of a model in float64, on the CPU where its device has none."""
-    twin = copied(model)
-    on_cpu = any(tensor.device.type == 'mps' for tensor in named_tensors(model).values())
-    return (twin.cpu() if on_cpu else twin).double()
+    tensors = [tensor for tensor in named_tensors(model).values() if tensor.is_floating_point()]
+    memo: dict[int, Any] = {id(t): as_tensor_of(t, _doubled(t.detach())) for t in tensors}
+    twin = copied(model, memo)
+    return twin.cpu() if any(tensor.device.type == 'mps' for tensor in tensors) else twin
 
 
-def in_double(model: nn.Module, example: Example) -> tuple[nn.Module, Example]:
-    """Return copies in float64, on the CPU where the device has none, or as they are where they do not run in it."""
+def _doubled(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.device('cpu') if tensor.device.type == 'mps' else tensor.device, torch.float64, copy=True)
 
+
+def _in_double(example: Example) -> Example:
     def wide(value: Tensor) -> Tensor:
         if value.is_floating_point():
             return double(value)
         return value.cpu() if value.device.type == 'mps' else value.clone()
 
+    return replace(example, inputs=map_tensors(example.inputs, wide))
+
+
+def in_double(model: nn.Module, example: Example) -> tuple[nn.Module, Example]:
+    """Return copies in float64, on the CPU where the device has none, or as they are where they do not run in it."""
     try:
-        twin, tried = doubled(model), replace(example, inputs=map_tensors(example.inputs, wide))
-        if _error(twin, tried) is None:
-            return twin, tried
+        twin, tried = doubled(model), _in_double(example)
+        with evaluating(twin):
+            if is_finite(tried.run_all(twin)):
+                return twin, tried
     except FAILURES:
         pass
     return copied(model), example
@@ -135,35 +142,52 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class _Trial:
-    """A model to try, which is a copy, with an example of its type, and whether gradients are compared too."""
+    """A model to try, as which kind of copy, and whether gradients are compared too.
+
+    Each comparison makes one copy, slims it and then masks it in place: no more is in memory at a time.
+    """
 
     model: nn.Module
-    coupling: Coupling
+    combed: Coupling
+    wide: bool  # in float64
+    random: bool  # with random weights
     gradients: bool
 
-    def fault(self, among: Sequence[str]) -> str | None:
-        """Return why pruning these groups fails, or None where it does not."""
-        try:
-            return self._difference(
-                [random_keep(self.coupling, *keep, among=set(among), awkward=True) for keep in KEEPS]
-            )
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except FAILURES as error:
-            text = first_line(error)
-            named = text if isinstance(error, SlimError) else f'{type(error).__name__}: {text}{raised_at(error)}'
-            return f'a trial failed: {named}'
+    @cached_property
+    def coupling(self) -> Coupling:
+        return replace(self.combed, example=_in_double(self.combed.example)) if self.wide else self.combed
 
-    def _difference(self, keeps: Sequence[Keep]) -> str | None:
-        tolerance = TOLERANCE.get(next((p.dtype for p in self.model.parameters()), torch.float32), 1e-3)
-        gap = max(compare(self.model, self.coupling, keep) for keep in keeps)
+    def copy(self) -> nn.Module:
+        twin = (doubled if self.wide else copied)(self.model)
+        return _randomise_(twin) if self.random else twin
+
+    def fault(self, among: Collection[str], watched: bool = False) -> Fault | None:
+        """Return why pruning these groups fails, and which are suspects where it is watched, or None if it works."""
+        for keep in (random_keep(self.combed, *each, among=set(among), awkward=True) for each in KEEPS):
+            watch = Watch(self.coupling, keep) if watched else None
+            try:
+                why = self._difference(keep, watch)
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except FAILURES as error:
+                why = _failure(error)
+            if why is not None:
+                return Fault(why, watch.suspects() if watch is not None else frozenset())
+        return None
+
+    def _difference(self, keep: Keep, watch: Watch | None) -> str | None:
+        masked, example = self.copy(), self.coupling.example
+        small = slim(masked, self.coupling, keep)
+        mask_(masked, self.coupling, keep)
+        tolerance = TOLERANCE.get(next((p.dtype for p in masked.parameters()), torch.float32), 1e-3)
+        with watch.observing(masked, small, tolerance) if watch is not None else nullcontext():
+            gap = gap_between(masked, small, example)
         if gap > tolerance:
             why = f'a trial failed: the slimmed model differs from the masked one by {gap:.1e}'
-            example = self.coupling.example
-            with evaluating(self.model):
-                drawn = draws(lambda: example.forward(self.model, *example.inputs))
+            with evaluating(masked):
+                drawn = draws(lambda: example.forward(masked, *example.inputs))
             return f'{why}; the forward draws random numbers, whose count must not depend on a width' if drawn else why
-        slope = max(compare_gradients(self.model, self.coupling, keep) for keep in keeps) if self.gradients else 0.0
+        slope = gap_of_gradients(masked, small, self.coupling, keep) if self.gradients else 0.0
         if slope > 10 * tolerance:
             return (
                 f'a trial failed: gradients of the slimmed model differ from those of the masked one by {slope:.1e}: a '
@@ -173,18 +197,27 @@ class _Trial:
 
     def error(self) -> str | None:
         """Return why the model itself fails, with all units, or None where it does not."""
-        error = _error(self.model, self.coupling.example)
-        if error is not None or not self.gradients:
-            return error
         try:
-            slope = compare_gradients(self.model, self.coupling, self.coupling.keep())
-        except FAILURES as failure:
-            return f'{type(failure).__name__}: {first_line(failure)}'
-        return None if math.isfinite(slope) else NOT_FINITE
+            dense = self.copy()
+            with evaluating(dense):
+                finite = is_finite(self.coupling.example.run_all(dense))
+            if finite and self.gradients:
+                finite = math.isfinite(compare_gradients(dense, self.coupling, self.coupling.keep()))
+            return None if finite else NOT_FINITE
+        except FAILURES as error:
+            return f'{type(error).__name__}: {first_line(error)}'
 
 
-def _try(model: nn.Module, coupling: Coupling, gradients: bool) -> tuple[_Trial, str | None]:
+def _failure(error: Exception) -> str:
+    text = first_line(error)
+    named = text if isinstance(error, SlimError) else f'{type(error).__name__}: {text}{raised_at(error)}'
+    return f'a trial failed: {named}'
+
+
+def _try(model: nn.Module, coupling: Coupling, gradients: bool) -> tuple[_Trial, Fault | None]:
     """Try all groups at once: in float64, with random weights, with gradients; or as far as the model runs so.
+
+    Whether it does is asked only where a trial with random weights fails: most models run once less.
 
     Returns:
         The trial, and why it failed, or None.
@@ -194,26 +227,28 @@ def _try(model: nn.Module, coupling: Coupling, gradients: bool) -> tuple[_Trial,
         _Untried: a copy of the model fails by itself.
     """
     names = [group.name for group in coupling.groups]
-    own, example = in_double(model, coupling.example)
-    coupling = replace(coupling, example=example)
-    kinds = [(randomised, gradients), (_as_it_is, gradients), (_as_it_is, False)]
+    kinds = [_Kind(True, gradients), _Kind(False, gradients), _Kind(False, False)][: 3 if gradients else 2]
     error: str | None = None
-    for change, with_gradients in kinds if gradients else kinds[:2]:
-        trial = _Trial(change(own), coupling, with_gradients)
-        why = trial.fault(names)
-        if why is None or (error := trial.error()) is None:
-            return trial, why
+    for trial in (_Trial(model, coupling, wide, *kind) for wide in (True, False) for kind in kinds):
+        if not trial.random and (error := trial.error()) is not None:
+            continue
+        fault = trial.fault(names)
+        if fault is None or not trial.random or (error := trial.error()) is None:
+            return trial, fault
     if error == NOT_FINITE:
         raise CombError('the output on the example input is not finite; give an input, or weights, for which it is')
     raise _Untried(f'a copy of the dense model fails as well ({error})')
 
 
+class _Kind(NamedTuple):
+    """How far a trial goes."""
+
+    random: bool
+    gradients: bool
+
+
 class _Untried(Exception):
     """No trial could be held; the message says why."""
-
-
-def _as_it_is(model: nn.Module) -> nn.Module:
-    return model
 
 
 def disagreement(model: nn.Module, coupling: Coupling, forward: Callable[..., object]) -> str | None:
@@ -225,13 +260,14 @@ def disagreement(model: nn.Module, coupling: Coupling, forward: Callable[..., ob
     """
     try:
         tried = replace(coupling, example=Example(coupling.example.inputs, forward))
-        return _try(model, tried, False)[1] if coupling.groups else None
+        fault = _try(model, tried, False)[1] if coupling.groups else None
+        return None if fault is None else fault.reason
     except _Untried as error:
         return str(error)
 
 
 def trial_of(model: nn.Module, coupling: Coupling, *, gradients: bool = False) -> Outcome:
-    """Find the groups that cannot be slimmed, by trying and by bisection.
+    """Find the groups that cannot be slimmed, by trying.
 
     Args:
         model: the model that was combed.
@@ -250,23 +286,7 @@ def trial_of(model: nn.Module, coupling: Coupling, *, gradients: bool = False) -
     if any(tensor.is_meta for tensor in named_tensors(model).values()):
         return Outcome({}, 'tensors on the meta device have no values to compare')
     try:
-        trial, why = _try(model, coupling, gradients)
+        trial, fault = _try(model, coupling, gradients)
     except _Untried as error:
         return Outcome({}, str(error))
-    good: list[str] = []
-    faults: dict[str, str] = {}
-
-    def bisect(candidates: list[str], why: str) -> None:
-        if len(candidates) == 1:
-            faults[candidates[0]] = why
-            return
-        for half in (candidates[: len(candidates) // 2], candidates[len(candidates) // 2 :]):
-            reason = trial.fault(good + half)
-            if reason is None:
-                good.extend(half)
-            else:
-                bisect(half, reason)
-
-    if why is not None:
-        bisect([group.name for group in coupling.groups], why)
-    return Outcome(faults)
+    return Outcome({} if fault is None else search([group.name for group in coupling.groups], trial.fault))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 
 import pytest
@@ -157,3 +158,20 @@ def test_a_trial_is_held_only_where_it_can_tell_something(monkeypatch):
     assert len(tried) == 2
     comb(randomise_(Hidden()), X, trial=False)
     assert len(tried) == 2
+
+
+def test_a_trial_runs_each_side_once_for_each_keep_and_holds_one_copy():
+    """Combing runs the model once; the trial runs a slim and a masked model twice, and no dense one."""
+    alive: list[int] = []
+
+    def run(m, x):
+        alive.append(sum(type(each) is Counted for each in gc.get_objects()))
+        return m.fc(m.norm(m.a(x)).tanh())
+
+    class Counted(Net):
+        pass
+
+    model = randomise_(Counted(run, a=nn.Linear(3, 8), norm=nn.LayerNorm(8), fc=nn.Linear(8, 2)))
+    gc.collect()
+    assert [group.name for group in comb(model, sample((4, 3))).groups] == ['a']
+    assert alive == [1, 3, 3, 3, 3]
