@@ -19,7 +19,7 @@ from torch import Tensor
 from .cost import Cost, CostModel
 from .files import whole
 from .fixes import Attr, Fixes, Input, Live, Op
-from .names import near
+from .names import in_short, near
 from .random_state import seeded
 
 Keep: TypeAlias = dict[str, Tensor]
@@ -161,6 +161,7 @@ class Coupling:
         example: what it was combed with.
         widths: how many channels can go, by the kinds of layers.
         caches: what its forwards keep on modules, which no copy takes along.
+        unused: layers that no pass ran, by their paths, and single tensors that nothing read.
         untried: why no trial was held where one was due; empty if it was.
     """
 
@@ -173,6 +174,7 @@ class Coupling:
     example: Example = field(repr=False)
     widths: tuple[Widths, ...] = ()
     caches: tuple[Cache, ...] = ()
+    unused: tuple[str, ...] = ()
     untried: str = ''
 
     @property
@@ -335,6 +337,8 @@ class Coupling:
             lines.append(
                 f'no rule for {op} in {where} (x{n}): what goes through it is frozen until it has one (docs/design.md)'
             )
+        if self.unused:
+            lines.append(f'never ran, and keep their widths: {in_short(self.unused, 5)}')
         if self.untried:
             lines.append(f'not tried out: {self.untried}')
         return '\n'.join(lines)
@@ -344,7 +348,7 @@ class Coupling:
         places: dict[str, list[str]] = {}
         rows: Counter[str] = Counter()
         for reason, count in self.reasons().items():
-            text = re.sub(r' (in|\(read by) ([\w.]+|the model itself)\)?( \([\w.<>-]+:\d+\))?$', '', reason)
+            text = re.sub(r' (in|\((?:read|used) by) ([\w.]+|the model itself)\)?( \([\w.<>-]+:\d+\))?$', '', reason)
             places.setdefault(text, []).append(reason)
             rows[text] += count
         more = {text: f' and {len(found) - 1} more' if len(found) > 1 else '' for text, found in places.items()}

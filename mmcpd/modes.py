@@ -1,4 +1,4 @@
-"""Run a model in training mode, or put the modes of its modules back."""
+"""Run a model in training mode so that it always computes the same, and put back what that changes."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
@@ -34,21 +35,24 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def as_trained(model: nn.Module) -> Iterator[None]:
+def as_trained(model: nn.Module) -> Iterator[nn.Module]:
     """Put a model into training mode, but for what would draw random numbers or update statistics.
 
     Example:
-        >>> net = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
-        >>> with as_trained(net):
-        ...     print(net[0].training, net[1].training)
+        >>> with as_trained(nn.Sequential(nn.Linear(2, 2), nn.Dropout())) as trained:
+        ...     print(trained[0].training, trained[1].training)
         True False
     """
     with modes_kept(model), _WithoutDropout():
+        before = model.training
         model.train()
         for module in model.modules():
             fixed = isinstance(module, _NormBase | nn.MultiheadAttention) or 'drop' in type(module).__name__.lower()
             module.training = module.training and not fixed
-        yield
+        try:
+            yield model
+        finally:
+            model.train(before)  # modules may hold tensors for one mode, which their own `train` makes
 
 
 class _WithoutDropout(TorchFunctionMode):
@@ -56,3 +60,28 @@ class _WithoutDropout(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return args[0] if func in DROPOUTS and args else func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def values_kept(model: nn.Module) -> Iterator[None]:
+    """Let a block write into a model's parameters and buffers, or replace buffers, and put all back afterwards.
+
+    Example:
+        >>> norm = nn.BatchNorm1d(2)
+        >>> with values_kept(norm):
+        ...     _ = norm(torch.ones(4, 2))
+        >>> norm.running_mean
+        tensor([0., 0.])
+    """
+    held = [(module, dict(module._buffers)) for module in model.modules()]
+    tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
+    values = [tensor.detach().clone() for tensor in tensors]
+    try:
+        yield
+    finally:
+        for module, buffers in held:
+            module._buffers.update(buffers)
+        with torch.no_grad():
+            for tensor, value in zip(tensors, values, strict=True):
+                if not tensor.is_meta and not torch.equal(tensor, value):
+                    tensor.copy_(value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from ..coupling import Cache, Coupling, Example, arguments
 from ..errors import CombError, first_line
 from ..fixes import Fixes
+from ..modes import values_kept
 from ..slim.attention import replacement
 from ..slim.copying import restored
 from ..slim.trial import FAILURES, Outcome, trial_of
@@ -23,8 +24,10 @@ from .observe import observe
 from .record import Note, Record
 from .rules import OPERATIONS, check_strict
 from .trace import Policy
+from .training import Trained, newly_read
 
 HEADS = ('dim', 'head')
+UNUSED = ('freeze', 'leave')
 
 
 def comb(
@@ -36,6 +39,7 @@ def comb(
     heads: str = 'dim',
     ignore: Sequence[str] | str = (),
     strict: bool = False,
+    unused: str = 'freeze',
     trial: bool = True,
 ) -> Coupling:
     """Find the coupling groups of any model by observing one forward pass.
@@ -52,6 +56,9 @@ def comb(
         heads: what an attention gives up: `dim`, the same width index in each head, or `head`, whole heads.
         ignore: patterns (`fnmatch`) of group names that must not be pruned, or one of them.
         strict: raise on operations without a rule, instead of freezing what goes through them.
+        unused: what to do with channels that layers may use which never ran: `freeze` them, or `leave` them prunable;
+            see `Coupling.unused`. Where anything did not run, a forward in training mode is observed too if it runs
+            more.
         trial: end with the safety net (see `mmcpd.slim.trial`) where anything depends on a width, and freeze what
             fails it; without it `slim` raises on a model whose sizes cannot follow.
 
@@ -59,7 +66,7 @@ def comb(
         CombError: if the output holds no tensor, or one that is not finite where a trial is held; with `strict`, if
             an operation has no rule; if a module waits for its first forward to get its shapes, or if a dictionary is
             given to a model that takes its entries.
-        ValueError: for an unknown `heads`, or an `ignore` that matches nothing.
+        ValueError: for an unknown `heads` or `unused`, or an `ignore` that matches nothing.
 
     Source: arXiv 2408.03046, section III-A; the algorithm is described in `docs/design.md`.
 
@@ -70,18 +77,24 @@ def comb(
     """
     if heads not in HEADS:
         raise ValueError(f'heads must be one of {HEADS}, not {heads!r}')
+    if unused not in UNUSED:
+        raise ValueError(f'unused must be one of {UNUSED}, not {unused!r}')
     ignore = [ignore] if isinstance(ignore, str) else ignore
     example = Example(arguments(inputs), forward or operator.call, tuple(also))
     caches: list[Cache] = []
 
     def observed(policy: Policy) -> Record:
-        with restored(model, caches), explaining(model, example):
-            return observe(model, example, policy)
+        trained = any(isinstance(each, Trained) for each in example.also)
+        with restored(model, caches), explaining(model, example), values_kept(model) if trained else nullcontext():
+            return observe(model, example, policy._replace(leave_unused=unused == 'leave'))
 
     def grouped(faults: Mapping[str, str] | None = None) -> Coupling:
         return replace(group(model, record, example, ignore, faults), caches=tuple(caches))
 
     record = observed(Policy())
+    if record.unused and newly_read(model, example, trained := Trained(example.forward), record.unread):
+        example = replace(example, also=(*example.also, trained))
+        record = observed(Policy())
     whole = heads_of(record) if heads == 'head' else None
     if whole is not None:
         record = observed(Policy(whole))

@@ -230,6 +230,7 @@ def _assembled(
         tensors={name: TensorInfo(shape, name in parameters) for name, shape in shapes.items()},
         widths=_widths(record, rows, unit_of, component, why, shapes),
         example=example,
+        unused=record.unused,
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..coupling import Example
+from ..coupling import Example, Role
 from ..errors import CombError
 from ..nested import named_tensors_in, tensors_in
 from ..slim.compare import evaluating
@@ -21,6 +21,7 @@ from .record import Note, Record
 from .rules import apply
 from .size_arguments import observing_sizes
 from .trace import AXES, INPUT, Call, Cursor, Policy, Run
+from .unused import Ran, Unused
 
 
 def observe(model: nn.Module, example: Example, policy: Policy) -> Record:
@@ -29,7 +30,7 @@ def observe(model: nn.Module, example: Example, policy: Policy) -> Record:
     Raises:
         CombError: if the output holds no tensor, so that nothing could be compared.
     """
-    run = Run(policy, Cursor({module: name for name, module in model.named_modules()}))
+    run = Run(policy, Cursor({module: name for name, module in model.named_modules()}), Ran(model))
     marked: list[Tensor] = []
     given = tensors_in(example.inputs)
     try:
@@ -57,6 +58,10 @@ def observe(model: nn.Module, example: Example, policy: Policy) -> Record:
         for tensor in results:
             run.freeze_all(tensor, 'model output')
         _forget_cached(model, run, marked)
+        unused = Unused(run.ran, {len(found.atoms) for found in run.record.roles if found.role is Role.PRODUCER})
+        run.record.unread, run.record.unused = frozenset(run.ran.unread_names), unused.names
+        if not policy.leave_unused:
+            unused.freeze_(run.record.table)
         resolve_(run.record, run.real)
     finally:
         for tensor in marked + given:
@@ -91,7 +96,9 @@ class _Dispatch(TorchDispatchMode):
         seen = (self._before(args[0]), *args[1:]) if inplace else args
         out = func(*args, **kwargs)
         named = dict(zip(names, seen, strict=False)) | kwargs
-        apply(self.run, Call(op, func, seen, kwargs, named, out))
+        call = Call(op, func, seen, kwargs, named, out)
+        self.run.ran.read(op, call.tensors())
+        apply(self.run, call)
         if inplace:
             axes = zip(self.run.axes(seen[0]), self.run.axes(out), strict=False)
             if any(a is not None and b is not None and a.zero and not b.zero for a, b in axes):
@@ -121,16 +128,18 @@ def _module_paths(model: nn.Module, run: Run) -> Iterator[None]:
                     f'{where} is compiled by torch.jit, and cannot be observed; comb the module it was made of'
                 )
 
-            def enter(_m: nn.Module, inputs: Any, name: str = name) -> None:
+            def enter(_m: nn.Module, inputs: Any, named: Any, name: str = name) -> None:
                 cursor.path.append(name)
                 cursor.widths.append(_widths(run, inputs))
+                _meet(run, name, [inputs, named])
 
-            def leave(_m: nn.Module, _i: Any, out: Any) -> None:
+            def leave(_m: nn.Module, _i: Any, out: Any, name: str = name) -> None:
                 cursor.path.pop()
                 cursor.widths.pop()
                 cursor.widths[-1].update(_widths(run, out))
+                _meet(run, name, out)
 
-            stack.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
+            stack.callback(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(leave, always_call=True).remove)
         yield
 
@@ -141,6 +150,12 @@ def _widths(run: Run, values: Any) -> set[int]:
     with torch._C.DisableTorchFunction():  # sizes that nobody asked for are no sizes of the forward
         axes = [axis for tensor in values if isinstance(tensor, Tensor) for axis in run.axes(tensor)]
     return {len(axis) for axis in axes if axis is not None}
+
+
+def _meet(run: Run, name: str, values: Any) -> None:
+    """Note the axes of what a module was given or gave, in dictionaries and samples too."""
+    with torch._C.DisableTorchFunction():
+        run.ran.meet(name, [axis for tensor in tensors_in(values) for axis in run.axes(tensor)])
 
 
 @contextmanager

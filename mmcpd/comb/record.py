@@ -99,6 +99,8 @@ class Record:
     operations: set[str] = field(default_factory=set)  # that channels went through
     notes: set[Note] = field(default_factory=set)
     unsupported: Counter[OperationAt] = field(default_factory=Counter)
+    unread: frozenset[str] = frozenset()  # parameters and buffers that no operation read
+    unused: tuple[str, ...] = ()  # layers that never ran, and single tensors that nothing read
     _numbers: dict[bytes, int] = field(default_factory=dict)
 
     def number(self, atoms: np.ndarray) -> int:

@@ -47,6 +47,7 @@ class _Observe(TorchFunctionMode):
                 if isinstance(value, TracedInt):
                     value.as_number(side)
         if name in LEAVING:
+            self.run.ran.read(name, args[:1])
             self.run.freeze_all(args[0], f'its values leave torch by {name} in {self.run.where}')
         if name == 'lstm':
             _keep_projected(self.run, args)

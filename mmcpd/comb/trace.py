@@ -16,10 +16,11 @@ from ..cost import Term
 from ..coupling import OperationAt, Role
 from ..fixes import CodePlace, Live
 from ..slim.call_sites import Spot, code_place, in_own_function
-from ..slim.mask import REDUCTIONS, ROOT_MEAN_SQUARE, SOFTMAXES, Site
+from ..slim.mask import LAST_DIMENSION, REDUCTIONS, SOFTMAXES, Site
 from .atoms import Axes, Axis
 from .record import BiasRows, Note, Record, RoleOf, ScaledQuery, SeenStatistic
 from .storages import Storages
+from .unused import Ran
 
 AXES = '_mmcpd_axes'  # the attribute of a running tensor that holds its axes
 INPUT = '_mmcpd_input'  # the attribute of one that was made of the model's inputs alone
@@ -30,6 +31,7 @@ class Policy(NamedTuple):
 
     whole_heads: np.ndarray | None = None  # `(atoms,)` bool: those of heads that go whole; None: heads become narrower
     narrowed: frozenset[str] = frozenset()  # paths of the grouped convolutions that lose channels inside each group
+    leave_unused: bool = False  # whether the channels go that a layer which never ran may use
 
 
 @dataclass
@@ -70,8 +72,8 @@ def _tensors(values: Iterable[Any]) -> list[Tensor]:
 class Run:
     """What a rule may say about the operation that runs; it ends in a `Record`."""
 
-    def __init__(self, policy: Policy, cursor: Cursor) -> None:
-        self.policy, self.record, self.cursor = policy, Record(), cursor
+    def __init__(self, policy: Policy, cursor: Cursor, ran: Ran) -> None:
+        self.policy, self.record, self.cursor, self.ran = policy, Record(), cursor, ran
         self.real = 0  # atoms of parameters and buffers; those of tensors that the forward makes come behind them
         self.counts = True  # whether what runs now is part of the model's cost
         self.storages = Storages()
@@ -207,7 +209,7 @@ class Run:
         It can where a module calls the function itself, and does not go through another one that calls it.
         """
         function = self.cursor.function
-        if function in REDUCTIONS | SOFTMAXES or (function == ROOT_MEAN_SQUARE and dim == -1):
+        if function in REDUCTIONS | SOFTMAXES or (function in LAST_DIMENSION and dim == -1):
             self.statistic(axis, dim, width)
         else:
             self.freeze(axis, f'{what} over channels in {self.where}')

@@ -11,7 +11,7 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from mmcpd.comb.api import HEADS
+from mmcpd.comb.api import HEADS, UNUSED
 from mmcpd.engine.combing import comb_runner
 from mmcpd.engine.examples import check_shape
 from mmcpd.names import check_options, look_up
@@ -28,6 +28,7 @@ class CombHook(Hook):
         heads: what an attention gives up: 'dim', the same index in each head, or 'head', whole heads.
         ignore: groups that are never pruned, by patterns of their names: ['backbone.conv1', 'backbone.layer1.*'].
         strict: True: an operation without a rule is an error; False: what goes through it is frozen.
+        unused: 'freeze' the channels that layers may use which neither testing nor training runs, or 'leave' them.
         input_shape: (C, H, W) of the input that is combed with, see `mmcpd.engine.examples.input_shape`.
         save: a file name in the work dir, or None.
 
@@ -37,7 +38,7 @@ class CombHook(Hook):
     Example:
         >>> CombHook(head='dim')
         Traceback (most recent call last):
-        ValueError: CombHook has no option 'head': did you mean heads?
+        ValueError: CombHook has no option 'head': did you mean heads, unused?
     """
 
     def __init__(
@@ -46,12 +47,13 @@ class CombHook(Hook):
         heads: str = 'dim',
         ignore: Sequence[str] = (),
         strict: bool = False,
+        unused: str = 'freeze',
         input_shape: Sequence[int] | None = None,
         save: str | None = 'coupling.json',
         **unknown: object,
     ) -> None:
         refuse_unknown(unknown, self)
-        self.options = comb_options(heads, ignore, strict, input_shape)
+        self.options = comb_options(heads, ignore, strict, unused, input_shape)
         if save is not None and not isinstance(save, str):
             raise ValueError(f'save is a file name in the work dir, or None: got {save!r}')
         self.save = save
@@ -64,17 +66,18 @@ class CombHook(Hook):
 
 
 def comb_options(
-    heads: str, ignore: Sequence[str] | str, strict: bool, input_shape: Sequence[int] | None
+    heads: str, ignore: Sequence[str] | str, strict: bool, unused: str, input_shape: Sequence[int] | None
 ) -> dict[str, Any]:
     """Check the options of combing, as far as that is possible without a model, and return them by name."""
     ignore = [ignore] if isinstance(ignore, str) else ignore
     look_up(dict.fromkeys(HEADS), heads, 'heads')
+    look_up(dict.fromkeys(UNUSED), unused, 'unused')
     if not isinstance(ignore, list | tuple) or not all(isinstance(pattern, str) for pattern in ignore):
         raise ValueError(f"ignore is a list of patterns of group names, as ['backbone.layer1.*']: got {ignore!r}")
     if not isinstance(strict, bool):
         raise ValueError(f'strict is True or False: got {strict!r}')
     shape = None if input_shape is None else check_shape(input_shape)
-    return {'heads': heads, 'ignore': list(ignore), 'strict': strict, 'input_shape': shape}
+    return {'heads': heads, 'ignore': list(ignore), 'strict': strict, 'unused': unused, 'input_shape': shape}
 
 
 def refuse_unknown(unknown: Iterable[str], hook: Hook) -> None:

@@ -11,23 +11,24 @@ from mmengine.runner import Runner
 from torch import nn
 
 from mmcpd.comb import comb
-from mmcpd.coupling import Coupling
+from mmcpd.comb.training import newly_read, unread
+from mmcpd.coupling import Coupling, Example
 from mmcpd.engine.build import hook_options
 from mmcpd.engine.examples import example_data, picture_of
-from mmcpd.engine.passes import TESTING, TRAINING, deployed_pass, never_ran, runs
+from mmcpd.engine.passes import TESTING, TRAINING, deployed_pass, runs
 from mmcpd.engine.samples import Samples
 from mmcpd.engine.wrappers import bare_model
 from mmcpd.names import in_short
 from mmcpd.nested import map_tensors
 from mmcpd.slim.trial import disagreement
 
-OPTIONS = ('heads', 'ignore', 'strict')  # of `comb` that the hooks have too
+OPTIONS = ('heads', 'ignore', 'strict', 'unused')  # of `comb` that the hooks have too
 
 
 def comb_by_config(
     model: nn.Module, cfg: Config, *, input_shape: Sequence[int] | None = None, **given: Any
 ) -> Coupling:
-    """Comb a bare model as training by this config would, or with other `heads`, `ignore`, `strict` or input (C, H, W).
+    """Comb a bare model as training by this config would, or with other OPTIONS or input (C, H, W).
 
     Example:
         >>> comb_by_config(model, Config({}), input_shape=(3, 8, 8), ignore=['conv1']).groups[0].name
@@ -39,7 +40,7 @@ def comb_by_config(
 
 
 def comb_runner(runner: Runner, *, input_shape: Sequence[int] | None, **options: Any) -> Coupling:
-    """Comb the bare model of a Runner before it trains; `options` are `heads`, `ignore` and `strict`."""
+    """Comb the bare model of a Runner before it trains; `options` are those of OPTIONS."""
     model = bare_model(runner.model)
     data = example_data(model, runner.cfg, Samples.of_loader(runner.train_dataloader), input_shape)
     return comb_passes(model, data, **options)
@@ -48,8 +49,8 @@ def comb_runner(runner: Runner, *, input_shape: Sequence[int] | None, **options:
 def comb_passes(model: nn.Module, data: Any, **options: Any) -> Coupling:
     """Comb a bare model of OpenMMLab: what is deployed, and what testing and training run beyond that.
 
-    Those two are tried on a slim model, and combed as well where it cannot run them: side heads that only the loss
-    calls. Their cost does not count. `data` is a preprocessed batch.
+    Those two are combed as well where they run what the others do not, side heads that only the loss calls, or where a
+    slim model cannot run them. Their cost does not count. `data` is a preprocessed batch.
 
     Raises:
         ValueError: the model does not run on it.
@@ -57,16 +58,21 @@ def comb_passes(model: nn.Module, data: Any, **options: Any) -> Coupling:
     device = next(model.parameters()).device
     data = map_tensors(data, lambda tensor: tensor.to(device))
     deployed = deployed_pass(model, data)
-    coupling, also = comb(model, (data,), forward=deployed, **options), []
-    for each in (TESTING, TRAINING):
-        if each == deployed or runs(model, data, each) is not None:
-            continue
-        if disagreement(model, coupling, each) is not None:
+    others = [each for each in (TESTING, TRAINING) if each != deployed and runs(model, data, each) is None]
+    example, also = Example((data,), deployed), []
+    left = unread(model, example)
+    for each in others:
+        if read := newly_read(model, example, each, left):
+            also.append(each)
+            left -= read
+    coupling = comb(model, (data,), forward=deployed, also=also, **options)
+    for each in others:
+        if each not in also and disagreement(model, coupling, each) is not None:
             also.append(each)
             coupling = comb(model, (data,), forward=deployed, also=also, **options)
-    if unused := never_ran(model, coupling.example):
-        shown = in_short(unused, 5)
-        advice = 'if anything calls them later, name the groups that feed them in ignore=[...]'
+    if coupling.unused:
+        advice = "what may feed them is not pruned either, unless unused='leave'"
+        shown = in_short(coupling.unused, 5)
         print_log(f'neither testing nor training ran these, so they stay as they are: {shown}; {advice}', 'current')
     return coupling
 

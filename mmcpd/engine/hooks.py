@@ -71,7 +71,7 @@ class PruneHook(Hook):
             at once and 'memory' in training, see docs/results.md.
         round_to: groups of at least 64 units keep a multiple of it; 8 suits most hardware.
         min_units: units that each group keeps.
-        heads, ignore, strict, input_shape: as in `CombHook`.
+        heads, ignore, strict, unused, input_shape: as in `CombHook`.
         seed: of importances that draw random numbers.
         trust_checkpoint: let the checkpoints that this process reads run code, where that is refused.
 
@@ -105,6 +105,7 @@ class PruneHook(Hook):
         seed: int = 0,
         input_shape: Sequence[int] | None = None,
         strict: bool = False,
+        unused: str = 'freeze',
         trust_checkpoint: bool = False,
         **unknown: object,
     ) -> None:
@@ -123,7 +124,7 @@ class PruneHook(Hook):
         self.importance, self.normalize, self.seed = importance, normalize, seed
         self.floors: Floors = {'min_units': min_units, 'round_to': round_to}
         check_floors(**self.floors)
-        self.comb_options = comb_options(heads, ignore, strict, input_shape)
+        self.comb_options = comb_options(heads, ignore, strict, unused, input_shape)
         self._pruner: Pruner | None = None
         self.closure: StepClosure | None = None
         self.begun = False

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mmcpd.coupling import Example
 from mmcpd.errors import first_line
 from mmcpd.modes import as_trained
 from mmcpd.nested import tensors_in
@@ -91,19 +90,3 @@ def deployed_pass(model: nn.Module, data: Any) -> Pass:
         f"{type(model).__name__} runs on an example neither in mode 'tensor' ({why['tensor']}) nor in mode 'predict' "
         f'({why["predict"]}): see that its forward takes what its data_preprocessor returns'
     )
-
-
-def never_ran(model: nn.Module, example: Example) -> list[str]:
-    """Return the paths of the modules with parameters of their own that none of the passes called."""
-    called: set[str] = set()
-    owners = {path: module for path, module in model.named_modules() if module._parameters}
-    handles = [
-        module.register_forward_pre_hook(lambda _m, _i, path=path: called.add(path)) for path, module in owners.items()
-    ]
-    try:
-        with evaluating(model):
-            example.run_all(model)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [path for path in owners if path not in called]

@@ -24,7 +24,7 @@ from .copying import forget_, writable_
 REDUCTIONS = set('mean sum var std var_mean std_mean amax amin max min prod logsumexp'.split())
 SOFTMAXES = set('softmax log_softmax'.split())
 RMS_NORMS = (F.rms_norm, torch.rms_norm)
-ROOT_MEAN_SQUARE = 'rms_norm'  # the same, where it normalises one dimension
+LAST_DIMENSION = {'rms_norm', 'batch_norm'}  # the same, where it normalises over the last dimension
 
 
 class Site(NamedTuple):
@@ -50,8 +50,8 @@ class _OverKept(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, '__name__', '')
         softmax = name in SOFTMAXES
-        norms = {F.layer_norm: self.layer_norm, F.group_norm: self.group_norm} | dict.fromkeys(RMS_NORMS, self.rms_norm)
-        handler: Any = norms.get(func)
+        norms = {F.layer_norm: self.layer_norm, F.group_norm: self.group_norm, F.batch_norm: self.batch_norm}
+        handler: Any = (norms | dict.fromkeys(RMS_NORMS, self.rms_norm)).get(func)
         if handler is None and not softmax and name not in REDUCTIONS:
             return func(*args, **kwargs)
         module, self.place = code_place(self.path)
@@ -94,6 +94,10 @@ class _OverKept(TorchFunctionMode):
         if len(shape) != 1:
             return F.rms_norm(input, shape, weight, eps)
         return self._norm(input, -1, lambda x, w, _: F.rms_norm(x, x.shape[-1:], w, eps), weight, None)
+
+    def batch_norm(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Normalise over the last dimension too, as for standardised weights `(1, O, I * k * k)`."""
+        return self._norm(input, -1, lambda x, *_: F.batch_norm(x, *args, **kwargs), None, None)
 
     def reduce(self, func: Any, softmax: bool, input: Tensor, dim: Any = None, *args: Any, **kwargs: Any) -> Any:
         dim = kwargs.pop('axis', dim)

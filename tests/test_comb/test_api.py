@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from mmcpd.comb import comb
 from mmcpd.comb.trace import Cursor, Policy, Run
 from mmcpd.comb.traced_int import TracedInt
+from mmcpd.comb.unused import Ran
 from mmcpd.errors import CombError
 from mmcpd.slim import mask_
 from mmcpd.slim.trial import random_keep
@@ -393,7 +394,7 @@ def test_modules_of_torchscript():
 
 
 def test_axes_of_different_lengths_freeze():
-    run = Run(Policy(), Cursor({}))
+    run = Run(Policy(), Cursor({}), Ran(nn.Module()))
     table = run.record.table
     (long,), (short,) = table.add('long', torch.empty(6)), table.add('short', torch.empty(4))
     run.equate(long, short, 'meeting')

@@ -277,7 +277,7 @@ def test_a_parameter_that_is_a_buffer_elsewhere_has_one_set_of_atoms():
 
     model = randomise_(Net(run, a=nn.Linear(3, 6), copy=nn.Module(), fc=nn.Linear(6, 2)))
     model.copy.register_buffer('tied', model.a.weight)
-    found = comb(model, sample((4, 3)))
+    found = comb(model, sample((4, 3)), unused='leave')
     assert {g.name: g.units for g in found.groups} == {'a': 6}
     assert members(found, 'a') == {'a.weight:0': rows(6), 'a.bias:0': rows(6), 'fc.weight:1': rows(6)}
     small = check_equal(model, found)

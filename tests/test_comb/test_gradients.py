@@ -128,7 +128,7 @@ def made(kind: type[Net]) -> tuple[nn.Module, Tensor]:
 @pytest.mark.parametrize('kind', (OwnBackward, TakenBefore, OnlyBackward, Recomputed, RecomputedOtherwise))
 def test_channels_that_a_backward_goes_over_are_frozen(kind: type[Net]) -> None:
     model, x = made(kind)
-    untried = comb(model, x, trial=False)
+    untried = comb(model, x, trial=False, unused='leave')
     keep = random_keep(untried, 0.5, 0, awkward=True)
     assert not keep['b'].all()
     assert compare(model, untried, keep) < 1e-12, 'the outputs alone show it'
@@ -137,7 +137,7 @@ def test_channels_that_a_backward_goes_over_are_frozen(kind: type[Net]) -> None:
             compare_gradients(model, untried, keep)
     else:
         assert compare_gradients(model, untried, keep) > 1e-2
-    found = comb(model, x)
+    found = comb(model, x, unused='leave')
     assert [group.name for group in found.groups] == ['a']
     assert compare_gradients(model, found, random_keep(found, 0.5, 0, awkward=True)) < 1e-12
     [reason] = {frozen.reason for frozen in found.frozen if 'trial' in frozen.reason}
@@ -148,7 +148,7 @@ def test_channels_that_a_backward_goes_over_are_frozen(kind: type[Net]) -> None:
 @pytest.mark.parametrize('kind', (PointWise, RecomputedNorm, PlainNorm))
 def test_channels_whose_gradients_are_right_are_free(kind: type[Net]) -> None:
     model, x = made(kind)
-    found = comb(model, x)
+    found = comb(model, x, unused='leave')
     assert [group.name for group in found.groups] == ['a', 'b']
     keep = random_keep(found, 0.5, 0, awkward=True)
     assert compare(model, found, keep) < 1e-12
@@ -157,7 +157,7 @@ def test_channels_whose_gradients_are_right_are_free(kind: type[Net]) -> None:
 
 def test_comparing_gradients_leaves_the_model_alone() -> None:
     model, x = made(PlainNorm)
-    found = comb(model, x)
+    found = comb(model, x, unused='leave')
     compare_gradients(model, found, random_keep(found, 0.5, 0))
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not torch.is_grad_enabled() or x.grad is None
@@ -177,7 +177,7 @@ class RecomputedHelper(Net):
 
 def test_a_recomputed_function_is_seen_too_and_a_norm_costs_no_second_look(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = made(RecomputedHelper)
-    assert [group.name for group in comb(model, x).groups] == ['a']
+    assert [group.name for group in comb(model, x, unused='leave').groups] == ['a']
     monkeypatch.setattr('mmcpd.slim.trial.compare_gradients', lambda *_: pytest.fail('gradients are compared'))
     for kind in (RecomputedNorm, PlainNorm):
         comb(*made(kind))

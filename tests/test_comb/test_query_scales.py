@@ -173,12 +173,14 @@ def made(kind: type[Attention]) -> tuple[nn.Module, Tensor]:
 @pytest.mark.parametrize('share', (0.5, 0.8))
 def test_a_narrower_query_keeps_the_scale_of_its_attention(kind: type[Attention], share: float) -> None:
     model, x = made(kind)
-    coupling = comb(model, x, trial=False)
+    coupling = comb(model, x, trial=False, unused='leave')
     keep = random_keep(coupling, share, 0, awkward=True)
     name = 'qkv' if kind is PackedReadByATable else 'q'
     assert not keep[name].all()
     assert compare(model, coupling, keep) < 1e-12
-    assert not [frozen for frozen in comb(model, x).frozen if 'trial' in frozen.reason]  # nor is one needed
+    assert not [
+        frozen for frozen in comb(model, x, unused='leave').frozen if 'trial' in frozen.reason
+    ]  # nor is one needed
     without = replace(coupling, fixes=replace(coupling.fixes, scales=(), constants=()))
     assert compare(model, without, keep) > 1e-3
     rewritten = any(rewrites_of(module) for module in slim(model, coupling, keep).modules())
@@ -188,7 +190,7 @@ def test_a_narrower_query_keeps_the_scale_of_its_attention(kind: type[Attention]
 @pytest.mark.parametrize('kind', FROZEN)
 def test_a_query_whose_scale_has_no_place_is_left_alone(kind: type[Attention]) -> None:
     model, x = made(kind)
-    coupling = comb(model, x, trial=False)
+    coupling = comb(model, x, trial=False, unused='leave')
     [reason] = {frozen.reason for frozen in coupling.frozen if frozen.tensor == 'q.weight' and 'scale' in frozen.reason}
     assert reason.startswith('an attention in the model itself divides by the square root of the width')
     assert compare(model, coupling, random_keep(coupling, 0.5, 0, awkward=True)) < 1e-12

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from mmcpd.comb import comb
 from mmcpd.comb.rules.recurrent import fused_cell
 from mmcpd.comb.trace import Call, Cursor, Policy, Run
+from mmcpd.comb.unused import Ran
 from mmcpd.coupling import KERNEL
 from mmcpd.slim import mask_, slim
 from tests.exact import exact
@@ -142,7 +143,7 @@ def test_a_state_that_follows_another_layer():
 @pytest.mark.parametrize('gates', [4, 3])
 def test_the_kernel_of_a_cell_ties_its_gates(gates):
     # It runs on other devices alone, so that the rule is called as the dispatcher would call it there.
-    run = Run(Policy(), Cursor({}))
+    run = Run(Policy(), Cursor({}), Ran(nn.Module()))
     table = run.record.table
     shapes = {'input_gates': (2, 6 * gates), 'hidden_gates': (2, 6 * gates), 'cx' if gates == 4 else 'hx': (2, 6)}
     named = {name: torch.zeros(shape) for name, shape in shapes.items()}

@@ -29,7 +29,7 @@ def test_a_trial_sees_a_wrong_scale_in_float32_and_small_weights(kind: type[Atte
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(0.05)  # attentions that are diffuse
-    found = comb(model, x, trial=False)
+    found = comb(model, x, trial=False, unused='leave')
     assert trial_of(model, found).faults == {}
     wrong = replace(found, fixes=replace(found.fixes, scales=(), constants=()))
     assert trial_of(model, wrong).faults

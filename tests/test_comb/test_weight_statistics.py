@@ -36,6 +36,28 @@ class Scaled(nn.Conv2d):
         return self._conv_forward(x, weight * 0.7, self.bias)
 
 
+class ByBatchNorm(nn.Conv2d):
+    """As timm's residual nets have it."""
+
+    def forward(self, x):
+        weight = F.batch_norm(self.weight.reshape(1, len(self.weight), -1), None, None, training=True, momentum=0.0)
+        return F.conv2d(x, weight.reshape_as(self.weight), self.bias, self.stride, self.padding)
+
+
+class ByBatchNormWithGain(nn.Conv2d):
+    """As nets without norms of activations have it."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.gain, self.scale = nn.Parameter(torch.ones(self.out_channels, 1, 1, 1)), 0.3
+
+    def forward(self, x):
+        rows = self.weight.reshape(1, self.out_channels, -1)
+        gain = (self.gain * self.scale).view(-1)
+        weight = F.batch_norm(rows, None, None, weight=gain, training=True, momentum=0.0, eps=1e-6)
+        return self._conv_forward(x, weight.reshape_as(self.weight), self.bias)
+
+
 class Demodulated(nn.Conv2d):
     """Weights over the root of their squares, as generators have them."""
 
@@ -44,7 +66,7 @@ class Demodulated(nn.Conv2d):
         return self._conv_forward(x, self.weight / norm, self.bias)
 
 
-@pytest.mark.parametrize('kind', [Standardised, StepByStep, Scaled, Demodulated])
+@pytest.mark.parametrize('kind', [Standardised, StepByStep, Scaled, ByBatchNorm, ByBatchNormWithGain, Demodulated])
 def test_statistics_over_the_inputs_of_a_weight(kind):
     parts = {'a': nn.Conv2d(3, 6, 3, padding=1), 'b': kind(6, 8, 3, padding=1), 'c': nn.Conv2d(8, 2, 1)}
     exact(Net(lambda m, x: m.c(m.b(m.a(x).relu()).relu()), **parts), X, {'a': 6, 'b': 8})

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from mmcpd.comb import comb
 from mmcpd.comb.observe import observe
 from mmcpd.comb.trace import Cursor, Policy, Run
+from mmcpd.comb.unused import Ran
 from mmcpd.coupling import Example
 from tests.helpers import Net, check_equal, randomise_
 
 
 def a_run(count: int) -> Run:
-    run = Run(Policy(), Cursor({}))
+    run = Run(Policy(), Cursor({}), Ran(nn.Module()))
     run.new_axis(count, zero=True)
     return run
 

@@ -13,9 +13,11 @@ from mmengine.config import Config
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.registry import HOOKS, TRANSFORMS, DefaultScope
 from mmengine.runner import Runner
+from torch import nn
 
 from mmcpd.engine.build import build_dense
 from mmcpd.engine.checkpoints import load_slim
+from mmcpd.engine.comb_hook import CombHook
 from mmcpd.engine.combing import comb_by_config, shape_combed
 from mmcpd.engine.distillers import Distiller
 from mmcpd.engine.hooks import PruneHook
@@ -442,3 +444,17 @@ def test_the_input_shape_of_the_hook_wins_in_training_and_in_the_tools(runner_of
 def test_an_untrained_model_is_pruned_with_a_warning(runner_of, tmp_path):
     train(runner_of(epochs=1, **{'prune.begin': 0, 'prune.end': 4}))
     assert 'an untrained model is pruned' in next((tmp_path / 'run').glob('*/*.log')).read_text()
+
+
+def test_unused_reaches_comb_from_hooks_and_configs():
+    for hook in (CombHook(unused='leave').options, PruneHook(unused='leave').comb_options):
+        assert hook['unused'] == 'leave'
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 1), nn.Flatten(), nn.Linear(5 * 64, 2))
+    model[0].idle = nn.Linear(4, 4)
+    names = {}
+    for unused in ('freeze', 'leave'):
+        cfg = Config({'default_hooks': {'prune': {'type': 'mmcpd.PruneHook', 'unused': unused}}})
+        coupling = comb_by_config(model, cfg, input_shape=(3, 8, 8))
+        assert coupling.unused == ('0.idle',)
+        names[unused] = [group.name for group in coupling.groups]
+    assert names == {'freeze': ['1'], 'leave': ['0', '1']}

@@ -139,9 +139,14 @@ def test_what_only_training_runs_is_combed_and_costs_nothing(kind):
     assert coupling.cost(coupling.keep()).macs == 16 * 27 * 100 + 12 * 144 * 64 + 120, 'the deployed part alone'
 
     (data,) = coupling.example.inputs
-    blind = comb_passes(model, data | {'data_samples': None})  # without a sample the loss cannot run
+    blind = comb_passes(model, data | {'data_samples': None}, unused='leave')  # without a sample the loss cannot run
     with pytest.raises(RuntimeError):  # the control
         TRAINING(slim(model, blind, random_keep(blind, 0.5, 1)), data)
+    frozen = comb_passes(model, data | {'data_samples': None})  # what feeds the part that never ran stays
+    assert frozen.unused == blind.unused
+    if frozen.unused != ('embedding',):  # a table is only named
+        assert len(frozen.groups) < len(blind.groups)
+        TRAINING(slim(model, frozen, random_keep(frozen, 0.5, 1)), data)
 
 
 def test_the_functions_of_training_leave_modes_and_samples_as_they_were():

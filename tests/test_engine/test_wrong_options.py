@@ -41,6 +41,7 @@ WRONG = {
     'seed': ['1', -1, 1.5, None, True],
     'input_shape': [3, '3,8,8', [3, 8], [3, '8', 8], [3, -8, 8]],
     'strict': ['no', 1, None],
+    'unused': ['no', 1, None, ['leave']],
 }  # fmt: skip
 AT_ONCE = {
     'pictures': ['64', 0, 2.5, True, None],

@@ -120,7 +120,7 @@ def test_any_output_counts_by_its_spread():
     x = torch.randn(4, 3, 5, 5).double()
     found = [score(net, comb(net, x), [x])['a'] for net in (net_of(1.0), net_of(1000.0))]
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=0)
-    only_map = Net(lambda m, x: m.map(m.a(x).relu()), **parts).double()
+    only_map = Net(lambda m, x: m.map(m.a(x).relu()), **{name: parts[name] for name in ('a', 'map')}).double()
     assert not torch.allclose(score(only_map, comb(only_map, x), [x])['a'], found[0], rtol=0.1)
 
 

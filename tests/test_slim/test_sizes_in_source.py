@@ -305,7 +305,7 @@ def test_pieces_that_overlap_keep_their_bounds():
 def test_other_batches_and_lengths_still_work():
     for kind in (StarredName, Chain, Accumulated, Expanded):
         model = randomise_(kind())
-        found = comb(model, X, trial=False)
+        found = comb(model, X, trial=False, unused='leave')
         keep = random_keep(found, 0.5, 0, awkward=True)
         small, big = slim(model, found, keep), masked(model, found, keep)
         for shape in ((1, 5, 3), (4, 9, 3)):
@@ -327,7 +327,7 @@ def test_positions_that_are_made_anew_stay_positions():
         def change(self, x, _):
             return x * torch.arange(12, dtype=x.dtype)
 
-    found = comb(randomise_(Table()), X, trial=False)
+    found = comb(randomise_(Table()), X, trial=False, unused='leave')
     assert {g.name: g.units for g in found.groups} == {'stem': 8}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -95,9 +96,23 @@ def batch_norm(run: Run, call: Call) -> None:
     affine = [(named.get(n), Role.AFFINE) for n in ('weight', 'bias')]
     statistics = [(named.get(n), Role.STATISTIC) for n in ('running_mean', 'running_var')]
     channel = _affine(run, axes[1], affine + statistics, 'batch norm')
-    run.freeze_each((axes[0], *axes[2:]), 'a batch norm over other channels')  # which enter its statistics in training
+    rest = [axes[0], *axes[2:]]  # which enter its statistics
+    if len(axes) > 2 and named.get('running_mean') is None:
+        rest[-1] = _last_normalised(run, rest[-1], x.shape[-1])
+    run.freeze_each([axis for axis in rest if axis in axes], 'a batch norm over other channels')
     zero = named.get('weight') is not None or (axes[1] is not None and axes[1].zero)
-    run.set(call.out[0], (axes[0], channel and channel.activation(zero), *axes[2:]))
+    made = axes[1] is not None and axes[1].weight  # a standardised weight is one still
+    channel = channel and (replace(channel, zero=zero) if made else channel.activation(zero))
+    run.set(call.out[0], (rest[0], channel, *rest[1:]))
+
+
+def _last_normalised(run: Run, axis: Axis | None, width: int) -> Axis | None:
+    """Note a statistic over the last dimension, as that of standardised weights `(1, O, I * k * k)`."""
+    if axis is None:
+        run.statistic(None, -1, width)
+        return None
+    run.over_kept(axis, -1, width, 'a batch norm')
+    return replace(axis, zero=True)
 
 
 def layer_norm(run: Run, call: Call) -> None:

@@ -1,0 +1,71 @@
+"""Try whether a pass runs more of a model: a forward in training mode, or one that a caller knows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Set
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..coupling import Example
+from ..modes import as_trained, values_kept
+from ..nested import tensors_in
+from ..slim.compare import evaluating
+from ..slim.copying import restored
+from ..slim.trial import FAILURES
+from .unused import Ran
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Run a forward in training mode, without dropout and with the norms' own statistics.
+
+    Example:
+        >>> bool(Trained(lambda model, images: model(images).isfinite().all())(model, images))
+        True
+    """
+
+    forward: Callable[..., object]
+
+    def __call__(self, model: nn.Module, *inputs: object) -> object:
+        with as_trained(model):
+            return self.forward(model, *inputs)
+
+
+class _Reading(TorchDispatchMode):
+    def __init__(self, ran: Ran) -> None:
+        super().__init__()
+        self.ran = ran
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self.ran.read(func._schema.name.split('::')[-1], tensors_in([args, kwargs]))
+        return func(*args, **kwargs)
+
+
+def unread(model: nn.Module, example: Example) -> set[str]:
+    """Return the names of the parameters and buffers that no pass of an example reads; one run, nothing observed.
+
+    Example:
+        >>> unread(model, coupling.example)
+        set()
+    """
+    ran = Ran(model)
+    with restored(model, []), values_kept(model), evaluating(model), _Reading(ran):
+        example.run_all(model)
+    return ran.unread_names
+
+
+def newly_read(model: nn.Module, example: Example, further: Callable[..., object], left: Set[str]) -> set[str]:
+    """Return which of the parameters and buffers in `left` a further pass reads: none if it does not run.
+
+    Example:
+        >>> newly_read(model, coupling.example, lambda model, images: model.conv1(images), {'conv1.bias', 'fc.bias'})
+        {'conv1.bias'}
+    """
+    try:
+        return set(left - unread(model, replace(example, forward=further, also=()))) if left else set()
+    except FAILURES:
+        return set()
