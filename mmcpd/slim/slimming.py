@@ -19,6 +19,7 @@ from .call_sites import INFER, Rewrite, rewrite_
 from .copying import copied
 from .mask import kept_rows, named_tensors, unmask_statistics_
 from .methods import Methods
+from .noted_rows import note_rows_
 from .shape_attributes import Layer, Shapes, described, followed, integers, local_shapes
 from .size_expressions import evaluate, leaves, read_attribute, show, solve, write_attribute
 
@@ -77,6 +78,7 @@ def _sliced(model: nn.Module, coupling: Coupling, keep: Keep) -> nn.Module:
         memo[id(tensor)] = as_tensor_of(tensor, value)
     small = copied(model, memo, coupling.caches)
     unmask_statistics_(small)
+    note_rows_(small, kept)
     return small
 
 
