@@ -17,8 +17,8 @@ from torch.overrides import TorchFunctionMode
 from ..coupling import Cache
 from ..modes import modes_kept
 from ..nested import tensors_in
+from .references import OWN, detached_references, plain_attributes
 
-_OWN = frozenset(vars(nn.Module()))  # parameters, buffers, modules, hooks
 _MISSING = object()
 _RECOMPUTING = (BasePruningMethod, SpectralNorm, WeightNorm)  # hooks that keep their result as a plain attribute
 _PLAIN = (int, float, str, type(None), torch.device, torch.dtype)
@@ -50,7 +50,10 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None, caches: Iterabl
         True
     """
     with _Detaching():
-        twin = copy.deepcopy(model, memo if memo is not None else {})
+        memo = memo if memo is not None else {}
+        for reference, tensor in detached_references(model):
+            memo[id(reference)] = copy.deepcopy(tensor, memo).detach()
+        twin = copy.deepcopy(model, memo)
     forget_(twin, caches)
     return twin
 
@@ -92,7 +95,7 @@ class _Snapshot:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.own = self._registered()
-        self.attributes = {name: value for name, value in vars(module).items() if name not in _OWN}
+        self.attributes = plain_attributes(module)
         self.contents = {n: copy.copy(v) for n, v in self.attributes.items() if isinstance(v, (dict, list))}
 
     def _registered(self) -> list[str]:
@@ -104,10 +107,10 @@ class _Snapshot:
     def restore_(self, path: str, read: set[int]) -> list[Cache]:
         """Put the attributes back; return those that a forward keeps tensors on, and the notes beside them."""
         here = vars(self.module)
-        kept = [n for n, v in list(here.items()) if n not in _OWN and self._changed(n, v) and tensors_in(v)]
+        kept = [n for n, v in list(here.items()) if n not in OWN and self._changed(n, v) and tensors_in(v)]
         if not kept:
             return []
-        notes = [n for n, v in here.items() if n not in _OWN and n not in kept and self._noted(n, v)]
+        notes = [n for n, v in here.items() if n not in OWN and n not in kept and self._noted(n, v)]
         found = [self._cache(path, name) for name in kept if self._is_cache(name, read)]
         for name in [*kept, *(notes if self._registered() == self.own else ())]:
             old = self.attributes.get(name, _MISSING)

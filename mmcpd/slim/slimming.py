@@ -20,6 +20,7 @@ from .copying import copied
 from .mask import kept_rows, named_tensors, unmask_statistics_
 from .methods import Methods
 from .noted_rows import note_rows_
+from .references import Replaced, refer_
 from .shape_attributes import Layer, Shapes, described, followed, integers, local_shapes
 from .size_expressions import evaluate, leaves, read_attribute, show, solve, write_attribute
 
@@ -90,11 +91,15 @@ def as_tensor_of(tensor: Tensor, value: Tensor) -> Tensor:
 def _replace_(model: nn.Module, changed: set[str]) -> dict[str, str]:
     """Replace the modules of `REPLACEMENTS` that hold cut tensors; return their kinds by path."""
     found: dict[str, str] = {}
+    replaced: list[Replaced] = []
     for path, module in list(model.named_modules()):
         kind = replacement(module)
         if kind is not None and path in changed:
-            replace_module(model, module, REPLACEMENTS[kind].kind(module))
+            new = REPLACEMENTS[kind].kind(module)
+            replace_module(model, module, new)
+            replaced.append(Replaced(module, new))
             found[path] = kind
+    refer_(model, replaced)
     return found
 
 

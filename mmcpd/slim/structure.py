@@ -15,6 +15,7 @@ from .call_sites import Rewrite, rewrite_, rewrites_of
 from .check_structure import DTYPES, check_structure, largest_made, may_become
 from .mask import named_tensors
 from .noted_rows import Rows, noted_rows, set_noted_rows_
+from .references import Replaced, refer_
 from .slimming import replace_module
 from .weights import Slots, all_tensors, is_extra_state, own_tensors, weights
 
@@ -113,20 +114,23 @@ def restructure_(model: nn.Module, plan: Mapping[str, Any]) -> nn.Module:
     check_structure(model, plan)
     for name, entry in plan['added'].items():
         _add_(model, name, plan['tensors'][name], **entry)
-    slots, tensors = Slots(model), all_tensors(model)
+    modules, tensors, slots = dict(model.named_modules()), all_tensors(model), Slots(model)
     for name, shape in plan['tensors'].items():
         rows = plan['rows'].get(name)
         slots.resize_(tensors[name], shape, rows)
         if rows is not None:
             path, _, local = name.rpartition('.')
             set_noted_rows_(model.get_submodule(path), local, rows)
-    tensors = all_tensors(model)
+    cut = all_tensors(model)
     for name, other in plan['shared'].items():
         path, _, local = name.rpartition('.')
-        setattr(model.get_submodule(path), local, tensors[other])
+        setattr(model.get_submodule(path), local, cut[other])
     for path, entry in plan['replaced'].items():
         module = model.get_submodule(path)
         replace_module(model, module, REPLACEMENTS[entry['kind']].kind(module, **entry['arguments']))
+    after, paths = all_tensors(model), dict(model.named_modules())
+    replaced = [Replaced(old, after[name]) for name, old in tensors.items() if name in after]
+    refer_(model, [*replaced, *(Replaced(old, paths[path]) for path, old in modules.items() if path in paths)])
     for path, values in plan['attributes'].items():
         module = model.get_submodule(path)
         for name, value in values.items():
