@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from ..coupling import Example
 from ..errors import SlimError
-from ..nested import tensors_in
+from ..nested import map_tensors, tensors_in
 from ..slim.compare import difference, evaluating
+from ..slim.copying import restored
 from ..slim.trial import in_double, is_finite, randomised
 from .heads import Head, rotated
 from .report import HeadKind
@@ -85,5 +86,5 @@ def write_(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
 
 
 def _run(model: nn.Module, example: Example) -> object:
-    with evaluating(model):
-        return example.run(model)
+    with restored(model), evaluating(model):
+        return map_tensors(example.run(model), torch.clone)  # it may be a buffer, which is put back

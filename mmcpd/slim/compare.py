@@ -15,7 +15,7 @@ from ..coupling import Coupling, Example, Keep
 from ..errors import SlimError
 from ..modes import modes_kept
 from ..nested import map_tensors, tensors_in
-from .copying import copied
+from .copying import copied, restored
 from .mask import kept_rows, mask_, named_tensors
 from .slimming import slim
 
@@ -77,7 +77,7 @@ def gap_between(masked: nn.Module, small: nn.Module, example: Example) -> float:
         >>> gap_between(model, small, coupling.example) > 0.0    # the model is not masked
         True
     """
-    with evaluating(masked), evaluating(small):
+    with restored(masked), restored(small), evaluating(masked), evaluating(small):
         theirs = example.run_all(small)
         return difference(example.run_all(masked), theirs)
 
@@ -130,7 +130,7 @@ def _gradients(model: nn.Module, example: Example) -> dict[str, Tensor]:
     sources = {name: tensor for name, tensor in sources.items() if tensor.requires_grad}
     for tensor in sources.values():
         tensor.grad = None
-    with evaluating(model), torch.enable_grad():
+    with restored(model), evaluating(model), torch.enable_grad():
         outputs = [t for t in tensors_in(replace(example, inputs=inputs).run_all(model)) if t.requires_grad]
         weights = [torch.randn(t.shape, generator=noise, dtype=t.dtype).to(t.device) for t in outputs]
         torch.autograd.backward(outputs, weights)
