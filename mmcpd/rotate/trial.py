@@ -16,7 +16,7 @@ from ..coupling import Example
 from ..errors import SlimError
 from ..nested import map_tensors, tensors_in
 from ..slim.compare import difference, evaluating
-from ..slim.copying import restored
+from ..slim.copying import discarding, restored
 from ..slim.trial import in_double, is_finite, randomised
 from .heads import Head, rotated
 from .report import HeadKind
@@ -37,17 +37,17 @@ def faults_of(model: nn.Module, example: Example, heads: Sequence[Head]) -> list
     """Return the attentions that may not be rotated, found by bisection; the model is not touched."""
     faults: list[Fault] = []
     twin, tried = in_double(model, example)
-    for randomise in (False, True):
-        if randomise:
-            twin = randomised(twin)
-        out = _run(twin, tried)
-        if not is_finite(out):
-            break
-        while left := [h for h in heads if (h.attention, h.kind) not in {(f.attention, f.kind) for f in faults}]:
-            found = _bisect(twin, tried, out, left)
-            if not found:
+    with discarding(model) as copies:
+        for randomise in (False, True):
+            copies.append(twin := randomised(twin) if randomise else twin)
+            out = _run(twin, tried)
+            if not is_finite(out):
                 break
-            faults += found
+            while left := [h for h in heads if (h.attention, h.kind) not in {(f.attention, f.kind) for f in faults}]:
+                found = _bisect(twin, tried, out, left)
+                if not found:
+                    break
+                faults += found
     return faults
 
 

@@ -62,6 +62,29 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None, caches: Iterabl
     return twin
 
 
+@contextmanager
+def discarding(model: nn.Module) -> Iterator[list[nn.Module]]:
+    """Empty the modules that a block puts into a list, so that their memory is free at once.
+
+    Hooks and masked forwards refer back to their module: without this, copies would stay until the garbage collector
+    runs. What belongs to the given model, which they are copies of, stays.
+
+    Example:
+        >>> with discarding(model) as copies:
+        ...     copies.append(copied(model))
+        ...     twin = copies[0].conv1
+        >>> vars(twin), model.conv1.out_channels
+        ({}, 8)
+    """
+    copies: list[nn.Module] = []
+    try:
+        yield copies
+    finally:
+        own = set(model.modules())
+        for module in {each for twin in copies for each in twin.modules()} - own:
+            vars(module).clear()
+
+
 # -- caches ------------------------------------------------------------------------------------------------------------
 @contextmanager
 def restored(model: nn.Module, caches: list[Cache] | None = None) -> Iterator[None]:
