@@ -222,9 +222,9 @@ MUTANTS: tuple[Mutant, ...] = (
     # -- copies
     Mutant('copy-history', _COPYING, 'test_slim/test_copies.py::test_a_copy_is_one_of_its_own',
            'a tensor with a history is copied detached', 'if not tensor.is_leaf:', 'if False:'),
-    Mutant('cache-note', _COPYING, 'test_slim/test_copies.py::test_slim_after_training_forwards',
+    Mutant('cache-note', _COPYING, 'test_slim/test_copies.py::test_a_cache_is_not_in_the_slim_model',
            'the size that a cache is for goes with the cache',
-           'for name in [*kept, *(notes if', 'for name in [*kept, *([] if'),
+           'self._cache(path, name) for name in notes if found', ''),
     Mutant('cache-state', _COPYING, 'test_slim/test_copies.py::test_constants_and_state_stay',
            'what a forward reads of the last one is no cache',
            'and not read & {id(tensor) for tensor in tensors_in(old)}', ''),

@@ -1,4 +1,4 @@
-"""Run a model in training mode so that it always computes the same, and put back what that changes."""
+"""Run a model in training mode so that it always computes the same, and put the modes of its modules back."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
@@ -60,28 +59,3 @@ class _WithoutDropout(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return args[0] if func in DROPOUTS and args else func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def values_kept(model: nn.Module) -> Iterator[None]:
-    """Let a block write into a model's parameters and buffers, or replace buffers, and put all back afterwards.
-
-    Example:
-        >>> norm = nn.BatchNorm1d(2)
-        >>> with values_kept(norm):
-        ...     _ = norm(torch.ones(4, 2))
-        >>> norm.running_mean
-        tensor([0., 0.])
-    """
-    held = [(module, dict(module._buffers)) for module in model.modules()]
-    tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
-    values = [tensor.detach().clone() for tensor in tensors]
-    try:
-        yield
-    finally:
-        for module, buffers in held:
-            module._buffers.update(buffers)
-        with torch.no_grad():
-            for tensor, value in zip(tensors, values, strict=True):
-                if not tensor.is_meta and not torch.equal(tensor, value):
-                    tensor.copy_(value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -14,7 +14,6 @@ from torch.nn.parameter import is_lazy
 from ..coupling import Cache, Coupling, Example, arguments
 from ..errors import CombError, first_line
 from ..fixes import Fixes
-from ..modes import values_kept
 from ..slim.attention import replacement
 from ..slim.copying import restored
 from ..slim.trial import FAILURES, Outcome, trial_of
@@ -84,8 +83,7 @@ def comb(
     caches: list[Cache] = []
 
     def observed(policy: Policy) -> Record:
-        trained = any(isinstance(each, Trained) for each in example.also)
-        with restored(model, caches), explaining(model, example), values_kept(model) if trained else nullcontext():
+        with restored(model, caches), explaining(model, example):
             return observe(model, example, policy._replace(leave_unused=unused == 'leave'))
 
     def grouped(faults: Mapping[str, str] | None = None) -> Coupling:

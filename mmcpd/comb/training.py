@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..coupling import Example
-from ..modes import as_trained, values_kept
+from ..modes import as_trained
 from ..nested import tensors_in
 from ..slim.compare import evaluating
 from ..slim.copying import restored
@@ -53,7 +53,7 @@ def unread(model: nn.Module, example: Example) -> set[str]:
         set()
     """
     ran = Ran(model)
-    with restored(model, []), values_kept(model), evaluating(model), _Reading(ran):
+    with restored(model), evaluating(model), _Reading(ran):
         example.run_all(model)
     return ran.unread_names
 

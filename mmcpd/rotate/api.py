@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from torch import Tensor, nn
 
 from ..coupling import Example, arguments
+from ..slim.copying import restored
 from .heads import Head, plan, rotated
 from .observe import observe
 from .report import HeadKind, Rotated, Rotations, SkippedHeads
@@ -49,7 +50,8 @@ def rotate_(
         True
     """
     example = Example(arguments(inputs), forward or operator.call)
-    found = plan(observe(model, example))
+    with restored(model):
+        found = plan(observe(model, example))
     tensors = dict(model.named_parameters())
     for name in sorted({name for head in found.heads for name in head.names}):
         if not bool(tensors[name].isfinite().all()):

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from ..coupling import Example
 from ..errors import SlimError
-from ..nested import tensors_in
+from ..nested import map_tensors, tensors_in
 from ..slim.compare import difference, evaluating
+from ..slim.copying import discarding, restored
 from ..slim.trial import in_double, is_finite, randomised
 from .heads import Head, rotated
 from .report import HeadKind
@@ -36,17 +37,17 @@ def faults_of(model: nn.Module, example: Example, heads: Sequence[Head]) -> list
     """Return the attentions that may not be rotated, found by bisection; the model is not touched."""
     faults: list[Fault] = []
     twin, tried = in_double(model, example)
-    for randomise in (False, True):
-        if randomise:
-            twin = randomised(twin)
-        out = _run(twin, tried)
-        if not is_finite(out):
-            break
-        while left := [h for h in heads if (h.attention, h.kind) not in {(f.attention, f.kind) for f in faults}]:
-            found = _bisect(twin, tried, out, left)
-            if not found:
+    with discarding(model) as copies:
+        for randomise in (False, True):
+            copies.append(twin := randomised(twin) if randomise else twin)
+            out = _run(twin, tried)
+            if not is_finite(out):
                 break
-            faults += found
+            while left := [h for h in heads if (h.attention, h.kind) not in {(f.attention, f.kind) for f in faults}]:
+                found = _bisect(twin, tried, out, left)
+                if not found:
+                    break
+                faults += found
     return faults
 
 
@@ -85,5 +86,5 @@ def write_(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
 
 
 def _run(model: nn.Module, example: Example) -> object:
-    with evaluating(model):
-        return example.run(model)
+    with restored(model), evaluating(model):
+        return map_tensors(example.run(model), torch.clone)  # it may be a buffer, which is put back

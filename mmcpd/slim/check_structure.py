@@ -17,10 +17,11 @@ from ..errors import SlimError, first_line
 from ..random_state import seeded
 from .attention import REPLACEMENTS
 from .call_sites import INFER, Rewrite, rewrite_
+from .noted_rows import are_rows
 from .replace_sizes import is_place
-from .weights import is_extra_state, own_tensors
+from .weights import all_tensors, is_extra_state, own_tensors
 
-KEYS = ('tensors', 'added', 'shared', 'attributes', 'replaced', 'rewritten')
+KEYS = ('tensors', 'rows', 'added', 'shared', 'attributes', 'replaced', 'rewritten')
 NOT_A_SIZE = ('training', 'init_cfg')  # whatever their types: modes, and where MMEngine reads other files from
 DTYPES = {
     str(dtype): dtype
@@ -89,6 +90,7 @@ def check_structure(model: nn.Module, plan: Mapping[str, Any]) -> None:
     dense = _Dense(dict(model.named_modules()), all_tensors(model))
     _check_added(dense, plan['added'], plan['tensors'])
     _check_tensors(dense, plan['tensors'], plan['added'])
+    _check_rows(dense, plan['rows'], plan['tensors'])
     given = {dense.tensors.get(name) for name in plan['tensors']}
     for name, tensor in dense.tensors.items():
         if is_lazy(tensor) and tensor not in given and name not in plan['shared']:
@@ -97,17 +99,6 @@ def check_structure(model: nn.Module, plan: Mapping[str, Any]) -> None:
     _check_replaced(dense, plan)
     _check_attributes(dense, plan)
     _check_rewritten(dense, plan)
-
-
-def all_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return all parameters and buffers by name, shared ones under each of their names.
-
-    Example:
-        >>> list(all_tensors(model))[:2]
-        ['conv1.weight', 'conv1.bias']
-    """
-    modules = model.named_modules(remove_duplicate=False)
-    return {f'{path}.{name}'.lstrip('.'): t for path, module in modules for name, t in own_tensors(module)}
 
 
 # -- tensors -----------------------------------------------------------------------------------------------------------
@@ -131,6 +122,16 @@ def _check_tensors(dense: _Dense, shapes: Mapping[str, Any], added: Mapping[str,
 def _contains(have: Sequence[int], shape: Sequence[int]) -> bool:
     """Say whether a tensor can be cut to a shape; slimming keeps one row at least."""
     return len(have) == len(shape) and all(s == h or 1 <= s <= h for s, h in zip(shape, have, strict=True))
+
+
+def _check_rows(dense: _Dense, rows: Mapping[str, Any], shapes: Mapping[str, Any]) -> None:
+    for name, dims in rows.items():
+        path, _, local = name.rpartition('.')
+        if name not in shapes or local not in dense.module(path)._non_persistent_buffers_set:
+            raise SlimError(f'{_named(name)} is no buffer outside of the state dict that is cut: another model')
+        have, shape = dense.tensors[name].shape, shapes[name]
+        if type(dims) is not list or len(dims) != len(shape) or not all(map(are_rows, dims, shape, have)):
+            raise SlimError(f'{name} keeps the rows {_short(dims)} in the structure: another model')
 
 
 def _check_added(dense: _Dense, added: Mapping[str, Any], shapes: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from ..coupling import Coupling, Example, Keep
 from ..errors import SlimError
 from ..modes import modes_kept
 from ..nested import map_tensors, tensors_in
-from .copying import copied
+from .copying import copied, discarding, restored
 from .mask import kept_rows, mask_, named_tensors
 from .slimming import slim
 
@@ -65,9 +65,12 @@ def compare(model: nn.Module, coupling: Coupling, keep: Keep, small: nn.Module |
     """
     masked_names = kept_rows(coupling, keep)
     shared: dict[int, Any] = {id(t): t for name, t in named_tensors(model).items() if name not in masked_names}
-    masked = copied(model, shared, coupling.caches)
-    mask_(masked, coupling, keep)
-    return gap_between(masked, small if small is not None else slim(model, coupling, keep), coupling.example)
+    with discarding(model) as copies:
+        copies.append(copied(model, shared, coupling.caches))
+        mask_(copies[0], coupling, keep)
+        if small is None:
+            copies.append(small := slim(model, coupling, keep))
+        return gap_between(copies[0], small, coupling.example)
 
 
 def gap_between(masked: nn.Module, small: nn.Module, example: Example) -> float:
@@ -77,7 +80,7 @@ def gap_between(masked: nn.Module, small: nn.Module, example: Example) -> float:
         >>> gap_between(model, small, coupling.example) > 0.0    # the model is not masked
         True
     """
-    with evaluating(masked), evaluating(small):
+    with restored(masked), restored(small), evaluating(masked), evaluating(small):
         theirs = example.run_all(small)
         return difference(example.run_all(masked), theirs)
 
@@ -89,9 +92,10 @@ def compare_gradients(model: nn.Module, coupling: Coupling, keep: Keep) -> float
         >>> compare_gradients(model, coupling, coupling.keep()) < 1e-6
         True
     """
-    masked = copied(model, caches=coupling.caches)
-    mask_(masked, coupling, keep)
-    return gap_of_gradients(masked, slim(model, coupling, keep), coupling, keep)
+    with discarding(model) as copies:
+        copies += [copied(model, caches=coupling.caches), slim(model, coupling, keep)]
+        mask_(copies[0], coupling, keep)
+        return gap_of_gradients(copies[0], copies[1], coupling, keep)
 
 
 def gap_of_gradients(masked: nn.Module, small: nn.Module, coupling: Coupling, keep: Keep) -> float:
@@ -130,7 +134,7 @@ def _gradients(model: nn.Module, example: Example) -> dict[str, Tensor]:
     sources = {name: tensor for name, tensor in sources.items() if tensor.requires_grad}
     for tensor in sources.values():
         tensor.grad = None
-    with evaluating(model), torch.enable_grad():
+    with restored(model), evaluating(model), torch.enable_grad():
         outputs = [t for t in tensors_in(replace(example, inputs=inputs).run_all(model)) if t.requires_grad]
         weights = [torch.randn(t.shape, generator=noise, dtype=t.dtype).to(t.device) for t in outputs]
         torch.autograd.backward(outputs, weights)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -17,8 +20,9 @@ from torch.overrides import TorchFunctionMode
 from ..coupling import Cache
 from ..modes import modes_kept
 from ..nested import tensors_in
+from .kept_values import values_kept
+from .references import detached_references, plain_attributes
 
-_OWN = frozenset(vars(nn.Module()))  # parameters, buffers, modules, hooks
 _MISSING = object()
 _RECOMPUTING = (BasePruningMethod, SpectralNorm, WeightNorm)  # hooks that keep their result as a plain attribute
 _PLAIN = (int, float, str, type(None), torch.device, torch.dtype)
@@ -50,27 +54,56 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None, caches: Iterabl
         True
     """
     with _Detaching():
-        twin = copy.deepcopy(model, memo if memo is not None else {})
+        memo = memo if memo is not None else {}
+        for reference, tensor in detached_references(model):
+            memo[id(reference)] = copy.deepcopy(tensor, memo).detach()
+        twin = copy.deepcopy(model, memo)
     forget_(twin, caches)
     return twin
 
 
+@contextmanager
+def discarding(model: nn.Module) -> Iterator[list[nn.Module]]:
+    """Empty the modules that a block puts into a list, so that their memory is free at once.
+
+    Hooks and masked forwards refer back to their module: without this, copies would stay until the garbage collector
+    runs. What belongs to the given model, which they are copies of, stays.
+
+    Example:
+        >>> with discarding(model) as copies:
+        ...     copies.append(copied(model))
+        ...     twin = copies[0].conv1
+        >>> vars(twin), model.conv1.out_channels
+        ({}, 8)
+    """
+    copies: list[nn.Module] = []
+    try:
+        yield copies
+    finally:
+        own = set(model.modules())
+        for module in {each for twin in copies for each in twin.modules()} - own:
+            vars(module).clear()
+
+
 # -- caches ------------------------------------------------------------------------------------------------------------
 @contextmanager
-def restored(model: nn.Module, caches: list[Cache]) -> Iterator[None]:
-    """Put every attribute back that holds what a forward made, and add these to `caches`.
+def restored(model: nn.Module, caches: list[Cache] | None = None) -> Iterator[None]:
+    """Put a model back as it was before its forwards ran, values and attributes, and add what is a cache to `caches`.
 
-    Parameters, buffers and modules that the forward made stay, with what their module noted about them.
+    Parameters, buffers and modules that a forward made stay, with what modules noted about them.
     """
     before = {m: _Snapshot(m) for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)}
     names = {module: path for path, module in model.named_modules()}
     reads = _Reads([t for snapshot in before.values() for t in snapshot.with_history()])
     try:
-        with reads:
+        with values_kept(model), modes_kept(model), reads:
             yield
     finally:
+        grown = any(snapshot.grown() for snapshot in before.values())
         for module, snapshot in before.items():
-            caches.extend(cache for cache in snapshot.restore_(names[module], reads.seen) if cache not in caches)
+            found = snapshot.restore_(names[module], reads.seen, grown)
+            if caches is not None:
+                caches.extend(cache for cache in found if cache not in caches)
 
 
 class _Reads(TorchFunctionMode):
@@ -91,33 +124,48 @@ class _Snapshot:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.own = self._registered()
-        self.attributes = {name: value for name, value in vars(module).items() if name not in _OWN}
+        self.registered = [dict(table) for table in self._tables()]
+        self.shapes = self._shapes()
+        self.attributes = plain_attributes(module)
         self.contents = {n: copy.copy(v) for n, v in self.attributes.items() if isinstance(v, (dict, list))}
+        self.containers = [(each, copy.copy(each)) for each in _containers_in(self.attributes.values())]
 
-    def _registered(self) -> list[str]:
-        return [*self.module._parameters, *self.module._buffers, *self.module._modules]
+    def _tables(self) -> list[dict[str, Any]]:
+        return [self.module._parameters, self.module._buffers, self.module._modules]
+
+    def _shapes(self) -> dict[str, object]:
+        """Return what is registered, with the shapes of parameters: those that are made in a first forward change."""
+        parameters, *others = self._tables()
+        shapes = {n: None if is_lazy(p) else p.shape for n, p in parameters.items() if p is not None}
+        return shapes | {n: is_lazy(each) for table in others for n, each in table.items() if each is not None}
+
+    def grown(self) -> bool:
+        """Say whether a forward made parameters, buffers or modules, or gave them their shapes."""
+        return not self._shapes().items() <= self.shapes.items()
 
     def with_history(self) -> list[Tensor]:
         return [tensor for value in self.attributes.values() if _has_history(value) for tensor in tensors_in(value)]
 
-    def restore_(self, path: str, read: set[int]) -> list[Cache]:
-        """Put the attributes back; return those that a forward keeps tensors on, and the notes beside them."""
-        here = vars(self.module)
-        kept = [n for n, v in list(here.items()) if n not in _OWN and self._changed(n, v) and tensors_in(v)]
-        if not kept:
-            return []
-        notes = [n for n, v in here.items() if n not in _OWN and n not in kept and self._noted(n, v)]
+    def restore_(self, path: str, read: set[int], grown: bool) -> list[Cache]:
+        """Put everything back, or only caches where the model has grown; return these and the notes beside them."""
+        here = plain_attributes(self.module)
+        kept = [n for n, v in here.items() if self._changed(n, v) and tensors_in(v)]
+        notes = [n for n, v in here.items() if n not in kept and self._noted(n, v)]
         found = [self._cache(path, name) for name in kept if self._is_cache(name, read)]
-        for name in [*kept, *(notes if self._registered() == self.own else ())]:
-            old = self.attributes.get(name, _MISSING)
-            if old is _MISSING:
-                del here[name]
+        found += [self._cache(path, name) for name in notes if found]
+        if not grown:
+            for container, contents in (*zip(self._tables(), self.registered, strict=True), *self.containers):
+                if not _same(container, contents):
+                    _refill_(container, contents)
+        cached = [*kept, *(notes if kept and not self.grown() else ())]
+        for name in cached if grown else {**here, **self.attributes}:
+            if name not in self.attributes:
+                del vars(self.module)[name]
                 continue
-            here[name] = old
+            vars(self.module)[name] = self.attributes[name]
             if name in self.contents:
-                _refill_(old, self.contents[name])
-        return [*found, *(self._cache(path, name) for name in notes if found)]
+                _refill_(self.attributes[name], self.contents[name])
+        return found
 
     def _changed(self, name: str, value: object) -> bool:
         if value is not self.attributes.get(name, _MISSING):
@@ -143,19 +191,33 @@ class _Snapshot:
         return Cache(path, name, old is _MISSING, before if _is_plain(before) or isinstance(before, dict) else None)
 
 
+def _containers_in(values: Iterable[Any]) -> Iterator[Any]:
+    """Yield the dictionaries, lists, sets and queues in values, at any depth, and the attributes of plain objects."""
+    left, seen = list(values), set[int]()
+    while left:
+        value = left.pop()
+        if id(value) in seen or isinstance(value, Tensor) or callable(value):
+            continue
+        seen.add(id(value))
+        if isinstance(value, (dict, list, set, deque)):
+            yield value
+        if isinstance(value, (dict, list, tuple, deque)):
+            left.extend(value.values() if isinstance(value, dict) else value)
+        elif hasattr(value, '__dict__') and not isinstance(value, ModuleType):
+            left.append(vars(value))
+
+
 def _same(value: Any, contents: Any) -> bool:
-    """Say whether a dictionary or a list holds the very same objects as before."""
-    if isinstance(value, dict):
-        return value.keys() == contents.keys() and all(value[key] is contents[key] for key in value)
-    return len(value) == len(contents) and all(a is b for a, b in zip(value, contents, strict=True))
+    """Say whether a container holds the very same objects as before."""
+    if isinstance(value, set):
+        return bool(value == contents)
+    ours, theirs = ([*each, *each.values()] if isinstance(each, dict) else each for each in (value, contents))
+    return len(ours) == len(theirs) and all(a is b for a, b in zip(ours, theirs, strict=True))
 
 
 def _refill_(value: Any, contents: Any) -> None:
-    if isinstance(value, dict):
-        value.clear()
-        value.update(contents)
-    else:
-        value[:] = contents
+    value.clear()
+    (value.update if isinstance(value, (dict, set)) else value.extend)(contents)
 
 
 def _has_history(value: object) -> bool:

@@ -40,25 +40,31 @@ def search(names: Sequence[str], fault_of: Callable[[Collection[str], bool], Fau
         >>> search(['a', 'b', 'c'], lambda groups, watched: Fault('wrong') if 'b' in groups else None)
         {'b': 'wrong'}
     """
-    rest, suspects, faults, reason = list(names), list[str](), dict[str, str](), ''
+    rest, suspects, reason = list(names), list[str](), ''
     while rest and (fault := fault_of(rest, True)) is not None:
         reason = fault.reason
         found = [name for name in rest if name in fault.suspects] or rest
         suspects += found
         rest = [name for name in rest if name not in found]
 
-    def bisect(candidates: Sequence[str], reason: str) -> None:
-        if len(candidates) == 1:
-            faults[candidates[0]] = reason
-            return
-        for half in (candidates[: len(candidates) // 2], candidates[len(candidates) // 2 :]):
-            if (fault := fault_of([*rest, *half], False)) is None:
-                rest.extend(half)
-            else:
-                bisect(half, fault.reason)
+    return _bisect(suspects, reason, rest, fault_of) if suspects else {}
 
-    if suspects:
-        bisect(suspects, reason)
+
+def _bisect(
+    candidates: Sequence[str],
+    reason: str,
+    rest: list[str],
+    fault_of: Callable[[Collection[str], bool], Fault | None],
+) -> dict[str, str]:
+    """Return which of these groups fail beside the rest, with reasons; the others join the rest."""
+    if len(candidates) == 1:
+        return {candidates[0]: reason}
+    faults: dict[str, str] = {}
+    for half in (candidates[: len(candidates) // 2], candidates[len(candidates) // 2 :]):
+        if (fault := fault_of([*rest, *half], False)) is None:
+            rest.extend(half)
+        else:
+            faults |= _bisect(half, fault.reason, rest, fault_of)
     return faults
 
 

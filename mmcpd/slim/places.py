@@ -30,8 +30,11 @@ def raised_at(error: BaseException) -> str:
     path, line = None, ''
     for frame, number in traceback.walk_tb(error.__traceback__):
         package = f'{frame.f_globals.get("__name__", "")}.'
-        module = frame.f_locals.get('self')
-        if isinstance(module, nn.Module):
+        values = frame.f_locals
+        module = values.get('self')
+        if isinstance(values, dict):  # before Python 3.13 a copy that stays on the frame, and may hold the error itself
+            values.clear()
+        if isinstance(module, nn.Module) and '_modules' in vars(module):
             paths = paths or {each: name for name, each in module.named_modules()}
             path = paths.get(module, path)
         if path is not None and not package.startswith(('torch.', 'mmcpd.')):

@@ -16,9 +16,11 @@ from ..errors import SlimError
 from ..fixes import Attr, CallSite, Equality, Expression, Input, Live, SizeRule
 from .attention import REPLACEMENTS, replacement
 from .call_sites import INFER, Rewrite, rewrite_
-from .copying import copied
+from .copying import copied, discarding
 from .mask import kept_rows, named_tensors, unmask_statistics_
 from .methods import Methods
+from .noted_rows import note_rows_
+from .references import Replaced, refer_
 from .shape_attributes import Layer, Shapes, described, followed, integers, local_shapes
 from .size_expressions import evaluate, leaves, read_attribute, show, solve, write_attribute
 
@@ -52,15 +54,23 @@ def slim(model: nn.Module, coupling: Coupling, keep: Mapping[str, Tensor]) -> nn
     """
     coupling.check(keep)
     small = _sliced(model, coupling, dict(keep))
+    with discarding(model) as failed:
+        failed.append(small)
+        _adapt_(model, small, coupling, dict(keep))
+        failed.clear()
+    return small
+
+
+def _adapt_(model: nn.Module, small: nn.Module, coupling: Coupling, keep: Keep) -> None:
+    """Let modules, scales, sizes and attributes follow the tensors that were cut."""
     before = {path: local_shapes(module) for path, module in model.named_modules()}
     changed = {path for path, module in small.named_modules() if local_shapes(module) != before[path]}
     for path in list(changed):  # a replaced module speaks for its children
         changed.update(p for p in before if path and p and path.startswith(p + '.'))
     replaced = _replace_(small, changed)
-    _fold_scales_(small, coupling, dict(keep), replaced)
-    _set_sizes_(small, coupling, dict(keep), before, replaced)
+    _fold_scales_(small, coupling, keep, replaced)
+    _set_sizes_(small, coupling, keep, before, replaced)
     _let_follow_(model, small, coupling, replaced)
-    return small
 
 
 @torch.no_grad()
@@ -77,6 +87,7 @@ def _sliced(model: nn.Module, coupling: Coupling, keep: Keep) -> nn.Module:
         memo[id(tensor)] = as_tensor_of(tensor, value)
     small = copied(model, memo, coupling.caches)
     unmask_statistics_(small)
+    note_rows_(small, kept)
     return small
 
 
@@ -88,11 +99,15 @@ def as_tensor_of(tensor: Tensor, value: Tensor) -> Tensor:
 def _replace_(model: nn.Module, changed: set[str]) -> dict[str, str]:
     """Replace the modules of `REPLACEMENTS` that hold cut tensors; return their kinds by path."""
     found: dict[str, str] = {}
+    replaced: list[Replaced] = []
     for path, module in list(model.named_modules()):
         kind = replacement(module)
         if kind is not None and path in changed:
-            replace_module(model, module, REPLACEMENTS[kind].kind(module))
+            new = REPLACEMENTS[kind].kind(module)
+            replace_module(model, module, new)
+            replaced.append(Replaced(module, new))
             found[path] = kind
+    refer_(model, replaced)
     return found
 
 
@@ -166,7 +181,7 @@ def _let_follow_(model: nn.Module, small: nn.Module, coupling: Coupling, replace
         name, later = next(iter(unclear.items()))
         more = f' and {len(unclear) - 1} more' if len(unclear) > 1 else ''
         text = f'slimming cannot tell which width {name}{more} is, which {later}() reads: call it before combing'
-        warnings.warn(text, stacklevel=3)
+        warnings.warn(text, stacklevel=4)
 
 
 def modules_outside(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:

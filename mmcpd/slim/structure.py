@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,10 +12,12 @@ from torch.nn.parameter import is_lazy
 
 from .attention import REPLACEMENTS
 from .call_sites import Rewrite, rewrite_, rewrites_of
-from .check_structure import DTYPES, all_tensors, check_structure, largest_made, may_become
+from .check_structure import DTYPES, check_structure, largest_made, may_become
 from .mask import named_tensors
+from .noted_rows import Rows, noted_rows, set_noted_rows_
+from .references import Replaced, refer_
 from .slimming import replace_module
-from .weights import Slots, is_extra_state, own_tensors, weights
+from .weights import Slots, all_tensors, is_extra_state, own_tensors, weights
 
 
 def structure(model: nn.Module, small: nn.Module) -> dict[str, Any]:
@@ -26,7 +29,8 @@ def structure(model: nn.Module, small: nn.Module) -> dict[str, Any]:
         small: the slimmed model.
 
     Returns:
-        `tensors` (new shapes by name), `added` (kinds of the tensors that the dense model has not), `shared` (names of
+        `tensors` (new shapes by name), `rows` (those kept of buffers that are not in the state dict, by name and
+        dimension, null for all), `added` (kinds of the tensors that the dense model has not), `shared` (names of
         tensors that are another one, but not in the dense model), `attributes` (new values by module path and name),
         `replaced` (kinds by module path, with the arguments of the replacement) and `rewritten` (sizes put into
         methods, by module path). What both models share is named once.
@@ -67,13 +71,28 @@ def structure(model: nn.Module, small: nn.Module) -> dict[str, Any]:
             added[name] = {'parameter': isinstance(tensor, nn.Parameter), 'dtype': str(tensor.dtype)}
         if name in added or (name in old and (is_lazy(old[name]) or old[name].shape != tensor.shape)):
             tensors[name] = list(tensor.shape)
+    rows = {name: found for name in tensors if name not in kept and (found := _rows_of(small, name)) is not None}
     first = {tensor: name for name, tensor in named_tensors(small).items()}
     aliases = {n: first[t] for n, t in all_tensors(small).items() if first[t] != n}
     shared = {n: other for n, other in aliases.items() if n in old and old[n] is not old.get(other)}
     return {
-        'tensors': tensors, 'added': added, 'shared': shared,
+        'tensors': tensors, 'rows': rows, 'added': added, 'shared': shared,
         'attributes': attributes, 'replaced': replaced, 'rewritten': rewritten,
     }  # fmt: skip
+
+
+def _rows_of(small: nn.Module, name: str) -> Rows | None:
+    """Return which rows a buffer outside of the state dict has, or warn that nothing says it."""
+    path, _, local = name.rpartition('.')
+    module = small.get_submodule(path)
+    rows = noted_rows(module).get(local)
+    if rows is None or any(
+        r is not None and len(r) != n for r, n in zip(rows, getattr(module, local).shape, strict=True)
+    ):
+        text = 'is not in the state dict, and slimming did not cut it as it is now: set it after `restructure_`'
+        warnings.warn(f'{name} {text}', stacklevel=3)
+        return None
+    return rows
 
 
 def _in_json(value: Any) -> Any:
@@ -95,16 +114,23 @@ def restructure_(model: nn.Module, plan: Mapping[str, Any]) -> nn.Module:
     check_structure(model, plan)
     for name, entry in plan['added'].items():
         _add_(model, name, plan['tensors'][name], **entry)
-    slots, tensors = Slots(model), all_tensors(model)
+    modules, tensors, slots = dict(model.named_modules()), all_tensors(model), Slots(model)
     for name, shape in plan['tensors'].items():
-        slots.resize_(tensors[name], shape)
-    tensors = all_tensors(model)
+        rows = plan['rows'].get(name)
+        slots.resize_(tensors[name], shape, rows)
+        if rows is not None:
+            path, _, local = name.rpartition('.')
+            set_noted_rows_(model.get_submodule(path), local, rows)
+    cut = all_tensors(model)
     for name, other in plan['shared'].items():
         path, _, local = name.rpartition('.')
-        setattr(model.get_submodule(path), local, tensors[other])
+        setattr(model.get_submodule(path), local, cut[other])
     for path, entry in plan['replaced'].items():
         module = model.get_submodule(path)
         replace_module(model, module, REPLACEMENTS[entry['kind']].kind(module, **entry['arguments']))
+    after, paths = all_tensors(model), dict(model.named_modules())
+    replaced = [Replaced(old, after[name]) for name, old in tensors.items() if name in after]
+    refer_(model, [*replaced, *(Replaced(old, paths[path]) for path, old in modules.items() if path in paths)])
     for path, values in plan['attributes'].items():
         module = model.get_submodule(path)
         for name, value in values.items():

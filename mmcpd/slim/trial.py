@@ -24,7 +24,7 @@ from ..errors import CombError, SlimError, first_line
 from ..nested import map_tensors, tensors_in
 from ..random_state import draws
 from .compare import compare_gradients, evaluating, gap_between, gap_of_gradients
-from .copying import copied
+from .copying import copied, discarding
 from .fault_search import Fault, Watch, search
 from .mask import mask_, named_tensors
 from .places import raised_at
@@ -122,13 +122,16 @@ def _in_double(example: Example) -> Example:
 
 def in_double(model: nn.Module, example: Example) -> tuple[nn.Module, Example]:
     """Return copies in float64, on the CPU where the device has none, or as they are where they do not run in it."""
-    try:
-        twin, tried = doubled(model), _in_double(example)
-        with evaluating(twin):
-            if is_finite(tried.run_all(twin)):
-                return twin, tried
-    except FAILURES:
-        pass
+    with discarding(model) as failed:
+        try:
+            failed.append(twin := doubled(model))
+            tried = _in_double(example)
+            with evaluating(twin):
+                if is_finite(tried.run_all(twin)):
+                    failed.clear()
+                    return twin, tried
+        except FAILURES:
+            pass
     return copied(model), example
 
 
@@ -165,19 +168,21 @@ class _Trial:
         """Return why pruning these groups fails, and which are suspects where it is watched, or None if it works."""
         for keep in (random_keep(self.combed, *each, among=set(among), awkward=True) for each in KEEPS):
             watch = Watch(self.coupling, keep) if watched else None
-            try:
-                why = self._difference(keep, watch)
-            except torch.cuda.OutOfMemoryError:
-                raise
-            except FAILURES as error:
-                why = _failure(error)
+            with discarding(self.model) as copies:
+                try:
+                    why = self._difference(keep, watch, copies)
+                except torch.cuda.OutOfMemoryError:
+                    raise
+                except FAILURES as error:
+                    why = _failure(error)
             if why is not None:
                 return Fault(why, watch.suspects() if watch is not None else frozenset())
         return None
 
-    def _difference(self, keep: Keep, watch: Watch | None) -> str | None:
-        masked, example = self.copy(), self.coupling.example
-        small = slim(masked, self.coupling, keep)
+    def _difference(self, keep: Keep, watch: Watch | None, copies: list[nn.Module]) -> str | None:
+        copies.append(masked := self.copy())
+        copies.append(small := slim(masked, self.coupling, keep))
+        example = self.coupling.example
         mask_(masked, self.coupling, keep)
         tolerance = TOLERANCE.get(next((p.dtype for p in masked.parameters()), torch.float32), 1e-3)
         with watch.observing(masked, small, tolerance) if watch is not None else nullcontext():
@@ -197,15 +202,16 @@ class _Trial:
 
     def error(self) -> str | None:
         """Return why the model itself fails, with all units, or None where it does not."""
-        try:
-            dense = self.copy()
-            with evaluating(dense):
-                finite = is_finite(self.coupling.example.run_all(dense))
-            if finite and self.gradients:
-                finite = math.isfinite(compare_gradients(dense, self.coupling, self.coupling.keep()))
-            return None if finite else NOT_FINITE
-        except FAILURES as error:
-            return f'{type(error).__name__}: {first_line(error)}'
+        with discarding(self.model) as copies:
+            try:
+                copies.append(dense := self.copy())
+                with evaluating(dense):
+                    finite = is_finite(self.coupling.example.run_all(dense))
+                if finite and self.gradients:
+                    finite = math.isfinite(compare_gradients(dense, self.coupling, self.coupling.keep()))
+                return None if finite else NOT_FINITE
+            except FAILURES as error:
+                return f'{type(error).__name__}: {first_line(error)}'
 
 
 def _failure(error: Exception) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX as EXTRA_STATE
 from torch.nn.parameter import is_lazy
 
 from .copying import writable_
+from .noted_rows import Rows
 from .slimming import as_tensor_of
 
 
@@ -39,6 +40,17 @@ def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
         if tensor is not None:
             yield name, tensor
+
+
+def all_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return all parameters and buffers by name, shared ones under each of their names.
+
+    Example:
+        >>> list(all_tensors(model))[:2]
+        ['conv1.weight', 'conv1.bias']
+    """
+    modules = model.named_modules(remove_duplicate=False)
+    return {f'{path}.{name}'.lstrip('.'): t for path, module in modules for name, t in own_tensors(module)}
 
 
 @torch.no_grad()
@@ -76,12 +88,17 @@ class Slots:
             for name, tensor in own_tensors(module):
                 self._slots.setdefault(tensor, []).append((module, name))
 
-    def resize_(self, tensor: Tensor, shape: list[int]) -> None:
-        """Cut a tensor to a smaller shape, or give one that waits for its first forward its shape."""
+    def resize_(self, tensor: Tensor, shape: Sequence[int], rows: Rows | None = None) -> None:
+        """Cut a tensor to the first rows or to the given ones, or give one that waits for its first forward a shape."""
         if is_lazy(tensor):
             tensor.materialize(tuple(shape))
         elif tensor.shape != torch.Size(shape):
-            new = as_tensor_of(tensor, tensor.detach()[tuple(slice(0, size) for size in shape)].clone())
+            value = tensor.detach()
+            for dim, size in enumerate(shape):
+                kept = None if rows is None else rows[dim]
+                index = torch.arange(size) if kept is None else torch.tensor(kept)
+                value = value.index_select(dim, index.to(value.device)) if size < value.shape[dim] else value
+            new = as_tensor_of(tensor, value)
             self._slots[new] = self._slots.pop(tensor)
             for module, name in self._slots[new]:
                 own: Any = module._parameters if name in module._parameters else module._buffers

@@ -16,7 +16,8 @@ from mmcpd.engine.slim_file import read_slim
 from mmcpd.engine.slim_model import build_fresh
 from mmcpd.errors import SlimError
 from mmcpd.slim import restructure_, slim, structure
-from mmcpd.slim.check_structure import all_tensors, check_structure, may_become
+from mmcpd.slim.check_structure import check_structure, may_become
+from mmcpd.slim.weights import all_tensors
 from tests.helpers import call, gap, randomise_, sample
 
 CFG = chaos_files.config(8)
