@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from ..fixes import Attr, Input
 from ..slim.replace_sizes import LEFT, RIGHT
 from .fresh import FACTORIES, factory
-from .rules.products import MULTI_HEAD
+from .rules.pointwise import MULTI_HEAD
 from .size_equations import HANDLERS
 from .trace import Run
 from .traced_int import TracedInt, as_int
