@@ -8,6 +8,7 @@ equations for the attributes (`size_expressions.solve`); what no attribute can s
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from ..fixes import Attr, Input
 from ..slim.replace_sizes import LEFT, RIGHT
 from .fresh import FACTORIES, factory
-from .rules.products import MULTI_HEAD
+from .rules.pointwise import MULTI_HEAD
 from .size_equations import HANDLERS
 from .trace import Run
 from .traced_int import TracedInt, as_int
@@ -41,6 +42,8 @@ class _Observe(TorchFunctionMode):
         name = getattr(func, '__name__', '')
         if func == _SHAPE or name == 'size':
             return self.shape(func, args, kwargs)
+        if name in COUNTING:
+            return math.prod(_size(self.run, args[0], d, s) for d, s in enumerate(args[0].shape))
         self.run.cursor.function = name
         if name in ARITHMETIC:  # a width on the right; on the left it is asked itself
             for side, value in zip((LEFT, RIGHT), args, strict=False):
@@ -71,6 +74,7 @@ class _Observe(TorchFunctionMode):
 
 _SHAPE = Tensor.shape.__get__  # type: ignore[attr-defined]
 ARITHMETIC = set('tensor as_tensor new_tensor add add_ sub sub_ mul mul_ div div_ true_divide pow pow_'.split())
+COUNTING = set('numel nelement'.split())
 RECURRENT = set('lstm gru rnn_tanh rnn_relu lstm_cell gru_cell'.split())
 LEAVING = set('numpy __array__ tolist __dlpack__'.split())  # what is made of the values is not seen
 

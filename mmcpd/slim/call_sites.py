@@ -16,10 +16,10 @@ import copy
 import inspect
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from types import CodeType, FrameType
+from types import CellType, CodeType, FrameType, FunctionType
 from typing import Any
 
 from torch import nn
@@ -30,6 +30,7 @@ from ..fixes import CallSite, CodePlace
 from .pickling import copy_methods
 from .recompile import layers_of, rebuilt
 from .replace_sizes import put
+from .size_functions import author_of, called_functions, callers_of, codes
 
 _OURS, _TORCH = ('mmcpd.comb.', 'mmcpd.slim.', 'mmcpd.modes.'), ('torch.',)
 INFER = -1  # let torch work out the size
@@ -107,7 +108,10 @@ def _module(frame: FrameType) -> nn.Module | None:
 
 # -- name --------------------------------------------------------------------------------------------------------------
 def call_site(module: nn.Module, path: str, place: Spot, inferable: bool = False) -> CallSite | None:
-    """Name a place by method and call text, or None where the code is not a method of the module's class."""
+    """Name a place by method and call text, or None where the code is no method of the module's class.
+
+    A function that its methods call is like a method.
+    """
     kind: Any = type(module)
     found = _named(kind, place.code, place.instruction, place.index, place.count)
     return found and replace(found, module=path, inferable=inferable)
@@ -116,8 +120,8 @@ def call_site(module: nn.Module, path: str, place: Spot, inferable: bool = False
 @lru_cache(maxsize=4096)  # the blocks of a network share their source
 def _named(kind: type, code: CodeType, instruction: int, index: int, count: int) -> CallSite | None:
     positions = list(code.co_positions())[instruction // 2]
-    for name, function in _methods(kind):
-        if code not in _codes(function.__code__):
+    for name, function in _functions(kind).items():
+        if code not in codes(function.__code__):
             continue
         tree = _parsed(function)
         for node in ast.walk(tree) if tree is not None else ():
@@ -145,9 +149,14 @@ def _methods(kind: type) -> Iterator[tuple[str, Any]]:
             yield name, function
 
 
-def _codes(code: CodeType) -> set[CodeType]:
-    inner = {c for const in code.co_consts if isinstance(const, CodeType) for c in _codes(const)}
-    return {code} | inner
+def _functions(kind: type) -> dict[str, FunctionType]:
+    """Return the methods of a class and the functions that they call, by name, without their decorators."""
+    return {**{name: author_of(raw) for name, raw in _called(kind).items()}, **dict(_methods(kind))}
+
+
+@lru_cache(maxsize=256)
+def _called(kind: type) -> dict[str, Any]:
+    return called_functions(_methods(kind))
 
 
 @lru_cache(maxsize=256)
@@ -211,21 +220,31 @@ def rewrite_(module: nn.Module, rewrites: Iterable[Rewrite]) -> None:
     if 'rewrites' in vars(kind):  # made by an earlier call
         by_place = {earlier.place: earlier for earlier in rewrites_of(module)} | by_place
         wanted, kind = list(by_place.values()), kind.__bases__[0]
-    functions = dict(_methods(kind))
+    own = {'__module__': kind.__module__, 'rewrites': wanted, **copy_methods(rewrite_, kind), **_changed(kind, wanted)}
+    module.__class__ = type(kind.__name__, (kind,), own)
+
+
+def _changed(kind: Any, rewrites: Sequence[Rewrite]) -> dict[str, Any]:
+    """Return the methods of a class with these sizes in them, or in copies of the functions that they call."""
+    called, functions = _called(kind), _functions(kind)
+    names = sorted(callers_of(functions, [r.method for r in rewrites]))
+    copies = {name: CellType() for name in names if name in called}
     changed: dict[str, Any] = {}
-    for name in dict.fromkeys(r.method for r in wanted):
+    for name in names:
         function: Any = functions.get(name)
         tree = _parsed(function) if function is not None else None
         if tree is None or not isinstance(tree.body[0], _DEFINITIONS):
             raise SlimError(f'{kind.__name__}.{name} has no source of its own to put a size into')
-        change = _Replace([r for r in wanted if r.method == name])
+        change = _Replace([r for r in rewrites if r.method == name])
         tree = ast.fix_missing_locations(change.visit(copy.deepcopy(tree)))
         missing = [r.text for r in change.rewrites if r not in change.done]
         if missing:
             raise SlimError(f'{kind.__name__}.{name} has no call {missing[0]}: another release of this class?')
-        changed[name] = rebuilt(inspect.getattr_static(kind, name), name, tree)
-    own = {'__module__': kind.__module__, 'rewrites': wanted, **copy_methods(rewrite_, kind), **changed}
-    module.__class__ = type(kind.__name__, (kind,), own)
+        if name in called:
+            copies[name].cell_contents = rebuilt(called[name], function.__name__, tree, copies)
+        else:
+            changed[name] = rebuilt(inspect.getattr_static(kind, name), name, tree, copies)
+    return changed
 
 
 def rewrites_of(module: nn.Module) -> list[Rewrite]:

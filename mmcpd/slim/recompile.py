@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import ast
 import inspect
-from types import CellType, CodeType, FunctionType
+from collections.abc import Iterable, Mapping
+from types import CellType, CodeType, FunctionType, MappingProxyType
 from typing import Any
 
 from ..errors import SlimError
@@ -29,37 +30,40 @@ def _inner(function: Any, name: str) -> Any:
     cells = getattr(function, '__closure__', None) or ()
     if not inspect.isfunction(function) or function.__code__.co_name == name:
         return None
-    held = [_content(cell) for cell in cells]
+    held = [content(cell) for cell in cells]
     return next((each for each in held if inspect.isfunction(each) and each.__name__ == name), None)
 
 
-def _content(cell: CellType) -> Any:
+def content(cell: CellType) -> Any:
+    """Return what a cell of a closure holds, or None where nothing is in it yet."""
     try:
         return cell.cell_contents
     except ValueError:  # it is empty until its name is bound
         return None
 
 
-def rebuilt(raw: Any, name: str, tree: ast.Module) -> Any:
+def rebuilt(raw: Any, name: str, tree: ast.Module, others: Mapping[str, CellType] = MappingProxyType({})) -> Any:
     """Return a method with the code of a syntax tree in place of its author's, behind the same decorators.
+
+    `others` hold functions of which the new code calls these copies, by name.
 
     Raises:
         SlimError: if a decorator keeps the function elsewhere than in its closure.
     """
     layers = layers_of(raw, name)
-    new = _with_code(layers[-1], _code(tree, layers[-1]))
+    new = _with_code(layers[-1], _code(tree, layers[-1], others), others)
     for outer, old in zip(layers[-2::-1], layers[:0:-1], strict=True):
         cells = getattr(outer, '__closure__', None) or ()
-        if not inspect.isfunction(outer) or not any(_content(cell) is old for cell in cells):
+        if not inspect.isfunction(outer) or not any(content(cell) is old for cell in cells):
             raise SlimError(f'a decorator of {layers[-1].__qualname__} does not hold it in its closure')
-        closure = tuple(CellType(new) if _content(cell) is old else cell for cell in cells)
+        closure = tuple(CellType(new) if content(cell) is old else cell for cell in cells)
         new = _copied(outer, outer.__code__, closure, new)
     return staticmethod(new) if isinstance(raw, staticmethod) else new
 
 
-def _with_code(function: FunctionType, code: CodeType) -> FunctionType:
-    """Return a function with other code, which uses the same names of enclosing functions or fewer."""
-    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+def _with_code(function: FunctionType, code: CodeType, others: Mapping[str, CellType]) -> FunctionType:
+    """Return a function with other code, which uses the same names of enclosing functions or fewer, and `others`."""
+    cells = {**dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)), **others}
     return _copied(function, code, tuple(cells[name] for name in code.co_freevars))
 
 
@@ -75,13 +79,14 @@ def _copied(
     return new
 
 
-def _code(tree: ast.Module, function: FunctionType) -> CodeType:
+def _code(tree: ast.Module, function: FunctionType, others: Iterable[str]) -> CodeType:
     """Compile the definition in a tree as one inside a function that has the names it takes from outside."""
     definition: Any = tree.body[0]
     owner = function.__qualname__.rpartition('.')[0].rpartition('.')[2].lstrip('_')
     definition = _Private(owner).visit(definition)
     definition.decorator_list = []
-    outside = ast.parse(f'def outside({", ".join(function.__code__.co_freevars)}):\n    pass')
+    names = dict.fromkeys((*function.__code__.co_freevars, *others))
+    outside = ast.parse(f'def outside({", ".join(names)}):\n    pass')
     outside.body[0].body = [definition]  # type: ignore[attr-defined]
     compiled = compile(ast.fix_missing_locations(outside), inspect.getfile(function), 'exec')
     inside = next(const for const in compiled.co_consts if isinstance(const, CodeType))

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from mmcpd.slim import slim
-from tests.helpers import Net, rows, strided
+from tests.exact import exact
+from tests.helpers import Net, rows, sample, strided
 from tests.toys import Toy, check_toy, pooled
 
 IMAGE = ((2, 3, 4, 4),)
@@ -405,3 +406,23 @@ def test_shuffle_units_of_shufflenet():
     # The halves tie (i, i + 4); halves of what was shuffled tie (i, i + 2) as well.
     _, found = check_toy(Toy(build, IMAGE, {'stem': 2, 'one.inner': 6, 'two.inner': 6}))
     assert found.group('stem').members[0].index.tolist() == [[0, 2, 4, 6], [1, 3, 5, 7]]
+
+
+class RepeatedHeads(nn.Module):
+    """Heads in one dimension with the batch: with two samples it is as long as there are channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.fc = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def heads_of(self, x):
+        return x.transpose(0, 1).reshape(5, 4, -1).transpose(0, 1)  # (batch * heads, tokens, 2)
+
+    def forward(self, x):
+        q, k, v = self.heads_of(self.q(x)), self.heads_of(self.k(x)), self.heads_of(self.v(x))
+        y = (q @ k.mT / 4).softmax(-1) @ v
+        return self.fc(y.transpose(0, 1).reshape(5, 2, -1))
+
+
+def test_heads_repeated_in_a_batch_are_no_channels():
+    exact(RepeatedHeads(), sample((2, 5, 4)), {'q': 2, 'v': 2})

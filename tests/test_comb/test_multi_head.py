@@ -65,6 +65,20 @@ def test_masks_reach_all_keys_but_those_that_the_module_adds(form):
     assert gap(masked(model, found, keep)(TOKENS), slim(model, found, keep)(TOKENS)) < 1e-12
 
 
+@pytest.mark.parametrize('batch', [1, 2, 3])
+@pytest.mark.parametrize('heads', [2, 3])
+def test_a_batch_of_heads_that_is_as_wide_as_a_channel_dimension_is_none(batch, heads):
+    # Torch views queries as (L, batch * heads, 2); with 2 samples that is as long as the embedding, with 1 as `kdim`.
+    attention = nn.MultiheadAttention(2 * heads, heads, batch_first=True, kdim=heads, vdim=5)
+    parts = {'a': nn.Linear(3, 2 * heads), 'k': nn.Linear(3, heads), 'v': nn.Linear(3, 5)}
+    model = Net(
+        lambda m, x: m.fc(m.at(m.a(x), m.k(x), m.v(x), need_weights=False)[0]),
+        at=attention, fc=nn.Linear(2 * heads, 2), **parts,
+    )  # fmt: skip
+    free = {'a': 2 * heads, 'k': heads, 'v': 5, 'at': 2, 'at#2': 2, 'at.out_proj': 2 * heads}
+    exact(model, sample((batch, 5, 3)), free)
+
+
 class Pooled(nn.Module):
     """Attention of a mean over all tokens, by the function, as pooling heads have it."""
 

@@ -23,6 +23,9 @@ def by_floats(x):
     return x.reshape(*x.shape[:2], int(math.sqrt(64.0)))
 
 
+ODD = [by_floats]  # by its own name a method could call a copy
+
+
 class Hidden(nn.Module):
     """Two plain layers, and one between them whose width comes out of float arithmetic, where no one can follow."""
 
@@ -31,7 +34,7 @@ class Hidden(nn.Module):
         self.before, self.odd, self.after, self.fc = nn.Linear(3, 7), nn.Linear(7, 8), nn.Linear(8, 6), nn.Linear(6, 2)
 
     def forward(self, x):
-        x = by_floats(self.odd(self.before(x).tanh()))
+        x = ODD[0](self.odd(self.before(x).tanh()))
         return self.fc(self.after(x).tanh().mean(1))
 
 

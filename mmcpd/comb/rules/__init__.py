@@ -8,8 +8,8 @@ from ...errors import CombError
 from ..record import Record
 from ..trace import INPUT, Call, Run
 from .movement import movement
-from .pointwise import fresh, pointwise, same, unknown
-from .products import ATTENTION, MULTI_HEAD, add_product, attention, convolution, embedding, linear, product
+from .pointwise import MULTI_HEAD, fresh, pointwise, same, unknown
+from .products import ATTENTION, add_product, attention, convolution, embedding, linear, product
 from .table import OPERATIONS, UNTAGGED, VISION, Operation
 
 TAGGED = Operation(pointwise())

@@ -9,7 +9,7 @@ from torch import Tensor
 from ...nested import map_tensors
 from ..atoms import FIXED, Axis, along
 from ..trace import Call, Run
-from .pointwise import same
+from .pointwise import MULTI_HEAD, same
 
 VIEWS = ('view', '_unsafe_view', '_reshape_alias')  # of labels with stride 0, which need a reshape
 
@@ -144,10 +144,17 @@ def _carrier(run: Run, call: Call, varying: list[int], labels: Tensor) -> int:
     known = labels[labels >= 0].numpy()
     if whole is not None and len(varying) > 1 and bool((known < len(whole)).all() and whole[known].all()):
         return varying[-2]
-    last = labels.shape[varying[-1]]
-    if call.op in VIEWS and last not in run.cursor.widths[-1]:  # `view(-1, C, 2 * k)`: C are the module's own channels
-        return next((d for d in varying[-2::-1] if labels.shape[d] in run.cursor.widths[-1]), varying[-1])
+    widths = run.cursor.widths[-1] if call.op in VIEWS and run.cursor.function != MULTI_HEAD else set[int]()
+    if labels.shape[varying[-1]] not in widths:  # `view(-1, C, 2 * k)`: C are the module's own channels
+        own = (d for d in varying[-2::-1] if labels.shape[d] in widths and _distinct(labels, d))
+        return next(own, varying[-1])
     return varying[-1]
+
+
+def _distinct(labels: Tensor, dim: int) -> bool:
+    """Say whether no two positions of a dimension are the same: `view(-1, batch * heads, width)` repeats its heads."""
+    columns = labels.movedim(dim, 0).flatten(1)
+    return len(columns.unique(dim=0)) == len(columns)
 
 
 def channel_shuffle(run: Run, call: Call) -> None:

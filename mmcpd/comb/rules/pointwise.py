@@ -9,7 +9,8 @@ from torch import Tensor
 from ..atoms import Axis
 from ..trace import AXES, Call, Run
 
-WIDENING = ('_pad_packed_sequence', 'multi_head_attention_forward')
+MULTI_HEAD = 'multi_head_attention_forward'  # which scales its queries inside
+WIDENING = ('_pad_packed_sequence', MULTI_HEAD)
 Rule = Callable[[Run, Call], None]
 ZeroRule = Callable[[Call, Sequence[Axis], int], bool]
 

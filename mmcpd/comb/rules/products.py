@@ -11,7 +11,6 @@ from ..record import GroupedConvolution
 from ..trace import Call, Run
 from .pointwise import Rule
 
-MULTI_HEAD = 'multi_head_attention_forward'  # which scales its queries inside
 ATTENTION = 'scaled_dot_product_attention'  # the function, whatever operations it is made of
 
 
