@@ -154,8 +154,11 @@ class _Snapshot:
         found = [self._cache(path, name) for name in kept if self._is_cache(name, read)]
         found += [self._cache(path, name) for name in notes if found]
         if not grown:
-            for container, contents in (*zip(self._tables(), self.registered, strict=True), *self.containers):
-                if not _same(container, contents):
+            for table, registered in zip(self._tables(), self.registered, strict=True):
+                if not _same(table, registered):
+                    _refill_(table, registered)
+            for container, contents in self.containers:  # a cache on another object stays, for the trial to find
+                if not _same(container, contents) and len(tensors_in(container)) <= len(tensors_in(contents)):
                     _refill_(container, contents)
         cached = [*kept, *(notes if kept and not self.grown() else ())]
         for name in cached if grown else {**here, **self.attributes}:
