@@ -14,7 +14,7 @@ from ..nested import tensors_in
 from ..slim.call_sites import INFER, Spot, spot
 from ..slim.replace_sizes import SCALE, argument, bound, in_sequence
 from ..slim.size_expressions import leaves, may_change
-from .atoms import Axis
+from .atoms import FIXED, Axis
 from .record import Equation
 from .trace import Run
 from .traced_int import TracedInt, as_int, expression, of_run
@@ -98,21 +98,32 @@ def _unflatten(run: Run, args: Any, kwargs: Any, out: Tensor) -> None:
             equation(run, size, None if axis is None else axis.atoms, sizes.place(i), inferable)
 
 
-def _tie_pieces(run: Run, source: np.ndarray, count: int) -> None:
-    """Couple equal pieces of one dimension position by position, so that they stay equally long."""
-    run.tie(source.reshape(count, -1).T)
+def _tie_pieces(run: Run, source: np.ndarray, lengths: Sequence[int]) -> None:
+    """Couple pieces of one dimension position by position, so that they stay equally long.
+
+    A shorter one stays with the first positions of the others; what these have beyond it stays or goes in all of them.
+    So a dimension cut in 30, 30 and 28 is cut in a + b, a + b and a, which is how it is cut anew.
+    """
+    ends = np.cumsum(lengths)
+    pieces = np.full((len(lengths), max(lengths)), FIXED)
+    for piece, end, length in zip(pieces, ends, lengths, strict=True):
+        piece[:length] = source[end - length : end]
+    run.tie(pieces.T)
 
 
 @handles('chunk', 'tensor_split')  # chunk(chunks, dim=0)
 def _chunk(run: Run, args: Any, kwargs: Any, out: Sequence[Tensor]) -> None:
     dim = kwargs.get('dim', args[2] if len(args) > 2 else 0)
     axis = run.axes(args[0])[dim]
+    names = (name for name in ('chunks', 'sections', 'indices_or_sections') if name in kwargs)
+    count = args[1] if len(args) > 1 else kwargs[next(names)]
     if axis is None:
         return
-    if len(axis) % len(out) or len({t.shape[dim] for t in out}) > 1:
-        run.freeze(axis, f'a dimension cut into unequal chunks in {run.where}')
+    lengths = [t.shape[dim] for t in out]
+    if isinstance(count, int) and as_int(count) == len(out) and min(lengths):
+        _tie_pieces(run, axis.atoms, lengths)
     else:
-        _tie_pieces(run, axis.atoms, len(out))
+        run.freeze(axis, f'a dimension cut into unequal chunks in {run.where}')
 
 
 @handles('split', 'split_with_sizes')  # split(size or sizes, dim=0)
@@ -123,11 +134,8 @@ def _split(run: Run, args: Any, kwargs: Any, out: Sequence[Tensor]) -> None:
     if axis is None:
         return
     if isinstance(sizes, int):
-        if len(axis) % len(out) == 0 and len({t.shape[dim] for t in out}) == 1:
-            _tie_pieces(run, axis.atoms, len(out))
-            equation(run, sizes, axis.atoms[: as_int(sizes)], spot(argument(1), 0))
-        else:
-            run.freeze(axis, f'a dimension split into unequal pieces in {run.where}')
+        _tie_pieces(run, axis.atoms, [t.shape[dim] for t in out])
+        equation(run, sizes, axis.atoms[: as_int(sizes)], spot(argument(1), 0))
         return
     start, places = 0, Sizes(list(sizes), 1)
     for i, size in enumerate(sizes):
@@ -171,7 +179,7 @@ def _bound(run: Run, axis: Axis, value: Any, where: Spot | None) -> None:
     place = as_int(value) % n
     expr = expression(value)
     if place and n % place == 0 and any(np.array_equal(run.atoms_of(w), axis.atoms) for w in leaves(expr, Live)):
-        _tie_pieces(run, axis.atoms, n // place)  # x[:, : x.shape[1] // 2]
+        _tie_pieces(run, axis.atoms, [place] * (n // place))  # x[:, : x.shape[1] // 2]
     if as_int(value) < 0:
         flipped = TracedInt.of(-as_int(value), Op('-', 0, expr), run) if isinstance(value, TracedInt) else -value
         equation(run, flipped, axis.atoms[place:], where)

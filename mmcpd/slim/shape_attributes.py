@@ -39,6 +39,7 @@ def _layer_norm(module: Any, new: Shapes) -> dict[str, Any]:
 SHAPE_ATTRS: list[tuple[type, Callable[[Any, Shapes], dict[str, Any]]]] = [
     (_ConvNd, _conv),
     (nn.Linear, _sizes('out_features', 'in_features')),
+    (nn.Bilinear, _sizes('out_features', 'in1_features', 'in2_features')),
     (_NormBase, _sizes('num_features')),
     (nn.LayerNorm, _layer_norm),
     (nn.RMSNorm, _layer_norm),

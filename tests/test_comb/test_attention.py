@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mmcpd.comb import comb
 from mmcpd.slim import slim
 from mmcpd.slim.attention import SlimMultiheadAttention
-from tests.helpers import Net, call, check_equal, gap, masked, rows, strided
+from tests.exact import exact
+from tests.helpers import Net, call, check_equal, gap, masked, randomise_, rows, sample, strided
 from tests.toys import Toy, check_toy, combed
 
 TOKENS = ((2, 5, 3),)
@@ -299,3 +301,22 @@ def test_a_window_attention_whose_heads_go_takes_its_bias_table_along():
     assert 'table' in {m.tensor for m in found.group('qkv').members}
     _, found = check_toy(Toy(Window, TOKENS, {'qkv': 2, 'proj': 4}))
     assert 'table' not in {m.tensor for m in found.group('qkv').members}
+
+
+class Efficient(nn.Module):
+    """Keys meet values first: queries are a softmax over channels, keys one over tokens."""
+
+    def __init__(self, over=-1):
+        super().__init__()
+        self.q, self.k, self.v, self.fc, self.over = *(nn.Linear(3, 6) for _ in range(3)), nn.Linear(6, 2), over
+
+    def forward(self, x):
+        q, k, v = self.q(x).softmax(self.over), self.k(x).softmax(-2), self.v(x)
+        return self.fc(q @ (k.mT @ v))
+
+
+def test_a_softmax_over_the_kept_channels_is_zero_elsewhere():
+    exact(Efficient(), sample((2, 5, 3)), {'q': 6, 'v': 6})
+    found = comb(randomise_(Efficient(-2)), sample((2, 5, 3)), trial=False)  # over tokens it is zero nowhere
+    assert [g.name for g in found.groups] == ['v']
+    assert 'bmm sums over channels that are not zero where a unit is removed, in the model itself' in found.reasons()

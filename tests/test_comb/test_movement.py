@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mmcpd.comb import comb
 from mmcpd.slim import slim
 from tests.exact import exact
-from tests.helpers import Net, rows, sample, strided
+from tests.helpers import Net, randomise_, rows, sample, strided
 from tests.toys import Toy, check_toy, pooled
 
 IMAGE = ((2, 3, 4, 4),)
@@ -99,18 +100,47 @@ def test_a_literal_cannot_follow_and_freezes(name):
     check_toy(toy)
 
 
-def test_unequal_chunks_freeze():
-    toy = pieces(lambda m, x: x.chunk(3, 1)[:2], 3, 3)
-    toy.groups, toy.members = {'left': 5}, {}
-    toy.frozen = {'stem.weight:0': 'a dimension cut into unequal chunks'}
-    check_toy(toy)
+class Uneven(nn.Module):
+    """Layers for pieces of the channels of which some are shorter."""
+
+    def __init__(self, cut, width, size=0):
+        super().__init__()
+        self.stem, self.cut, self.size = nn.Linear(3, width), cut, size
+        self.layers = nn.ModuleList(nn.Linear(piece.shape[-1], 4) for piece in cut(self, torch.ones(1, width)))
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, x):
+        pieces = self.cut(self, self.stem(x).tanh())
+        return self.fc(sum(layer(piece).sin() for layer, piece in zip(self.layers, pieces, strict=True)))
 
 
-def test_unequal_split_by_one_size_freezes():
-    toy = pieces(lambda m, x: x.split(m.width, 1)[1:], 3, 2, width=3)
-    toy.groups, toy.members = {'left': 5}, {}
-    toy.frozen = {'stem.weight:0': 'a dimension split into unequal pieces'}
-    check_toy(toy)
+SHORTER = {  # width, size, units of the groups
+    'chunks of 6, 6 and 4': (lambda m, x: x.chunk(3, -1), 16, 0, {'stem': 4, 'stem#2': 2}),
+    'chunks of 5, 5, 5 and 2': (lambda m, x: x.chunk(dim=-1, chunks=4), 17, 0, {'stem': 2, 'stem#2': 3}),
+    'split in 6, 6 and 4': (lambda m, x: x.split(m.size, -1), 16, 6, {'stem': 4, 'stem#2': 2}),
+    'split in 7 and 3': (lambda m, x: torch.split(x, m.size, dim=-1), 10, 7, {'stem': 3, 'stem#2': 4}),
+    'tensors of 4, 4 and 3': (lambda m, x: x.tensor_split(3, -1), 11, 0, {'stem': 3}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', SHORTER)
+def test_a_shorter_piece_stays_with_the_first_positions_of_the_others(name):
+    cut, width, size, groups = SHORTER[name]
+    found = exact(Uneven(cut, width, size), sample((2, 5, 3)), {'layers.0': 4} | groups)
+    assert all('cut into' not in reason for reason in found.reasons())
+
+
+REFUSED = {
+    'fewer chunks than were asked for': lambda m, x: x.chunk(4, -1),
+    'at positions': lambda m, x: x.tensor_split((2, 5), -1),
+}
+
+
+@pytest.mark.parametrize('name', REFUSED)
+def test_pieces_that_would_be_others_freeze(name):
+    found = comb(randomise_(Uneven(REFUSED[name], 9)), sample((2, 5, 3)), trial=False)
+    assert {g.name for g in found.groups} == {'layers.0'}
+    assert 'a dimension cut into unequal chunks in the model itself' in found.reasons()
 
 
 def test_the_attributes_of_a_split_follow():

@@ -143,9 +143,17 @@ def helper(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return sdpa(q.mean(2, keepdim=True), k, v)
 
 
+BY_NUMBER = [helper]  # a function that no method names
+
+
 class InAHelper(Attention):
     def attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return helper(q, k, v)
+
+
+class InATable(Attention):
+    def attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return BY_NUMBER[0](q, k, v)
 
 
 class BehindOptions(Attention):
@@ -155,7 +163,7 @@ class BehindOptions(Attention):
 
 
 FOLDED = (Plain, Twice, Depthwise)
-FROZEN = (InAHelper, BehindOptions)
+FROZEN = (InATable, BehindOptions)
 IN_THE_CALL = tuple(kind for kind in Attention.__subclasses__() if kind not in FOLDED + FROZEN)
 
 

@@ -101,7 +101,7 @@ class Tokens(nn.Module):
     def __init__(self, change) -> None:
         super().__init__()
         self.a, self.b, self.change, self.dim = nn.Linear(3, 8), nn.Linear(8, 2), change, 8
-        self.token = nn.Parameter(torch.rand(8))
+        self.token, self.size = nn.Parameter(torch.rand(8)), (2, 2)
 
     def forward(self, x):
         return self.b(self.change(self, self.a(x)))
@@ -134,6 +134,15 @@ def places_of(m, y):
     return y[rows, columns]
 
 
+def by_level(m, y):
+    """Write pictures (N, C, 2, 2) of two levels, one of them empty, into one tensor, as pooling by levels does."""
+    pictures = y[0, :, :, None, None].expand(-1, -1, 2, 2) * torch.ones(2, 2, dtype=y.dtype)
+    result = torch.zeros((5, y.shape[-1], *m.size), dtype=y.dtype)
+    for level in (torch.arange(5), torch.arange(0)):
+        result[level] = pictures[level]
+    return result
+
+
 CHANGES = {
     'scatter_add': lambda m, y: y.new_zeros(2, 3, m.dim).scatter_add(1, PLACES[None, :, None].expand(2, -1, m.dim), y),
     'scatter': lambda m, y: torch.zeros(2, 3, y.shape[-1], dtype=y.dtype).scatter_(
@@ -147,6 +156,7 @@ CHANGES = {
     'index_put': lambda m, y: torch.zeros(2, 3, m.dim, dtype=y.dtype).index_put(
         (torch.tensor([0, 1]), torch.tensor([2, 0])), y[:, 0]),
     'index_put, added': lambda m, y: y.index_put((torch.tensor([0, 1]), PLACES[:2]), y[:, 3], accumulate=True),
+    'index_put, of pictures by level': lambda m, y: by_level(m, y).flatten(2).mean(-1)[None],
     'written': written,
     'a token for masked ones': with_token,
     'masked_fill': lambda m, y: y.masked_fill(SOME[None, :, None], 0.0),

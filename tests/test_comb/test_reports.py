@@ -88,11 +88,14 @@ class Fixed(nn.Module):
     """Asks for a width in figures, in a function that is no method of a module."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return folded(x)
+        return BY_NUMBER[0](x)
 
 
 def folded(x: Tensor) -> Tensor:
     return x.view(len(x), 2, 4).flip(1).reshape(len(x), 8)
+
+
+BY_NUMBER = [folded]  # a function that no method names: no number can be written into a copy of it
 
 
 def blocks() -> nn.Module:
@@ -117,7 +120,7 @@ class Breaks(nn.Module):
     """Runs with all of its channels only."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if int(x.detach().sum(0).numel()) != 8:
+        if len(x.detach().sum(0)) != 8:
             raise ValueError('eight channels')
         return x * 1.5 + x.view(-1, x.shape[1])
 

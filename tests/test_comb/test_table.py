@@ -94,6 +94,8 @@ CALLS = [
     *pair(torch.sub, 'sub'),
     *each(lambda x: x - 1, 'sub'),
     *pair(torch.rsub, 'rsub'),
+    *pair(lambda x, y: torch.complex(x, y).abs(), 'complex'),
+    *each(torch.angle, 'angle'),
     *each(lambda x: 1 - x, 'rsub'),
     *pair(torch.maximum, 'maximum'),
     *pair(torch.minimum, 'minimum'),

@@ -71,7 +71,9 @@ def _step(run: Run, call: Call, dim: int, axis: Axis) -> None:
 
 def _moved(call: Call, source: Tensor, labels: Tensor) -> list[Tensor]:
     """Run an operation on labels, which are on the CPU: an index or a mask is fetched there."""
-    args, kwargs = map_tensors((list(call.args), call.kwargs), lambda t: labels if t is source else t.cpu())
+    nothing = call.op == 'index' and source.numel() and not call.out.numel()
+    fetched = some if nothing else Tensor.cpu
+    args, kwargs = map_tensors((list(call.args), call.kwargs), lambda t: labels if t is source else fetched(t))
     kwargs = {name: value for name, value in kwargs.items() if name != 'device'}
     if call.op == 'constant_pad_nd':
         args = [*args[:2], FIXED]
@@ -81,6 +83,14 @@ def _moved(call: Call, source: Tensor, labels: Tensor) -> list[Tensor]:
         return [call.func(args[0].double(), *args[1:], **kwargs).to(torch.int32)]
     moved = call.func(*args, **kwargs)
     return [moved] if isinstance(moved, Tensor) else list(moved)
+
+
+def some(index: Tensor) -> Tensor:
+    """Return an index that picks something, on the CPU: what one that picks nothing would have met is the same."""
+    index = index.cpu()
+    if index.dtype in (torch.bool, torch.uint8):
+        return index if index.any() else torch.ones_like(index)
+    return index if index.numel() else index.new_zeros((1,) * index.dim())
 
 
 def _varying(labels: Tensor) -> tuple[Tensor, list[int]]:

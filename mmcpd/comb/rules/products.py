@@ -64,7 +64,7 @@ def convolution(run: Run, call: Call) -> None:
     into, out = (w_axes[0], w_axes[1]) if transposed else (w_axes[1], w_axes[0])
     if groups == 1:
         if x.shape[len(lead) - 1] > 1:
-            _contract(run, channel, into, what, x)
+            contract(run, channel, into, what, x)
     else:
         widths = x.shape[len(lead) - 1], call.out.shape[len(lead) - 1]
         out = _grouped(run, x, channel, weight, groups, transposed, widths)
@@ -122,7 +122,7 @@ def _inside(run: Run, x: Tensor, channel: Axis | None, weight: Axes, groups: int
     if channel is not None:
         run.tie(channel.atoms.reshape(groups, -1).T)
         each = Axis(channel.atoms[: len(channel) // groups], channel.zero)
-        _contract(run, each, read and Axis(read.atoms[: len(each)], weight=True), 'a convolution', x)
+        contract(run, each, read and Axis(read.atoms[: len(each)], weight=True), 'a convolution', x)
         run.role(read, Role.CONSUMER)
     else:
         run.freeze(read, f'{run.origin(x)} (read by {run.where})')
@@ -130,7 +130,7 @@ def _inside(run: Run, x: Tensor, channel: Axis | None, weight: Axes, groups: int
     return made and (Axis(np.tile(made.atoms, groups)) if transposed else made)
 
 
-def _contract(run: Run, left: Axis | None, right: Axis | None, what: str, read: Tensor) -> None:
+def contract(run: Run, left: Axis | None, right: Axis | None, what: str, read: Tensor) -> None:
     """Sum over two axes: they are equal, and one factor must be zero where a unit is removed.
 
     `read` is the activation that meets the weight, to say whose channels they are.
@@ -154,7 +154,7 @@ def _product(run: Run, call: Call, left: Tensor, right: Tensor, bias: Tensor | N
     """Multiply matrices (..., M, K) and (..., K, N); leading dimensions meet point-wise."""
     a, b = run.axes(left), run.axes(right)
     a, b = (a if left.dim() > 1 else (None, *a)), (b if right.dim() > 1 else (*b, None))
-    _contract(run, a[-1], b[-2], call.op, right if any(axis and axis.weight for axis in a) else left)
+    contract(run, a[-1], b[-2], call.op, right if any(axis and axis.weight for axis in a) else left)
     lead: list[Axis | None] = []
     for x, y in zip(a[:-2], b[:-2], strict=True):
         if (x is None) != (y is None) or x is not None:
@@ -213,7 +213,7 @@ def linear(run: Run, call: Call) -> None:
     # linear(input, weight, bias)
     x, weight, bias = call.named['input'], call.named['weight'], call.named.get('bias')
     axes, (out, into) = run.axes(x), run.axes(weight)
-    _contract(run, axes[-1], into, call.op, x)
+    contract(run, axes[-1], into, call.op, x)
     if out is not None:
         run.role(out, Role.PRODUCER)
         out = out.activation(True)
@@ -250,7 +250,7 @@ def attention(run: Run, call: Call) -> None:
     q, k, v = run.axes(query), run.axes(key), run.axes(value)
     out: Tensor = call.out[0]
     _per_head(run, q, k, v)
-    _contract(run, q[-1], k[-1], 'attention', key if k[-1] is None else query)
+    contract(run, q[-1], k[-1], 'attention', key if k[-1] is None else query)
     run.freeze_each((q[-2], k[-2], v[-2]), 'a token dimension')
     lead: list[Axis | None] = []
     for x, y, z in zip(q[:-2], k[:-2], v[:-2], strict=True):

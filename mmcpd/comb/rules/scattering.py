@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..atoms import Axis, along
 from ..trace import Call, Run
-from .movement import place
+from .movement import place, some
 
 
 def scatter(run: Run, call: Call) -> None:
@@ -67,7 +67,7 @@ def index_put(run: Run, call: Call) -> None:
             run.freeze(axis, f'written to by a fixed index ({call.op}) in {run.where}')
             result[d] = None
         elif axis is not None:
-            labels = torch.ops.aten.index(along(axis, d, into.shape), [i if i is None else i.cpu() for i in indices])
+            labels = torch.ops.aten.index(along(axis, d, into.shape), [i if i is None else some(i) for i in indices])
             found: list[Axis | None] = [None] * labels.dim()
             if labels.numel():
                 place(run, call, axis, labels, found)
@@ -80,11 +80,13 @@ def index_put(run: Run, call: Call) -> None:
     run.set(call.out, result)
 
 
-def _overwritten(run: Run, call: Call, axis: Axis, found: Axis | None, values: Tensor, back: int) -> Axis:
+def _overwritten(run: Run, call: Call, axis: Axis, found: Axis | None, values: Tensor, back: int) -> Axis | None:
     """Return the axis of what values were written into; a value for all channels is one that is zero nowhere."""
     own = run.axes(values)[-back] if values.dim() >= back else None
     if values.dim() >= back and values.shape[-back] > 1 and (own is not None or values.stride(-back)):
         run.equate(found, own, call.op)
+        if own is None:
+            return None
     zero = own.zero if own is not None else not values.dim() and _is_zero(values)
     return axis.activation(axis.zero and zero)
 

@@ -63,7 +63,8 @@ def softmax(run: Run, call: Call) -> None:
         run.over_kept(axis, dim - len(axes), len(axis), 'softmax')
     else:
         run.statistic(None, dim - len(axes), call.out.shape[dim])
-    run.set(call.out, tuple(a and a.activation(False) for a in axes))
+    # Taken over the kept channels alone it is zero elsewhere; over tokens each removed channel has its own.
+    run.set(call.out, tuple(a and a.activation(d == dim) for d, a in enumerate(axes)))
 
 
 # -- normalisation -----------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
+from .bilinear import trilinear
 from .movement import cat, channel_shuffle, col2im, glu, im2col, movement, triangle
 from .pointwise import (
     Rule,
@@ -32,6 +33,7 @@ from .products import add_product, attention, convolution, embedding, grid_sampl
 from .recurrent import fused_cell, packed
 from .regions import cell_pool, chosen, deformable, region_pool, unpool
 from .scattering import index_put, scatter
+from .spectra import as_complex, as_real, fourier
 from .statistics import batch_norm, group_norm, layer_norm, reduction, softmax, weight_norm
 
 
@@ -114,7 +116,12 @@ OPERATIONS: dict[str, Operation] = {
     'dot': op(product, counted=True), 'vdot': op(product, counted=True), 'addmm': plain(add_product, counted=True),
     'baddbmm': op(add_product, counted=True), 'addmv': op(add_product, counted=True),
     'linear': op(linear, counted=True), 'embedding': op(embedding),
-    '_sparse_addmm': op(sparse_product, counted=True),
+    '_sparse_addmm': op(sparse_product, counted=True), '_trilinear': op(trilinear, counted=True),
+    # -- Fourier transforms and complex numbers
+    '_fft_r2c': op(fourier), '_fft_c2r': op(fourier), '_fft_c2c': op(fourier), 'view_as_complex': op(as_complex),
+    'view_as_real': op(as_real), '_conj': op(same), '_conj_physical': op(same), 'conj_physical': op(same),
+    '_neg_view': op(same), 'complex': op(pointwise(all_summands)),
+    'angle': op(pointwise(stays)),
     # -- attention
     '_scaled_dot_product_flash_attention_for_cpu': op(attention, counted=True),
     '_scaled_dot_product_flash_attention': op(attention, counted=True),
