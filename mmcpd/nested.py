@@ -26,18 +26,17 @@ def named_tensors_in(value: Any) -> dict[str, Tensor]:
         ['loss', 'boxes.0']
     """
     found: dict[str, Tensor] = {}
-    seen: set[int] = set()
-
-    def visit(part: Any, path: str) -> None:
-        if isinstance(part, Tensor):
-            found[path] = part
-        elif id(part) not in seen and (children := _children(part)) is not None:
-            seen.add(id(part))
-            for name, child in children:
-                visit(child, f'{path}.{name}' if path else str(name))
-
-    visit(value, '')
+    _visit(value, '', found, set())
     return found
+
+
+def _visit(part: Any, path: str, found: dict[str, Tensor], seen: set[int]) -> None:
+    if isinstance(part, Tensor):
+        found[path] = part
+    elif id(part) not in seen and (children := _children(part)) is not None:
+        seen.add(id(part))
+        for name, child in children:
+            _visit(child, f'{path}.{name}' if path else str(name), found, seen)
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -158,21 +158,26 @@ def _meet(run: Run, name: str, values: Any) -> None:
         run.ran.meet(name, [axis for tensor in tensors_in(values) for axis in run.axes(tensor)])
 
 
+class _NotedApply:
+    """The `apply` of functions with a backward of their own, which notes that it ran."""
+
+    def __init__(self, notes: set[Note], apply: Any) -> None:
+        self.notes, self.apply = notes, apply
+
+    def __get__(self, _: None, kind: Any) -> Any:
+        return partial(self._noted, kind)  # called from C, so that the caller's instruction is what it is without
+
+    def _noted(self, kind: Any, *args: Any, **kwargs: Any) -> Any:
+        self.notes.add(Note.OWN_BACKWARD)
+        return self.apply.__get__(None, kind)(*args, **kwargs)
+
+
 @contextmanager
 def _own_backwards(run: Run) -> Iterator[None]:
     """Note when a function runs that has a backward of its own; `checkpoint` is one of them."""
     function: Any = torch.autograd.Function
     apply = vars(function)['apply']
-
-    def noted(kind: Any, *args: Any, **kwargs: Any) -> Any:
-        run.record.notes.add(Note.OWN_BACKWARD)
-        return apply.__get__(None, kind)(*args, **kwargs)
-
-    class Noted:
-        def __get__(self, _: None, kind: Any) -> Any:
-            return partial(noted, kind)  # called from C, so that the caller's instruction is what it is without
-
-    function.apply = Noted()
+    function.apply = _NotedApply(run.record.notes, apply)
     try:
         yield
     finally:

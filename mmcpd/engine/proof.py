@@ -17,6 +17,7 @@ from mmcpd.errors import ProofError, SlimError, first_line
 from mmcpd.nested import map_tensors, named_tensors_in
 from mmcpd.random_state import seeded
 from mmcpd.slim.compare import difference, evaluating
+from mmcpd.slim.copying import restored
 from mmcpd.slim.trial import FAILURES, double, doubled
 
 TOLERANCE = {'float32': 1e-3, 'float64': 1e-9}  # of the largest value of each output
@@ -77,7 +78,7 @@ def _preprocessed(model: nn.Module, batch: Any) -> Any:
 
 def _fault(model: nn.Module, fresh: nn.Module, ours: Any, theirs: Any, each: Pass, kind: str) -> str | None:
     """Return how the second model differs from the first, or None where it does not."""
-    with evaluating(model), evaluating(fresh):
+    with restored(model), restored(fresh), evaluating(model), evaluating(fresh):
         with seeded(0):
             expected = named_tensors_in(each(model, ours))
         try:

@@ -19,8 +19,8 @@ from mmcpd.engine.wrappers import student_config, trained_config, type_name
 from mmcpd.errors import SlimError, first_line
 from mmcpd.registry import MODELS
 from mmcpd.slim import restructure_
-from mmcpd.slim.check_structure import KEYS, all_tensors, check_structure
-from mmcpd.slim.weights import is_extra_state, set_weights_, weights
+from mmcpd.slim.check_structure import KEYS, check_structure
+from mmcpd.slim.weights import all_tensors, is_extra_state, set_weights_, weights
 
 
 def build_trained(config: ConfigLike) -> nn.Module:

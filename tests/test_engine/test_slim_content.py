@@ -154,7 +154,7 @@ class Picky(nn.Module):
 
 
 def test_what_a_model_raises_at_an_extra_state_is_one_line(tmp_path):
-    plan = {key: {} for key in ('tensors', 'added', 'shared', 'attributes', 'replaced', 'rewritten')}
+    plan = {key: {} for key in ('tensors', 'added', 'shared', 'attributes', 'replaced', 'rewritten', 'rows')}
     save_slim(tmp_path / 'slim.pth', Picky(), plan, {})
     content = torch.load(tmp_path / 'slim.pth', weights_only=True)
     assert cut_to_(Picky(), read_slim(tmp_path / 'slim.pth'), 'slim.pth').steps == 3
