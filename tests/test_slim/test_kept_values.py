@@ -131,12 +131,12 @@ def state(model: Writes) -> list[object]:
 
 
 def combing(model: Writes) -> None:
-    coupling = comb(model, TOKENS)
+    coupling = comb(model, TOKENS, unused='leave')
     assert 'first' in [group.name for group in coupling.groups] and not coupling.untried, str(coupling)
 
 
 def comparing(model: Writes) -> None:
-    coupling = comb(copy.deepcopy(model), TOKENS)
+    coupling = comb(copy.deepcopy(model), TOKENS, unused='leave')
     before = state(model)
     keep = random_keep(coupling, 0.6, 0)
     small = slim(model, coupling, keep)
