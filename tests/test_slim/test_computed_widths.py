@@ -114,11 +114,14 @@ def shrink(x, width):
     return x * width**-0.5
 
 
+SHRINKING = [shrink]  # a function that no method names
+
+
 class Helped(nn.Conv2d):
-    """A width that a function outside the class computes with."""
+    """A width that a function computes with which is out of a table."""
 
     def forward(self, x):
-        return shrink(nn.Conv2d.forward(self, x), self.out_channels)
+        return SHRINKING[0](nn.Conv2d.forward(self, x), self.out_channels)
 
 
 def scaled(kind):

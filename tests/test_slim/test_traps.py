@@ -64,6 +64,9 @@ def attention(q, k, v):
     return (q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))).softmax(-1) @ v
 
 
+ATTENTIONS = [attention]  # where no method names it
+
+
 class Attention(nn.Module):
     def __init__(self, width=32, heads=4):
         super().__init__()
@@ -74,7 +77,7 @@ class Attention(nn.Module):
     def forward(self, x):
         batch, tokens, _ = x.shape
         q, k, v = self.qkv(x).reshape(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        return self.proj(attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.proj(ATTENTIONS[0](q, k, v).transpose(1, 2).flatten(2))
 
 
 @pytest.mark.parametrize('scale', [1.0, 1e-6, 0.0])
