@@ -95,6 +95,14 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Directions:
+    """Rows that the forward divides by their norm, and multiplies by a scale of their own, which masking makes zero."""
+
+    tensor: str
+    dim: int
+
+
+@dataclass(frozen=True)
 class QueryScale:
     """A query whose forward divides by the square root of its own width; its rows take up the difference."""
 
@@ -120,3 +128,4 @@ class Fixes:
     sizes: tuple[SizeRule, ...] = ()  # that a forward asks for
     constants: tuple[SizeRule, ...] = ()  # widths that a forward computes with, to stay as in the dense model
     equalities: tuple[Equality, ...] = ()  # that must hold afterwards
+    directions: tuple[Directions, ...] = ()  # that masking leaves as they are: of zeros there is none

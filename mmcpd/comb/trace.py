@@ -189,6 +189,13 @@ class Run:
         if axis is not None:
             self.record.summed.append(axis.atoms)
 
+    def directions(self, axis: Axis) -> bool:
+        """Note rows that are divided by their norm; say whether they are those of a parameter, which can be noted."""
+        held = any(row.size == len(axis) and row.start == axis.atoms[0] for row in self.record.table.rows)
+        if whole := held and bool((np.diff(axis.atoms) == 1).all()):
+            self.record.directions.append(axis.atoms)
+        return whole
+
     def gate(self, axis: Axis) -> None:
         """Note the producer of one factor of a product of two activations."""
         self.record.gates.append(axis.all_atoms())

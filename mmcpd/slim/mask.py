@@ -185,10 +185,13 @@ class Masker:
         if self._flat is None or not torch.equal(flat, self._flat):
             self._masked = []
             modules = dict(self.model.named_modules())
+            directions = {(each.tensor, each.dim) for each in self.coupling.fixes.directions}
             for name, dims in kept_rows(self.coupling, keep).items():
                 path, _, attribute = name.rpartition('.')
                 place = TensorPlace(modules[path], attribute)
                 for dim, live in dims.items():
+                    if (name, dim) in directions:
+                        continue
                     tensor = writable_(place.tensor)
                     shape = [1] * tensor.dim()
                     shape[dim] = -1

@@ -99,9 +99,35 @@ def test_spectral_norm(norm, kind):
 
 @pytest.mark.parametrize('norm', [weight_norm, parametrizations.weight_norm])
 @pytest.mark.filterwarnings('ignore:.*weight_norm.* is deprecated')
-def test_a_weight_norm_leaves_its_inputs_free(norm):
-    parts = {'a': nn.Conv2d(3, 6, 3), 'b': norm(nn.Conv2d(6, 8, 3)), 'c': nn.Conv2d(8, 2, 1)}
-    found = exact(Net(lambda m, x: m.c(m.b(m.a(x).relu()).relu()), **parts), X, {'a': 6})
+@pytest.mark.parametrize('kind', ['conv', 'linear', 'two'])
+def test_weight_norm(norm, kind):
+    if kind == 'linear':
+        parts = {'a': nn.Linear(3, 6), 'b': norm(nn.Linear(6, 8)), 'c': nn.Linear(8, 2)}
+    else:
+        first = norm(nn.Conv2d(3, 6, 3)) if kind == 'two' else nn.Conv2d(3, 6, 3)
+        parts = {'a': first, 'b': norm(nn.Conv2d(6, 8, 3)), 'c': nn.Conv2d(8, 2, 1)}
+    model = Net(lambda m, x: m.c(m.b(m.a(x).relu()).relu()), **parts)
+    inputs = TOKENS if kind == 'linear' else X
+    found = comb(randomise_(model), inputs, trial=False)
+    assert sorted(group.units for group in found.groups) == [6, 8] and not found.unsupported
+    exact(model, inputs, {group.name: group.units for group in found.groups})
+    assert not [frozen for frozen in comb(model, inputs).frozen if 'trial' in frozen.reason]
+
+
+class Steered(nn.Linear):
+    """A weight norm of what is computed from a parameter."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.scale = nn.Parameter(torch.ones(outputs, 1))
+
+    def forward(self, x):
+        return F.linear(x, torch._weight_norm(self.weight.flip(0), self.scale, 0))
+
+
+def test_a_weight_norm_of_other_rows_freezes_them():
+    model = Net(lambda m, x: m.c(m.b(m.a(x)).relu()), a=nn.Linear(3, 6), b=Steered(6, 8), c=nn.Linear(8, 2))
+    found = comb(randomise_(model), TOKENS, trial=False, unused='leave')
     assert any('a weight norm divides by the norm of a unit' in why for why in found.reasons())
 
 

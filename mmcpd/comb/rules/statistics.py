@@ -154,8 +154,9 @@ def weight_norm(run: Run, call: Call) -> None:
     # _weight_norm_interface(v, g, dim=0): v * (g / norm of v over all dimensions but `dim`), which zeros do not change
     v: Tensor = call.named['v']
     axes, dim = list(run.axes(v)), int(call.named.get('dim', 0)) % v.dim()
-    own = run.axes(call.named['g'])[dim]
-    if axes[dim] is not None and own is not None:
-        run.equate(axes[dim], own, 'a weight norm')
-    run.freeze(axes[dim], f'a weight norm divides by the norm of a unit, zero where it is removed, in {run.where}')
+    rows, own = axes[dim], run.axes(call.named['g'])[dim]
+    if rows is not None and own is not None:
+        run.equate(rows, own, 'a weight norm')
+    if rows is not None and (own is None or not run.directions(rows)):
+        run.freeze(rows, f'a weight norm divides by the norm of a unit, zero where it is removed, in {run.where}')
     run.set(call.out[0], axes)
