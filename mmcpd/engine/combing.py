@@ -14,6 +14,7 @@ from mmcpd.comb import comb
 from mmcpd.coupling import Coupling
 from mmcpd.engine.build import hook_options
 from mmcpd.engine.examples import example_data, picture_of
+from mmcpd.engine.operators import followed
 from mmcpd.engine.passes import TESTING, TRAINING, deployed_pass, never_ran, runs
 from mmcpd.engine.samples import Samples
 from mmcpd.engine.wrappers import bare_model
@@ -56,14 +57,15 @@ def comb_passes(model: nn.Module, data: Any, **options: Any) -> Coupling:
     """
     device = next(model.parameters()).device
     data = map_tensors(data, lambda tensor: tensor.to(device))
-    deployed = deployed_pass(model, data)
-    coupling, also = comb(model, (data,), forward=deployed, **options), []
-    for each in (TESTING, TRAINING):
-        if each == deployed or runs(model, data, each) is not None:
-            continue
-        if disagreement(model, coupling, each) is not None:
-            also.append(each)
-            coupling = comb(model, (data,), forward=deployed, also=also, **options)
+    deployed, also = deployed_pass(model, data), []
+    with followed():
+        coupling = comb(model, (data,), forward=deployed, **options)
+        for each in (TESTING, TRAINING):
+            if each == deployed or runs(model, data, each) is not None:
+                continue
+            if disagreement(model, coupling, each) is not None:
+                also.append(each)
+                coupling = comb(model, (data,), forward=deployed, also=also, **options)
     if unused := never_ran(model, coupling.example):
         shown = in_short(unused, 5)
         advice = 'if anything calls them later, name the groups that feed them in ignore=[...]'

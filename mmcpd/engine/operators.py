@@ -97,9 +97,7 @@ def roi_pool_backward(
 ) -> None:  # fmt: skip
     size = (pooled_height, pooled_width)
     rois = rois.type_as(gradient)
-    grad_picture.copy_(
-        vision()._roi_pool_backward(gradient, rois, argmax, spatial_scale, *size, *grad_picture.shape)
-    )
+    grad_picture.copy_(vision()._roi_pool_backward(gradient, rois, argmax, spatial_scale, *size, *grad_picture.shape))
 
 
 # -- deformable convolutions -------------------------------------------------------------------------------------------
@@ -157,7 +155,7 @@ def deform_conv_backward_parameters(
     fill_gradients(lambda w: _deformed(x, w, offset, none, none, given), [grad_weight], gradient, [grad_weight])
 
 
-# -- what mmcv computes by itself on the CPU, and detectors do on a GPU ---------------------------------------------------
+# -- what mmcv computes by itself on the CPU only ------------------------------------------------------------------------
 @operator
 def ms_deform_attn_forward(
     value: Tensor, shapes: Tensor, _starts: Tensor, places: Tensor, weights: Tensor, im2col_step: int
@@ -212,7 +210,7 @@ def fill_gradients(
             target.copy_(value)
 
 
-# -- the module that mmcv imports ---------------------------------------------------------------------------------------
+# -- the module that mmcv imports --------------------------------------------------------------------------------------
 class StandIn(ModuleType):
     """`mmcv._ext` by torchvision; what it lacks is taken from the compiled module, or raises one line when called."""
 

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
 from mmcpd.coupling import Example
+from mmcpd.engine.proposals import fixed_proposals
 from mmcpd.errors import first_line
 from mmcpd.modes import modes_kept
 from mmcpd.nested import tensors_in
@@ -49,7 +50,18 @@ DEPLOYED, TESTING, TRAINING = Pass('tensor'), Pass('predict'), Pass('loss')
 
 
 def call(model: nn.Module, data: Any, mode: str) -> Any:
-    """Call a model as MMEngine does, with copies of the samples, which it may write into."""
+    """Call a model as MMEngine does, with copies of the samples, which it may write into.
+
+    In mode 'tensor' the second stage of a detector takes fixed boxes, and the first stage's maps follow its outputs.
+    """
+    if mode == 'tensor':
+        with fixed_proposals(model) as maps:
+            out = _called(model, data, mode)
+        return (out, maps) if maps else out
+    return _called(model, data, mode)
+
+
+def _called(model: nn.Module, data: Any, mode: str) -> Any:
     options = {'mode': mode} if hasattr(model, 'data_preprocessor') else {}
     if isinstance(data, Tensor):
         return model(data, **options)
