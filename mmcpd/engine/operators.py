@@ -155,7 +155,7 @@ def deform_conv_backward_parameters(
     fill_gradients(lambda w: _deformed(x, w, offset, none, none, given), [grad_weight], gradient, [grad_weight])
 
 
-# -- what mmcv computes by itself on the CPU only ------------------------------------------------------------------------
+# -- what mmcv computes by itself on the CPU only ----------------------------------------------------------------------
 @operator
 def ms_deform_attn_forward(
     value: Tensor, shapes: Tensor, _starts: Tensor, places: Tensor, weights: Tensor, im2col_step: int
