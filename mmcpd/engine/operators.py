@@ -108,7 +108,8 @@ def _deformed(x: Tensor, weight: Tensor, offset: Tensor, mask: Tensor, bias: Ten
     numbers = [given[name] if name in given else given[other] for name, other in pairs]
     bias = bias if bias.numel() else x.new_zeros(weight.shape[0])
     groups = (given['group'], given['deformable_group'])
-    return vision().deform_conv2d(x, weight, offset, mask, bias, *numbers, *groups, mask.numel() > 0)
+    factors = mask if mask.numel() else x.new_zeros(len(x), 1)
+    return vision().deform_conv2d(x, weight, offset, factors, bias, *numbers, *groups, mask.numel() > 0)
 
 
 @operator
