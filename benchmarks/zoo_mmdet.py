@@ -256,7 +256,7 @@ def count_macs(model: nn.Module, coupling: Coupling) -> int:
     """Count the multiply-accumulates of the deployed pass with torch's own counter."""
     rules = {torch.ops.torchvision.deform_conv2d: deformable_flops}
     with FlopCounterMode(display=False, custom_mapping=rules) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        coupling.example.run(model.eval())
+        coupling.example.run(model.eval().requires_grad_(False))
     return counter.get_total_flops() // 2
 
 

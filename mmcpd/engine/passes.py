@@ -41,7 +41,8 @@ class Pass:
 
     def __call__(self, model: nn.Module, data: Any) -> Any:
         if self.mode != 'loss':
-            return call(model, data, self.mode)
+            with SameType():
+                return call(model, data, self.mode)
         with as_trained(model), WithoutDropout():
             return call(model, data, self.mode)
 
@@ -92,6 +93,15 @@ class WithoutDropout(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return args[0] if func in DROPOUTS and args else func(*args, **(kwargs or {}))
+
+
+class SameType(TorchFunctionMode):
+    """Let `grid_sample` take places of another type than its picture: mmdet's masks are float32 in a float64 model."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.grid_sample and len(args) > 1:
+            args = (args[0], args[1].type_as(args[0]), *args[2:])
+        return func(*args, **(kwargs or {}))
 
 
 def runs(model: nn.Module, data: Any, each: Pass) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any, cast
@@ -143,6 +143,12 @@ def _of_detectors(height: int, width: int) -> Iterator[Any]:
 
 
 MAKERS = {'mmpretrain': _of_classifiers, 'mmseg': _of_segmentors, 'mmdet': _of_detectors}
+
+
+def has_boxes(data: Mapping[str, Any]) -> bool:
+    """Say whether the samples of a batch are a detector's."""
+    samples = data.get('data_samples') or ()
+    return any('gt_instances' in each for each in samples)
 
 
 def resized(sample: Any, old: Sequence[int], new: Sequence[int]) -> Any:
