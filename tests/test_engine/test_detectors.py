@@ -221,9 +221,3 @@ def test_a_model_without_two_stages_is_left_as_it_is():
     with fixed_proposals(model) as maps:
         assert not hasattr(model.rpn_head, 'predict')
     assert maps == []
-
-
-def test_one_config_builds_a_model_twice():
-    cfg, _ = config('detr')  # its head writes into its part of the config
-    first, second = build_dense(cfg), build_dense(cfg)
-    assert first.state_dict().keys() == second.state_dict().keys()
