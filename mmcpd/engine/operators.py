@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from functools import wraps
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -27,10 +27,11 @@ ADVICE = 'install mmcv with compiled operators for this version of torch, or cho
 # The modules of mmcv whose operators combing can only follow through torchvision.
 FOLLOWED = ('nms', 'roi_align', 'roi_pool', 'deform_conv', 'modulated_deform_conv', 'multi_scale_deform_attn', 'focal_loss')  # noqa: E501  # fmt: skip
 Operator: TypeAlias = Callable[..., Tensor | None]
+Kind = TypeVar('Kind', bound=Operator)
 OPERATORS: dict[str, Operator] = {}
 
 
-def operator(function: Operator) -> Operator:
+def operator(function: Kind) -> Kind:
     """Add a function to the table of operators, under its own name, which is the one that mmcv asks for."""
     OPERATORS[function.__name__] = function
     return function
@@ -101,7 +102,9 @@ def roi_pool_backward(
 
 
 # -- deformable convolutions -------------------------------------------------------------------------------------------
-def _deformed(x: Tensor, weight: Tensor, offset: Tensor, mask: Tensor, bias: Tensor, given: dict[str, int]) -> Tensor:
+def _deformed(
+    x: Tensor, weight: Tensor, offset: Tensor, mask: Tensor, bias: Tensor, *, given: dict[str, int]
+) -> Tensor:
     """Run a deformable convolution; an empty mask or bias is none. `given` has the keys of either of mmcv's two."""
     pairs = [('stride_h', 'dH'), ('stride_w', 'dW'), ('pad_h', 'padH'), ('pad_w', 'padW'),
              ('dilation_h', 'dilationH'), ('dilation_w', 'dilationW')]  # fmt: skip
@@ -117,7 +120,7 @@ def modulated_deform_conv_forward(
     x: Tensor, weight: Tensor, bias: Tensor, _ones: Tensor, offset: Tensor, mask: Tensor, output: Tensor,
     _columns: Tensor, **given: int,
 ) -> None:  # fmt: skip
-    output.copy_(_deformed(x, weight, offset, mask, bias, given))
+    output.copy_(_deformed(x, weight, offset, mask, bias, given=given))
 
 
 @operator
@@ -126,7 +129,7 @@ def modulated_deform_conv_backward(
     grad_x: Tensor, grad_weight: Tensor, grad_bias: Tensor, grad_offset: Tensor, grad_mask: Tensor, gradient: Tensor,
     **given: int,
 ) -> None:  # fmt: skip
-    fill_gradients(lambda *inputs: _deformed(*inputs, given), [x, weight, offset, mask, bias], gradient,
+    fill_gradients(lambda *inputs: _deformed(*inputs, given=given), [x, weight, offset, mask, bias], gradient,
                    [grad_x, grad_weight, grad_offset, grad_mask, grad_bias])  # fmt: skip
 
 
@@ -135,7 +138,7 @@ def deform_conv_forward(
     x: Tensor, weight: Tensor, offset: Tensor, output: Tensor, _columns: Tensor, _ones: Tensor, **given: int
 ) -> None:
     none = x.new_zeros(0)
-    output.copy_(_deformed(x, weight, offset, none, none, given))
+    output.copy_(_deformed(x, weight, offset, none, none, given=given))
 
 
 @operator
@@ -144,7 +147,7 @@ def deform_conv_backward_input(
     _columns: Tensor, **given: int,
 ) -> None:  # fmt: skip
     none = x.new_zeros(0)
-    fill_gradients(lambda a, b: _deformed(a, weight, b, none, none, given), [x, offset], gradient,
+    fill_gradients(lambda a, b: _deformed(a, weight, b, none, none, given=given), [x, offset], gradient,
                    [grad_x, grad_offset])  # fmt: skip
 
 
@@ -153,7 +156,7 @@ def deform_conv_backward_parameters(
     x: Tensor, offset: Tensor, gradient: Tensor, grad_weight: Tensor, _columns: Tensor, _ones: Tensor, **given: int
 ) -> None:
     none = x.new_zeros(0)
-    fill_gradients(lambda w: _deformed(x, w, offset, none, none, given), [grad_weight], gradient, [grad_weight])
+    fill_gradients(lambda w: _deformed(x, w, offset, none, none, given=given), [grad_weight], gradient, [grad_weight])
 
 
 # -- what mmcv computes by itself on the CPU only ----------------------------------------------------------------------
