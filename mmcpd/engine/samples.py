@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
-from mmengine.logging import print_log
+from mmengine.logging import MMLogger, print_log
 from mmengine.registry import DATASETS, FUNCTIONS, DefaultScope
 from mmengine.structures import InstanceData, PixelData
 from torch import Tensor, nn
@@ -49,6 +49,7 @@ class Samples:
             loader = cfg.get(name)
             if next(datasets(loader), None) is None:
                 continue
+            MMLogger.get_current_instance()  # made here, or it would write to the redirected output for good
             try:
                 scope = DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmengine'))
                 with scope, redirect_stdout(io.StringIO()):  # COCO's reader prints what it does

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.logging import MMLogger, print_log
 
 import mmcpd.engine  # noqa: F401 - lets mmdet be imported
 from mmcpd.engine.build import build_dense
@@ -221,3 +222,20 @@ def test_a_model_without_two_stages_is_left_as_it_is():
     with fixed_proposals(model) as maps:
         assert not hasattr(model.rpn_head, 'predict')
     assert maps == []
+
+
+def test_reading_data_keeps_the_log_visible(capsys):
+    """COCO's reader prints, which is hidden; a log that is made meanwhile must not write there for good."""
+    name = f'log-{id(capsys)}'
+    data = dict(type='CocoDataset', data_root='nowhere/', ann_file='none.json')
+    before = dict(MMLogger._instance_dict)
+    MMLogger._instance_dict.clear()
+    try:
+        assert Samples.of_config(Config(dict(default_scope='mmdet', test_dataloader=dict(dataset=data)))) is None
+        print_log(name, 'current')
+    finally:
+        MMLogger._instance_dict.clear()
+        MMLogger._instance_dict.update(before)
+    out = capsys.readouterr().out
+    assert name in out
+    assert 'loading annotations' not in out
