@@ -34,6 +34,10 @@ REQUIREMENTS: dict[str, tuple[Requirement, ...]] = {
         Requirement('mmpretrain', ('onedl-mmpretrain', 'mmpretrain'), '1.0.0', '1.3.6'),
         Requirement('mmseg', ('onedl-mmsegmentation', 'mmsegmentation'), '1.0.0', '1.4.2'),
     ),
+    'detection': (
+        Requirement('mmdet', ('onedl-mmdetection', 'mmdet'), '3.0.0', '3.5.1'),
+        Requirement('torchvision', ('torchvision',), '0.19'),  # nms and pooling of regions, where mmcv has none
+    ),
     'deploy': (
         Requirement('onnx', ('onnx',), '1.16'),
         Requirement('onnxruntime', ('onnxruntime', 'onnxruntime-gpu'), '1.17'),
@@ -41,7 +45,8 @@ REQUIREMENTS: dict[str, tuple[Requirement, ...]] = {
     ),
     'demo': (Requirement('sklearn', ('scikit-learn',), '1.3'), Requirement('matplotlib', ('matplotlib',), '3.7')),
 }
-OPTIONAL = ('mmpretrain', 'mmseg')  # checked when they are there; whose models are pruned brings the one it needs
+# Checked when they are there; who prunes models brings the package that the models are of.
+OPTIONAL = ('mmpretrain', 'mmseg', 'mmdet', 'torchvision')
 
 
 def release(text: str) -> tuple[int, ...]:

@@ -10,6 +10,11 @@ import warnings
 from mmcpd.compat import require
 
 require('openmmlab')
+require('detection')
+
+from mmcpd.engine.operators import stand_in  # noqa: E402
+
+stand_in()  # before anything imports mmcv.ops
 
 with warnings.catch_warnings():
     # OneDL's mmcv comes without compiled operators, and says so at each start.
