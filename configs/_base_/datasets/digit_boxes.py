@@ -9,7 +9,7 @@ test_pipeline = [dict(train_pipeline[0], meta_keys=('img_id', 'ori_shape', 'img_
 
 # No workers: a scene takes a few ms, and two cores are better spent on the model.
 train_dataloader = dict(
-    batch_size=16,
+    batch_size=8,
     num_workers=0,
     persistent_workers=False,
     sampler=dict(type='InfiniteSampler', shuffle=True),
