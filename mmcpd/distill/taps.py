@@ -121,7 +121,8 @@ class Taps:
     def _see(self, call: Call, value: Any, of_input: bool) -> None:
         for name, tap in self.taps.items():
             if tap.module == call.module and (tap.part == 'in') == of_input:
-                self.seen.setdefault(name, []).extend(each.clone() for each in _choose(name, tap, value))
+                chosen = [each.clone() for each in _choose(name, tap, value)]
+                self.seen.setdefault(name, []).extend(chosen)
         if self.stop_at and all(len(self.seen.get(name, ())) >= number for name, number in self.stop_at.items()):
             raise Reached
 

