@@ -14,12 +14,14 @@ from mmcpd.comb import comb
 from mmcpd.coupling import Coupling
 from mmcpd.engine.build import hook_options
 from mmcpd.engine.examples import example_data, picture_of
-from mmcpd.engine.passes import TESTING, TRAINING, deployed_pass, never_ran, runs
-from mmcpd.engine.samples import Samples
+from mmcpd.engine.operators import followed
+from mmcpd.engine.passes import TESTING, TRAINING, Pass, deployed_pass, never_ran, runs
+from mmcpd.engine.samples import Samples, has_boxes
 from mmcpd.engine.wrappers import bare_model
 from mmcpd.names import in_short
 from mmcpd.nested import map_tensors
-from mmcpd.slim.trial import disagreement
+from mmcpd.slim import slim
+from mmcpd.slim.trial import disagreement, random_keep
 
 OPTIONS = ('heads', 'ignore', 'strict')  # of `comb` that the hooks have too
 
@@ -56,19 +58,33 @@ def comb_passes(model: nn.Module, data: Any, **options: Any) -> Coupling:
     """
     device = next(model.parameters()).device
     data = map_tensors(data, lambda tensor: tensor.to(device))
-    deployed = deployed_pass(model, data)
-    coupling, also = comb(model, (data,), forward=deployed, **options), []
-    for each in (TESTING, TRAINING):
-        if each == deployed or runs(model, data, each) is not None:
-            continue
-        if disagreement(model, coupling, each) is not None:
-            also.append(each)
-            coupling = comb(model, (data,), forward=deployed, also=also, **options)
+    deployed, also = deployed_pass(model, data), []
+    with followed():
+        coupling = comb(model, (data,), forward=deployed, **options)
+        for each in (TESTING, TRAINING):
+            if each == deployed or runs(model, data, each) is not None:
+                continue
+            if _fault(model, coupling, each) is not None:
+                also.append(each)
+                coupling = comb(model, (data,), forward=deployed, also=also, **options)
     if unused := never_ran(model, coupling.example):
         shown = in_short(unused, 5)
         advice = 'if anything calls them later, name the groups that feed them in ignore=[...]'
         print_log(f'neither testing nor training ran these, so they stay as they are: {shown}; {advice}', 'current')
     return coupling
+
+
+def _fault(model: nn.Module, coupling: Coupling, each: Pass) -> str | None:
+    """Return why a pass cannot be run on the slimmed model, or None where it can.
+
+    A detector's pass chooses boxes by their scores, and among equal ones by rounding: of it no numbers are compared.
+    What it chooses from is compared in mode 'tensor'.
+    """
+    (data,) = coupling.example.inputs
+    if not (isinstance(data, dict) and has_boxes(data)):
+        return disagreement(model, coupling, each)
+    small = slim(model, coupling, random_keep(coupling, 0.5, 0, awkward=True))
+    return runs(small, data, each)
 
 
 def shape_combed(coupling: Coupling) -> list[int]:

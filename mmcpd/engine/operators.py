@@ -97,9 +97,7 @@ def roi_pool_backward(
 ) -> None:  # fmt: skip
     size = (pooled_height, pooled_width)
     rois = rois.type_as(gradient)
-    grad_picture.copy_(
-        vision()._roi_pool_backward(gradient, rois, argmax, spatial_scale, *size, *grad_picture.shape)
-    )
+    grad_picture.copy_(vision()._roi_pool_backward(gradient, rois, argmax, spatial_scale, *size, *grad_picture.shape))
 
 
 # -- deformable convolutions -------------------------------------------------------------------------------------------
@@ -110,7 +108,8 @@ def _deformed(x: Tensor, weight: Tensor, offset: Tensor, mask: Tensor, bias: Ten
     numbers = [given[name] if name in given else given[other] for name, other in pairs]
     bias = bias if bias.numel() else x.new_zeros(weight.shape[0])
     groups = (given['group'], given['deformable_group'])
-    return vision().deform_conv2d(x, weight, offset, mask, bias, *numbers, *groups, mask.numel() > 0)
+    factors = mask if mask.numel() else x.new_zeros(len(x), 1)
+    return vision().deform_conv2d(x, weight, offset, factors, bias, *numbers, *groups, mask.numel() > 0)
 
 
 @operator
@@ -157,7 +156,7 @@ def deform_conv_backward_parameters(
     fill_gradients(lambda w: _deformed(x, w, offset, none, none, given), [grad_weight], gradient, [grad_weight])
 
 
-# -- what mmcv computes by itself on the CPU, and detectors do on a GPU ---------------------------------------------------
+# -- what mmcv computes by itself on the CPU only ----------------------------------------------------------------------
 @operator
 def ms_deform_attn_forward(
     value: Tensor, shapes: Tensor, _starts: Tensor, places: Tensor, weights: Tensor, im2col_step: int
@@ -212,7 +211,7 @@ def fill_gradients(
             target.copy_(value)
 
 
-# -- the module that mmcv imports ---------------------------------------------------------------------------------------
+# -- the module that mmcv imports --------------------------------------------------------------------------------------
 class StandIn(ModuleType):
     """`mmcv._ext` by torchvision; what it lacks is taken from the compiled module, or raises one line when called."""
 

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
 from mmcpd.coupling import Example
+from mmcpd.engine.proposals import fixed_proposals
 from mmcpd.errors import first_line
 from mmcpd.modes import modes_kept
 from mmcpd.nested import tensors_in
@@ -40,7 +41,8 @@ class Pass:
 
     def __call__(self, model: nn.Module, data: Any) -> Any:
         if self.mode != 'loss':
-            return call(model, data, self.mode)
+            with SameType():
+                return call(model, data, self.mode)
         with as_trained(model), WithoutDropout():
             return call(model, data, self.mode)
 
@@ -49,7 +51,18 @@ DEPLOYED, TESTING, TRAINING = Pass('tensor'), Pass('predict'), Pass('loss')
 
 
 def call(model: nn.Module, data: Any, mode: str) -> Any:
-    """Call a model as MMEngine does, with copies of the samples, which it may write into."""
+    """Call a model as MMEngine does, with copies of the samples, which it may write into.
+
+    In mode 'tensor' the second stage of a detector takes fixed boxes, and the first stage's maps follow its outputs.
+    """
+    if mode == 'tensor':
+        with fixed_proposals(model) as maps:
+            out = _called(model, data, mode)
+        return (out, maps) if maps else out
+    return _called(model, data, mode)
+
+
+def _called(model: nn.Module, data: Any, mode: str) -> Any:
     options = {'mode': mode} if hasattr(model, 'data_preprocessor') else {}
     if isinstance(data, Tensor):
         return model(data, **options)
@@ -80,6 +93,15 @@ class WithoutDropout(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return args[0] if func in DROPOUTS and args else func(*args, **(kwargs or {}))
+
+
+class SameType(TorchFunctionMode):
+    """Let `grid_sample` take places of another type than its picture: mmdet's masks are float32 in a float64 model."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.grid_sample and len(args) > 1:
+            args = (args[0], args[1].type_as(args[0]), *args[2:])
+        return func(*args, **(kwargs or {}))
 
 
 def runs(model: nn.Module, data: Any, each: Pass) -> str | None:
