@@ -76,7 +76,8 @@ def test_it_builds_and_combs_and_its_target_is_within_reach(nowhere, name):
     assert distiller.loss_configs
     assert [key for key in distiller.state_dict() if not key.startswith('distill.')] == list(model.state_dict())
     prunable, total = coupling.prunable()
-    assert prunable / total > 0.95, coupling.reasons().most_common(3)
+    # DETR adds positions, which no layer computes, to its queries and keys: their width stays.
+    assert prunable / total > (0.7 if name.startswith('detr_') else 0.95), coupling.reasons().most_common(3)
     assert not coupling.unsupported
     check_reachable(coupling, hook.schedule.resolve(100_000), **hook.floors)
 

@@ -1,5 +1,5 @@
-# A small FCOS on the embedded scenes with boxes, which are SYNTHETIC: digits on mottled paper. 800 iterations dense, 400
-# to half of its MACs, 400 to recover.
+# A small FCOS on the embedded scenes with boxes, which are SYNTHETIC: digits on mottled paper. 800 iterations
+# dense, 400 to half of its MACs, 400 to recover.
 _base_ = ['../_base_/models/fcos_boxes.py', '../_base_/datasets/digit_boxes.py', '../_base_/schedules/boxes.py']
 model = dict(_delete_=True, type='mmcpd.Distiller', student=_base_.model, losses=[dict(type='mmcpd.KDLoss')])
 

@@ -1,5 +1,5 @@
-# A small RTMDet, its weights averaged as in mmdet, on the embedded scenes with boxes, which are SYNTHETIC: digits on mottled paper. 800 iterations dense, 400
-# to half of its MACs, 400 to recover.
+# A small RTMDet on the embedded scenes with boxes, which are SYNTHETIC: digits on mottled paper. 800 iterations
+# dense, 400 to half of its MACs, 400 to recover. Its weights are averaged, as in mmdet's own configs.
 _base_ = ['../_base_/models/rtmdet_boxes.py', '../_base_/datasets/digit_boxes.py', '../_base_/schedules/boxes.py']
 model = dict(_delete_=True, type='mmcpd.Distiller', student=_base_.model, losses=[dict(type='mmcpd.KDLoss')])
 

@@ -7,7 +7,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from mmcpd.datasets.digits import digits
 from mmcpd.datasets.scenes import INK, Canvas, ComposedDataset, placed
 from mmcpd.registry import DATASETS
 
@@ -37,9 +36,10 @@ def compose_boxes(
     so far by it, is moved; where no free place is found it is left out.
 
     Example:
+        >>> from mmcpd.datasets.digits import digits
         >>> scene = compose_boxes(*digits('train'), np.random.default_rng(0))
         >>> scene.image.shape, scene.boxes.shape, scene.labels.tolist()
-        ((128, 128, 3), (4, 4), [4, 9, 7, 4])
+        ((128, 128, 3), (2, 4), [5, 8])
     """
     canvas = Canvas(rng, size)
     boxes: list[np.ndarray] = []
@@ -97,8 +97,9 @@ class DigitBoxesDataset(ComposedDataset):
         ImportError: mmdet or scikit-learn is not installed.
 
     Example:
-        >>> DigitBoxesDataset('val', length=2)[1]['gt_bboxes_labels'].shape
-        (2,)
+        >>> dataset = dict(type='mmcpd.DigitBoxesDataset', split='val', pipeline=[dict(type='mmdet.PackDetInputs')])
+        >>> DigitBoxesDataset.METAINFO['classes'][:3]
+        ('0', '1', '2')
     """
 
     METAINFO: dict = {  # noqa: RUF012 - MMEngine reads the class attribute

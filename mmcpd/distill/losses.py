@@ -208,10 +208,9 @@ class FeatureLoss(DistillLoss):
     r"""Compare features by their mean squared difference, through a 1x1 projection where the widths differ.
 
     Takes `(N, C)`, `(N, L, C)` or `(N, C, H, W)`. The projection is trained with the student and is no part of it.
-    `teacher_channels` is as `student_channels` by default; without both, any widths that are the same. Rows labelled `ignore_index` do not count (needs labels).
-
-    Memory: three tensors of the teacher's feature size and `(student_channels + 1) * teacher_channels` parameters.
-    Time: O(elements), times `student_channels` where there is a projection.
+    `teacher_channels` is as `student_channels` by default; without both, any widths that are alike. Rows labelled
+    `ignore_index` do not count (needs labels). Memory: three tensors of the teacher's feature size and the projection's
+    `(student_channels + 1) * teacher_channels` parameters. Time: O(elements), times `student_channels` with a projection.
 
     Source: Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, eq. 3, as a mean over elements.
 
@@ -243,10 +242,9 @@ class FeatureLoss(DistillLoss):
         s, t = _rows(student, valid), _rows(teacher, valid)  # (rows, C)
         given = s.shape[1] if self.student_channels is None else self.student_channels
         if (s.shape[1], t.shape[1]) != (given, self.teacher_channels or given):
-            raise ValueError(
-                f'FeatureLoss({self.student_channels}, {self.teacher_channels}) got a student of {s.shape[1]} and a '
-                f'teacher of {t.shape[1]} channels: set student_channels and teacher_channels to these'
-            )
+            widths = f'a student of {s.shape[1]} and a teacher of {t.shape[1]} channels'
+            ours = f'FeatureLoss({self.student_channels}, {self.teacher_channels})'
+            raise ValueError(f'{ours} got {widths}: set student_channels and teacher_channels to these')
         if isinstance(self.projection, nn.Linear):
             s = self.projection(s.to(self.projection.weight.dtype))
         if len(s) == 0:

@@ -169,7 +169,9 @@ class Observer:
         way = list(_walk(root, {*stops, *nearest}))  # what the loss does, not what a head does with softmax and sigmoid
         reading = Compared((), _any(SOFTMAX, way), _any(SIGMOID, way), bool(DISTANCE.search(root.name)))
         sets = [whole] if whole else [[edge] for edge in nearest]
-        return [replace(reading, outputs=tuple(dict.fromkeys(o for e in edges for o in self._same(e)))) for edges in sets]
+        return [
+            replace(reading, outputs=tuple(dict.fromkeys(o for e in edges for o in self._same(e)))) for edges in sets
+        ]
 
     def _passed(self, root: _Edge, stops: Collection[_Edge]) -> Iterator[_Edge]:
         return (edge for edge in _walk(root, stops) if edge in self._given and not edge.is_probability())

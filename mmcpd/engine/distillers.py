@@ -38,9 +38,9 @@ class Distiller(StudentWrapper):
         losses: Dicts of `type` (a name in `mmcpd.distill`, or of a loss registered in MMEngine's MODELS), `tap` (a
             module output as in `mmcpd.distill.Tap`, a pattern such as `'neck.fpn_convs.*'`, or a list of these; by
             default 'logits': what the model gives out and its loss compares with the labels, found by observing the
-            first iteration), `teacher_tap` (as `tap` by default), `name` (in the log: `loss_distill_<name>`), and the arguments of the loss. It is called
-            as `loss(student, teacher)`, or `(student, teacher, labels)` if its `needs_labels` is True, for each
-            output: of several heads, levels or calls of a module, whose losses are added up.
+            first iteration), `teacher_tap` (as `tap` by default), `name` (in the log: `loss_distill_<name>`), and the
+            arguments of the loss. It is called as `loss(student, teacher)`, or `(student, teacher, labels)` if its
+            `needs_labels` is True, for each output of several heads, levels or calls of a module, and added up.
         task_weight: Factor of the task's own losses (`loss_task` in the log, where the student calls it `loss`) while
             a teacher teaches. 0: they are not computed, and samples need no labels (take `LoadAnnotations` out of the
             pipeline). Auxiliary heads then get no gradient: leave them out of the model, or with several processes

@@ -127,7 +127,7 @@ def test_patterns_name_the_modules_of_one_depth_in_order():
     assert expanded('levels.*', net) == ['levels.0', 'levels.1', 'levels.2']
     assert expanded('levels.*.0:in', net) == ['levels.0.0:in', 'levels.1.0:in', 'levels.2.0:in']
     assert expanded('*s', net) == ['levels', 'classes'] and expanded('shared', net) == ['shared']
-    with pytest.raises(ValueError, match=r"no module of Pyramid is like it; near: .*levels"):
+    with pytest.raises(ValueError, match=r'no module of Pyramid is like it; near: .*levels'):
         expanded('level.*', net)
 
 

@@ -95,8 +95,9 @@ def test_a_sigmoid_map_is_compared_class_by_class():
     expected = by_softmax = 0
     for a, b in zip(*(each['bbox_head.retina_cls'] for each in (ours, theirs)), strict=True):
         s, t = a.double(), b.double()
-        yes, no = b.sigmoid() * (F.logsigmoid(t) - F.logsigmoid(s)), (-b).sigmoid() * (
-            F.logsigmoid(-t) - F.logsigmoid(-s)
+        yes, no = (
+            b.sigmoid() * (F.logsigmoid(t) - F.logsigmoid(s)),
+            (-b).sigmoid() * (F.logsigmoid(-t) - F.logsigmoid(-s)),
         )
         expected += (yes + no).sum(1).mean()
         by_softmax += (t.softmax(1) * (t.log_softmax(1) - s.log_softmax(1))).sum(1).mean()
@@ -161,7 +162,7 @@ def test_wrong_taps_are_named_when_it_is_built(losses, says):
 
 def test_as_many_taps_on_the_teacher_are_asked_for_when_training_starts():
     model, batch = detector('retinanet', [dict(type='mmcpd.CWDLoss', tap='neck.fpn_convs.*', teacher_tap=LEVELS[:2])])
-    with pytest.raises(ValueError, match=r"the student has the taps .*fpn_convs\.2, the teacher .*fpn_convs\.1; set"):
+    with pytest.raises(ValueError, match=r'the student has the taps .*fpn_convs\.2, the teacher .*fpn_convs\.1; set'):
         losses_of(model, batch)
 
 

@@ -1,7 +1,10 @@
-# A DETR of two encoder and three decoder layers, 96 wide, with 16 queries, on the small RetinaNet's backbone at stride 16.
+# A DETR of two encoder and three decoder layers, 96 wide, with 16 queries, on the small RetinaNet's backbone at
+# stride 16.
 _base_ = './retinanet_boxes.py'
 attention = dict(embed_dims=96, num_heads=4, dropout=0.0, batch_first=True)
-ffn_cfg = dict(embed_dims=96, feedforward_channels=192, num_fcs=2, ffn_drop=0.0, act_cfg=dict(type='ReLU', inplace=True))
+ffn_cfg = dict(
+    embed_dims=96, feedforward_channels=192, num_fcs=2, ffn_drop=0.0, act_cfg=dict(type='ReLU', inplace=True)
+)
 model = dict(
     type='DETR',
     num_queries=16,

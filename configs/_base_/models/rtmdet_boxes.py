@@ -45,7 +45,7 @@ model = dict(
         nms_pre=1000, min_bbox_size=0, score_thr=0.001, nms=dict(type='nms', iou_threshold=0.65), max_per_img=100
     ),
 )
-# As in RTMDet's own configs what is validated and saved is the average of the weights, here over a short run's last ones.
+# As in RTMDet's own configs what is validated and saved is the average of the weights, of a short run's last ones.
 custom_hooks = [
     dict(type='EMAHook', ema_type='ExpMomentumEMA', momentum=0.02, gamma=100, update_buffers=True, priority=49)
 ]
