@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -25,8 +27,15 @@ from mmcpd.slim.trial import random_keep
 
 EXACT = 1e-9  # float64, relative
 CONTROL = 1e-5  # what a wrong index must exceed
+DETECTORS = ('detr_', 'fcos_', 'retinanet_', 'rtmdet_')
 SDPA = '_scaled_dot_product_flash_attention_for_cpu'
 PRODUCTS = {'convolution', 'addmm', 'mm', 'bmm', 'baddbmm', 'linear', 'mv', 'dot', SDPA}
+
+
+def config_params(names: Iterable[str]) -> list[Any]:
+    """Return names of configs as parameters of a test; those of detectors are skipped where mmdet is not installed."""
+    missing = pytest.mark.skipif(find_spec('mmdet') is None, reason='mmdet is not installed: pip install .[detection]')
+    return [pytest.param(name, marks=missing) if name.startswith(DETECTORS) else name for name in names]
 
 
 class Net(nn.Module):
