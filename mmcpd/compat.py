@@ -1,4 +1,4 @@
-"""Check the versions of what mmcpd stands on, without importing any of it.
+"""Check the versions of what mmcpd stands on, without importing any of it, and hold what Python 3.10 lacks.
 
 The table is the one place for versions: `setup.py` runs this file for its extras, so nothing outside the
 standard library may be imported here.
@@ -7,9 +7,14 @@ standard library may be imported here.
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Callable
 from contextlib import suppress
+from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+_T = TypeVar('_T')
 
 
 class Requirement(NamedTuple):
@@ -41,6 +46,8 @@ REQUIREMENTS: dict[str, tuple[Requirement, ...]] = {
     ),
     'demo': (Requirement('sklearn', ('scikit-learn',), '1.3'), Requirement('matplotlib', ('matplotlib',), '3.7')),
 }
+if sys.version_info < (3, 11):  # whose byte code knows no columns: executing finds the node of an instruction
+    REQUIREMENTS['pure'] += (Requirement('executing', ('executing',), '2.0'),)
 OPTIONAL = ('mmpretrain', 'mmseg')  # checked when they are there; whose models are pruned brings the one it needs
 
 
@@ -118,3 +125,24 @@ def require(part: str) -> None:
 def extras() -> dict[str, list[str]]:
     """Return pip's extras, one for each part that is not a hard dependency."""
     return {part: [pip_requirement(each) for each in needed] for part, needed in REQUIREMENTS.items() if part != 'pure'}
+
+
+class StrEnum(str, Enum):
+    """Name a few texts, which print as themselves: `enum.StrEnum` of Python 3.11.
+
+    Example:
+        >>> StrEnum('Colour', {'RED': 'red'}).RED == 'red', f'{StrEnum("Colour", {"RED": "red"}).RED}'
+        (True, 'red')
+    """
+
+    __str__ = str.__str__
+
+
+def call(function: Callable[..., _T], /, *inputs: object) -> _T:
+    """Call a function or a model: `operator.call` of Python 3.11.
+
+    Example:
+        >>> call(max, 1, 3)
+        3
+    """
+    return function(*inputs)

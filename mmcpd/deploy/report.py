@@ -143,7 +143,7 @@ def environment() -> dict[str, Any]:
         'cpu': cpu_name(),
         'cores': usable_cores(),
         'system': f'{platform.system()} {platform.machine()}',
-        'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+        'date': datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'),
     }
 
 

@@ -19,7 +19,8 @@ import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from types import CodeType, FrameType
+from itertools import islice
+from types import CodeType, FrameType, SimpleNamespace
 from typing import Any
 
 from torch import nn
@@ -77,7 +78,7 @@ def code_place(path: str = '') -> tuple[nn.Module | None, CodePlace]:
     for frame in _frames():
         module = _module(frame)
         if module is not None:
-            return module, CodePlace(path, frame.f_code.co_qualname, (frame.f_lasti, *inward))
+            return module, CodePlace(path, _qualified_name(frame.f_code), (frame.f_lasti, *inward))
         if not _of(frame, _TORCH) and not _of(frame, _OURS):
             inward.insert(0, frame.f_lasti)
     return None, CodePlace(path, '', tuple(inward))
@@ -96,6 +97,12 @@ def _frames(frame: FrameType | None = None) -> Iterator[FrameType]:
         frame = frame.f_back
 
 
+def _qualified_name(code: CodeType) -> str:
+    if sys.version_info >= (3, 11):
+        return code.co_qualname
+    return f'{code.co_name}:{code.co_firstlineno}'  # the line tells a method from its namesake in a base class
+
+
 def _of(frame: FrameType, packages: tuple[str, ...]) -> bool:
     return f'{frame.f_globals.get("__name__", "")}.'.startswith(packages)
 
@@ -108,7 +115,7 @@ def _module(frame: FrameType) -> nn.Module | None:
 # -- name --------------------------------------------------------------------------------------------------------------
 def call_site(module: nn.Module, path: str, place: Spot, inferable: bool = False) -> CallSite | None:
     """Name a place by method and call text, or None where the code is not a method of the module's class."""
-    positions = list(place.code.co_positions())[place.instruction // 2]
+    positions = source_range(place.code, place.instruction)
     for name, function in _methods(type(module)):
         if place.code not in _codes(function.__code__):
             continue
@@ -116,13 +123,25 @@ def call_site(module: nn.Module, path: str, place: Spot, inferable: bool = False
         for node in ast.walk(tree) if tree is not None else ():
             if not isinstance(node, _NODES):
                 continue
-            if tuple(positions) in list(_positions(node)):
+            if positions in list(_ranges(node)):
                 found = CallSite(path, name, ast.unparse(node), place.index, place.count, inferable)
                 return found if put(copy.deepcopy(node), place.index, place.count, 1) else None
     return None
 
 
-def _positions(node: Any) -> Iterator[tuple[int | None, ...]]:
+def source_range(code: CodeType, instruction: int) -> tuple[int | None, ...]:
+    """Return line, end line, column and end column of what an instruction runs, of those that are known."""
+    if sys.version_info >= (3, 11):
+        return next(islice(code.co_positions(), instruction // 2, None))
+    from executing import Source
+
+    line = next(line for start, end, line in code.co_lines() if start <= instruction < end)
+    frame: Any = SimpleNamespace(f_code=code, f_lasti=instruction, f_lineno=line, f_globals={})
+    node = Source.executing(frame).node
+    return (line,) if node is None else next(_ranges(node))
+
+
+def _ranges(node: Any) -> Iterator[tuple[int | None, ...]]:
     """Yield where byte code says that a node is; a method's call over several lines starts at the method's name."""
     yield node.lineno, node.end_lineno, node.col_offset, node.end_col_offset
     name = getattr(node, 'func', None)
