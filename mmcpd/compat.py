@@ -1,4 +1,4 @@
-"""Check the versions of what mmcpd stands on, without importing any of it, and hold what Python 3.10 lacks.
+"""Check the versions of what mmcpd stands on, importing none of it at first, and hold what Python 3.10 lacks.
 
 The table is the one place for versions: `setup.py` runs this file for its extras, so nothing outside the
 standard library may be imported here.
@@ -6,12 +6,16 @@ standard library may be imported here.
 
 from __future__ import annotations
 
+import importlib
+import logging
 import re
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from enum import Enum
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
 from typing import NamedTuple, TypeVar
 
 _T = TypeVar('_T')
@@ -120,6 +124,29 @@ def require(part: str) -> None:
     if faults:
         command = ' '.join(f"'{text}'" for text in mend)
         raise ImportError(f'mmcpd: {"; ".join(faults)}. To mend it: pip install {command}')
+
+
+@cache
+def imported(module: str) -> ModuleType | None:
+    """Import a module of an optional package, or return None: absent, or broken, which one log line says.
+
+    MMSegmentation 1.0 cannot be imported beside `mmcv-lite`, for it wants mmcv's compiled operators. Who prunes
+    classifiers needs none of it.
+
+    Example:
+        >>> imported('json').__name__, imported('no_such_package.models')
+        ('json', None)
+    """
+    package = module.partition('.')[0]
+    try:
+        return importlib.import_module(module)
+    except (ImportError, AssertionError, AttributeError, TypeError, ValueError, RuntimeError, OSError) as error:
+        if not (isinstance(error, ModuleNotFoundError) and error.name == package):
+            reason = ' '.join(str(error).split()) or type(error).__name__
+            logging.getLogger('mmcpd').warning(
+                f'{package} is installed, but cannot be imported ({reason}); models that need it cannot be built'
+            )
+        return None
 
 
 def extras() -> dict[str, list[str]]:

@@ -46,8 +46,9 @@ OTHER_OBJECTS: dict[str, Callable[[Tensor], Tensor]] = {
     'a view of a parameter': lambda x: nn.Parameter(x.flatten(2)).unflatten(2, (5, 5)),
     'data': lambda x: x.data,
     'a deep copy': lambda x: copy.deepcopy(x.detach()),
-    'a buffer': nn.Buffer,
 }
+if hasattr(nn, 'Buffer'):  # from torch 2.5
+    OTHER_OBJECTS['a buffer'] = nn.Buffer
 LEFT_TORCH: dict[str, Callable[[Tensor], Tensor]] = {
     'numpy': lambda x: torch.from_numpy(x.detach().numpy() * 2),
     '__array__': lambda x: torch.as_tensor(np.maximum(np.asarray(x.detach()), 0)),
