@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import linecache
 import math
 import pickle
+import sys
 import types
 
 import numpy as np
@@ -18,10 +20,10 @@ from torch import nn
 from mmcpd.comb import comb
 from mmcpd.coupling import Coupling
 from mmcpd.errors import SlimError
-from mmcpd.slim import restructure_, slim, structure
-from mmcpd.slim.call_sites import Rewrite, rewrite_, rewrites_of
+from mmcpd.slim import call_sites, restructure_, slim, structure
+from mmcpd.slim.call_sites import Rewrite, rewrite_, rewrites_of, source_range
 from mmcpd.slim.trial import random_keep
-from tests.helpers import check_cost, check_equal, check_structure, gap, masked, randomise_, sample
+from tests.helpers import Net, check_cost, check_equal, check_structure, gap, masked, randomise_, sample
 
 X = sample((2, 5, 3))
 
@@ -385,3 +387,55 @@ def test_a_module_that_is_called_without_its_hooks():
     keep['stem'][1:4], keep['head.inner'][2] = False, False
     assert [len(rewrites_of(m)) for m in slim(model, found, keep).modules()] == [0, 0, 1, 0, 0]
     check_structure(model, found, check_equal(model, found), Unhooked)
+
+
+# -- where an instruction is -------------------------------------------------------------------------------------------
+class Spy:
+    """Note the source of what its caller runs."""
+
+    def __init__(self):
+        self.texts = []
+
+    def see(self, *_):
+        frame = sys._getframe(1)
+        line, _, start, stop = source_range(frame.f_code, frame.f_lasti)
+        self.texts.append(linecache.getline(__file__, line)[start:stop])
+        return self
+
+    __call__ = __mul__ = __imul__ = __getitem__ = see
+
+
+def test_the_node_of_an_instruction_is_found():
+    spy = Spy()
+    _ = spy(1), spy(2), spy * 3, spy[4], spy.see(5)[6]
+    spy *= 7
+    nested = [spy(number) for number in [8]]
+    assert nested and spy.texts == [
+        'spy(1)', 'spy(2)', 'spy * 3', 'spy[4]', 'spy.see(5)', 'spy.see(5)[6]', 'spy *= 7', 'spy(number)',
+    ]  # fmt: skip
+
+
+class Centred(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x):
+        y = x - x.mean(1, keepdim=True)
+        return self.fc(y.tanh())
+
+
+class Inherited(Centred):
+    def forward(self, x):
+        y = x - x.mean(1, keepdim=True)
+        return Centred.forward(self, y * 2)
+
+
+def test_methods_of_one_name_are_two_places(monkeypatch):
+    def places():
+        net = Net(lambda m, x: m.last(m.stem(x)), stem=nn.Linear(3, 8), last=Inherited())
+        return {statistic.place for statistic in comb(randomise_(net), sample((2, 3))).fixes.statistics}
+
+    assert len(places()) == 2
+    monkeypatch.setattr(call_sites, '_qualified_name', lambda code: code.co_name)
+    assert len(places()) == 1
