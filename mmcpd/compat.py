@@ -35,6 +35,8 @@ REQUIREMENTS: dict[str, tuple[Requirement, ...]] = {
         Requirement('torch', ('torch',), '2.4'),
         Requirement('numpy', ('numpy',), '1.24'),
         Requirement('scipy', ('scipy',), '1.10'),
+        # Byte code of Python 3.10 knows no columns: executing finds the node of an instruction.
+        *([Requirement('executing', ('executing',), '2.0')] if sys.version_info < (3, 11) else []),
     ),
     # OneDL's packages are the maintained continuation of OpenMMLab's, under the same import names.
     'openmmlab': (
@@ -50,8 +52,6 @@ REQUIREMENTS: dict[str, tuple[Requirement, ...]] = {
     ),
     'demo': (Requirement('sklearn', ('scikit-learn',), '1.3'), Requirement('matplotlib', ('matplotlib',), '3.7')),
 }
-if sys.version_info < (3, 11):  # whose byte code knows no columns: executing finds the node of an instruction
-    REQUIREMENTS['pure'] += (Requirement('executing', ('executing',), '2.0'),)
 OPTIONAL = ('mmpretrain', 'mmseg')  # checked when they are there; whose models are pruned brings the one it needs
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
@@ -15,7 +16,6 @@ from mmengine.registry import DATASETS, FUNCTIONS, DefaultScope
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from mmcpd.compat import imported
 from mmcpd.engine.build import datasets
 from mmcpd.engine.passes import TRAINING, runs
 from mmcpd.errors import first_line
@@ -82,12 +82,12 @@ def made_up(model: nn.Module, picture: Tensor) -> Any:
 
 def _usual_samples(height: int, width: int) -> Iterator[Any]:
     """Yield a sample of the first class: of classifiers, of several labels, of segmentors."""
-    if imported('mmpretrain.structures') is not None:
+    if find_spec('mmpretrain') is not None:
         from mmpretrain.structures import DataSample
 
         yield DataSample().set_gt_label(0)
         yield DataSample().set_gt_label([0])
-    if imported('mmseg.structures') is not None:
+    if find_spec('mmseg') is not None:
         from mmengine.structures import PixelData
         from mmseg.structures import SegDataSample
 
