@@ -18,6 +18,7 @@ import sys
 import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from dis import opname
 from functools import lru_cache
 from itertools import islice
 from types import CodeType, FrameType, SimpleNamespace
@@ -137,8 +138,9 @@ def source_range(code: CodeType, instruction: int) -> tuple[int | None, ...]:
 
     line = next(line for start, end, line in code.co_lines() if start <= instruction < end)
     frame: Any = SimpleNamespace(f_code=code, f_lasti=instruction, f_lineno=line, f_globals={})
-    node = Source.executing(frame).node
-    return (line,) if node is None else next(_ranges(node))
+    found = Source.executing(frame)
+    nodes = list(found.statements or ()) if opname[code.co_code[instruction]].startswith('INPLACE') else [found.node]
+    return next(_ranges(nodes[0])) if len(nodes) == 1 and nodes[0] is not None else (line,)
 
 
 def _ranges(node: Any) -> Iterator[tuple[int | None, ...]]:
