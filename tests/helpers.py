@@ -16,6 +16,7 @@ from torch.multiprocessing import start_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from mmcpd.compat import release
 from mmcpd.coupling import Coupling, Group, Keep
 from mmcpd.nested import tensors_in
 from mmcpd.slim import mask_, restructure_, slim, structure
@@ -24,6 +25,7 @@ from mmcpd.slim.copying import copied
 from mmcpd.slim.trial import random_keep
 
 aten = torch.ops.aten
+GROUPED_QUERIES = release(torch.__version__) >= (2, 5)  # by scaled_dot_product_attention
 EXACT = 1e-9  # float64, relative
 CONTROL = 1e-5  # what a wrong index must exceed
 SDPA = '_scaled_dot_product_flash_attention_for_cpu'

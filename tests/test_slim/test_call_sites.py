@@ -19,6 +19,7 @@ from torch import nn
 
 from mmcpd.comb import comb
 from mmcpd.coupling import Coupling
+from mmcpd.deploy.onnx import HAS_NEW_EXPORTER
 from mmcpd.errors import SlimError
 from mmcpd.slim import call_sites, restructure_, slim, structure
 from mmcpd.slim.call_sites import Rewrite, rewrite_, rewrites_of, source_range
@@ -324,7 +325,7 @@ def test_two_modules_of_one_class_are_rewritten_apart():
 
 
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')  # torch's own, about the exporter without dynamo
-@pytest.mark.parametrize('dynamo', [False, True])
+@pytest.mark.parametrize('dynamo', sorted({False, HAS_NEW_EXPORTER}))
 def test_a_rewritten_model_exports(block, tmp_path, dynamo):
     model, found = block
     small = slim(model, found, uneven(found)).float().eval()
