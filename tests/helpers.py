@@ -25,7 +25,7 @@ from mmcpd.slim.copying import copied
 from mmcpd.slim.trial import random_keep
 
 aten = torch.ops.aten
-GROUPED_QUERIES = release(torch.__version__) >= (2, 5)  # by scaled_dot_product_attention
+TORCH_2_5 = release(torch.__version__) >= (2, 5)
 EXACT = 1e-9  # float64, relative
 CONTROL = 1e-5  # what a wrong index must exceed
 SDPA = '_scaled_dot_product_flash_attention_for_cpu'
