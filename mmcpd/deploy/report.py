@@ -19,7 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from mmcpd.deploy.latency import Latency, Progress, measure_latency, usable_cores
-from mmcpd.deploy.onnx import NEW_EXPORTER, Forward, Inputs, Parity, check_parity, drawing_nodes, export_onnx
+from mmcpd.deploy.onnx import (
+    NEW_EXPORTER,
+    Forward,
+    Inputs,
+    Parity,
+    check_parity,
+    drawing_nodes,
+    export_onnx,
+    over_torch_export,
+)
 from mmcpd.errors import DeployError
 from mmcpd.files import write_json
 from mmcpd.version import __version__
@@ -119,6 +128,7 @@ def deploy(
         circumstances = {
             **environment(),
             'opset': opset,
+            'exporter': 'torch.export' if over_torch_export(opset) else 'TorchScript',
             'dynamic_batch': dynamic_batch,
             'shape': [list(x.shape) for x in ([batches[0]] if isinstance(batches[0], Tensor) else batches[0])],
             **(facts or {}),
@@ -143,7 +153,7 @@ def environment() -> dict[str, Any]:
         'cpu': cpu_name(),
         'cores': usable_cores(),
         'system': f'{platform.system()} {platform.machine()}',
-        'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+        'date': datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'),
     }
 
 
@@ -212,7 +222,8 @@ def _first(batch: Inputs, size: int) -> Inputs:
 
 def _circumstances(facts: Mapping[str, Any], latency: tuple[Latency, ...]) -> str:
     shapes = ', '.join('x'.join(map(str, shape)) for shape in facts['shape'])
-    text = f'ONNX Runtime {facts["onnxruntime"]} on {facts["cpu"]}, input {shapes}, opset {facts["opset"]}'
+    opset = f'opset {facts["opset"]} by {facts["exporter"]}'
+    text = f'ONNX Runtime {facts["onnxruntime"]} on {facts["cpu"]}, input {shapes}, {opset}'
     if latency:
         text += f', {latency[0].threads} threads, {latency[0].n} paired runs; ratio to {latency[0].name}'
     return f'{text}\nparity: largest difference from torch {facts["torch"]}, relative to the largest output'

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor, nn
 
+from ..compat import call
 from ..coupling import Example, arguments
 from .heads import Head, plan, rotated
 from .observe import observe
@@ -48,7 +48,7 @@ def rotate_(
         >>> torch.allclose(encoder(tokens), before, atol=1e-5)
         True
     """
-    example = Example(arguments(inputs), forward or operator.call)
+    example = Example(arguments(inputs), forward or call)
     found = plan(observe(model, example))
     tensors = dict(model.named_parameters())
     for name in sorted({name for head in found.heads for name in head.names}):

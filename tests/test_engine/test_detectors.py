@@ -29,7 +29,6 @@ from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 
 # mmdet's own loss copies a weight in a way that torch warns of.
-pytestmark = pytest.mark.filterwarnings('ignore:To copy construct from a tensor')
 
 PREPROCESSOR = dict(type='DetDataPreprocessor', mean=[0.0] * 3, std=[50.0] * 3, pad_size_divisor=32, pad_mask=True)
 BACKBONE = dict(type='ResNet', depth=18, base_channels=8, stem_channels=8, num_stages=4, out_indices=(1, 2, 3),

@@ -729,7 +729,7 @@ def _train_on(rank, folder):
 
 def test_two_processes_agree(tmp_path):
     on_two_processes(_train_on, tmp_path)
-    first, second = (torch.load(tmp_path / f'{rank}.pth') for rank in range(2))
+    first, second = (torch.load(tmp_path / f'{rank}.pth', weights_only=True) for rank in range(2))
     assert all(torch.equal(v, second['teacher'][k]) for k, v in first['teacher'].items())
     learnt = {k: v for k, v in first['student'].items() if 'running' not in k}  # each has its own statistics
     assert all(torch.equal(v, second['student'][k]) for k, v in learnt.items())
