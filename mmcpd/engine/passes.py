@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,7 +76,7 @@ def _own(value: Any) -> Any:
     return copy.deepcopy(value) if samples else value
 
 
-def runs(model: nn.Module, data: Any, each: Pass) -> str | None:
+def runs(model: nn.Module, data: Any, each: Callable[[nn.Module, Any], Any]) -> str | None:
     """Return why a pass cannot be run, or None where it can and gives out numbers."""
     try:
         with evaluating(model):

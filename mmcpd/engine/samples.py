@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from mmcpd.engine.build import datasets
-from mmcpd.engine.passes import DEPLOYED, TRAINING, runs
+from mmcpd.engine.passes import DEPLOYED, TRAINING, Pass, runs
 from mmcpd.errors import first_line
 from mmcpd.random_state import seeded
 
@@ -92,6 +92,35 @@ def made_up(model: nn.Module, picture: Tensor) -> Any:
     return next((data for each, data in tries if runs(model, data, each) is None), plain)
 
 
+@dataclass(frozen=True)
+class WithSample:
+    """Run the deployed pass on pictures (N, C, H, W), each with the same sample, where a model asks for one (DETR)."""
+
+    sample: Any
+
+    def __call__(self, model: nn.Module, pictures: Tensor) -> Any:
+        return DEPLOYED(model, {'inputs': pictures, 'data_samples': [self.sample] * len(pictures)})
+
+
+def pass_on_pictures(model: nn.Module, pictures: Tensor) -> Pass | WithSample:
+    """Return how the deployed pass is called on pictures (N, C, H, W) alone.
+
+    Raises:
+        ValueError: the model runs neither on pictures alone nor with a sample that is known.
+    """
+    why = runs(model, pictures, DEPLOYED)
+    if why is None:
+        return DEPLOYED
+    for sample in _usual_samples(model, pictures) if hasattr(model, 'data_preprocessor') else ():
+        with_sample = WithSample(sample.to(pictures.device))
+        if runs(model, pictures, with_sample) is None:
+            return with_sample
+    raise ValueError(
+        f"a file is exported of forward(pictures, mode='tensor'), which {type(model).__name__} does not run ({why}): "
+        f"give the forward's other arguments a default, and let mode 'tensor' return the logits"
+    )
+
+
 def _usual_samples(model: nn.Module, picture: Tensor) -> Iterator[Any]:
     """Yield samples of the packages that are loaded, those of the model's own package first."""
     own = type(model).__module__.split('.')[0]
@@ -120,14 +149,19 @@ def _of_segmentors(height: int, width: int) -> Iterator[Any]:
     yield sample
 
 
+def detector_sample(height: int, width: int) -> Any:
+    """Return a sample of a detector that says how large its picture is, and no more."""
+    from mmdet.structures import DetDataSample
+
+    sizes = dict.fromkeys(SIZES_OF_SAMPLES, (height, width))
+    return DetDataSample(metainfo={**sizes, 'scale_factor': (1.0, 1.0), 'flip': False, 'border': (0, 0, 0, 0)})
+
+
 def _of_detectors(height: int, width: int) -> Iterator[Any]:
     """Yield a sample with two objects of the first class, their boxes and masks; then with proposals of boxes too."""
-    from mmdet.structures import DetDataSample
     from mmdet.structures.mask import BitmapMasks
 
-    size = (height, width)
-    sizes = dict.fromkeys(SIZES_OF_SAMPLES, size)
-    sample = DetDataSample(metainfo={**sizes, 'scale_factor': (1.0, 1.0), 'flip': False, 'border': (0, 0, 0, 0)})
+    size, sample = (height, width), detector_sample(height, width)
     boxes = torch.tensor([[0.1, 0.1, 0.6, 0.7], [0.3, 0.4, 0.9, 0.9]]) * torch.tensor([width, height] * 2)
     masks = np.zeros((2, *size), dtype=np.uint8)
     for mask, (left, top, right, bottom) in zip(masks, boxes.long().tolist(), strict=True):

@@ -28,8 +28,6 @@ pytest.importorskip('mmdet', reason='mmdet is not installed')
 from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 
-# mmdet's own loss copies a weight in a way that torch warns of.
-
 PREPROCESSOR = dict(type='DetDataPreprocessor', mean=[0.0] * 3, std=[50.0] * 3, pad_size_divisor=32, pad_mask=True)
 BACKBONE = dict(type='ResNet', depth=18, base_channels=8, stem_channels=8, num_stages=4, out_indices=(1, 2, 3),
                 style='pytorch')  # fmt: skip

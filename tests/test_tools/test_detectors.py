@@ -11,8 +11,6 @@ pytest.importorskip('mmdet', reason='mmdet is not installed')
 
 from tests.test_engine.test_detectors import DETECTORS
 
-# mmdet's own loss copies a weight in a way that torch warns of.
-
 RESIZE = dict(type='Resize', scale=(96, 64), keep_ratio=True)
 
 
