@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from mmcpd.cli.checks import check_checkpoint, check_data, check_folder
 from mmcpd.cli.common import UserError
 from mmcpd.cli.configs import read_config
-from mmcpd.deploy import check_parity, deploy
+from mmcpd.deploy import Parity, check_detections, check_parity, deploy
 from mmcpd.engine.build import build_dense
 from mmcpd.engine.checkpoints import load_dense, load_slim, read_checkpoint, removed_units
-from mmcpd.engine.detections import check_detections, detections, why_no_boxes
+from mmcpd.engine.detections import detections, predictions, why_no_boxes
 from mmcpd.engine.examples import data_batches, random_batches
 from mmcpd.engine.samples import pass_on_pictures
 from mmcpd.errors import SlimError
@@ -80,6 +80,10 @@ def real_batches(cfg: Config, model: nn.Module, args: argparse.Namespace) -> tup
     return data_batches(cfg, model, sizes, shape), f'test data ({cfg.test_dataloader.dataset.type})'
 
 
+def _check_boxes(path: Path, model: nn.Module, batches: list[Tensor], _forward: object) -> Parity:
+    return check_detections(path, model, batches, predictions)
+
+
 def main(args: argparse.Namespace) -> None:
     cfg = read_config(args)
     for name in ('batch', 'runs', 'threads', 'time_limit'):
@@ -114,7 +118,7 @@ def main(args: argparse.Namespace) -> None:
         opset=args.opset,
         dynamic_batch=not args.batch_static,
         forward=forward,
-        check=check_detections if args.boxes else check_parity,
+        check=_check_boxes if args.boxes else check_parity,
         runs=0 if args.no_bench else args.runs,
         time_limit=args.time_limit,
         threads=args.threads,

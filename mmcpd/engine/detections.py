@@ -6,31 +6,24 @@ keep at most, and those below the threshold get a score of zero. Its own code de
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 from unittest.mock import patch
 
-import numpy as np
 import torch
-from mmengine.logging import print_log
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from mmcpd.deploy import Parity
-from mmcpd.deploy.onnx import TOLERANCE, feed, open_session
 from mmcpd.engine.operators import vision
 from mmcpd.engine.samples import detector_sample
-from mmcpd.slim.compare import evaluating
 
 NOTHING = -1  # the label of a place that no detection takes
 CHOICE = 'filter_scores_and_topk'  # what mmdet's heads call by a name in their own module
 LAST = '_bbox_post_process'  # the method of mmdet's heads that removes covered boxes
 NMS_KEYS = ('type', 'iou_threshold', 'class_agnostic', 'split_thr')
-Found = Sequence[InstanceData]
 
 
 def why_no_boxes(model: nn.Module) -> str | None:
@@ -51,61 +44,15 @@ def detections(model: nn.Module, pictures: Tensor) -> tuple[Tensor, Tensor, Tens
     """
     head = cast(Any, model).bbox_head
     with _fixed_shapes(head):
-        found = _predicted(model, pictures)
-    return (
-        torch.stack([each.bboxes for each in found]),
-        torch.stack([each.scores for each in found]),
-        torch.stack([each.labels for each in found]),
-    )
+        boxes, scores, labels = zip(*predictions(model, pictures), strict=True)
+    return torch.stack(boxes), torch.stack(scores), torch.stack(labels)
 
 
-def check_detections(
-    path: str | os.PathLike,
-    model: nn.Module,
-    batches: Sequence[Tensor],
-    _forward: object = None,
-    tolerance: float = TOLERANCE,
-) -> Parity:
-    """Compare the detections of an ONNX file in ONNX Runtime with what the model itself predicts, in any order.
-
-    The difference of two detections is that of their scores, or of their boxes in parts of the picture's longer side;
-    it is infinite where the file has more or fewer detections, or other labels.
-    """
-    session = open_session(path, threads=1)
-    worst, number = [], 0
-    for pictures in batches:
-        with evaluating(model), torch.no_grad():
-            expected = _predicted(model, pictures)
-        got = session.run(None, feed(session, pictures))
-        longer = max(pictures.shape[-2:])
-        worst.append(max(_difference(longer, *each) for each in zip(expected, *got, strict=True)))
-        number += sum(map(len, expected))
-    if number == 0:
-        print_log(f'{os.fspath(path)}: no picture has a detection, so none were compared', 'current')
-    largest = max(worst)
-    sizes = map(len, batches)
-    return Parity(largest, largest, largest <= tolerance, tuple(zip(sizes, worst, strict=True)))
-
-
-def _predicted(model: nn.Module, pictures: Tensor) -> Found:
+def predictions(model: nn.Module, pictures: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Return what a detector itself predicts of each of N pictures (N, 3, H, W): boxes (M, 4), scores, labels (M,)."""
     samples = [detector_sample(*map(int, pictures.shape[-2:])) for _ in range(len(pictures))]
-    return [each.pred_instances for each in cast(Any, model).predict(pictures, samples, rescale=False)]
-
-
-def _difference(longer: int, ours: InstanceData, boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> float:
-    """Return the largest difference between a picture's detections; each of ours takes the nearest that is left."""
-    there = labels != NOTHING
-    if len(ours) != int(there.sum()):
-        return float('inf')
-    apart = np.abs(ours.bboxes.numpy()[:, None] - boxes[there]).max(2, initial=0.0) / longer  # (ours, theirs)
-    apart = np.maximum(apart, np.abs(ours.scores.numpy()[:, None] - scores[there]))
-    apart[ours.labels.numpy()[:, None] != labels[there]] = float('inf')
-    largest = 0.0
-    for row in apart:
-        nearest = int(row.argmin())
-        largest = max(largest, float(row[nearest]))
-        apart[:, nearest] = float('inf')
-    return largest
+    found = [each.pred_instances for each in cast(Any, model).predict(pictures, samples, rescale=False)]
+    return [(each.bboxes, each.scores, each.labels) for each in found]
 
 
 # -- selection with fixed shapes ---------------------------------------------------------------------------------------

@@ -111,8 +111,9 @@ def pass_on_pictures(model: nn.Module, pictures: Tensor) -> Pass | WithSample:
     why = runs(model, pictures, DEPLOYED)
     if why is None:
         return DEPLOYED
-    for sample in _usual_samples(model, pictures) if hasattr(model, 'data_preprocessor') else ():
-        with_sample = WithSample(sample.to(pictures.device))
+    usual = _usual_samples(model, pictures) if hasattr(model, 'data_preprocessor') else ()
+    for each in (each for sample in usual for each in (type(sample)(metainfo=sample.metainfo), sample)):
+        with_sample = WithSample(each.to(pictures.device))
         if runs(model, pictures, with_sample) is None:
             return with_sample
     raise ValueError(

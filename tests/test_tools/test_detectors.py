@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import json
 
+import onnx
 import pytest
+import torch
 from mmengine.config import Config
+
+from mmcpd.engine.build import build_dense
+from mmcpd.engine.combing import comb_by_config
+from mmcpd.engine.slim_file import save_slim
+from mmcpd.slim import slim, structure
+from mmcpd.slim.trial import random_keep
 
 pytest.importorskip('mmdet', reason='mmdet is not installed')
 
@@ -39,3 +47,50 @@ def test_a_detector_of_unknown_size_says_which_option_gives_it(tool, tmp_path):
     code, out, _ = tool('comb', write(tmp_path, 'retinanet'), '--shape', 3, 64, 64)
     assert code == 0
     assert 'bbox_head.cls_convs.0.conv' in out
+
+
+@pytest.fixture
+def slim_checkpoint(tmp_path):
+    """Return `save(config file)`, which saves half of a detector and returns the path."""
+
+    def save(file):
+        cfg = Config.fromfile(file)
+        torch.manual_seed(0)
+        dense = build_dense(cfg)
+        coupling = comb_by_config(dense, cfg)
+        small = slim(dense, coupling, random_keep(coupling, 0.5, 0))
+        save_slim(tmp_path / 'run' / 'slim.pth', small, structure(dense, small), {})
+        return tmp_path / 'run' / 'slim.pth'
+
+    return save
+
+
+OPTIONS = ('--random-input', '--batch', 2, '--no-bench')
+
+
+@pytest.mark.parametrize('name', ['retinanet', 'detr'])
+def test_a_detector_is_deployed_with_its_maps_or_its_boxes(tool, tmp_path, slim_checkpoint, name):
+    file = write(tmp_path, name, RESIZE)
+    checkpoint = slim_checkpoint(file)
+    for options in ((), ('--boxes',)):
+        code, _, err = tool('deploy', file, checkpoint, *OPTIONS, *options)
+        assert code == 0, err
+        models = json.loads((checkpoint.parent / 'latency.json').read_text())['models']
+        assert models[1]['parity']['batches'][0][0] == 2
+        outputs = [each.name for each in onnx.load(checkpoint.parent / 'slim.onnx').graph.output]
+        assert (len(outputs) == 3) == bool(options) or name == 'detr'
+
+
+@pytest.mark.parametrize(
+    ('name', 'options', 'says'),
+    [
+        ('faster_rcnn', (), 'no boxes can be exported of a FasterRCNN: its boxes are not those of one dense head'),
+        ('retinanet', ('--batch-dynamic',), '--boxes: the batch size of a file with boxes is fixed'),
+    ],
+)
+def test_boxes_that_cannot_be_had_are_refused_in_one_line(tool, tmp_path, slim_checkpoint, name, options, says):
+    file = write(tmp_path, name, RESIZE)
+    code, _, err = tool('deploy', file, slim_checkpoint(file), *OPTIONS, '--boxes', *options)
+    assert code == 1
+    assert says in err.splitlines()[-1]
+    assert not (tmp_path / 'run' / 'slim.onnx').exists()
