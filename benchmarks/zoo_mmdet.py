@@ -1,57 +1,61 @@
-"""Comb, mask, slim and count one config of each detector family in mmdet, with random weights.
+"""Name one config of every detector family in mmdet, and build it with a sample for each picture.
 
-    python -m benchmarks.zoo_mmdet --output rows.json            # all families
-    python -m benchmarks.zoo_mmdet retinanet detr                # these
-
-A family is a folder of mmdet's configs: `FAMILIES` has the config that is swept, `OUT` the folders that are not, each
-with the reason; `unlisted()` finds folders in neither, which is how a newer mmdet shows up.
+A family is a folder of mmdet's configs: `DETECTORS` has the config that is swept, `DETECTORS_OUT` the folders that are
+not, each with the reason.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import time
-from dataclasses import asdict, dataclass, field, replace
-from importlib.util import find_spec
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from mmengine.config import Config, ConfigDict
-from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor, nn
 
-import mmcpd.engine  # noqa: F401  (it registers what configs name)
-from mmcpd.coupling import Coupling
-from mmcpd.engine.build import build_dense
-from mmcpd.engine.combing import comb_by_config
-from mmcpd.errors import CombError, SlimError, first_line
-from mmcpd.slim import slim
-from mmcpd.slim.compare import compare
-from mmcpd.slim.trial import FAILURES, in_double, random_keep, randomised
+import mmcpd.engine  # noqa: F401  (before mmdet: it stands in for mmcv's compiled operators)
+from benchmarks.zoo_configured import Configured, dotted
+from benchmarks.zoo_family import Deployed, Family
+from mmcpd.engine.operators import followed
+from mmcpd.engine.passes import Pass, deployed_pass
+from mmcpd.engine.samples import detector_sample, made_up, resized
 
-KEEP = 0.5
 PROPOSALS = 50  # enough for each level of a pyramid
 
 
+class DeployedDetector(Deployed):
+    """Run a detector as it is deployed: pictures in, each with a sample of its size; maps out, or what it predicts."""
+
+    def __init__(self, net: nn.Module, picture: Tensor) -> None:
+        data = made_up(net, picture)
+        super().__init__(net, deployed_pass(net, data).mode)
+        self.size = tuple(picture.shape[-2:])
+        self.sample = data.get('data_samples', [detector_sample(*self.size)])[0]
+
+    def call(self, pictures: Tensor) -> Any:
+        sample = resized(self.sample, self.size, pictures.shape[-2:])
+        with followed():
+            return Pass(str(self.mode))(self.net, {'inputs': pictures, 'data_samples': [sample] * len(pictures)})
+
+
 @dataclass(frozen=True)
-class Detector:
-    """Hold one row: a config below `mmdet/.mim/configs`, the side of its picture, overrides by dotted keys."""
+class Detector(Configured):
+    """Hold a row of mmdet; second stages take few proposals."""
 
-    name: str
-    config: str
-    size: int = 128
-    changes: dict[str, Any] = field(default_factory=dict)
+    def net(self) -> Deployed:
+        return DeployedDetector(self.network(), self.inputs()[0])
+
+    def smaller(self, model: dict[str, Any]) -> dict[str, Any]:
+        stages = model.get('test_cfg') or {}
+        if 'rpn' in stages:
+            stages['rpn']['max_per_img'] = PROPOSALS
+        return model
 
 
-def detector(name: str, config: str, size: int = 128, **changes: Any) -> Detector:
-    """Make a row; double underscores in the names of changes stand for dots."""
-    return Detector(name, f'{name}/{config}.py', size, {k.replace('__', '.'): v for k, v in changes.items()})
+def detector(name: str, config: str, size: int = 128, **changes: Any) -> Family:
+    """Make a row of mmdet; underscores in the names of changes stand for dots where doubled."""
+    return Detector('mmdet', name, f'{name}/{config}.py', (size, size), changes=dotted(changes))
 
 
-FAMILIES: tuple[Detector, ...] = (
+DETECTORS: tuple[Family, ...] = (
     detector('atss', 'atss_r50_fpn_1x_coco'),
     detector('autoassign', 'autoassign_r50-caffe_fpn_1x_coco'),
     detector('boxinst', 'boxinst_r50_fpn_ms-90k_coco'),
@@ -138,7 +142,7 @@ _RECIPE = 'a way to train; the networks are those of other rows'
 _DATA = 'a data set; the networks are those of other rows'
 _TEXT = 'needs a language model, which is downloaded'
 _TRACK = 'a tracker around a detector of another row'
-OUT: dict[str, str] = {
+DETECTORS_OUT: dict[str, str] = {
     **dict.fromkeys(('albu_example', 'common', 'instaboost', 'legacy_1.x', 'resnet_strikes_back', 'scratch',
                      'seesaw_loss', 'selfsup_pretrain', 'simple_copy_paste', 'soft_teacher', 'strong_baselines'),
                     _RECIPE),
@@ -151,145 +155,3 @@ OUT: dict[str, str] = {
     'misc': 'wraps models of Detectron2',
     'timm_example': 'needs timm, which has rows of its own',
 }  # fmt: skip
-
-
-def root() -> Path:
-    """Return the folder of mmdet's configs."""
-    spec = find_spec('mmdet')
-    assert spec is not None and spec.submodule_search_locations, 'mmdet is not installed'
-    return Path(spec.submodule_search_locations[0]) / '.mim' / 'configs'
-
-
-def unlisted() -> list[str]:
-    """List the config folders that neither `FAMILIES` nor `OUT` knows."""
-    known = {family.name for family in FAMILIES} | set(OUT)
-    folders = [folder.name for folder in sorted(root().iterdir()) if folder.is_dir()]
-    return [name for name in folders if name not in known | {'_base_', '__pycache__'}]
-
-
-@dataclass(frozen=True)
-class Row:
-    """Hold what was measured of one family; `error` is empty if all of it was."""
-
-    name: str
-    config: str
-    error: str = ''
-    mode: str = ''
-    groups: int = 0
-    prunable: float = 0.0  # share of the channels
-    gap: float = 0.0  # masked against slim
-    control: float = 0.0  # masked against a slim model of other units
-    dtype: str = ''
-    macs_cost: int = 0
-    macs_counted: int = 0
-    frozen: tuple[str, ...] = ()
-    unsupported: tuple[str, ...] = ()
-    untried: str = ''
-    seconds: float = 0.0
-
-    @property
-    def passed(self) -> bool:
-        """Say whether masking and slimming agree, the control does not, and the cost is what was counted."""
-        exact = self.gap < (1e-9 if self.dtype == 'float64' else 1e-3) < self.control
-        return not self.error and exact and self.macs_cost == self.macs_counted
-
-
-def sweep(family: Detector) -> Row:
-    """Measure one family."""
-    begun, row = time.perf_counter(), Row(family.name, family.config)
-    try:
-        row = measured(family, row)
-    except (*FAILURES, CombError, SlimError, ImportError, OSError) as error:
-        row = replace(row, error=f'{type(error).__name__}: {first_line(error)}')
-    return replace(row, seconds=round(time.perf_counter() - begun, 1))
-
-
-def measured(family: Detector, row: Row) -> Row:
-    """Comb a family's network, compare masked with slim in float64, and count what the slim one costs."""
-    cfg = read(family)
-    torch.manual_seed(0)
-    model = randomised(build_dense(cfg))
-    coupling = comb_by_config(model, cfg, input_shape=(3, family.size, family.size))
-    channels, width = coupling.prunable_channels()
-    row = replace(
-        row, mode=getattr(coupling.example.forward, 'mode', ''), groups=len(coupling.groups),
-        prunable=channels / max(width, 1), untried=coupling.untried,
-        frozen=tuple(f'{why} ({rows} rows)' for why, rows in coupling.merged_reasons()[:4]),
-        unsupported=tuple(f'{op} in {where}' for op, where in coupling.unsupported),
-    )  # fmt: skip
-    double, example = in_double(model, coupling.example)
-    coupling = replace(coupling, example=example)
-    keep, other = (random_keep(coupling, KEEP, seed) for seed in (0, 1))
-    small = slim(double, coupling, keep)
-    return replace(
-        row, dtype=str(next(double.parameters()).dtype).removeprefix('torch.'),
-        gap=compare(double, coupling, keep, small),
-        control=compare(double, coupling, keep, slim(double, coupling, other)),
-        macs_cost=coupling.cost(keep).macs, macs_counted=count_macs(small, coupling),
-    )  # fmt: skip
-
-
-def read(family: Detector) -> Config:
-    """Read a config: no file is downloaded, no data are read, few proposals."""
-    cfg = Config.fromfile(root() / family.config)
-    for name in ('train', 'val', 'test'):
-        cfg[f'{name}_dataloader'] = None
-    stages = cfg.model.get('test_cfg') or {}
-    if 'rpn' in stages:
-        stages.rpn.max_per_img = PROPOSALS
-    cfg.merge_from_dict(family.changes)
-    forget_weights_(cfg.model)
-    return cfg
-
-
-def forget_weights_(config: Any) -> None:
-    """Take files of weights out of a model's config."""
-    if isinstance(config, ConfigDict):
-        for name in ('init_cfg', 'pretrained', 'teacher_ckpt'):
-            if name in config:
-                config[name] = None
-    for part in config.values() if isinstance(config, dict) else config if isinstance(config, list | tuple) else ():
-        forget_weights_(part)
-
-
-def count_macs(model: nn.Module, coupling: Coupling) -> int:
-    """Count the multiply-accumulates of the deployed pass with torch's own counter."""
-    rules = {torch.ops.torchvision.deform_conv2d: deformable_flops}
-    with FlopCounterMode(display=False, custom_mapping=rules) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        coupling.example.run(model.eval().requires_grad_(False))
-    return counter.get_total_flops() // 2
-
-
-def deformable_flops(_x: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    """Return the operations of a deformable convolution, those of the plain one."""
-    batch, _channels, height, width = out_shape
-    return 2 * batch * height * width * int(torch.Size(weight).numel())
-
-
-def line(row: Row) -> str:
-    """Return a row of the table."""
-    verdict = 'ok' if row.passed else row.error or f'MACs {row.macs_cost} != {row.macs_counted}'
-    return (
-        f'{row.name:20} {row.mode:8} {row.groups:4} groups {row.prunable:6.1%} gap {row.gap:.0e} '
-        f'control {row.control:.0e} {row.dtype} {row.seconds:5.0f} s  {verdict} {" ".join(row.unsupported)}'
-    )
-
-
-def main() -> None:
-    """Sweep the families that are named, or all, and write the rows as they come."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('names', nargs='*', help='families; all by default')
-    parser.add_argument('--output', type=Path, help='JSON file of the rows')
-    args = parser.parse_args()
-    rows: list[Row] = []
-    for family in FAMILIES:
-        if not args.names or family.name in args.names:
-            rows.append(sweep(family))
-            print(line(rows[-1]), flush=True)
-            if args.output:
-                args.output.write_text(json.dumps([asdict(row) for row in rows], indent=1))
-    print(f'{sum(row.passed for row in rows)} of {len(rows)} exact; not listed: {unlisted() or "none"}')
-
-
-if __name__ == '__main__':
-    main()

@@ -52,6 +52,13 @@ class LossInputs(TorchFunctionMode):
         return False
 
 
+@pytest.fixture(autouse=True)
+def scope():
+    """Build models of mmpretrain, whatever scope an earlier runner left as the default."""
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        yield
+
+
 def found_in(net, inputs, samples):
     """Return the taps that are found, after checking that a loss sees what each of them sees."""
     logits = observe(net, inputs, samples, labelled=True).logits()
