@@ -6,26 +6,40 @@ STAMP  := $(VENV)/.env-stamp
 CONFIG := configs/cpd/resnet50_prune.py
 WORK   := work_dirs/resnet50_prune
 JOBS   ?= 2
+# Stacks of other versions, each in .venv-NAME from requirements/NAME.txt, and the Python that each is claimed for.
+oldest_PYTHON ?= python3.10
+middle_PYTHON ?= python3.12
+newest_PYTHON ?= python3.13
+PARTS  ?= tests
 
-.PHONY: help env demo test lint mutants chaos fuzz zoo clean
+.PHONY: help env demo test test-oldest test-middle test-newest lint mutants chaos fuzz zoo clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z -]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' Makefile
 
 env: $(STAMP) ## make the environment in .venv
 
-# torch goes first: mmcv looks for it while it is built. opencv-python needs libGL, which a server may lack; its
-# headless twin has the same modules.
+# opencv-python needs libGL, which a server may lack; its headless twin has the same modules.
+headless = $(1) -c 'import cv2' 2>/dev/null || { $(1) -m pip uninstall --quiet --yes opencv-python && \
+	$(1) -m pip install --quiet --force-reinstall --no-deps opencv-python-headless; }
+
+# torch goes first: mmcv looks for it while it is built.
 $(STAMP): setup.py mmcpd/compat.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer is needed: make env PYTHON=... (this is {sys.version})"'
+	$(BIN)/python -c 'import sys; assert sys.version_info >= (3, 10), f"Python 3.10 or newer is needed: make env PYTHON=... (this is {sys.version})"'
 	$(BIN)/python -m pip install --quiet torch==2.14.1 torchvision==0.29.1
 	$(BIN)/python -m pip install --quiet --editable '.[all]'
-	$(BIN)/python -c 'import cv2' 2>/dev/null || { \
-		$(BIN)/python -m pip uninstall --quiet --yes opencv-python && \
-		$(BIN)/python -m pip install --quiet --force-reinstall --no-deps opencv-python-headless; }
+	$(call headless,$(BIN)/python)
 	$(BIN)/python -c 'import mmcpd.engine'
+	touch $@
+
+.venv-%/.env-stamp: requirements/%.txt setup.py mmcpd/compat.py
+	test -x .venv-$*/bin/python || $($*_PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --requirement $<
+	.venv-$*/bin/python -m pip install --quiet --no-deps --editable .
+	$(call headless,.venv-$*/bin/python)
+	.venv-$*/bin/python -c 'import mmcpd.engine'
 	touch $@
 
 demo: env ## train, comb, prune with distillation, fine-tune, slim, test, export and time a ResNet-50; prune it at once
@@ -36,6 +50,9 @@ demo: env ## train, comb, prune with distillation, fine-tune, slim, test, export
 
 test: env ## run the tests, the slow ones left out
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m 'not slow'
+
+test-oldest test-middle test-newest: test-%: .venv-%/.env-stamp ## the same in .venv-NAME, on other versions (docs/versions.md)
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n $(JOBS) -m 'not slow' $(PARTS)
 
 lint: env ## run ruff and mypy
 	$(BIN)/ruff format --check .
@@ -57,6 +74,6 @@ zoo: env ## comb and slim one model of every architecture family, Torch-Pruning 
 	$(BIN)/python -m pip install --quiet torch-pruning==1.6.1
 	$(BIN)/python benchmarks/zoo.py
 
-clean: ## remove what was built and trained, not .venv and not data
+clean: ## remove what was built and trained, not .venv* and not data
 	rm -rf work_dirs build dist *.egg-info mmcpd/.mim .pytest_cache .ruff_cache .mypy_cache
 	find mmcpd tools tests configs benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -50,7 +50,7 @@ setup(
     license='Apache-2.0',
     project_urls={'Paper': 'https://arxiv.org/abs/2408.03046'},
     keywords='pruning, distillation, model compression, OpenMMLab',
-    python_requires='>=3.11',
+    python_requires='>=3.10',
     classifiers=[
         'Development Status :: 4 - Beta',
         'Intended Audience :: Developers',
@@ -58,8 +58,10 @@ setup(
         'License :: OSI Approved :: Apache Software License',
         'Operating System :: OS Independent',
         'Programming Language :: Python :: 3 :: Only',
+        'Programming Language :: Python :: 3.10',
         'Programming Language :: Python :: 3.11',
         'Programming Language :: Python :: 3.12',
+        'Programming Language :: Python :: 3.13',
         'Topic :: Scientific/Engineering :: Artificial Intelligence',
         'Topic :: Scientific/Engineering :: Image Recognition',
         'Typing :: Typed',
@@ -69,7 +71,7 @@ setup(
     entry_points={'console_scripts': ['mmcpd = mmcpd.__main__:main']},
     # No bounds: installing mmcpd must never replace the torch that somebody's mmcv was compiled against.
     # `import mmcpd` checks the versions and names the command that mends them.
-    install_requires=['torch', 'numpy', 'scipy'],
+    install_requires=['torch', 'numpy', 'scipy', 'executing; python_version < "3.11"'],
     extras_require=extras(),
     cmdclass={'build_py': BuildWithMim},
     zip_safe=False,

@@ -99,7 +99,7 @@ class Runner:
 def circumstances() -> Row:
     """Say under what a number was measured."""
     return {
-        'date': datetime.datetime.now(datetime.UTC).date().isoformat(),
+        'date': datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         'threads': torch.get_num_threads(),
         'python': platform.python_version(),
         'versions': {name: importlib.metadata.version(name) for name in PACKAGES},

@@ -264,7 +264,7 @@ def write(path: Path, rows: Sequence[Row]) -> None:
         'seconds': round(sum(row.seconds for row in rows)),
     }
     versions = {'python': platform.python_version(), 'torch': torch.__version__, 'mmengine': mmengine.__version__}
-    date = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
+    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds')
     write_json(path, {'totals': totals, 'versions': versions, 'date': date, 'runs': [asdict(row) for row in rows]})
 
 

@@ -23,7 +23,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from queue import SimpleQueue
 from types import ModuleType
@@ -32,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 
 from benchmarks import mutants_comb, mutants_prune, mutants_refit, mutants_rotate, mutants_slim
 from benchmarks.mutant import Mutant
+from mmcpd.compat import StrEnum
 
 MUTANTS = tuple(
     mutant

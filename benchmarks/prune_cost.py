@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         'peak_gib': peak_gib(args.device),
     }
     row |= {'stages': stages, 'threads': torch.get_num_threads(), 'torch': torch.__version__}
-    row |= {'load': os.getloadavg()[0], 'date': datetime.datetime.now(datetime.UTC).date().isoformat()}
+    row |= {'load': os.getloadavg()[0], 'date': datetime.datetime.now(datetime.timezone.utc).date().isoformat()}
     seconds = sum(stage['seconds'] for stage in stages.values())
     print(f'{args.pictures} pictures: {seconds:.0f} s in all, {row["peak_gib"]:.2f} GiB at most')
     args.out.parent.mkdir(parents=True, exist_ok=True)

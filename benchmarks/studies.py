@@ -248,7 +248,7 @@ def class_iou(model: nn.Module, scale: Scale) -> np.ndarray:
 def circumstances() -> Row:
     """Say under what a number was measured."""
     return {
-        'date': datetime.datetime.now(datetime.UTC).date().isoformat(),
+        'date': datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         'threads': torch.get_num_threads(),
         'python': platform.python_version(),
         'versions': {name: importlib.import_module(name).__version__ for name in PACKAGES},

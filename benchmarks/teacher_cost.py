@@ -135,7 +135,7 @@ def main(args: argparse.Namespace) -> None:
         warnings.filterwarnings('ignore')  # torch and OpenMMLab about each other
         torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', '1')))
         report = {
-            'date': datetime.datetime.now(datetime.UTC).date().isoformat(),
+            'date': datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
             'torch': torch.__version__,
             'python': platform.python_version(),
             'threads': torch.get_num_threads(),

@@ -56,7 +56,10 @@ from benchmarks.zoo_uses import reopen, sweep_uses
 
 RESULTS = ROOT / 'benchmarks' / 'results' / 'zoo.json'
 TABLE = ROOT / 'docs' / 'zoo.md'
-PACKAGES = ('torch', 'torchvision', 'onedl-mmpretrain', 'onedl-mmsegmentation', 'onnx', 'onnxruntime', 'torch_pruning')
+PACKAGES = (
+    'torch', 'torchvision', 'onedl-mmpretrain', 'onedl-mmsegmentation', 'onedl-mmdetection', 'onnx', 'onnxruntime',
+    'torch_pruning',
+)  # fmt: skip
 
 
 def child(family: Family, seed: int, gigabytes: float, peer: bool) -> None:

@@ -172,13 +172,21 @@ def sweep_rotate(model: Deployed, inputs: tuple[Any, ...]) -> Row:
 
 def count_macs(done: Slimmed) -> int:
     """Count a slimmed model's multiply-accumulates with torch's own counter; attention as the matrix products it is."""
+    import torchvision  # noqa: F401  (it registers its operators)
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     small = copy.deepcopy(done.small)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    rules = {torch.ops.torchvision.deform_conv2d: deformable_flops}
+    with FlopCounterMode(display=False, custom_mapping=rules) as counter, sdpa_kernel(SDPBackend.MATH):
         done.coupling.example.run(small)
     return counter.get_total_flops() // 2
+
+
+def deformable_flops(_x: Any, weight: torch.Size, *_: Any, out_shape: torch.Size, **__: Any) -> int:
+    """Return the operations of a deformable convolution, those of the plain one."""
+    batch, _channels, height, width = out_shape
+    return 2 * batch * height * width * weight.numel()
 
 
 def sweep_onnx(dense: Deployed, small: nn.Module, inputs: tuple[Any, ...]) -> Row:

@@ -28,19 +28,23 @@ class Configured(Family):
     def network(self) -> nn.Module:
         """Build the bare network.
 
-        Nothing is downloaded: `init_cfg` and `pretrained` are taken out. Auxiliary heads, which are there for training
-        only, are left away, and SyncBN becomes BN.
+        Nothing is downloaded: `init_cfg`, `pretrained` and `teacher_ckpt` are taken out. Auxiliary heads, which are
+        there for training only, are left away, and SyncBN becomes BN.
         """
-        from mmengine.config import Config
+        from mmengine.config import Config, ConfigDict
         from mmengine.registry import MODELS, DefaultScope
 
         importlib.import_module(f'{self.package}.models')
         config = Config.fromfile(str(config_root(self.package) / self.config)) if self.config else Config()
         config.merge_from_dict(self.changes)
-        model = local(config.model.to_dict())
+        model = self.smaller(local(config.model.to_dict()))
         model.pop('auxiliary_head', None)
         with DefaultScope.overwrite_default_scope(self.package):
-            return MODELS.build(model)
+            return MODELS.build(ConfigDict(model))
+
+    def smaller(self, model: dict[str, Any]) -> dict[str, Any]:
+        """Change a model's config where it would take long."""
+        return model
 
 
 def dotted(changes: dict[str, Any]) -> dict[str, Any]:
@@ -57,7 +61,7 @@ def config_root(package: str) -> Path:
 
 def local(value: Any) -> Any:
     if isinstance(value, dict):
-        kept = {k: local(v) for k, v in value.items() if k not in ('init_cfg', 'pretrained')}
+        kept = {k: local(v) for k, v in value.items() if k not in ('init_cfg', 'pretrained', 'teacher_ckpt')}
         if kept.get('type') == 'SyncBN':
             kept['type'] = 'BN'
         return kept

@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks.zoo_configured import Configured, config_root, dotted
 from benchmarks.zoo_family import Family
+from benchmarks.zoo_mmdet import DETECTORS, DETECTORS_OUT
 from benchmarks.zoo_pretraining import PRETRAINING
 from benchmarks.zoo_torchvision import TORCHVISION
 
@@ -152,7 +153,7 @@ ARCHITECTURES: tuple[Family, ...] = (
     segmentor('vit', 'vit_deit-s16_upernet_8xb2-160k_ade20k-512x512'),
 )
 
-FAMILIES: tuple[Family, ...] = (*ARCHITECTURES, *PRETRAINING, *TORCHVISION)
+FAMILIES: tuple[Family, ...] = (*ARCHITECTURES, *PRETRAINING, *DETECTORS, *TORCHVISION)
 
 _LANGUAGE = 'vision and language: needs the multimodal extra and a tokenizer, and is not a vision network'
 _OPS = "needs mmcv's compiled ops"
@@ -177,6 +178,7 @@ OUT: dict[str, str] = {
     'mmseg/psanet': _OPS,
     'mmseg/san': _OPS,
     'mmseg/vpd': 'depth from a diffusion model: needs the ldm package',
+    **{f'mmdet/{name}': reason for name, reason in DETECTORS_OUT.items()},
 }
 
 
@@ -185,7 +187,7 @@ def unlisted() -> list[str]:
     known = {f.key for f in FAMILIES} | set(OUT)
     found = [
         f'{package}/{folder.name}'
-        for package in ('mmpretrain', 'mmseg')
+        for package in ('mmpretrain', 'mmseg', 'mmdet')
         for folder in sorted(config_root(package).iterdir())
         if folder.is_dir() and folder.name not in ('_base_', '__pycache__')
     ]

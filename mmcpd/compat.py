@@ -1,4 +1,4 @@
-"""Check the versions of what mmcpd stands on, without importing any of it.
+"""Check the versions of what mmcpd stands on, importing none of it at first, and hold what Python 3.10 lacks.
 
 The table is the one place for versions: `setup.py` runs this file for its extras, so nothing outside the
 standard library may be imported here.
@@ -6,10 +6,19 @@ standard library may be imported here.
 
 from __future__ import annotations
 
+import importlib
+import logging
 import re
+import sys
+from collections.abc import Callable
 from contextlib import suppress
+from enum import Enum
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import NamedTuple
+from types import ModuleType
+from typing import NamedTuple, TypeVar
+
+_T = TypeVar('_T')
 
 
 class Requirement(NamedTuple):
@@ -26,6 +35,8 @@ REQUIREMENTS: dict[str, tuple[Requirement, ...]] = {
         Requirement('torch', ('torch',), '2.4'),
         Requirement('numpy', ('numpy',), '1.24'),
         Requirement('scipy', ('scipy',), '1.10'),
+        # Byte code of Python 3.10 knows no columns: executing finds the node of an instruction.
+        *([Requirement('executing', ('executing',), '2.0')] if sys.version_info < (3, 11) else []),
     ),
     # OneDL's packages are the maintained continuation of OpenMMLab's, under the same import names.
     'openmmlab': (
@@ -34,6 +45,10 @@ REQUIREMENTS: dict[str, tuple[Requirement, ...]] = {
         Requirement('mmpretrain', ('onedl-mmpretrain', 'mmpretrain'), '1.0.0', '1.3.6'),
         Requirement('mmseg', ('onedl-mmsegmentation', 'mmsegmentation'), '1.0.0', '1.4.2'),
     ),
+    'detection': (
+        Requirement('mmdet', ('onedl-mmdetection', 'mmdet'), '3.0.0', '3.5.1'),
+        Requirement('torchvision', ('torchvision',), '0.19'),  # nms and pooling of regions, where mmcv has none
+    ),
     'deploy': (
         Requirement('onnx', ('onnx',), '1.16'),
         Requirement('onnxruntime', ('onnxruntime', 'onnxruntime-gpu'), '1.17'),
@@ -41,7 +56,8 @@ REQUIREMENTS: dict[str, tuple[Requirement, ...]] = {
     ),
     'demo': (Requirement('sklearn', ('scikit-learn',), '1.3'), Requirement('matplotlib', ('matplotlib',), '3.7')),
 }
-OPTIONAL = ('mmpretrain', 'mmseg')  # checked when they are there; whose models are pruned brings the one it needs
+# Checked when they are there; who prunes models brings the package that the models are of.
+OPTIONAL = ('mmpretrain', 'mmseg', 'mmdet', 'torchvision')
 
 
 def release(text: str) -> tuple[int, ...]:
@@ -115,6 +131,50 @@ def require(part: str) -> None:
         raise ImportError(f'mmcpd: {"; ".join(faults)}. To mend it: pip install {command}')
 
 
+@cache
+def imported(module: str) -> ModuleType | None:
+    """Import a module of an optional package, or return None: absent, or broken, which one log line says.
+
+    MMSegmentation 1.0 cannot be imported beside `mmcv-lite`, for it wants mmcv's compiled operators. Who prunes
+    classifiers needs none of it.
+
+    Example:
+        >>> imported('json').__name__, imported('no_such_package.models')
+        ('json', None)
+    """
+    package = module.partition('.')[0]
+    try:
+        return importlib.import_module(module)
+    except (ImportError, AssertionError, AttributeError, TypeError, ValueError, RuntimeError, OSError) as error:
+        if not (isinstance(error, ModuleNotFoundError) and error.name == package):
+            reason = ' '.join(str(error).split()) or type(error).__name__
+            logging.getLogger('mmcpd').warning(
+                f'{package} is installed, but cannot be imported ({reason}); models that need it cannot be built'
+            )
+        return None
+
+
 def extras() -> dict[str, list[str]]:
     """Return pip's extras, one for each part that is not a hard dependency."""
     return {part: [pip_requirement(each) for each in needed] for part, needed in REQUIREMENTS.items() if part != 'pure'}
+
+
+class StrEnum(str, Enum):
+    """Name a few texts, which print as themselves: `enum.StrEnum` of Python 3.11.
+
+    Example:
+        >>> StrEnum('Colour', {'RED': 'red'}).RED == 'red', f'{StrEnum("Colour", {"RED": "red"}).RED}'
+        (True, 'red')
+    """
+
+    __str__ = str.__str__
+
+
+def call(function: Callable[..., _T], /, *inputs: object) -> _T:
+    """Call a function or a model: `operator.call` of Python 3.11.
+
+    Example:
+        >>> call(max, 1, 3)
+        3
+    """
+    return function(*inputs)

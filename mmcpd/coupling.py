@@ -7,7 +7,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
-from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .compat import StrEnum
 from .cost import Cost, CostModel
 from .files import whole
 from .fixes import Attr, Fixes, Input, Live, Op

@@ -1,4 +1,4 @@
-"""Run a model in training mode so that it always computes the same, and put the modes of its modules back."""
+"""Run a model in training mode so that it always computes the same, or in another type; put its modules' modes back."""
 
 from __future__ import annotations
 
@@ -59,3 +59,19 @@ class _WithoutDropout(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return args[0] if func in DROPOUTS and args else func(*args, **(kwargs or {}))
+
+
+class SameTypes(TorchFunctionMode):
+    """Let `grid_sample` take places of another type than its picture: mmdet's masks are float32 in a float64 model.
+
+    Example:
+        >>> with SameTypes():
+        ...     sampled = F.grid_sample(torch.ones(1, 1, 2, 2).double(), torch.zeros(1, 1, 1, 2), align_corners=False)
+        >>> sampled.dtype
+        torch.float64
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.grid_sample and len(args) > 1:
+            args = (args[0], args[1].type_as(args[0]), *args[2:])
+        return func(*args, **(kwargs or {}))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from torch.multiprocessing import start_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from mmcpd.compat import release
 from mmcpd.coupling import Coupling, Group, Keep
 from mmcpd.nested import tensors_in
 from mmcpd.slim import mask_, restructure_, slim, structure
@@ -23,10 +26,19 @@ from mmcpd.slim.compare import evaluating
 from mmcpd.slim.copying import copied
 from mmcpd.slim.trial import random_keep
 
+aten = torch.ops.aten
+TORCH_2_5 = release(torch.__version__) >= (2, 5)
 EXACT = 1e-9  # float64, relative
 CONTROL = 1e-5  # what a wrong index must exceed
+DETECTORS = ('detr_', 'fcos_', 'retinanet_', 'rtmdet_')
 SDPA = '_scaled_dot_product_flash_attention_for_cpu'
 PRODUCTS = {'convolution', 'addmm', 'mm', 'bmm', 'baddbmm', 'linear', 'mv', 'dot', SDPA}
+
+
+def config_params(names: Iterable[str]) -> list[Any]:
+    """Return names of configs as parameters of a test; those of detectors are skipped where mmdet is not installed."""
+    missing = pytest.mark.skipif(find_spec('mmdet') is None, reason='mmdet is not installed: pip install .[detection]')
+    return [pytest.param(name, marks=missing) if name.startswith(DETECTORS) else name for name in names]
 
 
 class Net(nn.Module):
@@ -127,34 +139,39 @@ def check_equal(model: nn.Module, coupling: Coupling, seeds: tuple[int, ...] = (
     return small
 
 
-class Count(TorchDispatchMode):
-    """Count what a model really runs: MACs that torch's counter misses (attention on CPU, vectors), and outputs."""
+class Elements(TorchDispatchMode):
+    """Count the elements that products put out in what a model really runs."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.uncounted = self.elements = 0
+        self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        name = func._schema.name.split('::')[-1]
-        if name in PRODUCTS:
-            self.elements += (out[0] if isinstance(out, tuple) else out).numel()
-        if name in ('mv', 'dot'):
-            self.uncounted += args[0].numel()
-        if name == SDPA:
-            query, key, value = args[:3]
-            self.uncounted += query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+        if func._schema.name.split('::')[-1] in PRODUCTS:
+            self.count += (out[0] if isinstance(out, tuple) else out).numel()
         return out
+
+
+def vector_flops(left: torch.Size, right: torch.Size, **_: Any) -> int:
+    return 2 * left.numel()
+
+
+def attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+    return 2 * query[:-1].numel() * key[-2] * (query[-1] + value[-1])
+
+
+# What torch's counter misses, or misses in some releases: vectors, attention on the CPU.
+FLOPS = {aten.mv: vector_flops, aten.dot: vector_flops, getattr(aten, SDPA): attention_flops}
 
 
 def count(coupling: Coupling, model: nn.Module) -> tuple[int, int, int]:
     """Return (MACs, parameters, bytes in float32) of one forward pass as it happens."""
-    with FlopCounterMode(display=False) as flops, Count() as own:
+    with FlopCounterMode(display=False, custom_mapping=FLOPS) as flops, Elements() as elements:
         call(coupling, model)
     macs, odd = divmod(flops.get_total_flops(), 2)
     assert not odd
-    params = sum(p.numel() for p in model.parameters())
-    return macs + own.uncounted, params, 4 * own.elements
+    return macs, sum(p.numel() for p in model.parameters()), 4 * elements.count
 
 
 def check_cost(model: nn.Module, coupling: Coupling, seeds: tuple[int, ...] = (0,), ratio: float = 0.6) -> None:

@@ -16,7 +16,7 @@ ALLOWED = {
     'cost': BOTTOM,
     'fixes': BOTTOM,
     'coupling': {'cost', 'fixes', *BOTTOM},
-    'layer_calls': set(),
+    'layer_calls': {'compat'},
     'slim': {'coupling', 'cost', 'fixes', *BOTTOM},
     'comb': {'slim', 'coupling', 'cost', 'fixes', *BOTTOM},
     'prune': {'slim', 'coupling', 'cost', 'layer_calls', *BOTTOM},

@@ -23,14 +23,18 @@ from mmcpd.engine.combing import comb_by_config
 from mmcpd.engine.slim_file import read_slim
 from mmcpd.prune import check_reachable, reachable, select, shares
 from mmcpd.slim import slim
-from tests.helpers import count
+from tests.helpers import config_params, count
 from tests.test_tools.conftest import tool  # noqa: F401
 
 FOLDER = Path(__file__).resolve().parents[1] / 'configs' / 'cpd'
 NAMES = sorted(path.stem for path in FOLDER.glob('*.py'))
-FULL_SCALE = [name for name in NAMES if name.endswith(('_in1k', '_ade20k'))]
+FULL_SCALE = [name for name in NAMES if name.endswith(('_in1k', '_ade20k', '_coco'))]
 # Where combing at the size of the config would take long; what can be reached hardly depends on it.
-SHAPES = {'vit_prune_ade20k': (3, 128, 128), 'seaformer_prune_ade20k': (3, 256, 256)}
+SHAPES = {
+    'vit_prune_ade20k': (3, 128, 128),
+    'seaformer_prune_ade20k': (3, 256, 256),
+    **{name: (3, 256, 256) for name in NAMES if name.endswith('_coco')},
+}
 
 
 def read(name: str) -> Config:
@@ -60,7 +64,7 @@ def nowhere(monkeypatch, tmp_path):
     monkeypatch.setattr('socket.socket.connect', refuse)
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', config_params(NAMES))
 def test_it_builds_and_combs_and_its_target_is_within_reach(nowhere, name):
     hook, model, coupling = combed(name)
     cfg = read(name)
@@ -72,12 +76,13 @@ def test_it_builds_and_combs_and_its_target_is_within_reach(nowhere, name):
     assert distiller.loss_configs
     assert [key for key in distiller.state_dict() if not key.startswith('distill.')] == list(model.state_dict())
     prunable, total = coupling.prunable()
-    assert prunable / total > 0.95, coupling.reasons().most_common(3)
+    # DETR adds positions, which no layer computes, to its queries and keys: their width stays.
+    assert prunable / total > (0.7 if name.startswith('detr_') else 0.95), coupling.reasons().most_common(3)
     assert not coupling.unsupported
     check_reachable(coupling, hook.schedule.resolve(100_000), **hook.floors)
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', config_params(NAMES))
 def test_it_inherits_what_it_does_not_say(name, tmp_path):
     text = (FOLDER / f'{name}.py').read_text()
     if re.search(r"^_base_ = '\./\w+_prune\.py'$", text, re.MULTILINE):  # it differs from its base by a few lines
@@ -104,7 +109,7 @@ def test_a_user_s_own_config_is_eight_lines():
     assert len(code_lines((FOLDER / 'mobilevit_prune.py').read_text())) == 8
 
 
-@pytest.mark.parametrize('name', FULL_SCALE)
+@pytest.mark.parametrize('name', config_params(FULL_SCALE))
 def test_full_scale_starts_from_the_checkpoint_that_openmmlab_lists_for_its_base(name):
     cfg, text = read(name), (FOLDER / f'{name}.py').read_text()
     if name.startswith('seaformer'):
@@ -175,10 +180,19 @@ ITERATIONS = [
     'default_hooks.prune.interval=2',
 ]
 SCENES = [*ITERATIONS, 'val_dataloader.dataset.length=4', 'test_dataloader.dataset.length=4']
+BOXES = [
+    *(option for option in SCENES if 'batch_size' not in option),
+    'train_dataloader.batch_size=2',
+    'default_hooks.prune.round_to=2',
+]
 RESNET = ['model.student.backbone.stem_channels=16', 'model.student.backbone.base_channels=16']
 MINIATURES = {
     'mobilevit_prune': DIGITS,
     'vit_prune': SCENES,
+    'retinanet_prune': BOXES,
+    'fcos_prune': BOXES,
+    'rtmdet_prune': BOXES,
+    'detr_prune': BOXES,
     'seaformer_prune': SCENES,
     'mobilenetv2_prune': [*DIGITS, 'model.student.backbone.widen_factor=0.5'],
     'resnext50_prune': [
@@ -204,7 +218,7 @@ MINIATURES = {
         'test_dataloader.persistent_workers=False',
     ],
 }
-FAST = ('mobilevit_prune', 'vit_prune', 'mobilenetv2_prune')
+FAST = ('mobilevit_prune', 'vit_prune', 'mobilenetv2_prune', 'retinanet_prune')
 
 
 def test_every_embedded_config_has_a_miniature():
@@ -270,13 +284,13 @@ def camvid(tmp_path):
             cv2.imwrite(str(tmp_path / f'data/camvid/annotations/{split}/{index}.png'), labels)
 
 
-@pytest.mark.parametrize('name', FAST)
+@pytest.mark.parametrize('name', config_params(FAST))
 def test_it_trains_prunes_slims_and_tests(tool, request, tmp_path, name):  # noqa: F811
     run(tool, request, tmp_path, name)
 
 
 @pytest.mark.slow  # exporting takes half a minute
-@pytest.mark.parametrize('name', MINIATURES)
+@pytest.mark.parametrize('name', config_params(MINIATURES))
 def test_from_the_config_to_a_slim_onnx_file(tool, request, tmp_path, name):  # noqa: F811
     config, options = run(tool, request, tmp_path, name)
     code, _, err = tool('deploy', config, 'w/slim.pth', '--no-bench', *options)

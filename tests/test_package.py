@@ -53,6 +53,39 @@ def test_importing_mmcpd_imports_no_heavy_package():
 
 
 @pytest.mark.parametrize(
+    ('fault', 'lines'),
+    [
+        (
+            "AssertionError('mmcv 2.9\\nis too new')",
+            ['mmseg is installed, but cannot be imported (mmcv 2.9 is too new)'],
+        ),
+        (
+            "ModuleNotFoundError('No mmcv._ext', name='mmcv._ext')",
+            ['mmseg is installed, but cannot be imported (No mmcv'],
+        ),
+        ("ModuleNotFoundError('No mmseg', name='mmseg')", []),
+    ],
+    ids=['an assertion', 'without operators', 'absent'],
+)
+def test_a_package_that_cannot_be_imported_costs_one_line(fault, lines):
+    code = f"""
+import importlib.abc, sys
+class Break(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == 'mmseg.models':
+            raise {fault}
+sys.meta_path.insert(0, Break())
+import mmcpd.engine
+print('CIFARResNet' in mmcpd.engine.models.__all__, 'LightHead' in mmcpd.engine.models.__all__)
+"""
+    result = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.strip() == 'True False', result.stderr
+    said = [line for line in result.stderr.splitlines() if 'mmseg is installed' in line]
+    assert len(said) == len(lines)
+    assert all(line.startswith(start) for line, start in zip(said, lines, strict=True))
+
+
+@pytest.mark.parametrize(
     ('text', 'numbers'),
     [('2.14.1+cu130', (2, 14, 1)), ('0.10.8rc1', (0, 10, 8)), ('2.0.0', (2,)), ('dev', (0,)), ('0.0', (0,))],
 )
@@ -147,7 +180,7 @@ def test_the_wheel_carries_a_command_configs_and_tools_and_replaces_nothing(tmp_
     assert not [name for name in names if name.startswith(('tests', 'configs', 'tools'))]
     required = [line for line in metadata.splitlines() if line.startswith('Requires-Dist')]
     hard = {line.split(': ')[1] for line in required if 'extra ==' not in line}
-    assert hard == {'torch', 'numpy', 'scipy'}
+    assert hard == {'torch', 'numpy', 'scipy', 'executing; python_version < "3.11"'}
     assert 'Requires-Dist: onedl-mmcv==2.3.6; extra == "openmmlab"' in required
 
 

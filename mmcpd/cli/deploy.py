@@ -1,7 +1,8 @@
 """Export a slim model and its dense original to ONNX, check both against torch, and measure them.
 
 Writes slim.onnx, dense.onnx and latency.json. The files hold the model's tensor mode on normalised images: a
-classifier's logits, a segmentor's logits at the resolution of its head.
+classifier's logits, a segmentor's logits at the resolution of its head, a detector's maps. With --boxes they hold what
+a one-stage detector finds: boxes (N, K, 4) in pixels of the input, scores (N, K) and labels (N, K; -1: none), N fixed.
 
 Example:
   mmcpd deploy mmcpd::cpd/resnet50_prune.py work_dirs/resnet50_prune/slim.pth
@@ -20,11 +21,12 @@ from torch import Tensor, nn
 from mmcpd.cli.checks import check_checkpoint, check_data, check_folder
 from mmcpd.cli.common import UserError
 from mmcpd.cli.configs import read_config
-from mmcpd.deploy import deploy
+from mmcpd.deploy import Parity, check_detections, check_parity, deploy
 from mmcpd.engine.build import build_dense
 from mmcpd.engine.checkpoints import load_dense, load_slim, read_checkpoint, removed_units
+from mmcpd.engine.detections import detections, predictions, why_no_boxes
 from mmcpd.engine.examples import data_batches, random_batches
-from mmcpd.engine.passes import DEPLOYED, runs
+from mmcpd.engine.samples import pass_on_pictures
 from mmcpd.errors import SlimError
 from mmcpd.progress import ProgressLine
 
@@ -39,6 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     batch = parser.add_mutually_exclusive_group()
     batch.add_argument('--batch-dynamic', action='store_true', help='leave the batch size open (the default)')
     batch.add_argument('--batch-static', '--static', action='store_true', help='fix the batch size to --batch')
+    add('--boxes', action='store_true', help="a detector's boxes, scores and labels after nms, instead of its maps")
     add('--runs', type=int, default=1000, help='paired runs; default 1000')
     add('--time-limit', type=float, metavar='S', help='seconds after which no run starts')
     add('--threads', type=int, help="ONNX Runtime's threads; default: as many as cores")
@@ -77,12 +80,19 @@ def real_batches(cfg: Config, model: nn.Module, args: argparse.Namespace) -> tup
     return data_batches(cfg, model, sizes, shape), f'test data ({cfg.test_dataloader.dataset.type})'
 
 
+def _check_boxes(path: Path, model: nn.Module, batches: list[Tensor], _forward: object) -> Parity:
+    return check_detections(path, model, batches, predictions)
+
+
 def main(args: argparse.Namespace) -> None:
     cfg = read_config(args)
     for name in ('batch', 'runs', 'threads', 'time_limit'):
         value = getattr(args, name)
         if value is not None and value <= 0:
             raise UserError(f'--{name.replace("_", "-")} must be above 0, not {value}')
+    args.batch_static = args.batch_static or args.boxes  # nms is a node for each picture
+    if args.boxes and args.batch_dynamic:
+        raise UserError('--boxes: the batch size of a file with boxes is fixed (--batch); leave --batch-dynamic out')
     check_checkpoint(args.checkpoint, 'checkpoint')
     check_checkpoint(args.dense, '--dense')
     out = args.out or Path(args.checkpoint).parent
@@ -93,11 +103,12 @@ def main(args: argparse.Namespace) -> None:
     slim = load_slim(cfg, args.checkpoint)
     dense, weights = dense_model(cfg, args)
     batches, source = real_batches(cfg, slim, args)
-    if why := runs(slim, batches[0], DEPLOYED):
-        raise UserError(
-            f"{args.config}: a file is exported of forward(pictures, mode='tensor'), which {type(slim).__name__} does "
-            f"not run ({why}): give the forward's other arguments a default, and let mode 'tensor' return the logits"
-        )
+    if args.boxes and (why := why_no_boxes(slim)):
+        raise UserError(f'{args.config}: no boxes can be exported of a {type(slim).__name__}: {why}; leave --boxes out')
+    try:
+        forward = detections if args.boxes else pass_on_pictures(slim, batches[0])
+    except ValueError as error:
+        raise UserError(f'{args.config}: {error}') from error
     print(f'inputs: {source}; dense weights: {weights}')
     facts = {'config': args.config, 'checkpoint': args.checkpoint, 'dense_weights': weights}
     report = deploy(
@@ -106,7 +117,8 @@ def main(args: argparse.Namespace) -> None:
         folder,
         opset=args.opset,
         dynamic_batch=not args.batch_static,
-        forward=DEPLOYED,
+        forward=forward,
+        check=_check_boxes if args.boxes else check_parity,
         runs=0 if args.no_bench else args.runs,
         time_limit=args.time_limit,
         threads=args.threads,

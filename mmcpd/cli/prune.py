@@ -173,7 +173,7 @@ def versions() -> dict[str, str]:
     """Return the versions of what the result depends on, and the date."""
     packages = {'mmcpd': __version__, 'python': platform.python_version(), 'mmengine': mmengine.__version__}
     packages |= {name: version(name) for name in ('torch', 'numpy')}
-    return packages | {'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')}
+    return packages | {'date': datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds')}
 
 
 def _metrics(model: nn.Module, cfg: Config, request: Request, stages: Stages, name: str) -> dict[str, float]:

@@ -93,7 +93,7 @@ def run(runner: Runner, step: Callable[[Runner], Any]) -> Any:
         with suppress(OSError):  # the disk may be full
             file = Path(runner.log_dir) / 'traceback.txt'
             file.write_text(traceback.format_exc(), encoding='utf-8')
-            error.add_note(f'{TRACEBACK}{file}')
+            vars(error).setdefault('__notes__', []).append(f'{TRACEBACK}{file}')
         raise
 
 

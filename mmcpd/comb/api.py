@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,6 +10,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ..compat import call
 from ..coupling import Cache, Coupling, Example, arguments
 from ..errors import CombError, first_line
 from ..fixes import Fixes
@@ -79,7 +79,7 @@ def comb(
     if unused not in UNUSED:
         raise ValueError(f'unused must be one of {UNUSED}, not {unused!r}')
     ignore = [ignore] if isinstance(ignore, str) else ignore
-    example = Example(arguments(inputs), forward or operator.call, tuple(also))
+    example = Example(arguments(inputs), forward or call, tuple(also))
     caches: list[Cache] = []
 
     def observed(policy: Policy) -> Record:
@@ -120,7 +120,7 @@ def explaining(model: nn.Module, example: Example) -> Iterator[None]:
     try:
         yield
     except FAILURES as error:
-        if example.forward is operator.call and len(example.inputs) == 1 and isinstance(example.inputs[0], Mapping):
+        if example.forward is call and len(example.inputs) == 1 and isinstance(example.inputs[0], Mapping):
             raise CombError(
                 f'the model does not take a dictionary as its one input ({first_line(error)}): give comb '
                 '`forward=lambda model, inputs: model(**inputs)`'

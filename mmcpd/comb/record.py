@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import NamedTuple
 
 import numpy as np
 
+from ..compat import StrEnum
 from ..cost import Term
 from ..coupling import OperationAt, Role
 from ..fixes import Equality, Expression, Live

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from mmcpd.datasets.boxes import DigitBoxesDataset
 from mmcpd.datasets.digits import DigitsDataset
 from mmcpd.datasets.scenes import DigitScenesDataset
 
-__all__ = ['DigitScenesDataset', 'DigitsDataset']
+__all__ = ['DigitBoxesDataset', 'DigitScenesDataset', 'DigitsDataset']

@@ -43,21 +43,36 @@ def compose(
         >>> compose(*digits('train'), np.random.default_rng(0)).labels.shape
         (96, 96)
     """
-    height, width = size
-    paper, ink = ((0.0, 0.4), (0.6, 1.0)) if rng.random() < 0.5 else ((0.6, 1.0), (0.0, 0.4))
-    mottle = rng.uniform(*paper, size=(3, 3, 3)).astype(np.float32)
-    canvas = np.clip(cv2.resize(mottle, (width, height), interpolation=cv2.INTER_CUBIC), *paper)  # (H, W, 3)
+    canvas = Canvas(rng, size)
     seg = np.zeros(size, dtype=np.uint8)
     for pick in rng.integers(len(images), size=rng.integers(count[0], count[1] + 1)):
-        coverage = _placed(images[pick], rng, size, scale)
-        alpha = np.clip((coverage - INK / 2) / INK, 0, 1)[:, :, None]  # soft edges, half way where labels change
-        canvas = canvas * (1 - alpha) + rng.uniform(*ink, size=3).astype(np.float32) * alpha
+        coverage = placed(images[pick], rng, size, scale)
+        canvas.paint(coverage)
         seg[coverage >= INK] = labels[pick] + 1
-    canvas = canvas + 0.03 * rng.standard_normal(canvas.shape, dtype=np.float32)
-    return Scene(np.rint(255 * np.clip(canvas, 0, 1)).astype(np.uint8), seg)
+    return Scene(canvas.picture(), seg)
 
 
-def _placed(
+class Canvas:
+    """Hold a mottled background, on which digits of another brightness, lighter or darker, are painted."""
+
+    def __init__(self, rng: np.random.Generator, size: tuple[int, int]) -> None:
+        self.rng = rng
+        paper, self.ink = ((0.0, 0.4), (0.6, 1.0)) if rng.random() < 0.5 else ((0.6, 1.0), (0.0, 0.4))
+        mottle = rng.uniform(*paper, size=(3, 3, 3)).astype(np.float32)
+        self.pixels = np.clip(cv2.resize(mottle, size[::-1], interpolation=cv2.INTER_CUBIC), *paper)  # (H, W, 3)
+
+    def paint(self, coverage: np.ndarray) -> None:
+        """Paint in a random colour what a digit covers, (H, W) in 0..1."""
+        alpha = np.clip((coverage - INK / 2) / INK, 0, 1)[:, :, None]  # soft edges, half way where labels change
+        self.pixels = self.pixels * (1 - alpha) + self.rng.uniform(*self.ink, size=3).astype(np.float32) * alpha
+
+    def picture(self) -> np.ndarray:
+        """Return the picture with noise, uint8 (H, W, 3)."""
+        noisy = self.pixels + 0.03 * self.rng.standard_normal(self.pixels.shape, dtype=np.float32)
+        return np.rint(255 * np.clip(noisy, 0, 1)).astype(np.uint8)
+
+
+def placed(
     image: np.ndarray, rng: np.random.Generator, size: tuple[int, int], scale: tuple[float, float]
 ) -> np.ndarray:
     """Return how much of each pixel (H, W) one digit covers, scaled, tilted and moved; its centre is inside."""
@@ -69,14 +84,8 @@ def _placed(
     return cv2.warpAffine(image, affine, (width, height), flags=cv2.INTER_CUBIC)
 
 
-@DATASETS.register_module()
-class DigitScenesDataset(BaseDataset):
-    """Compose synthetic scenes of scikit-learn's digits with per-pixel labels, for mmseg's pipelines.
-
-    Synthetic: a figure measured here says that something works, not how well it does on photographs. A scene
-    depends on (`seed`, `split`, its index) alone. Training and validation scenes use disjoint digits: those of
-    `digits('train')` and `digits('test')`. The results hold `img`, `img_shape`, `ori_shape` and `gt_seg_map`, so a
-    pipeline starts without `LoadImageFromFile` and `LoadAnnotations`.
+class ComposedDataset(BaseDataset):
+    """Hold what data sets of composed scenes share: arguments, and a picture that depends on its index alone.
 
     Args:
         split: 'train' or 'val'.
@@ -89,20 +98,7 @@ class DigitScenesDataset(BaseDataset):
     Raises:
         ImportError: scikit-learn is not installed.
         ValueError: An unknown split, or a length, size, count or scale that leaves nothing to draw.
-
-    Example:
-        >>> DigitScenesDataset('val', length=2, pipeline=[dict(type='mmseg.PackSegInputs')])[1]['inputs'].shape
-        torch.Size([3, 96, 96])
     """
-
-    METAINFO: dict = {  # noqa: RUF012 - MMEngine reads the class attribute
-        'classes': ('background', *'0123456789'),
-        'palette': [
-            [40, 40, 40], [230, 25, 75], [60, 180, 75], [255, 225, 25], [0, 130, 200], [245, 130, 48],
-            [145, 30, 180], [70, 240, 240], [240, 50, 230], [210, 245, 60], [250, 190, 212],
-        ],
-        'synthetic': True,
-    }  # fmt: skip
 
     def __init__(
         self,
@@ -130,12 +126,51 @@ class DigitScenesDataset(BaseDataset):
     def load_data_list(self) -> list[dict[str, Any]]:
         """Return what is common to all scenes, once per scene; pixels are drawn when they are asked for."""
         shape = {'img_shape': self.size, 'ori_shape': self.size}
-        common = {**shape, 'seg_fields': ['gt_seg_map'], 'label_map': None, 'reduce_zero_label': False}
-        return [{'scene': index, **common} for index in range(self.length)]
+        return [{'scene': index, **shape, **self.common(index)} for index in range(self.length)]
 
     def get_data_info(self, idx: int) -> dict[str, Any]:
         """Return the results dict of one scene, its picture drawn."""
         info = super().get_data_info(idx)
         rng = np.random.default_rng((self.seed, STREAMS[self.split], info['scene']))
+        return {**info, **self.drawn(rng)}
+
+    def common(self, index: int) -> dict[str, Any]:
+        """Return what mmseg's or mmdet's pipelines want beside the picture of a scene and its labels."""
+        raise NotImplementedError
+
+    def drawn(self, rng: np.random.Generator) -> dict[str, Any]:
+        """Draw a scene: return its picture and its labels, by the names of mmseg's or mmdet's pipelines."""
+        raise NotImplementedError
+
+
+@DATASETS.register_module()
+class DigitScenesDataset(ComposedDataset):
+    """Compose synthetic scenes of scikit-learn's digits with per-pixel labels, for mmseg's pipelines.
+
+    Synthetic: a figure measured here says that something works, not how well it does on photographs. A scene
+    depends on (`seed`, `split`, its index) alone. Training and validation scenes use disjoint digits: those of
+    `digits('train')` and `digits('test')`. The results hold `img`, `img_shape`, `ori_shape` and `gt_seg_map`, so a
+    pipeline starts without `LoadImageFromFile` and `LoadAnnotations`.
+
+    Its arguments are those of `ComposedDataset`, scenes of 96x96 with 3 to 7 digits of 0.3 to 0.6 by default.
+
+    Example:
+        >>> DigitScenesDataset('val', length=2, pipeline=[dict(type='mmseg.PackSegInputs')])[1]['inputs'].shape
+        torch.Size([3, 96, 96])
+    """
+
+    METAINFO: dict = {  # noqa: RUF012 - MMEngine reads the class attribute
+        'classes': ('background', *'0123456789'),
+        'palette': [
+            [40, 40, 40], [230, 25, 75], [60, 180, 75], [255, 225, 25], [0, 130, 200], [245, 130, 48],
+            [145, 30, 180], [70, 240, 240], [240, 50, 230], [210, 245, 60], [250, 190, 212],
+        ],
+        'synthetic': True,
+    }  # fmt: skip
+
+    def common(self, index: int) -> dict[str, Any]:
+        return {'seg_fields': ['gt_seg_map'], 'label_map': None, 'reduce_zero_label': False}
+
+    def drawn(self, rng: np.random.Generator) -> dict[str, Any]:
         scene = compose(*self.digits, rng, self.size, self.count, self.scale)
-        return {**info, 'img': scene.image, 'gt_seg_map': scene.labels}
+        return {'img': scene.image, 'gt_seg_map': scene.labels}

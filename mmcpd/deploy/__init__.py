@@ -6,9 +6,20 @@ from mmcpd.compat import require
 
 require('deploy')
 
+from mmcpd.deploy.detections import check_detections  # noqa: E402
 from mmcpd.deploy.latency import Latency, measure_latency  # noqa: E402
 from mmcpd.deploy.onnx import Parity, check_parity, export_onnx  # noqa: E402
 from mmcpd.deploy.report import Report, deploy  # noqa: E402
 from mmcpd.errors import DeployError  # noqa: E402
 
-__all__ = ['DeployError', 'Latency', 'Parity', 'Report', 'check_parity', 'deploy', 'export_onnx', 'measure_latency']
+__all__ = [
+    'DeployError',
+    'Latency',
+    'Parity',
+    'Report',
+    'check_detections',
+    'check_parity',
+    'deploy',
+    'export_onnx',
+    'measure_latency',
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import warnings
@@ -29,6 +30,7 @@ Inputs = Tensor | tuple[Tensor, ...]
 Forward = Callable[..., Any]
 
 NEW_EXPORTER = 18  # the oldest opset that torch's exporter over torch.export writes; below, the TorchScript one does
+HAS_NEW_EXPORTER = 'dynamic_shapes' in inspect.signature(torch.onnx.export).parameters  # from torch 2.5
 LARGEST = 2 * 1024**3  # bytes; protobuf allows no more in one file
 TOLERANCE = 1e-4  # of the largest output, float32
 RANDOM = ('Random', 'Bernoulli', 'Multinomial', 'Dropout')  # how operators that draw begin
@@ -73,7 +75,7 @@ def export_onnx(
         inputs: An example of what it is called with, batch first. A dynamic batch needs two samples or more,
             so a single one is doubled.
         path: Where the file goes; it appears there when it is complete.
-        opset: From 18 by torch's current exporter; below by its TorchScript one, where nothing else is possible.
+        opset: From 18 by torch's current exporter; below, and in torch 2.4, by its TorchScript one.
         dynamic_batch: Leave the batch size open. Models that compute with it as a Python number are exported wrong
             by torch, without a warning: compare at another batch size by `check_parity`.
         forward: Called as `forward(model, *inputs)` instead of the model itself.
@@ -98,6 +100,16 @@ def export_onnx(
         _export(model, args, unfinished, opset, dynamic_batch, forward)
         _check(unfinished, path, opset)
     return path
+
+
+def over_torch_export(opset: int) -> bool:
+    """Say whether torch's current exporter writes an opset, which goes over torch.export, or its TorchScript one.
+
+    Example:
+        >>> over_torch_export(17)
+        False
+    """
+    return opset >= NEW_EXPORTER and HAS_NEW_EXPORTER
 
 
 def check_parity(
@@ -169,7 +181,7 @@ def _export(
         expected = _outputs(module(*args))
     ins, outs = _names('input', len(args)), _names('output', len(expected))
     options: dict[str, Any]
-    if opset >= NEW_EXPORTER:
+    if over_torch_export(opset):
         shapes: Any = tuple({0: torch.export.Dim('batch')} for _ in args)
         if module is fixed:
             shapes = (shapes,)  # one variadic parameter
@@ -187,7 +199,8 @@ def _export(
         if isinstance(error, OSError | RuntimeError) and why_unwritten(error) is not None:
             raise  # which is about the disk
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        other = 'a lower opset (17)' if opset >= NEW_EXPORTER else f'a higher opset ({NEW_EXPORTER})'
+        newer = f'a higher opset ({NEW_EXPORTER})' if HAS_NEW_EXPORTER else 'torch 2.5 or newer'
+        other = 'a lower opset (17)' if over_torch_export(opset) else newer
         hint = f'{other}, or a static batch' if dynamic else other
         raise DeployError(
             f'torch cannot export {type(model).__name__} to ONNX at opset {opset}: {reason} Try {hint}.'

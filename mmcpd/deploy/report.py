@@ -6,7 +6,7 @@ import datetime
 import os
 import platform
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
@@ -19,10 +19,21 @@ import torch
 from torch import Tensor, nn
 
 from mmcpd.deploy.latency import Latency, Progress, measure_latency, usable_cores
-from mmcpd.deploy.onnx import NEW_EXPORTER, Forward, Inputs, Parity, check_parity, drawing_nodes, export_onnx
+from mmcpd.deploy.onnx import (
+    NEW_EXPORTER,
+    Forward,
+    Inputs,
+    Parity,
+    check_parity,
+    drawing_nodes,
+    export_onnx,
+    over_torch_export,
+)
 from mmcpd.errors import DeployError
 from mmcpd.files import write_json
 from mmcpd.version import __version__
+
+Check = Callable[[Path, nn.Module, list[Any], Forward | None], Parity]
 
 
 @dataclass(frozen=True)
@@ -82,6 +93,7 @@ def deploy(
     threads: int | None = None,
     progress: Progress | None = None,
     facts: Mapping[str, Any] | None = None,
+    check: Check = check_parity,
 ) -> Report:
     """Export models as `out/<name>.onnx`, check each against torch, measure them in pairs, write `latency.json`.
 
@@ -92,7 +104,7 @@ def deploy(
 
     `opset`, `dynamic_batch` and `forward` are as in `export_onnx`; `time_limit`, `threads` and `progress` as in
     `measure_latency`, with `runs` rounds (0: nothing is measured). `facts` is what else should stand in the report,
-    e.g. the config and where the inputs come from.
+    e.g. the config and where the inputs come from. `check(path, model, batches, forward)` compares a file with a model.
 
     Raises:
         DeployError: A model cannot be exported, or its file computes something else.
@@ -109,7 +121,7 @@ def deploy(
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out) as folder:
         made = [
-            _exported(model, Path(folder, f'{name}.onnx'), batches, opset, dynamic_batch, forward)
+            _exported(model, Path(folder, f'{name}.onnx'), batches, opset, dynamic_batch, forward, check)
             for name, model in models.items()
         ]
         times: list[Latency] = []
@@ -119,6 +131,7 @@ def deploy(
         circumstances = {
             **environment(),
             'opset': opset,
+            'exporter': 'torch.export' if over_torch_export(opset) else 'TorchScript',
             'dynamic_batch': dynamic_batch,
             'shape': [list(x.shape) for x in ([batches[0]] if isinstance(batches[0], Tensor) else batches[0])],
             **(facts or {}),
@@ -143,7 +156,7 @@ def environment() -> dict[str, Any]:
         'cpu': cpu_name(),
         'cores': usable_cores(),
         'system': f'{platform.system()} {platform.machine()}',
-        'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+        'date': datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'),
     }
 
 
@@ -156,7 +169,13 @@ def cpu_name() -> str:
 
 
 def _exported(
-    model: nn.Module, path: Path, batches: list[Inputs], opset: int, dynamic_batch: bool, forward: Forward | None
+    model: nn.Module,
+    path: Path,
+    batches: list[Inputs],
+    opset: int,
+    dynamic_batch: bool,
+    forward: Forward | None,
+    check: Check,
 ) -> Exported:
     """Export a model; with the size of the first batch where torch cannot leave it open.
 
@@ -165,13 +184,13 @@ def _exported(
     """
     size = None if dynamic_batch else _size(batches[0])
     try:
-        parity = _attempt(model, path, batches, opset, dynamic_batch, forward)
+        parity = _attempt(model, path, batches, opset, dynamic_batch, forward, check)
     except DeployError as error:
         if not dynamic_batch:
             raise
         size = _size(batches[0])
         try:
-            parity = _attempt(model, path, [_first(batch, size) for batch in batches], opset, False, forward)
+            parity = _attempt(model, path, [_first(batch, size) for batch in batches], opset, False, forward, check)
         except DeployError as fixed:
             raise DeployError(f'{error} With the batch size fixed to {size}: {fixed}') from error
     params = sum(parameter.numel() for parameter in model.parameters())
@@ -179,7 +198,13 @@ def _exported(
 
 
 def _attempt(
-    model: nn.Module, path: Path, batches: list[Inputs], opset: int, dynamic_batch: bool, forward: Forward | None
+    model: nn.Module,
+    path: Path,
+    batches: list[Inputs],
+    opset: int,
+    dynamic_batch: bool,
+    forward: Forward | None,
+    check: Check,
 ) -> Parity:
     """Export and compare.
 
@@ -187,7 +212,7 @@ def _attempt(
         DeployError: torch cannot export it, or the file computes something else.
     """
     export_onnx(model, batches[0], path, opset, dynamic_batch, forward)
-    parity = check_parity(path, model, batches, forward)
+    parity = check(path, model, batches, forward)
     if not parity.ok:
         each = ', '.join(
             f'batch of {size}: {"the file fails, or its shapes differ" if relative == inf else f"{relative:.1e}"}'
@@ -212,7 +237,8 @@ def _first(batch: Inputs, size: int) -> Inputs:
 
 def _circumstances(facts: Mapping[str, Any], latency: tuple[Latency, ...]) -> str:
     shapes = ', '.join('x'.join(map(str, shape)) for shape in facts['shape'])
-    text = f'ONNX Runtime {facts["onnxruntime"]} on {facts["cpu"]}, input {shapes}, opset {facts["opset"]}'
+    opset = f'opset {facts["opset"]} by {facts["exporter"]}'
+    text = f'ONNX Runtime {facts["onnxruntime"]} on {facts["cpu"]}, input {shapes}, {opset}'
     if latency:
         text += f', {latency[0].threads} threads, {latency[0].n} paired runs; ratio to {latency[0].name}'
     return f'{text}\nparity: largest difference from torch {facts["torch"]}, relative to the largest output'

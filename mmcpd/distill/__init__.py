@@ -5,7 +5,7 @@ from __future__ import annotations
 from .cirkd import CIRKDLoss
 from .losses import CWDLoss, DistillLoss, DISTLoss, FeatureLoss, KDLoss
 from .observe import Compared, Observer, Output
-from .taps import Tap, Taps
+from .taps import Tap, Taps, expanded
 
 __all__ = [
     'CIRKDLoss',
@@ -19,4 +19,5 @@ __all__ = [
     'Output',
     'Tap',
     'Taps',
+    'expanded',
 ]

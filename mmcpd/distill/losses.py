@@ -208,10 +208,9 @@ class FeatureLoss(DistillLoss):
     r"""Compare features by their mean squared difference, through a 1x1 projection where the widths differ.
 
     Takes `(N, C)`, `(N, L, C)` or `(N, C, H, W)`. The projection is trained with the student and is no part of it.
-    `teacher_channels` is as `student_channels` by default. Rows labelled `ignore_index` do not count (needs labels).
-
-    Memory: three tensors of the teacher's feature size and `(student_channels + 1) * teacher_channels` parameters.
-    Time: O(elements), times `student_channels` where there is a projection.
+    `teacher_channels` is as `student_channels` by default; without both, any widths that are alike. Rows labelled
+    `ignore_index` do not count (needs labels). Memory: three tensors of the teacher's feature size and
+    `(student_channels + 1) * teacher_channels` parameters. Time: O(elements), projected times `student_channels`.
 
     Source: Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, eq. 3, as a mean over elements.
 
@@ -224,24 +223,26 @@ class FeatureLoss(DistillLoss):
 
     def __init__(
         self,
-        student_channels: int,
+        student_channels: int | None = None,
         teacher_channels: int | None = None,
         *,
         loss_weight: float = 1.0,
         ignore_index: int | None = None,
     ) -> None:
         super().__init__(loss_weight=loss_weight, ignore_index=ignore_index)
-        widths = self.student_channels, self.teacher_channels = student_channels, teacher_channels or student_channels
-        # A linear layer on rows is the 1x1 convolution, and takes vectors and tokens too.
-        self.projection = nn.Identity() if widths[0] == widths[1] else nn.Linear(*widths)
+        self.student_channels, self.teacher_channels = student_channels, teacher_channels or student_channels
+        if not student_channels and teacher_channels:
+            raise ValueError(f'FeatureLoss: teacher_channels={teacher_channels} is given, and student_channels is not')
+        self.projection: nn.Module = nn.Identity()
+        if student_channels and teacher_channels and student_channels != teacher_channels:
+            self.projection = nn.Linear(student_channels, teacher_channels)  # on rows it is the 1x1 convolution
 
     def compare(self, student: Tensor, teacher: Tensor, labels: Tensor | None, valid: Tensor | None) -> Tensor:
         s, t = _rows(student, valid), _rows(teacher, valid)  # (rows, C)
-        if (s.shape[1], t.shape[1]) != (self.student_channels, self.teacher_channels):
-            raise ValueError(
-                f'FeatureLoss({self.student_channels}, {self.teacher_channels}) got a student of {s.shape[1]} and a '
-                f'teacher of {t.shape[1]} channels: set student_channels and teacher_channels to these'
-            )
+        if (s.shape[1], t.shape[1]) != (self.student_channels or s.shape[1], self.teacher_channels or s.shape[1]):
+            widths = f'a student of {s.shape[1]} and a teacher of {t.shape[1]} channels'
+            ours = f'FeatureLoss({self.student_channels}, {self.teacher_channels})'
+            raise ValueError(f'{ours} got {widths}: set student_channels and teacher_channels to these')
         if isinstance(self.projection, nn.Linear):
             s = self.projection(s.to(self.projection.weight.dtype))
         if len(s) == 0:

@@ -25,13 +25,20 @@ SOFTMAX = re.compile(r'^(Softmax|LogSoftmax|Logsumexp)')
 # ... of the other functions that compare with a target, and of what changes a map's resolution or precision only.
 TARGET = re.compile(r'^(Nll|Mse|L1Loss|SmoothL1|Huber|KlDiv|MultiMargin)')
 RESIZED = re.compile(r'^(Upsample|ToCopy|Clone|Alias)')
+# Distances to a target, as of boxes; what joins the maps of several levels; linear layers, whose channels are the last
+# dimension, and what moves them elsewhere.
+DISTANCE = re.compile(r'^(Mse|L1Loss|SmoothL1|Huber)')
+JOINED = re.compile(r'^(Cat|Stack)')
+LINEAR = re.compile(r'^(Addmm|Mm|Linear|MkldnnLinear)')
+MOVED = re.compile(r'^(Transpose|Permute|Movedim)')
 
 
 @dataclass(frozen=True)
 class Output:
     """A tensor that a module gives out; `part` is its index among several, None where there is one.
 
-    Its `(N, C)`, `(N, L, C)` or `(N, C, H, W)` has `dims` dimensions and C `channels`. As a string it is a tap's name.
+    Its `(N, C)`, `(N, L, C)` or `(N, C, H, W)` has `dims` dimensions and C `channels`; four dimensions that a linear
+    layer gives out have their channels last: `(layers, N, queries, C)`. As a string it is a tap's name.
 
     Example:
         >>> str(Output('backbone', 1))
@@ -42,6 +49,7 @@ class Output:
     part: int | None = None
     channels: int = field(default=0, compare=False)
     dims: int = field(default=0, compare=False)
+    channels_last: bool = field(default=False, compare=False)
 
     def __str__(self) -> str:
         return self.module if self.part is None else f'{self.module}:{self.part}'
@@ -54,6 +62,7 @@ class Compared:
     Attributes:
         outputs: the module outputs that are this tensor, or that it is computed from without a layer; the best first.
         softmax, sigmoid: whether the loss takes a softmax over its channels, a sigmoid of each.
+        distance: whether a loss takes its distance to a target (L1, L2): boxes, not classes.
 
     Example:
         >>> Compared((Output('fc'),), softmax=True).sigmoid
@@ -63,6 +72,7 @@ class Compared:
     outputs: tuple[Output, ...]
     softmax: bool = False
     sigmoid: bool = False
+    distance: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,8 +131,9 @@ class Observer:
         several = isinstance(call.output, tuple | list)
         for index, tensor in enumerate(call.output if several else [call.output]):
             if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.ndim >= 2:
-                part, width = index if several else None, tensor.shape[-1 if tensor.ndim == 3 else 1]
-                output = Output(call.module, part, int(width), tensor.ndim)
+                last = tensor.ndim > 3 and tensor.grad_fn is not None and _is_linear(tensor)
+                width = tensor.shape[-1 if last or tensor.ndim == 3 else 1]
+                output = Output(call.module, index if several else None, int(width), tensor.ndim, last)
                 self.outputs[output] = None
                 if tensor.grad_fn is not None:
                     self._given.setdefault(_Edge(tensor.grad_fn, tensor.output_nr), []).append(output)
@@ -132,35 +143,57 @@ class Observer:
         found: list[Compared] = []
         for start in (_Edge(value.grad_fn, value.output_nr) for value in values if value.grad_fn is not None):
             comparisons = [edge for edge in _walk(start, until_probability=True) if edge.is_probability()]
-            found += [self._behind(root) for root in comparisons]
+            found += [each for root in comparisons for each in self._behind(root)]
             if not comparisons or any(LAYER.search(e.name) for e in _walk(start, set(comparisons))):
-                found.append(self._behind(start, comparisons))
+                found += self._behind(start, comparisons)
         return merged(found)
 
     def given_out(self, outputs: Any) -> list[Compared]:
         """Return the tensors that a model gives out, in nested lists and dicts too, as `compared` does for losses."""
         starts = (_Edge(t.grad_fn, t.output_nr) for t in tensors_in(outputs) if t.grad_fn is not None and t.ndim >= 2)
-        return merged([replace(self._behind(start), softmax=False, sigmoid=False) for start in starts])
+        behind = (each for start in starts for each in self._behind(start))
+        return merged([Compared(each.outputs) for each in behind])
 
     def behind(self, outputs: Any) -> set[Output]:
         """Return all module outputs that some tensors are computed from without a layer, each alone or with others."""
         starts = (_Edge(t.grad_fn, t.output_nr) for t in tensors_in(outputs) if t.grad_fn is not None)
         return {output for start in starts for edge in _walk(start) for output in self._given.get(edge, ())}
 
-    def _behind(self, root: _Edge, stops: Collection[_Edge] = ()) -> Compared:
-        """Collect the module outputs that everything on the way from `root` to the last layers comes from."""
-        outputs: list[Output] = []
-        nearest: list[_Edge] = []
-        for edge in _walk(root, stops):
-            if edge in self._given and not edge.is_probability() and _comes_from(root, edge, stops):
-                nearest = nearest or [edge]
-                source = edge
-                while RESIZED.search(source.name) and source.inputs():
-                    source = source.inputs()[0]  # before it was resized
-                    outputs += [output for output in self._given.get(source, ()) if output not in outputs]
-                outputs += [output for output in self._given[edge] if output not in outputs]
+    def _behind(self, root: _Edge, stops: Collection[_Edge] = ()) -> list[Compared]:
+        """Collect the module outputs that everything on the way from `root` to the last layers comes from.
+
+        That is one tensor, or several that are joined: the maps of a pyramid's levels.
+        """
+        whole = [edge for edge in self._passed(root, stops) if _comes_from(root, {edge}, stops)]
+        nearest = {whole[0]} if whole else self._joined(root, stops)
         way = list(_walk(root, {*stops, *nearest}))  # what the loss does, not what a head does with softmax and sigmoid
-        return Compared(tuple(outputs), _any(SOFTMAX, way), _any(SIGMOID, way))
+        reading = Compared((), _any(SOFTMAX, way), _any(SIGMOID, way), bool(DISTANCE.search(root.name)))
+        sets = [whole] if whole else [[edge] for edge in nearest]
+        return [
+            replace(reading, outputs=tuple(dict.fromkeys(o for e in edges for o in self._same(e)))) for edges in sets
+        ]
+
+    def _passed(self, root: _Edge, stops: Collection[_Edge]) -> Iterator[_Edge]:
+        return (edge for edge in _walk(root, stops) if edge in self._given and not edge.is_probability())
+
+    def _joined(self, root: _Edge, stops: Collection[_Edge]) -> set[_Edge]:
+        """Return the nearest module outputs on all ways from `root`, where nothing but joining is between them."""
+        nearest: set[_Edge] = set()
+        for edge in self._passed(root, stops):
+            if not any(edge in _walk(other) for other in nearest):
+                nearest.add(edge)
+        way = [edge for edge in _walk(root, {*stops, *nearest}) if edge != root]
+        joined = all(JOINED.search(edge.name) or len(edge.inputs()) < 2 for edge in way)
+        return nearest if joined and _comes_from(root, nearest, stops) else set()
+
+    def _same(self, edge: _Edge) -> list[Output]:
+        """Return the outputs that are one tensor, before it was resized the best."""
+        outputs: list[Output] = []
+        source = edge
+        while RESIZED.search(source.name) and source.inputs():
+            source = source.inputs()[0]
+            outputs += self._given.get(source, ())
+        return outputs + self._given[edge]
 
 
 def reads(loss: Tensor) -> Compared:
@@ -191,7 +224,8 @@ def merged(compared: Iterable[Compared]) -> list[Compared]:
         for i, other in enumerate(found):
             common = tuple(output for output in other.outputs if output in each.outputs)
             if common:
-                found[i] = Compared(common, other.softmax or each.softmax, other.sigmoid or each.sigmoid)
+                either = (getattr(other, n) or getattr(each, n) for n in ('softmax', 'sigmoid', 'distance'))
+                found[i] = Compared(common, *either)
                 break
         else:
             found.append(each)
@@ -211,9 +245,16 @@ def _walk(start: _Edge, stops: Collection[_Edge] = (), until_probability: bool =
             queue += new
 
 
-def _comes_from(root: _Edge, edge: _Edge, stops: Collection[_Edge]) -> bool:
-    """Tell whether no layer is reached from `root` but through `edge`."""
-    return not any(LAYER.search(each.name) for each in _walk(root, {edge, *stops}))
+def _comes_from(root: _Edge, edges: Collection[_Edge], stops: Collection[_Edge]) -> bool:
+    """Tell whether no layer is reached from `root` but through `edges`."""
+    return not any(LAYER.search(each.name) for each in _walk(root, {*edges, *stops}))
+
+
+def _is_linear(tensor: Tensor) -> bool:
+    """Tell whether a tensor is what a linear layer gives, its channels still the last."""
+    way = [edge.name for edge in _walk(_Edge(tensor.grad_fn, tensor.output_nr))]
+    layers = [name for name in way if LAYER.search(name)]
+    return bool(layers) and all(LINEAR.search(name) for name in layers) and not any(map(MOVED.search, way))
 
 
 def _any(kind: re.Pattern[str], edges: Iterable[_Edge]) -> bool:

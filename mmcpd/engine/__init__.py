@@ -10,10 +10,15 @@ import warnings
 from mmcpd.compat import require
 
 require('openmmlab')
+require('detection')
+
+from mmcpd.engine.operators import stand_in  # noqa: E402
+
+stand_in()  # before anything imports mmcv.ops
 
 with warnings.catch_warnings():
-    # OneDL's mmcv comes without compiled operators, and says so at each start.
-    warnings.filterwarnings('ignore', message='Fail to import ``MultiScaleDeformableAttention``')
+    # mmcv warns of its own old name of a module at each start.
+    warnings.filterwarnings('ignore', message='``MultiScaleDeformableAttention`` has been moved')
     from mmcpd import datasets, models
     from mmcpd.engine.checkpoint_hook import CheckpointHook
     from mmcpd.engine.checkpoints import load_slim

@@ -15,12 +15,14 @@ from mmcpd.comb.training import newly_read, unread
 from mmcpd.coupling import Coupling, Example
 from mmcpd.engine.build import hook_options
 from mmcpd.engine.examples import example_data, picture_of
-from mmcpd.engine.passes import TESTING, TRAINING, deployed_pass, runs
-from mmcpd.engine.samples import Samples
+from mmcpd.engine.operators import followed
+from mmcpd.engine.passes import TESTING, TRAINING, Pass, deployed_pass, runs
+from mmcpd.engine.samples import Samples, has_boxes
 from mmcpd.engine.wrappers import bare_model
 from mmcpd.names import in_short
 from mmcpd.nested import map_tensors
-from mmcpd.slim.trial import disagreement
+from mmcpd.slim import slim
+from mmcpd.slim.trial import disagreement, random_keep
 
 OPTIONS = ('heads', 'ignore', 'strict', 'unused')  # of `comb` that the hooks have too
 
@@ -60,21 +62,35 @@ def comb_passes(model: nn.Module, data: Any, **options: Any) -> Coupling:
     deployed = deployed_pass(model, data)
     others = [each for each in (TESTING, TRAINING) if each != deployed and runs(model, data, each) is None]
     example, also = Example((data,), deployed), []
-    left = unread(model, example)
-    for each in others:
-        if read := newly_read(model, example, each, left):
-            also.append(each)
-            left -= read
-    coupling = comb(model, (data,), forward=deployed, also=also, **options)
-    for each in others:
-        if each not in also and disagreement(model, coupling, each) is not None:
-            also.append(each)
-            coupling = comb(model, (data,), forward=deployed, also=also, **options)
+    with followed():
+        left = unread(model, example)
+        for each in others:
+            if read := newly_read(model, example, each, left):
+                also.append(each)
+                left -= read
+        coupling = comb(model, (data,), forward=deployed, also=also, **options)
+        for each in others:
+            if each not in also and _fault(model, coupling, each) is not None:
+                also.append(each)
+                coupling = comb(model, (data,), forward=deployed, also=also, **options)
     if coupling.unused:
         advice = "what may feed them is not pruned either, unless unused='leave'"
         shown = in_short(coupling.unused, 5)
         print_log(f'neither testing nor training ran these, so they stay as they are: {shown}; {advice}', 'current')
     return coupling
+
+
+def _fault(model: nn.Module, coupling: Coupling, each: Pass) -> str | None:
+    """Return why a pass cannot be run on the slimmed model, or None where it can.
+
+    A detector's pass chooses boxes by their scores, and among equal ones by rounding: of it no numbers are compared.
+    What it chooses from is compared in mode 'tensor'.
+    """
+    (data,) = coupling.example.inputs
+    if not (isinstance(data, dict) and has_boxes(data)):
+        return disagreement(model, coupling, each)
+    small = slim(model, coupling, random_keep(coupling, 0.5, 0, awkward=True))
+    return runs(small, data, each)
 
 
 def shape_combed(coupling: Coupling) -> list[int]:

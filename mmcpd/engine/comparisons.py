@@ -10,55 +10,74 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from mmcpd.engine.logits import Observed
-from mmcpd.engine.loss_configs import LOGITS, LossConfig
+from mmcpd.engine.loss_configs import LOGITS, LossConfig, named
 
 PATIENCE = 50  # iterations for which a loss may be 0
 
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """What a loss compares: the output at the student's tap, and at the teacher's."""
+    """What a loss compares: the outputs at the student's tap with those at the teacher's, one by one.
+
+    Outputs of four dimensions have their channels second, or as `channels_last` says: `(layers, N, queries, C)`.
+    """
 
     tap: str
     teacher_tap: str
     loss: nn.Module
+    channels_last: bool = False
+
+    def compare(self, ours: Tensor, theirs: Tensor, *labels: Tensor) -> Tensor:
+        if self.channels_last and ours.ndim == theirs.ndim == 4:
+            ours, theirs = ours.flatten(0, 1), theirs.flatten(0, 1)  # (layers, N, L, C) -> (layers * N, L, C)
+        loss: Tensor = self.loss(ours, theirs, *labels)
+        return loss
 
 
 def find_comparisons(
-    configs: Mapping[str, LossConfig], losses: Mapping[str, nn.Module], student: Observed, teacher: Observed
+    configs: Mapping[str, LossConfig],
+    losses: Mapping[str, nn.Module],
+    student: Observed,
+    teacher: Observed,
+    teacher_module: nn.Module,
 ) -> dict[str, list[Comparison]]:
     """Return for each loss what it compares: for the tap 'logits' the logits of each head.
 
+    `teacher` may be the student as it was observed, where no logits of the teacher are looked for.
+
     Raises:
-        ValueError: It cannot be told where the logits are, or student and teacher do not have as many.
+        ValueError: It cannot be told where the logits are, or student and teacher do not have as many outputs.
     """
     found = {}
     for name, config in configs.items():
-        taps = [each.tap for each in student.logits()] if config.tap == LOGITS else [config.tap]
-        theirs = _paired(taps, teacher) if config.teacher_tap == LOGITS else [config.teacher_tap]
+        finds = config.taps == (LOGITS,)
+        taps = [each.tap for each in student.logits()] if finds else named(config.taps, student.model)
+        finds_theirs = config.teacher_taps == (LOGITS,)
+        theirs = _paired(taps, teacher) if finds_theirs else named(config.teacher_taps, teacher_module)
         if len(theirs) != len(taps):
             raise ValueError(
-                f'loss {name!r}: the student has the logits {", ".join(taps)}, the teacher {", ".join(theirs)}; set '
-                'tap= and teacher_tap= to one of each'
+                f'loss {name!r}: the student has the {"logits" if finds else "taps"} {", ".join(taps)}, the teacher '
+                f'{", ".join(theirs)}; set tap= and teacher_tap= to as many of each'
             )
         if len(taps) > 1 and losses[name].state_dict():
             raise ValueError(
-                f'loss {name!r} keeps a state, of one head: the student has the logits {", ".join(taps)}; set tap= to '
-                'one of them'
+                f'loss {name!r} keeps a state, of one output: the student has the {"logits" if finds else "taps"} '
+                f'{", ".join(taps)}; set tap= to one of them'
             )
         found[name] = [
-            Comparison(tap, other, _reading(losses[name], student.reads_sigmoid(tap)))
+            Comparison(tap, other, _reading(losses[name], student.reads_sigmoid(tap)), student.channels_last(tap))
             for tap, other in zip(taps, theirs, strict=True)
         ]
     return found
 
 
-def described(comparisons: Mapping[str, Sequence[Comparison]]) -> str:
-    """Say in one line for each loss what it compares."""
+def described(comparisons: Mapping[str, Sequence[Comparison]], numbers: Mapping[str, int]) -> str:
+    """Say in one line for each loss what it compares; `numbers` are those of the outputs at the student's taps."""
     lines = []
     for name, several in comparisons.items():
         taps = ' + '.join(
             each.tap + ('' if each.teacher_tap == each.tap else f" (the teacher's {each.teacher_tap})")
+            + (f' (x{numbers[each.tap]})' if numbers.get(each.tap, 1) > 1 else '')
             + {True: ' by sigmoid', False: ' by softmax', None: ''}[getattr(each.loss, 'sigmoid', None)]
             for each in several
         )  # fmt: skip

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mmcpd.distill import Taps
 from mmcpd.engine.comparisons import Comparison, ZeroWatch, described, find_comparisons, same_samples, zero_reason
 from mmcpd.engine.logits import observe, restored
-from mmcpd.engine.loss_configs import LOGITS, LossConfig, labels_of, listed
+from mmcpd.engine.loss_configs import LOGITS, LossConfig, labels_of, listed, named
 from mmcpd.engine.teachers import FrozenTeacher, Rehearsal, check_same_input, load_teacher
 from mmcpd.engine.wrappers import DISTILL, StudentWrapper
 from mmcpd.registry import MODELS
@@ -31,15 +31,16 @@ class Distiller(StudentWrapper):
     own (queues, projections) add `distill.*` to the state dict. Attributes it lacks are the student's.
 
     Args:
-        student: Config of a model of mmpretrain or mmseg (any MMEngine model), or the model.
+        student: Config of a model of mmpretrain, mmseg or mmdet (any MMEngine model), or the model.
         teacher: 'self': the student as it is when `begin_distillation` is called (until then only the task's
             losses are returned); or `dict(config=..., checkpoint=..., cfg_options=...)`, or a model, from the
             start; or None.
         losses: Dicts of `type` (a name in `mmcpd.distill`, or of a loss registered in MMEngine's MODELS), `tap` (a
-            module output as in `mmcpd.distill.Tap`; by default 'logits': what the model gives out and its loss compares
-            with the labels, found by observing the first iteration, of several heads each, added up), `teacher_tap` (as
-            `tap` by default), `name` (in the log: `loss_distill_<name>`), and the arguments of the loss. It is called
-            as `loss(student, teacher)`, or `(student, teacher, labels)` if its `needs_labels` is True.
+            module output as in `mmcpd.distill.Tap`, a pattern such as `'neck.fpn_convs.*'`, or a list of these; by
+            default 'logits': what the model gives out and its loss compares with the labels, found by observing the
+            first iteration), `teacher_tap` (as `tap` by default), `name` (in the log: `loss_distill_<name>`), and the
+            arguments of the loss. It is called as `loss(student, teacher)`, or `(student, teacher, labels)` if its
+            `needs_labels` is True, for each output of several heads, levels or calls of a module, and added up.
         task_weight: Factor of the task's own losses (`loss_task` in the log, where the student calls it `loss`) while
             a teacher teaches. 0: they are not computed, and samples need no labels (take `LoadAnnotations` out of the
             pipeline). Auxiliary heads then get no gradient: leave them out of the model, or with several processes
@@ -86,6 +87,7 @@ class Distiller(StudentWrapper):
         self._ddp_params_and_buffers_to_ignore = [f'{DISTILL}{name}.{buffer}' for name, buffer in local]
         self._teacher: FrozenTeacher | None = None
         self._comparisons: dict[str, list[Comparison]] = {}  # found in the first iteration
+        self._numbers: dict[str, int] = {}  # of the outputs that each tap on the student has
         self._watch = ZeroWatch()
         self.teaches_itself = isinstance(teacher, str)
         if isinstance(teacher, Mapping):
@@ -125,7 +127,9 @@ class Distiller(StudentWrapper):
 
     def _check_teacher_taps(self, module: nn.Module) -> None:
         try:
-            Taps(module, {config.teacher_tap for config in self.loss_configs.values()} - {LOGITS})
+            for config in self.loss_configs.values():
+                if config.teacher_taps != (LOGITS,):
+                    Taps(module, named(config.teacher_taps, module))
         except ValueError as error:
             raise ValueError(f'teacher: {error}') from error
 
@@ -187,9 +191,10 @@ class Distiller(StudentWrapper):
             terms = []
             for pair in several:
                 if len(several) == 1 or pair.tap in taps.seen:  # else no sample has a label of that head
-                    ours = taps[pair.tap]
-                    theirs = same_samples(taught[pair.teacher_tap], pair.tap, len(ours), data_samples)
-                    terms.append(pair.loss(ours, theirs, *labels))
+                    self._numbers[pair.tap] = len(taps[pair.tap])
+                    for ours, theirs in zip(taps[pair.tap], taught[pair.teacher_tap], strict=False):
+                        same = same_samples(theirs, pair.tap, len(ours), data_samples)
+                        terms.append(pair.compare(ours, same, *labels))
             none = next(self.student.parameters()).sum() * 0
             losses[f'loss_distill_{name}'] = torch.stack(terms).sum() if terms else none
         return losses
@@ -202,14 +207,15 @@ class Distiller(StudentWrapper):
         """Find the taps by observing a batch, and see that all losses can be computed, long before they are needed."""
         with_labels = self._teacher is None or self.task_weight > 0
         student = teacher = observe(self.student, inputs, data_samples, labelled=with_labels)
-        finds_teacher_taps = any(config.teacher_tap == LOGITS for config in self.loss_configs.values())
+        finds_teacher_taps = any(config.teacher_taps == (LOGITS,) for config in self.loss_configs.values())
         if finds_teacher_taps and self._teacher is not None and not self._teacher.is_copy:
             teacher = observe(self._teacher.module, inputs, data_samples, labelled=False)
-        found = find_comparisons(self.loss_configs, dict(self.distill.items()), student, teacher)
-        self._comparisons = found
+        module = self.student if self._teacher is None else self._teacher.module
+        found = find_comparisons(self.loss_configs, dict(self.distill.items()), student, teacher, module)
+        self._comparisons, self._numbers = found, {}
         if self._teacher is None:
             self._rehearse(inputs, data_samples)
-        print_log(described(found), logger='current')
+        print_log(described(found, self._numbers), logger='current')
 
     def _rehearse(self, inputs: Tensor, data_samples: list | None) -> None:
         """Compute all losses once with the student as its own teacher, which it will be; nothing changes by it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
@@ -15,13 +16,16 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from mmcpd.engine.build import ConfigLike, as_config, datasets, hook_options
-from mmcpd.engine.samples import Samples, collate_of, made_up
+from mmcpd.engine.samples import Samples, collate_of, made_up, resized
 from mmcpd.engine.wrappers import student_config, type_name
 from mmcpd.nested import map_tensors, tensors_in
 
 ADVICE = 'give PruneHook input_shape=(C, H, W)'
 # Transforms that fix the size of a picture, and the key of the size: (W, H) as in mmcv, (H, W) for crops.
-SIZES = {'CenterCrop': 'crop_size', 'RandomCrop': 'crop_size', 'RandomResizedCrop': 'scale', 'Resize': 'scale'}
+SIZES = {'CenterCrop': 'crop_size', 'RandomCrop': 'crop_size', 'RandomResizedCrop': 'scale', 'Resize': 'scale',
+         'Pad': 'size'}  # fmt: skip
+WIDTH_FIRST = ('Resize', 'Pad')
+LONGEST = 512  # pixels of the longer side where pictures keep their ratio, so that combing takes seconds
 
 
 def noise(number: int, shape: Sequence[int]) -> Tensor:
@@ -49,8 +53,9 @@ def example_data(
     It is the first sample to train on, with noise for its pictures. Their size is the first of: `given`, (C, H, W) (an
     option of a tool, or what a checkpoint was combed with); the `input_shape` of the config's PruneHook or CombHook;
     the size in the config (the preprocessor's `size`, the last transform of the test pipeline that fixes one,
-    `crop_size`, the training pipeline); that of the sample. Where there are no data, pictures have as many channels as
-    the first convolution takes, and the sample is made up.
+    `crop_size`, the training pipeline; of a resize that keeps the ratio its scale, no longer than `LONGEST` and rounded
+    up to the preprocessor's `pad_size_divisor`); that of the sample. Where there are no data, pictures have as many
+    channels as the first convolution takes, and the sample is made up.
 
     Raises:
         ValueError: nothing gives a size, or it is not (C, H, W), or the preprocessor returns no picture.
@@ -67,7 +72,10 @@ def example_data(
     if picture.dim() != 4:
         return data
     shape = explicit or (picture.shape[1], *(size or picture.shape[2:]))
-    return map_tensors(data, partial(_noise_for, tuple(picture.shape), shape))
+    data = map_tensors(data, partial(_noise_for, tuple(picture.shape), shape))
+    if isinstance(data, dict) and isinstance(data.get('data_samples'), list):
+        data['data_samples'] = [resized(each, picture.shape[2:], shape[1:]) for each in data['data_samples']]
+    return data
 
 
 def _noise_for(old: tuple[int, ...], new: tuple[int, ...], tensor: Tensor) -> Tensor:
@@ -175,7 +183,8 @@ def _config_size(cfg: Config) -> tuple[int, int] | None:
         return None
     preprocessor = student_config(cfg).get('data_preprocessor') or {}
     size = _pair(preprocessor.get('size')) or _pipeline_size(cfg, 'test_dataloader')
-    return size or _pair(cfg.get('crop_size')) or _pipeline_size(cfg, 'train_dataloader')
+    size = size or _pair(cfg.get('crop_size')) or _pipeline_size(cfg, 'train_dataloader')
+    return size or _size_within(cfg, preprocessor.get('pad_size_divisor', 1))
 
 
 def _pair(size: Any) -> tuple[int, int] | None:
@@ -191,5 +200,16 @@ def _pipeline_size(cfg: Config, loader: str) -> tuple[int, int] | None:
             name = type_name(transform)
             if name in SIZES and not transform.get('keep_ratio') and SIZES[name] in transform:
                 size = _pair(transform[SIZES[name]])
-                return size[::-1] if size and name == 'Resize' else size  # mmcv's scale is (W, H)
+                return size[::-1] if size and name in WIDTH_FIRST else size
+    return None
+
+
+def _size_within(cfg: Config, divisor: int) -> tuple[int, int] | None:
+    """Return the (H, W) of a picture that fills the scale in which the test pipeline keeps the ratio, at most."""
+    for dataset in datasets(cfg.get('test_dataloader')):
+        for transform in reversed(dataset.get('pipeline') or ()):
+            if type_name(transform) == 'Resize' and (scale := _pair(transform.get('scale'))):
+                shrink = max(1.0, max(scale) / LONGEST)
+                height, width = (divisor * math.ceil(side / shrink / divisor) for side in scale[::-1])
+                return height, width
     return None

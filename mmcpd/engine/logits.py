@@ -59,25 +59,41 @@ class Observed:
 
         What is given out with as many channels as a head has classes counts too: a batch may have labels for some of
         several tasks, or none at all. If nothing that is given out is compared, what is compared and runs in a test.
+        Maps of boxes are left out, where there are logits beside them.
 
         Raises:
             ValueError: There is nothing of the kind; with the candidates.
         """
         behind = [next((t for t in self.trained if set(t.outputs) & set(out.outputs)), None) for out in self.tested]
-        found = []
+        found: list[Compared] = []
+        unlabelled: list[Compared] = []
         if any(behind) or not self.trained:
             for out, loss in zip(self.tested, behind, strict=True):
                 if loss is not None:
                     found += merged([loss, out])
                 elif out.outputs[0].channels in self.classes or len(self.tested) == 1:
-                    found.append(out)
+                    unlabelled.append(out)
         else:
             ran = set(self.ran)
             kept = [replace(loss, outputs=tuple(o for o in loss.outputs if o in ran)) for loss in self.trained]
             found = [each for each in kept if each.outputs]
+        found = self._classifying(found) + unlabelled
         if not found:
             raise ValueError(f'{type(self.model).__name__}: it cannot be told where its logits are; {self._cure()}')
         return [self._describe(each) for each in found]
+
+    def _classifying(self, found: list[Compared]) -> list[Compared]:
+        """Leave out what a loss takes no probability of, and distributions over places beside maps of classes."""
+        rated = [each for each in found if (each.softmax or each.sigmoid) and not each.distance]
+        fitting = [each for each in rated if self._fits(each.outputs[0])]
+        if fitting and len({each.sigmoid for each in rated if each.outputs[0].dims == 4}) == 2:
+            return fitting
+        return rated or found
+
+    def _fits(self, output: Output) -> bool:
+        """Tell whether there is a channel for each class of a head, with one for none or without, or several."""
+        channels = output.channels
+        return any(channels - n in (0, 1) or (n > 1 and channels % n == 0) for n in self.classes)
 
     def reads_sigmoid(self, tap: str) -> bool | None:
         """Tell whether the loss takes a sigmoid of what a tap sees; None where that is not compared with labels."""
@@ -85,6 +101,10 @@ class Observed:
             if any(tap in (str(output), output.module) for output in each.outputs):
                 return self._describe(each).sigmoid
         return None
+
+    def channels_last(self, tap: str) -> bool:
+        """Tell whether what a tap sees has four dimensions of which the last are the channels."""
+        return any(output.channels_last for output in self.ran if tap in (str(output), output.module))
 
     def _describe(self, each: Compared) -> Logits:
         first = each.outputs[0]

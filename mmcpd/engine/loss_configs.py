@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from mmcpd import distill
-from mmcpd.distill import DistillLoss, Tap
+from mmcpd.distill import DistillLoss, Tap, expanded
 from mmcpd.names import near
 from mmcpd.prune.options import checked_options
 from mmcpd.registry import MODELS as OURS
@@ -34,21 +34,21 @@ INPUT_WIDTHS = ('in_channels', 'in_features', 'num_features')
 
 @dataclass(frozen=True)
 class LossConfig:
-    """One distillation loss: a tap on the student compared with one on the teacher.
+    """One distillation loss: taps on the student, each compared with one on the teacher.
 
     Attributes:
         name: in the log it is `loss_distill_<name>`.
         kind: the loss's class, or its name.
         arguments: of the class.
-        tap, teacher_tap: module outputs as in `mmcpd.distill.Tap`, or 'logits': those of each head, which observing
-            finds.
+        taps, teacher_taps: module outputs as in `mmcpd.distill.Tap`, or patterns of several (`mmcpd.distill.expanded`);
+            or 'logits' alone: those of each head, which observing finds.
     """
 
     name: str
     kind: str | type[nn.Module]
     arguments: dict[str, Any]
-    tap: str
-    teacher_tap: str
+    taps: tuple[str, ...]
+    teacher_taps: tuple[str, ...]
 
     @staticmethod
     def read(config: Mapping[str, Any] | str, taken: Collection[str] = ()) -> LossConfig:
@@ -69,12 +69,11 @@ class LossConfig:
         kind = arguments.pop('type', None)
         if not isinstance(kind, str | type) or not kind:
             raise ValueError(f'losses: {config} has no type; known: {", ".join(LOSSES)}')
-        tap = arguments.pop('tap', LOGITS)
-        teacher_tap = arguments.pop('teacher_tap', tap)
+        taps = _names(arguments, 'tap', kind) or (LOGITS,)
+        teacher_taps = _names(arguments, 'teacher_tap', kind) or taps
         name = arguments.pop('name', None)
-        for option, value in (('tap', tap), ('teacher_tap', teacher_tap), ('name', name or _short(kind))):
-            if not isinstance(value, str):
-                raise ValueError(f'losses: {option} of {_short(kind)} is a name: got {value!r}')
+        if not isinstance(name, str | None):
+            raise ValueError(f'losses: name of {_short(kind)} is a name: got {name!r}')
         if name is None:
             label = _short(kind)
             name = label.removesuffix('Loss').lower() or label.lower()
@@ -82,7 +81,7 @@ class LossConfig:
                 name = f'{name}_{len(taken)}'
         if name in taken or not name.isidentifier() or hasattr(nn.ModuleDict, name):
             raise ValueError(f'losses: {name!r} cannot be the name of {_short(kind)}, or is taken; set another name')
-        return LossConfig(name, kind, arguments, tap, teacher_tap)
+        return LossConfig(name, kind, arguments, taps, teacher_taps)
 
     def build(self, student: nn.Module) -> nn.Module:
         """Build the loss: one of ours, with or without 'mmcpd.' before its name, or any that MMEngine knows.
@@ -92,13 +91,13 @@ class LossConfig:
         Raises:
             ValueError: If the student has no such tap, there is no such loss, or it does not take the arguments.
         """
-        tap = None if self.tap == LOGITS else Tap.parse(self.tap, student)
+        taps = [] if self.taps == (LOGITS,) else [Tap.parse(tap, student) for tap in named(self.taps, student)]
         short = _short(self.kind)
         try:
             if isinstance(self.kind, str):
                 if self.kind.removeprefix('mmcpd.').removeprefix('distill.') in LOSSES:
                     given = checked_options(LOSSES[short], self.arguments, f'losses: {short}')
-                    return LOSSES[short](**{**_sizes(LOSSES[short], student, tap), **given})
+                    return LOSSES[short](**{**_sizes(LOSSES[short], student, taps), **given})
                 with MODELS.switch_scope_and_registry(None) as registry:
                     if registry.get(self.kind) is None:
                         raise ValueError(f'losses: no loss is called {self.kind!r}; near: {near(short, LOSSES)}')
@@ -124,19 +123,47 @@ def listed(losses: object) -> list[Any]:
     return list(losses or ())
 
 
-def _sizes(loss: type[nn.Module], student: nn.Module, tap: Tap | None) -> dict[str, int]:
-    """Return those arguments of a loss that are sizes of the student: of its head, and of the module under the tap."""
+def named(taps: Iterable[str], model: nn.Module) -> list[str]:
+    """Return the taps on a model that names and patterns stand for, each once.
+
+    Raises:
+        ValueError: If a pattern fits no module.
+
+    Example:
+        >>> named(['fc', 'conv*'], model)
+        ['fc', 'conv1', 'conv2']
+    """
+    return list(dict.fromkeys(tap for pattern in taps for tap in expanded(pattern, model)))
+
+
+def _names(arguments: dict[str, Any], option: str, kind: str | type) -> tuple[str, ...]:
+    """Take an option out of a loss's dict: a name or a list of names."""
+    value = arguments.pop(option, None)
+    names = [value] if isinstance(value, str) else value
+    if names is not None and not (isinstance(names, list | tuple) and names and all(isinstance(n, str) for n in names)):
+        raise ValueError(f'losses: {option} of {_short(kind)} is a name or a list of names: got {value!r}')
+    return tuple(names or ())
+
+
+def _sizes(loss: type[nn.Module], student: nn.Module, taps: Sequence[Tap]) -> dict[str, int]:
+    """Return those arguments of a loss that are sizes of the student: of its head, and of the modules under the taps.
+
+    The width under several taps is none where they differ.
+    """
     head = getattr(student, 'decode_head', None) or getattr(student, 'head', None)
     classes = getattr(head, 'num_classes', None)
-    if tap is None:
+    widths = {_width(student.get_submodule(tap.module), tap) for tap in taps}
+    width = widths.pop() if len(widths) == 1 else None
+    if not taps:
         width = getattr(head, 'out_channels', None) or classes
-    else:
-        module = student.get_submodule(tap.module)
-        widths = INPUT_WIDTHS if tap.part == 'in' else OUTPUT_WIDTHS
-        width = next((getattr(module, name) for name in widths if hasattr(module, name)), None)
     sizes = {'num_classes': classes, 'student_channels': width}
     wanted = inspect.signature(loss).parameters
     return {name: size for name, size in sizes.items() if name in wanted and isinstance(size, int)}
+
+
+def _width(module: nn.Module, tap: Tap) -> object:
+    names = INPUT_WIDTHS if tap.part == 'in' else OUTPUT_WIDTHS
+    return next((getattr(module, name) for name in names if hasattr(module, name)), None)
 
 
 def _short(kind: str | type) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from mmcpd.engine.proposals import fixed_proposals
 from mmcpd.errors import first_line
-from mmcpd.modes import as_trained
+from mmcpd.modes import SameTypes, as_trained
 from mmcpd.nested import tensors_in
 from mmcpd.slim.compare import evaluating
 from mmcpd.slim.trial import FAILURES
@@ -36,7 +38,8 @@ class Pass:
         if self.one_view:
             data = {**data, 'inputs': data['inputs'][0]}
         if self.mode != 'loss':
-            return call(model, data, self.mode)
+            with SameTypes():
+                return call(model, data, self.mode)
         with as_trained(model):
             return call(model, data, self.mode)
 
@@ -46,7 +49,18 @@ ONE_VIEW = Pass('tensor', one_view=True)
 
 
 def call(model: nn.Module, data: Any, mode: str) -> Any:
-    """Call a model as MMEngine does, with copies of the samples, which it may write into."""
+    """Call a model as MMEngine does, with copies of the samples, which it may write into.
+
+    In mode 'tensor' the second stage of a detector takes fixed boxes, and the first stage's maps follow its outputs.
+    """
+    if mode == 'tensor':
+        with fixed_proposals(model) as maps:
+            out = _called(model, data, mode)
+        return (out, maps) if maps else out
+    return _called(model, data, mode)
+
+
+def _called(model: nn.Module, data: Any, mode: str) -> Any:
     options = {'mode': mode} if hasattr(model, 'data_preprocessor') else {}
     if isinstance(data, Tensor):
         return model(data, **options)
@@ -61,7 +75,7 @@ def _own(value: Any) -> Any:
     return copy.deepcopy(value) if samples else value
 
 
-def runs(model: nn.Module, data: Any, each: Pass) -> str | None:
+def runs(model: nn.Module, data: Any, each: Callable[[nn.Module, Any], Any]) -> str | None:
     """Return why a pass cannot be run, or None where it can and gives out numbers."""
     try:
         with evaluating(model):

@@ -82,7 +82,8 @@ def _frozen(coupling: Coupling) -> list[str]:
 def _teacher(model: nn.Module, begin: int) -> str:
     if not isinstance(model, Distiller) or not model.loss_configs:
         return 'none: only the losses of the task'
-    losses = ', '.join(f'{type(model.distill[name]).__name__} at {c.tap}' for name, c in model.loss_configs.items())
+    kinds = {name: type(model.distill[name]).__name__ for name in model.loss_configs}
+    losses = ', '.join(f'{kinds[name]} at {" + ".join(c.taps)}' for name, c in model.loss_configs.items())
     if model.task_weight != 1:
         losses += f'; task losses times {model.task_weight:g}' if model.task_weight else '; no task loss, no labels'
     if model.teaches_itself:

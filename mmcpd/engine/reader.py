@@ -75,6 +75,18 @@ GLOBALS = _safe_globals()
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
+@contextmanager
+def _allowed(kinds: list[Any]) -> Iterator[None]:
+    """Let torch's restricted unpickler read these too: torch 2.5's `safe_globals`, also in torch 2.4."""
+    before = list(torch.serialization.get_safe_globals())
+    torch.serialization.add_safe_globals(kinds)
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
 def trust() -> None:
     """Let checkpoints run code when they are read in this process, from now on; a `slim.pth` never needs to.
 
@@ -109,7 +121,7 @@ def _load(path: Path, map_location: Any, plain: bool) -> Any:
         if archive or plain:
             check_archive(path, plain)
         try:
-            with torch.serialization.safe_globals([] if plain else GLOBALS):
+            with _allowed([] if plain else GLOBALS):
                 # Mapped, a storage cannot be larger than what the file has; torch does not compare them otherwise.
                 content = _torch_load(path, map_location=map_location, weights_only=True, mmap=archive)
         except pickle.UnpicklingError as error:

@@ -25,29 +25,33 @@ class FrozenTeacher:
     """Run a model, frozen in place and put into eval mode, on the student's batches, and return what its taps see.
 
     It is no `nn.Module`, so that a distiller may hold it without its weights being parameters, saved, broadcast or
-    put into training mode. Copies of the distiller (an EMA's) share it. It runs no further than its last tap.
+    put into training mode. Copies of the distiller (an EMA's) share it. From the second batch on it runs no further
+    than to the last output of its taps.
 
     `is_copy` says that it is a copy of the student.
 
     Example:
-        >>> FrozenTeacher(model)(images, taps=['fc'])['fc'].requires_grad
+        >>> FrozenTeacher(model)(images, taps=['fc'])['fc'][0].requires_grad
         False
     """
 
     def __init__(self, module: nn.Module, is_copy: bool = False) -> None:
         self.module = module.requires_grad_(False).eval()
         self.is_copy = is_copy
+        self.outputs: dict[str, int] = {}  # how many each tap has seen
 
-    def __call__(self, inputs: Any, data_samples: Any = None, *, taps: Collection[str]) -> dict[str, Tensor]:
+    def __call__(self, inputs: Any, data_samples: Any = None, *, taps: Collection[str]) -> dict[str, list[Tensor]]:
         """Return what each tap sees for a preprocessed batch.
 
         Raises:
             ValueError: If a tap's name is not known, its module is not called, or gives no tensor.
         """
         with self.running():
-            seen = run_to_taps(self.module, taps, inputs, data_samples)
+            known = {tap: self.outputs[tap] for tap in taps} if self.outputs.keys() >= set(taps) else None
+            seen = run_to_taps(self.module, taps, inputs, data_samples, outputs=known)
+        self.outputs.update({name: len(tensors) for name, tensors in seen.items()})
         # Autograd may not save inference tensors; their copies are ordinary ones.
-        return {name: tensor.clone() for name, tensor in seen.items()}
+        return {name: [tensor.clone() for tensor in tensors] for name, tensors in seen.items()}
 
     def running(self) -> AbstractContextManager[Any]:
         return torch.inference_mode()
@@ -64,27 +68,33 @@ class Rehearsal(FrozenTeacher):
     """Let the student itself teach for once, as its copy will later; it is not frozen, and its mode is put back.
 
     Example:
-        >>> Rehearsal(model.train())(images, taps=['fc'])['fc'].shape, model.training
+        >>> Rehearsal(model.train())(images, taps=['fc'])['fc'][0].shape, model.training
         (torch.Size([2, 2]), True)
     """
 
     def __init__(self, student: nn.Module) -> None:
-        self.module, self.is_copy = student, True
+        self.module, self.is_copy, self.outputs = student, True, {}
 
     def running(self) -> AbstractContextManager[Any]:
         return evaluating(self.module)
 
 
-def run_to_taps(module: nn.Module, taps: Collection[str], inputs: Any, data_samples: Any = None) -> dict[str, Tensor]:
-    """Run a model for what it gives out, as far as the taps need, and return what they see.
+def run_to_taps(
+    module: nn.Module,
+    taps: Collection[str],
+    inputs: Any,
+    data_samples: Any = None,
+    outputs: Mapping[str, int] | None = None,
+) -> dict[str, list[Tensor]]:
+    """Run a model for what it gives out, and return what the taps see; `outputs` as in `Taps.run`.
 
     Example:
         >>> list(run_to_taps(model, ['conv2', 'fc:in'], images))
         ['conv2', 'fc:in']
     """
     if isinstance(module, BaseModel):  # MMEngine's models return what a plain module would only in this mode
-        return Taps(module, taps).run(inputs, data_samples, mode='tensor')
-    return Taps(module, taps).run(inputs)
+        return Taps(module, taps).run(inputs, data_samples, mode='tensor', outputs=outputs)
+    return Taps(module, taps).run(inputs, outputs=outputs)
 
 
 def load_teacher(teacher: Mapping[str, Any]) -> nn.Module:

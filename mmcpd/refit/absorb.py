@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..compat import call
 from ..coupling import arguments
 from ..layer_calls import storage
 from ..slim.compare import evaluating
@@ -60,7 +60,7 @@ def absorb_(
     model: nn.Module,
     batches: Iterable[Tensor | tuple[object, ...]],
     *,
-    forward: Callable[..., object] = operator.call,
+    forward: Callable[..., object] = call,
 ) -> Absorbed:
     """Rewrite statistics and affine of each batch norm so that training sees what evaluation sees, in place.
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor, nn
 
+from ..compat import call
 from ..coupling import Example, arguments
 from ..slim.copying import restored
 from .heads import Head, plan, rotated
@@ -49,7 +49,7 @@ def rotate_(
         >>> torch.allclose(encoder(tokens), before, atol=1e-5)
         True
     """
-    example = Example(arguments(inputs), forward or operator.call)
+    example = Example(arguments(inputs), forward or call)
     with restored(model):
         found = plan(observe(model, example))
     tensors = dict(model.named_parameters())

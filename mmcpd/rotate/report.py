@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from enum import StrEnum
+
+from ..compat import StrEnum
 
 
 class HeadKind(StrEnum):

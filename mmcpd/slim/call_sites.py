@@ -18,8 +18,10 @@ import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from dis import opname
 from functools import lru_cache
-from types import CellType, CodeType, FrameType, FunctionType
+from itertools import islice
+from types import CellType, CodeType, FrameType, FunctionType, SimpleNamespace
 from typing import Any
 
 from torch import nn
@@ -78,7 +80,7 @@ def code_place(path: str = '') -> tuple[nn.Module | None, CodePlace]:
     for frame in _frames(sys._getframe(1)):
         module = _module(frame)
         if module is not None:
-            return module, CodePlace(path, frame.f_code.co_qualname, (frame.f_lasti, *inward))
+            return module, CodePlace(path, _qualified_name(frame.f_code), (frame.f_lasti, *inward))
         if not _of(frame, _TORCH) and not _of(frame, _OURS):
             inward.insert(0, frame.f_lasti)
     return None, CodePlace(path, '', tuple(inward))
@@ -95,6 +97,12 @@ def _frames(frame: FrameType | None) -> Iterator[FrameType]:
     while frame is not None:
         yield frame
         frame = frame.f_back
+
+
+def _qualified_name(code: CodeType) -> str:
+    if sys.version_info >= (3, 11):
+        return code.co_qualname
+    return f'{code.co_name}:{code.co_firstlineno}'  # the line tells a method from its namesake in a base class
 
 
 def _of(frame: FrameType, packages: tuple[str, ...]) -> bool:
@@ -119,7 +127,7 @@ def call_site(module: nn.Module, path: str, place: Spot, inferable: bool = False
 
 @lru_cache(maxsize=4096)  # the blocks of a network share their source
 def _named(kind: type, code: CodeType, instruction: int, index: int, count: int) -> CallSite | None:
-    positions = list(code.co_positions())[instruction // 2]
+    positions = source_range(code, instruction)
     for name, function in _functions(kind).items():
         if code not in codes(function.__code__):
             continue
@@ -127,13 +135,26 @@ def _named(kind: type, code: CodeType, instruction: int, index: int, count: int)
         for node in ast.walk(tree) if tree is not None else ():
             if not isinstance(node, _NODES):
                 continue
-            if tuple(positions) in list(_positions(node)):
+            if positions in list(_ranges(node)):
                 found = CallSite('', name, ast.unparse(node), index, count)
                 return found if put(copy.deepcopy(node), index, count, 1) else None
     return None
 
 
-def _positions(node: Any) -> Iterator[tuple[int | None, ...]]:
+def source_range(code: CodeType, instruction: int) -> tuple[int | None, ...]:
+    """Return line, end line, column and end column of what an instruction runs, of those that are known."""
+    if sys.version_info >= (3, 11):
+        return next(islice(code.co_positions(), instruction // 2, None))
+    from executing import Source
+
+    line = next(line for start, end, line in code.co_lines() if start <= instruction < end)
+    frame: Any = SimpleNamespace(f_code=code, f_lasti=instruction, f_lineno=line, f_globals={})
+    found = Source.executing(frame)
+    nodes = list(found.statements or ()) if opname[code.co_code[instruction]].startswith('INPLACE') else [found.node]
+    return next(_ranges(nodes[0])) if len(nodes) == 1 and nodes[0] is not None else (line,)
+
+
+def _ranges(node: Any) -> Iterator[tuple[int | None, ...]]:
     """Yield where byte code says that a node is; a method's call over several lines starts at the method's name."""
     yield node.lineno, node.end_lineno, node.col_offset, node.end_col_offset
     name = getattr(node, 'func', None)

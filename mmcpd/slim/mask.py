@@ -23,6 +23,8 @@ from .copying import forget_, writable_
 # kind keeps the channels. All of them take `(input, dim, ...)`, dim an integer, several, or none for all of them.
 REDUCTIONS = set('mean sum var std var_mean std_mean amax amin max min prod logsumexp'.split())
 SOFTMAXES = set('softmax log_softmax'.split())
+# They run kernels of their own, which would pass by a masked norm inside, unless a function mode is active.
+FUSED = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
 RMS_NORMS = (F.rms_norm, torch.rms_norm)
 LAST_DIMENSION = {'rms_norm', 'batch_norm'}  # the same, where it normalises over the last dimension
 
@@ -114,10 +116,6 @@ class _OverKept(TorchFunctionMode):
         return y.new_zeros(input.shape).index_copy(*scatter, y) if softmax and scatter else y
 
 
-def _no_fused_kernel(module: nn.Module, args: Any) -> None:
-    """Do nothing: torch's encoder leaves its fused kernel, which would pass by a masked norm, where hooks are."""
-
-
 class MaskedForward:
     """The forward of one module with its statistics over the kept channels; sits on the instance, not on the class."""
 
@@ -128,15 +126,12 @@ class MaskedForward:
     def put_on(cls, module: nn.Module, path: str, kept: Kept) -> None:
         """Let the statistics of a module that has its own forward be over these channels from now on."""
         module.forward = cls(module, path, kept)
-        module.register_forward_pre_hook(_no_fused_kernel)
 
     @staticmethod
     def take_off(module: nn.Module) -> None:
         """Give a module its own forward back, if it has another."""
         if isinstance(vars(module).get('forward'), MaskedForward):
             del module.forward
-            for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _no_fused_kernel]:
-                del module._forward_pre_hooks[key]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with _OverKept(self.module, self.path, self.kept):
@@ -229,12 +224,17 @@ class Masker:
             if not torch.equal(sites.setdefault(site, kept), kept):
                 where = statistic.place.module or 'the model itself'
                 raise SlimError(f'one line of {where} takes statistics over two different sets of {len(kept)} channels')
+        unmask_statistics_(self.model)
+        partly: dict[str, Kept] = {}
         for path, sites in by_module.items():
-            module = self.model.get_submodule(path)
-            partly = {site: kept.nonzero().flatten() for site, kept in sites.items() if not bool(kept.all())}
-            MaskedForward.take_off(module)
-            if partly:
-                MaskedForward.put_on(module, path, partly)
+            removed = {site: kept.nonzero().flatten() for site, kept in sites.items() if not bool(kept.all())}
+            if removed:
+                names = path.split('.')
+                outer = ('.'.join(names[:depth]) for depth in range(len(names)))
+                fused = (each for each in outer if isinstance(self.model.get_submodule(each), FUSED))
+                partly = {key: {} for key in fused} | partly | {path: removed}
+        for path, sites in partly.items():
+            MaskedForward.put_on(self.model.get_submodule(path), path, sites)
 
 
 def kept_rows(coupling: Coupling, keep: Mapping[str, Tensor]) -> dict[str, dict[int, Tensor]]:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from torch import nn
 
-from .call_sites import Spot
+from .call_sites import Spot, source_range
 
 
 def place_name(path: str, place: Spot | None) -> str:
     """Name a module, and the source line that runs in it where that is known: `blocks.0 (net.py:12)`."""
-    line = None if place is None else list(place.code.co_positions())[place.instruction // 2][0]
+    line = None if place is None else source_range(place.code, place.instruction)[0]
     return (path or 'the model itself') + (f' ({Path(place.code.co_filename).name}:{line})' if place and line else '')
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import sys
 from collections.abc import Iterable, Mapping
 from types import CellType, CodeType, FunctionType, MappingProxyType
 from typing import Any
@@ -92,7 +93,9 @@ def _code(tree: ast.Module, function: FunctionType, others: Iterable[str]) -> Co
     inside = next(const for const in compiled.co_consts if isinstance(const, CodeType))
     codes = (const for const in inside.co_consts if isinstance(const, CodeType))
     code = next(const for const in codes if const.co_name == definition.name)
-    return code.replace(co_qualname=function.__code__.co_qualname)
+    if sys.version_info >= (3, 11):
+        return code.replace(co_qualname=function.__code__.co_qualname)
+    return code
 
 
 class _Private(ast.NodeTransformer):

@@ -74,8 +74,8 @@ def test_labels_lie_where_the_ink_is():
 def test_later_digits_cover_earlier_ones(monkeypatch):
     left, right = np.zeros((2, 12, 12), dtype=np.float32)
     left[:, :8], right[:, 4:] = 1, 1
-    placed = iter([left, right])
-    monkeypatch.setattr(scenes, '_placed', lambda *_: next(placed))
+    pictures = iter([left, right])
+    monkeypatch.setattr(scenes, 'placed', lambda *_: next(pictures))
     scene = compose(np.ones((2, 8, 8)), np.array([3, 3]), np.random.default_rng(0), (12, 12), count=(2, 2))
     assert (scene.labels == 4).all()
     columns = scene.image.astype(float).mean((0, 2))

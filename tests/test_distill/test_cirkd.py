@@ -221,6 +221,6 @@ def _gather_on(rank, folder):
 
 def test_queues_are_gathered_over_processes(tmp_path):
     on_two_processes(_gather_on, tmp_path)
-    first, second = (torch.load(tmp_path / f'{rank}.pth') for rank in range(2))
+    first, second = (torch.load(tmp_path / f'{rank}.pth', weights_only=True) for rank in range(2))
     assert all(torch.equal(first[k], second[k]) for k in first if 'queue' in k or 'written' in k)
     assert first['pixel_written'].tolist() == [10, 5, 5] and first['region_written'].tolist() == [1, 1, 1]

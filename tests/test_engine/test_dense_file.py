@@ -77,6 +77,6 @@ def only_the_main_one_has_it(rank: int, folder: Path) -> None:
 
 def test_the_main_process_reads_for_all(tmp_path):
     on_two_processes(only_the_main_one_has_it, tmp_path)
-    first, second = (torch.load(tmp_path / f'{rank}.pth') for rank in (0, 1))
+    first, second = (torch.load(tmp_path / f'{rank}.pth', weights_only=True) for rank in (0, 1))
     assert first['digest'] and second['digest']
     assert first['refused'] == second['refused']

@@ -107,7 +107,7 @@ def without(names: list[str], tensors: dict[str, torch.Tensor]) -> dict[str, tor
 @pytest.mark.parametrize(('by_epoch', 'stop'), [(False, 7), (True, 5)])
 def test_two_processes(tmp_path, by_epoch, stop):
     on_two_processes(two_processes, tmp_path, by_epoch, stop)
-    assert [torch.load(tmp_path / f'{rank}.pth')['same'] for rank in (0, 1)] == [True, True]
+    assert [torch.load(tmp_path / f'{rank}.pth', weights_only=True)['same'] for rank in (0, 1)] == [True, True]
     last = Path((tmp_path / 'parts' / 'last_checkpoint').read_text())
     first, second = torch.load(last, weights_only=False)[RANDOM]
     assert not torch.equal(first['states']['numpy'][0], second['states']['numpy'][0]), 'each process has its own'

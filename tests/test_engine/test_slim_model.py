@@ -37,7 +37,7 @@ class Trunk(BaseModule):
         if self.init_cfg is None:
             nn.init.ones_(self.a.weight)
         else:
-            self.load_state_dict(torch.load(self.init_cfg['checkpoint']))
+            self.load_state_dict(torch.load(self.init_cfg['checkpoint'], weights_only=True))
 
     def forward(self, x):
         x = self.a(x).relu()

@@ -18,6 +18,7 @@ pytest.importorskip('mmseg')
 from mmseg.structures import SegDataSample
 
 from mmcpd.models import LightHead, SeaFormer
+from tests.helpers import TORCH_2_5
 
 CONFIGS = Path(__file__).parents[2] / 'configs' / '_base_' / 'models'
 
@@ -160,7 +161,7 @@ def test_training_lowers_the_loss() -> None:
     assert losses[-1] < losses[0] - 0.1
 
 
-@pytest.mark.parametrize('dynamo', [False, True])
+@pytest.mark.parametrize('dynamo', sorted({False, TORCH_2_5}))
 @pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning', 'ignore::UserWarning')
 def test_onnx_runtime_agrees(dynamo: bool, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip('onnxruntime')

@@ -18,7 +18,7 @@ from mmcpd.slim.trial import random_keep
 from tests.test_rotate.attentions import DIM, HEADS, WIDTH, Attention, Packed, built, run, tokens
 from tests.test_rotate.test_left_alone import Rotary, Table
 
-EXAMPLE = api.Example((tokens(),), api.operator.call)
+EXAMPLE = api.Example((tokens(),), api.call)
 
 
 class Two(nn.Module):

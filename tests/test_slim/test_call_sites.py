@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import linecache
 import math
 import pickle
+import sys
 import types
 
 import numpy as np
@@ -17,13 +19,14 @@ from torch import nn
 
 from mmcpd.comb import comb
 from mmcpd.coupling import Coupling
+from mmcpd.deploy.onnx import HAS_NEW_EXPORTER
 from mmcpd.errors import SlimError
 from mmcpd.modes import as_trained
-from mmcpd.slim import restructure_, slim, structure
-from mmcpd.slim.call_sites import Rewrite, rewrite_, rewrites_of
+from mmcpd.slim import call_sites, restructure_, slim, structure
+from mmcpd.slim.call_sites import Rewrite, rewrite_, rewrites_of, source_range
 from mmcpd.slim.compare import compare
 from mmcpd.slim.trial import random_keep
-from tests.helpers import check_cost, check_equal, check_structure, gap, masked, randomise_, sample
+from tests.helpers import Net, check_cost, check_equal, check_structure, gap, masked, randomise_, sample
 
 X = sample((2, 5, 3))
 
@@ -324,7 +327,7 @@ def test_two_modules_of_one_class_are_rewritten_apart():
 
 
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')  # torch's own, about the exporter without dynamo
-@pytest.mark.parametrize('dynamo', [False, True])
+@pytest.mark.parametrize('dynamo', sorted({False, HAS_NEW_EXPORTER}))
 def test_a_rewritten_model_exports(block, tmp_path, dynamo):
     model, found = block
     small = slim(model, found, uneven(found)).float().eval()
@@ -410,3 +413,55 @@ def test_a_size_is_found_while_training_mode_is_observed():
     found = comb(model, x, also=[trained])
     assert [(group.name, group.units) for group in found.groups] == [('one', 12)]
     assert compare(model, found, random_keep(found, 0.5, 0)) < 1e-6
+
+
+# -- where an instruction is -------------------------------------------------------------------------------------------
+class Spy:
+    """Note the source of what its caller runs."""
+
+    def __init__(self):
+        self.texts = []
+
+    def see(self, *_):
+        frame = sys._getframe(1)
+        line, _, start, stop = source_range(frame.f_code, frame.f_lasti)
+        self.texts.append(linecache.getline(__file__, line)[start:stop])
+        return self
+
+    __call__ = __mul__ = __imul__ = __getitem__ = see
+
+
+def test_the_node_of_an_instruction_is_found():
+    spy = Spy()
+    _ = spy(1), spy(2), spy * 3, spy[4], spy.see(5)[6]
+    spy *= 7
+    nested = [spy(number) for number in [8]]
+    assert nested and spy.texts == [
+        'spy(1)', 'spy(2)', 'spy * 3', 'spy[4]', 'spy.see(5)', 'spy.see(5)[6]', 'spy *= 7', 'spy(number)',
+    ]  # fmt: skip
+
+
+class Centred(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x):
+        y = x - x.mean(1, keepdim=True)
+        return self.fc(y.tanh())
+
+
+class Inherited(Centred):
+    def forward(self, x):
+        y = x - x.mean(1, keepdim=True)
+        return Centred.forward(self, y * 2)
+
+
+def test_methods_of_one_name_are_two_places(monkeypatch):
+    def places():
+        net = Net(lambda m, x: m.last(m.stem(x)), stem=nn.Linear(3, 8), last=Inherited())
+        return {statistic.place for statistic in comb(randomise_(net), sample((2, 3))).fixes.statistics}
+
+    assert len(places()) == 2
+    monkeypatch.setattr(call_sites, '_qualified_name', lambda code: code.co_name)
+    assert len(places()) == 1

@@ -10,12 +10,13 @@ from mmengine.config import Config
 from mmengine.hub import get_config
 
 from mmcpd.cli.checks import check_hooks
+from tests.helpers import config_params
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(path.name for path in (ROOT / 'configs' / 'cpd').glob('*.py'))
 
 
-@pytest.mark.parametrize('name', CONFIGS)
+@pytest.mark.parametrize('name', config_params(CONFIGS))
 def test_it_is_read_and_its_options_make_sense(name):
     cfg = Config.fromfile(ROOT / 'configs' / 'cpd' / name)
     check_hooks(cfg)

@@ -86,7 +86,7 @@ def test_a_fault_of_our_own_is_told_from_a_mistake():
 
 def test_where_the_traceback_is_is_said():
     error = raised(RuntimeError('boom'), 'theirs')
-    error.add_note('the traceback is in work/traceback.txt')
+    error.__notes__ = ['the traceback is in work/traceback.txt']
     assert one_line(error) == 'boom (RuntimeError; the traceback is in work/traceback.txt)'
 
 

@@ -1,0 +1,6 @@
+# A small DETR on the embedded scenes with boxes, which are SYNTHETIC: digits on mottled paper. 800 iterations
+# dense, 400 to half of its MACs, 400 to recover.
+_base_ = ['../_base_/models/detr_boxes.py', '../_base_/datasets/digit_boxes.py', '../_base_/schedules/boxes.py']
+model = dict(_delete_=True, type='mmcpd.Distiller', student=_base_.model, losses=[dict(type='mmcpd.KDLoss')])
+
+default_hooks = dict(prune=dict(type='mmcpd.PruneHook', target=dict(macs=0.5), begin=0.5, end=0.75, interval=20))

@@ -1,0 +1,17 @@
+# A RetinaNet-R50 on COCO, from OpenMMLab's checkpoint (36.5 AP) to half of its MACs: 4 of its 12
+# epochs of pruning, then 8 to recover. The first stage of its backbone is frozen and keeps its widths, as the run says.
+# For 8 GPUs x 2:
+#     tools/dist_train.sh configs/cpd/retinanet_r50_prune_coco.py 8
+# COCO is looked for in data/coco/{train2017,val2017,annotations}.
+_base_ = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
+load_from = (
+    'https://download.openmmlab.com/mmdetection/v2.0/retinanet/retinanet_r50_fpn_1x_coco/'
+    'retinanet_r50_fpn_1x_coco_20200130-c2398f9e.pth'
+)
+_base_.model.backbone.init_cfg = None  # what is loaded is trained
+model = dict(_delete_=True, type='mmcpd.Distiller', student=_base_.model, losses=[dict(type='mmcpd.KDLoss')])
+
+default_hooks = dict(
+    prune=dict(type='mmcpd.PruneHook', target=dict(macs=0.5), begin=0, end=1 / 3, interval=25),
+    checkpoint=dict(max_keep_ckpts=3),
+)
