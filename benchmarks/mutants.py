@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from queue import SimpleQueue
 from types import ModuleType
@@ -31,7 +32,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 
 from benchmarks import mutants_comb, mutants_prune, mutants_refit, mutants_rotate, mutants_slim
 from benchmarks.mutant import Mutant
-from mmcpd.compat import StrEnum
 
 MUTANTS = tuple(
     mutant
@@ -45,7 +45,7 @@ SERVER = multiprocessing.get_context('forkserver')  # torch is loaded once, and 
 SERVER.set_forkserver_preload(['torch', 'torch.utils.flop_counter', 'scipy.sparse.csgraph', 'pytest'])
 
 
-class Outcome(StrEnum):
+class Outcome(str, Enum):  # of mmcpd nothing is imported here: the tests import the copy
     """What became of a mutant."""
 
     KILLED = 'killed'
@@ -183,7 +183,7 @@ def judge_all(mutants: list[Mutant], jobs: int, limit: float, unchecked: bool) -
         finally:
             free.put(tree)
         count += 1
-        print(f'[{count}/{len(mutants)}] {result.outcome:8} {mutant.name} ({result.seconds:.0f} s)', flush=True)
+        print(f'[{count}/{len(mutants)}] {result.outcome.value:8} {mutant.name} ({result.seconds:.0f} s)', flush=True)
         return result
 
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(jobs) as pool:
@@ -202,9 +202,9 @@ def table(results: list[Result]) -> str:
     width = max(len(result.mutant.name) for result in results)
     rows = []
     for result in results:
-        rows.append(f'{result.outcome:8}  {result.mutant.name:{width}}  {result.mutant.claim}')
+        rows.append(f'{result.outcome.value:8}  {result.mutant.name:{width}}  {result.mutant.claim}')
         rows.append(f'{"":8}  {"":{width}}  {result.detail}')
-    counts = ', '.join(f'{sum(r.outcome is kind for r in results)} {kind}' for kind in Outcome)
+    counts = ', '.join(f'{sum(r.outcome is kind for r in results)} {kind.value}' for kind in Outcome)
     return '\n'.join([*rows, f'{len(results)} mutants: {counts}'])
 
 
