@@ -118,13 +118,13 @@ class PlainNet(BaseModule):
 class DrawnOnceScenes(DigitScenesDataset):
     """Keep each scene once it is drawn and packed: that takes as long as a small model's forward."""
 
-    drawn: ClassVar[dict[tuple, Row]] = {}
+    packed: ClassVar[dict[tuple, Row]] = {}
 
     def prepare_data(self, idx: int) -> Row:
         key = (self.seed, self.split, self.size, idx)
-        if key not in self.drawn:
-            self.drawn[key] = super().prepare_data(idx)
-        return dict(self.drawn[key])
+        if key not in self.packed:
+            self.packed[key] = super().prepare_data(idx)
+        return dict(self.packed[key])
 
 
 # -- one case ----------------------------------------------------------------------------------------------------------
