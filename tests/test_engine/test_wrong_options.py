@@ -106,8 +106,11 @@ def test_a_wrong_value_of_a_loss_is_one_sentence(name, option, value):
         ({'type': 5}, 'has no type'),
         ({'type': ''}, 'has no type'),
         ({'tau': 4}, 'has no type'),
-        ({'type': 'KDLoss', 'tap': 3}, 'tap of KDLoss is a name: got 3'),
-        ({'type': 'KDLoss', 'teacher_tap': ['fc']}, r"teacher_tap of KDLoss is a name: got \['fc'\]"),
+        ({'type': 'KDLoss', 'tap': 3}, 'tap of KDLoss is a name or a list of names: got 3'),
+        (
+            {'type': 'KDLoss', 'teacher_tap': ['fc', 3]},
+            r"teacher_tap of KDLoss is a name or a list of names: got \['fc', 3\]",
+        ),
         ({'type': 'KDLoss', 'name': 7}, 'name of KDLoss is a name: got 7'),
         (5, 'losses: 5 is no loss; write losses='),
         (None, 'losses: None is no loss; write losses='),
