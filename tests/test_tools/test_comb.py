@@ -43,7 +43,7 @@ def test_it_begins_with_one_line_and_has_a_row_a_group(tool, tiny):
     code, out, err = tool('comb', tiny)
     assert code == 0, err
     lines = out.splitlines()
-    assert lines[0] == '12 groups, 680 units; 100 % of the units and 100 % of the parameters can be pruned'
+    assert lines[0] == '12 groups, 360 units; 100 % of the units and 100 % of the parameters can be pruned'
     assert re.fullmatch(r'[\d,.]+ M MACs, [\d,.]+ M parameters, [\d,.]+ MiB of activations', lines[1])
     row = next(line.split() for line in lines if line.startswith(LAYER))
     # 16 channels; its rows of 8 x 9 and the columns of the next layer, 16 x 9, and two of its norm
@@ -95,7 +95,7 @@ def test_the_page_stands_alone(tool, tiny, dense, tmp_path):  # noqa: F811
     assert not re.search(r'https?:|url\(|@import|//[a-z]', text)
     assert page.seen.count('svg') == 12 and page.seen.count('meter') >= 12
     assert 'prefers-color-scheme: dark' in text and 'width=device-width' in text
-    assert '12 groups, 680 units' in text and 'gauss_newton (on 32 pictures)' in text
+    assert '12 groups, 360 units' in text and 'gauss_newton (on 32 pictures)' in text
 
 
 def luminance(colour: str) -> float:

@@ -1,0 +1,191 @@
+"""`mmcpd export-code`: a plain file builds the slim model in a process where mmcpd cannot be imported."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+
+from mmcpd.cli import export_code as command
+from mmcpd.cli.common import run
+from mmcpd.engine.build import build_dense
+from mmcpd.engine.checkpoints import load_slim
+from mmcpd.engine.export_code import export_code
+from mmcpd.engine.slim_file import read_slim
+from mmcpd.engine.tensor_file import write_tensors
+from mmcpd.errors import SlimError
+from tests.helpers import randomise_
+from tests.test_engine.test_checkpoints import SIZE, config, vit
+from tests.test_engine.test_slim_model import cut, swin, whole
+
+ALONE = """
+import sys
+class Nothing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition('.')[0] == 'mmcpd':
+            raise ImportError('mmcpd is not there')
+sys.meta_path.insert(0, Nothing())
+sys.path.insert(0, sys.argv[1])
+import torch
+from slim_model import build
+model, images = build(), torch.load(sys.argv[2])
+torch.set_num_threads(1)
+with torch.no_grad():
+    torch.save(model(images, mode='tensor'), sys.argv[3])
+model.train()(images, mode='tensor')
+try:
+    import mmcpd
+except ImportError:
+    print('without mmcpd', sum(p.numel() for p in model.parameters()))
+"""
+
+
+def resnet50():
+    backbone = dict(type='ResNet', depth=50, base_channels=16, stem_channels=16, out_indices=(3,))
+    head = dict(type='LinearClsHead', num_classes=5, in_channels=512)
+    return config(
+        model=dict(type='ImageClassifier', backbone=backbone, neck=dict(type='GlobalAveragePooling'), head=head)
+    )
+
+
+def segmentor():
+    pytest.importorskip('mmseg')
+    backbone = dict(type='ResNetV1c', depth=18, base_channels=8, stem_channels=8, norm_cfg=dict(type='SyncBN'))
+    head = dict(
+        type='FCNHead',
+        in_channels=64,
+        in_index=3,
+        channels=16,
+        num_convs=1,
+        num_classes=4,
+        norm_cfg=dict(type='SyncBN'),
+    )
+    model = dict(type='EncoderDecoder', backbone=backbone, decode_head=head, test_cfg=dict(mode='whole'))
+    hook = dict(prune=dict(type='mmcpd.PruneHook', input_shape=(3, SIZE, SIZE)))
+    return Config(dict(model=model, default_scope='mmseg', default_hooks=hook))
+
+
+def segformer():
+    """Its attention is a wrapper around nn.MultiheadAttention, which is replaced."""
+    pytest.importorskip('mmseg')
+    backbone = dict(type='MixVisionTransformer', embed_dims=16, num_layers=[1, 1], num_heads=[2, 2],
+                    patch_sizes=[7, 3], strides=[4, 2], sr_ratios=[2, 1], out_indices=(0, 1))  # fmt: skip
+    head = dict(
+        type='SegformerHead', in_channels=[16, 32], in_index=[0, 1], channels=16, num_classes=4,
+        norm_cfg=dict(type='BN'),
+    )  # fmt: skip
+    model = dict(type='EncoderDecoder', backbone=backbone, decode_head=head, test_cfg=dict(mode='whole'))
+    hook = dict(prune=dict(type='mmcpd.PruneHook', input_shape=(3, SIZE, SIZE)))
+    return Config(dict(model=model, default_scope='mmseg', default_hooks=hook))
+
+
+MODELS = {'resnet50': resnet50, 'vit': vit, 'swin': swin, 'segmentor': segmentor, 'segformer': segformer}
+REWRITTEN, REPLACED = ('swin',), ('segformer',)  # sizes in methods; modules in place of others
+
+
+def slimmed(cfg, folder: Path):
+    """Write a slim.pth of random units, with statistics and gains that differ."""
+    torch.manual_seed(0)
+    cut(cfg, randomise_(build_dense(cfg)), folder / 'slim.pth')
+    return load_slim(cfg, folder / 'slim.pth')
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_it_computes_the_same_without_mmcpd(name, tmp_path):
+    cfg = MODELS[name]()
+    small = slimmed(cfg, tmp_path)
+    plan = read_slim(tmp_path / 'slim.pth')['structure']
+    assert bool(plan['rewritten']) >= (name in REWRITTEN) and bool(plan['replaced']) >= (name in REPLACED)
+    assert export_code(cfg, tmp_path / 'slim.pth', tmp_path / 'plain' / 'slim_model.py') <= 1e-6
+    assert sorted(path.name for path in (tmp_path / 'plain').iterdir()) == ['slim_model.py', 'slim_model.safetensors']
+    images = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+    torch.save(images, tmp_path / 'images.pt')
+    paths = (tmp_path / 'plain', tmp_path / 'images.pt', tmp_path / 'outputs.pt')
+    done = subprocess.run([sys.executable, '-c', ALONE, *map(str, paths)], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1] == f'without mmcpd {sum(p.numel() for p in small.parameters())}'
+    with torch.no_grad():
+        expected = small(images, mode='tensor')
+    found = torch.load(tmp_path / 'outputs.pt')
+    for ours, theirs in zip(*map(flat, (expected, found)), strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-6)
+        assert ours.abs().max() > 1e-3 and not torch.allclose(ours[0], ours[1])
+    text = (tmp_path / 'plain' / 'slim_model.py').read_text()
+    assert 'import mmcpd' not in text and 'from mmcpd' not in text
+
+
+def flat(outputs):
+    return outputs if isinstance(outputs, list | tuple) else [outputs]
+
+
+def test_the_weights_are_a_safetensors_file(tmp_path):
+    tensors = {'a.weight': torch.randn(3, 2), 'a.n': torch.tensor(7), 'none': torch.empty(0, 4), 'half': torch.ones(3).half(),
+               'b': torch.tensor([True, False]), 'd': torch.randn(4).double(), 't': torch.randn(2, 5).t()}  # fmt: skip
+    write_tensors(tmp_path / 'x.safetensors', tensors, {'model': 'Toy'})
+    raw = (tmp_path / 'x.safetensors').read_bytes()
+    size = int.from_bytes(raw[:8], 'little')
+    header = json.loads(raw[8 : 8 + size])
+    assert header.pop('__metadata__') == {'model': 'Toy'} and size % 8 == 0
+    ends = sorted(tuple(entry['data_offsets']) for entry in header.values())
+    assert ends[0][0] == 0 and ends[-1][1] == len(raw) - 8 - size
+    assert all(a[1] == b[0] for a, b in zip(ends, ends[1:], strict=False))  # no holes
+    library = pytest.importorskip('safetensors.torch')
+    read = library.load_file(tmp_path / 'x.safetensors')
+    assert read.keys() == tensors.keys() and all(torch.equal(read[name], tensors[name]) for name in tensors)
+
+
+def test_what_the_format_does_not_hold_is_one_line(tmp_path):
+    with pytest.raises(SlimError, match='^x is torch.complex128'):
+        write_tensors(tmp_path / 'x.safetensors', {'x': torch.ones(1, dtype=torch.complex128)}, {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_of_mmcpd_s_own_is_refused_by_name(tmp_path):
+    cfg = resnet50()
+    cfg.model.backbone = dict(type='mmcpd.CIFARResNet', depth=20)
+    cfg.model.head.in_channels = 64
+    slimmed(cfg, tmp_path)
+    with pytest.raises(SlimError, match=r"^model\.backbone\.type is mmcpd\.CIFARResNet, which is mmcpd's own"):
+        export_code(cfg, tmp_path / 'slim.pth', tmp_path / 'x.py')
+    assert not (tmp_path / 'x.py').exists()
+
+
+def test_a_class_that_no_package_has_is_one_line(tmp_path):
+    cfg = whole()
+    slimmed(cfg, tmp_path)
+    cfg.model.trunk.wants = object()
+    with pytest.raises((SlimError, TypeError)):
+        export_code(cfg, tmp_path / 'slim.pth', tmp_path / 'x.py')
+    assert not (tmp_path / 'x.py').exists()
+
+
+def test_what_computes_something_else_is_not_written(tmp_path, monkeypatch):
+    cfg = resnet50()
+    slimmed(cfg, tmp_path)
+    written = 'mmcpd.engine.export_code.write_tensors'
+    monkeypatch.setattr(
+        written, lambda path, values, meta: write_tensors(path, {n: v * 2 for n, v in values.items()}, meta)
+    )
+    with pytest.raises(SlimError, match='is off the slim model by'):
+        export_code(cfg, tmp_path / 'slim.pth', tmp_path / 'x.py')
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['slim.pth']
+
+
+def test_the_command(tmp_path, capfd):
+    cfg = resnet50()
+    slimmed(cfg, tmp_path)
+    cfg.dump(tmp_path / 'my.py')
+    words = (str(tmp_path / 'my.py'), str(tmp_path / 'slim.pth'))
+    with pytest.raises(SystemExit) as stop:
+        run(command, words)
+    out = capfd.readouterr().out
+    assert stop.value.code == 0 and f'wrote {tmp_path}/slim_model.py and {tmp_path}/slim_model.safetensors' in out
+    for name, message in (('x.txt', 'must be a .py file'), ('3-x.py', 'must be a .py file')):
+        with pytest.raises(SystemExit) as stop:
+            run(command, (*words, '--out', str(tmp_path / name)))
+        assert stop.value.code == 1 and message in capfd.readouterr().err
