@@ -19,7 +19,8 @@ from mmcpd.engine.wrappers import student_config
 from mmcpd.errors import SlimError
 from mmcpd.names import in_short
 from mmcpd.slim import attention
-from mmcpd.slim.call_sites import Rewrite
+from mmcpd.slim.call_sites import Rewrite, rewrites_of
+from mmcpd.slim.mask import named_tensors
 from mmcpd.slim.references import detached_references
 from mmcpd.version import __version__
 
@@ -42,6 +43,7 @@ SCOPE = {scope!r}  # where the names of types in MODEL are looked up
 DTYPES = {{{dtypes}}}
 '''
 BUILD = '''
+
 def read_tensors(path):
     """Return the tensors of a safetensors file by name."""
     raw = Path(path).read_bytes()
@@ -79,17 +81,21 @@ def build(weights=WEIGHTS):
     model, values = build_dense(), read_tensors(weights)
 '''
 END = """    own = own_tensors(model)
-    for name, value in values.items():
-        if own[name].shape != value.shape or own[name].dtype != value.dtype:
-            raise ValueError(f'{name} is {tuple(own[name].shape)}, and {tuple(value.shape)} in {weights}')
+    filled = {id(own[name]) for name in values}
+    for name, tensor in own.items():
+        if id(tensor) not in filled:
+            raise ValueError(f'{weights} has no {name}')
     return model.eval()
 """
 RESIZE = """    own = own_tensors(model)
     for name, value in values.items():  # a tensor that several modules share stays one
-        if name in own:
-            if is_lazy(own[name]):
-                own[name].materialize(value.shape)
-            own[name].data = value.to(own[name].dtype)
+        if name not in own:
+            raise ValueError(f'{weights} is of another model: it has {name}')
+        if tuple(value.shape) != SHAPES.get(name, tuple(own[name].shape)):
+            raise ValueError(f'{weights} is of another model: {name} is {tuple(value.shape)} in it')
+        if is_lazy(own[name]):
+            own[name].materialize(value.shape)
+        own[name].data = value.to(own[name].dtype)
 """
 
 
@@ -108,15 +114,16 @@ def plain_code(cfg: Config, plan: Mapping[str, Any], small: nn.Module, stem: str
     dense = build_dense(Config({'model': without_pretrained(student_config(cfg)), 'default_scope': _scope(cfg)}))
     refuse(dense, small, plan)
     model, kinds = _plain(without_pretrained(student_config(cfg)), 'model'), plan['replaced']
-    dtypes = ', '.join(f'{name!r}: {dtype}' for dtype, name in DTYPES.items())
+    used = dict.fromkeys(tensor.dtype for tensor in named_tensors(small).values())
+    dtypes = ', '.join(f'{DTYPES[dtype]!r}: {dtype}' for dtype in used if dtype in DTYPES)
+    shapes = {name: tuple(shape) for name, shape in plan['tensors'].items()}
     subclasses, lines = _rewritten(small, plan['rewritten'])
     parts = [
-        HEAD.format(kind=type(small).__name__, stem=stem, version=__version__, imports=_imports(cfg, bool(kinds)),
-                    scope=_scope(cfg), dtypes=dtypes),
-        f'MODEL = {pprint.pformat(model, width=118, sort_dicts=False)}\n',
-        f'ATTRIBUTES = {pprint.pformat(_attributes(small, plan["attributes"]), width=118, sort_dicts=False)}\n',
-        *(f'\n{text}\n' for text in (_replacements() if kinds else ())),
-        *(f'\n{text}\n' for text in subclasses),
+        HEAD.format(kind=type(small).__name__, stem=stem, version=__version__, scope=_scope(cfg), dtypes=dtypes,
+                    imports=_imports(cfg, bool(kinds), bool(plan['added']))),
+        f'MODEL = {_shown(model)}\n# Shapes and attributes that differ from those of the dense model.\n',
+        f'SHAPES = {_shown(shapes)}\nATTRIBUTES = {_shown(_attributes(small, plan["attributes"]))}\n',
+        *(f'\n\n{text.strip()}\n' for text in (*(_replacements() if kinds else ()), *subclasses)),
         BUILD, *_added(plan), RESIZE, *_shared(plan), *_replaced(kinds),
     ]  # fmt: skip
     if plan['attributes']:
@@ -136,11 +143,18 @@ def refuse(dense: nn.Module, small: nn.Module, plan: Mapping[str, Any]) -> None:
     if any(True for _ in detached_references(dense)):
         raise SlimError('a module keeps detached tensors of another one (state_dict()): no plain code follows them')
     for path, module in small.named_modules():
+        kind = type(module).__bases__[0] if rewrites_of(module) else type(module)
+        if kind.__module__.startswith('mmcpd.') and kind is not attention.SlimMultiheadAttention:
+            raise SlimError(f"{path or 'the model'} is a {kind.__name__}, which is mmcpd's own: it needs mmcpd")
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise SlimError(f'{path or "the model"} has an extra state, which is no tensor: it cannot be written')
     unknown = {entry['kind'] for entry in plan['replaced'].values()} - {'MultiheadAttention'}
     if unknown:
         raise SlimError(f'the replacement of {in_short(sorted(unknown))} has no plain source')
+
+
+def _shown(value: Any) -> str:
+    return pprint.pformat(value, width=118, sort_dicts=False)
 
 
 def _scope(cfg: Config) -> str:
@@ -151,16 +165,14 @@ def _plain(value: Any, where: str) -> Any:
     """Return a config in plain Python values: a class is named by its path.
 
     Raises:
-        SlimError: a value is none, or a class is mmcpd's own.
+        SlimError: a value is none.
     """
     if isinstance(value, Mapping):
         return {name: _plain(each, f'{where}.{name}') for name, each in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(_plain(each, f'{where}[{i}]') for i, each in enumerate(value))
-    if isinstance(value, type) or inspect.isfunction(value):
+    if where.endswith('.type') and (isinstance(value, type) or inspect.isfunction(value)):
         value = f'{value.__module__}.{value.__qualname__}'
-    if isinstance(value, str) and value.startswith('mmcpd.') and where.endswith('.type'):
-        raise SlimError(f"{where} is {value}, which is mmcpd's own: its code is needed, and so is mmcpd")
     if value is not None and type(value) not in (bool, int, float, str):
         raise SlimError(f'{where} is a {type(value).__name__}, which cannot be written as a plain value')
     if isinstance(value, float) and (value != value or abs(value) == float('inf')):
@@ -168,13 +180,14 @@ def _plain(value: Any, where: str) -> Any:
     return value
 
 
-def _imports(cfg: Config, attention_too: bool) -> str:
+def _imports(cfg: Config, attention_too: bool, adds: bool) -> str:
     """Return the lines of imports: torch, MMEngine, and what the config imports."""
-    lines = ['from typing import Any', 'from functools import reduce'] if attention_too else []
+    lines = ['from functools import reduce', 'from typing import Any'] if attention_too else []
     lines += ['', 'import torch']
     lines += ['import torch.nn.functional as F'] if attention_too else []
     lines += ['from mmengine.config import ConfigDict', 'from mmengine.model import revert_sync_batchnorm']
-    lines += ['from mmengine.registry import MODELS, DefaultScope', 'from torch import Tensor, nn']
+    lines += ['from mmengine.registry import MODELS, DefaultScope']
+    lines += ['from torch import Tensor, nn'] if attention_too else ['from torch import nn'] if adds else []
     lines += ['from torch.nn.parameter import is_lazy']
     custom = (cfg.get('custom_imports') or {}).get('imports') or []
     names = [custom] if isinstance(custom, str) else custom

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import importlib
 import json
+import runpy
 import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS as MMENGINE
+from mmpretrain.models import GlobalAveragePooling
 
 from mmcpd.cli import export_code as command
 from mmcpd.cli.common import run
@@ -22,6 +25,8 @@ from mmcpd.engine.export_code import export_code
 from mmcpd.engine.slim_file import read_slim
 from mmcpd.engine.tensor_file import write_tensors
 from mmcpd.errors import SlimError
+from mmcpd.models.cifar_resnet import CIFARResNet
+from mmcpd.slim.mask import named_tensors
 from tests.helpers import randomise_
 from tests.test_engine.test_checkpoints import SIZE, config, vit
 from tests.test_engine.test_slim_model import cut, swin, whole
@@ -250,23 +255,63 @@ def test_what_the_format_does_not_hold_is_one_line(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_model_of_mmcpd_s_own_is_refused_by_name(tmp_path):
+@pytest.mark.parametrize('kind', ['mmcpd.CIFARResNet', CIFARResNet])
+def test_a_model_of_mmcpd_s_own_is_refused_by_name(tmp_path, kind):
     cfg = resnet50()
-    cfg.model.backbone = dict(type='mmcpd.CIFARResNet', depth=20)
+    cfg.model.backbone = dict(type=kind, depth=20)
     cfg.model.head.in_channels = 64
     slimmed(cfg, tmp_path)
-    with pytest.raises(SlimError, match=r"^model\.backbone\.type is mmcpd\.CIFARResNet, which is mmcpd's own"):
+    with pytest.raises(SlimError, match=r"^backbone is a CIFARResNet, which is mmcpd's own: it needs mmcpd"):
         export_code(cfg, tmp_path / 'slim.pth', tmp_path / 'x.py')
     assert not (tmp_path / 'x.py').exists()
 
 
-def test_a_class_that_no_package_has_is_one_line(tmp_path):
-    cfg = whole()
+def test_a_config_names_classes_or_has_what_no_text_says(tmp_path):
+    cfg = resnet50()
     slimmed(cfg, tmp_path)
-    cfg.model.trunk.wants = object()
-    with pytest.raises((SlimError, TypeError)):
-        export_code(cfg, tmp_path / 'slim.pth', tmp_path / 'x.py')
-    assert not (tmp_path / 'x.py').exists()
+    cfg.model.neck.type = GlobalAveragePooling
+    export_code(cfg, tmp_path / 'slim.pth', tmp_path / 'x.py')
+    assert f"'{GlobalAveragePooling.__module__}.GlobalAveragePooling'" in (tmp_path / 'x.py').read_text()
+    cfg.data_preprocessor.mean = np.array([1.0, 2.0, 3.0])
+    with pytest.raises(SlimError, match=r'^model\.data_preprocessor\.mean is a ndarray, which cannot be written'):
+        export_code(cfg, tmp_path / 'slim.pth', tmp_path / 'y.py')
+    assert not (tmp_path / 'y.py').exists()
+
+
+def test_what_the_first_forward_makes_is_there(tmp_path):
+    cfg = whole(table=True)
+    model = build_dense(cfg)
+    model(torch.rand(1, 3, SIZE, SIZE))
+    small = cut(cfg, model, tmp_path / 'slim.pth')
+    assert read_slim(tmp_path / 'slim.pth')['structure']['added']
+    export_code(cfg, tmp_path / 'slim.pth', tmp_path / 'x.py')
+    twin = runpy.run_path(str(tmp_path / 'x.py'))['build']()
+    assert torch.equal(twin.trunk.gains, small.trunk.gains)
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (lambda values: values.pop('head.fc.bias'), r'has no head\.fc\.bias'),
+        (lambda values: values.update({'x.y': torch.ones(1)}), r'another model: it has x\.y'),
+        (lambda values: values.update({'head.fc.bias': torch.ones(9)}), r'head\.fc\.bias is \(9,\) in it'),
+        (lambda values: values.update({'head.fc.bias': torch.ones(5)}), None),
+    ],
+    ids=['lacks one', 'one more', 'other shape', 'fits'],
+)
+def test_weights_of_another_model_are_refused_by_the_file(tmp_path, change, message):
+    cfg = resnet50()
+    small = slimmed(cfg, tmp_path)
+    export_code(cfg, tmp_path / 'slim.pth', tmp_path / 'x.py')
+    values = dict(named_tensors(small))
+    change(values)
+    write_tensors(tmp_path / 'other.safetensors', values, {})
+    build = runpy.run_path(str(tmp_path / 'x.py'))['build']
+    if message is None:
+        assert build(tmp_path / 'other.safetensors').head.fc.bias.tolist() == [1] * 5
+    else:
+        with pytest.raises(ValueError, match=message):
+            build(tmp_path / 'other.safetensors')
 
 
 def test_what_computes_something_else_is_not_written(tmp_path, monkeypatch):
