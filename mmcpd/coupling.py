@@ -317,7 +317,7 @@ class Coupling:
 
         Example:
             >>> coupling.summary()
-            '2 groups, 12 units; 100 % of the units and 99 % of the parameters can be pruned'
+            '2 groups, 12 units; 100 % of the units and 100 % of the parameters can be pruned'
         """
         units, params = (100 * part / max(all_, 1) for part, all_ in (self.prunable_channels(), self.prunable()))
         return (
@@ -330,7 +330,7 @@ class Coupling:
 
         Example:
             >>> coupling.table()[1]
-            ('conv1', '8', '1', '1', '40.3 k', '64', '0.50 KiB')
+            ('conv1', '8', '1', '1', '8.1 k', '64', '0.50 KiB')
         """
         saved = self.marginal(self.keep())
         head = ('group', 'units', 'producers', 'consumers', 'MACs of one unit', 'parameters', 'activations')
