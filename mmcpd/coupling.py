@@ -312,24 +312,46 @@ class Coupling:
             counts[frozen.reason] += frozen.rows
         return counts
 
+    def summary(self) -> str:
+        """Return in one line how much of the model can be pruned: of the channels that layers give out, and parameters.
+
+        Example:
+            >>> coupling.summary()
+            '2 groups, 12 units; 100 % of the units and 100 % of the parameters can be pruned'
+        """
+        units, params = (100 * part / max(all_, 1) for part, all_ in (self.prunable_channels(), self.prunable()))
+        return (
+            f'{len(self.groups)} groups, {self.units} units; {units:.0f} % of the units and {params:.0f} % of the '
+            'parameters can be pruned'
+        )
+
+    def table(self) -> list[tuple[str, ...]]:
+        """Return a row for each group, and a header: its width, who makes and reads it, and what one unit costs.
+
+        Example:
+            >>> coupling.table()[1]
+            ('conv1', '8', '1', '1', '8.1 k', '64', '0.50 KiB')
+        """
+        saved = self.marginal(self.keep())
+        head = ('group', 'units', 'producers', 'consumers', 'MACs of one unit', 'parameters', 'activations')
+        rows: list[tuple[str, ...]] = [head]
+        for group in self.groups:
+            ends, cost = (str(group.count(role)) for role in (Role.PRODUCER, Role.CONSUMER)), saved[group.name]
+            worth = f'{cost.macs / 1e3:,.1f} k', f'{cost.params:,}', f'{cost.memory / 2**10:,.2f} KiB'
+            rows.append((group.name, str(group.units), *ends, *worth))
+        return rows
+
     def __str__(self) -> str:
         """Return the groups, what is frozen and why, and the operations without a rule, as a table."""
-        cost, saved = self.cost(self.keep()), self.marginal(self.keep())
-        (prunable, total), (channels, width) = self.prunable(), self.prunable_channels()
-        rows: list[tuple[str, ...]] = [('group', 'units', 'rows', 'producers', 'consumers', 'MACs saved by one unit')]
-        for group in self.groups:
-            count = sum(m.index.shape[1] for m in group.members)
-            ends = (str(group.count(role)) for role in (Role.PRODUCER, Role.CONSUMER))
-            rows.append((group.name, str(group.units), str(count), *ends, f'{saved[group.name].macs / 1e3:,.1f} k'))
-        frozen = [('frozen because', 'rows'), *((why, str(n)) for why, n in self.merged_reasons())]
-        head = (
-            f'{len(self.groups)} groups, {self.units} units; {cost.macs / 1e6:,.1f} M MACs, '
-            f'{cost.params / 1e6:,.2f} M parameters ({prunable / max(total, 1):.1%} prunable), '
-            f'{cost.memory / 2**20:,.1f} MiB of activations; {channels / max(width, 1):.1%} of the channels prunable'
+        cost = self.cost(self.keep())
+        costs = (
+            f'{cost.macs / 1e6:,.1f} M MACs, {cost.params / 1e6:,.2f} M parameters, '
+            f'{cost.memory / 2**20:,.1f} MiB of activations'
         )
+        frozen = [('frozen because', 'rows'), *((why, str(n)) for why, n in self.merged_reasons())]
         kinds = [('channels of', 'prunable', 'frozen')]
         kinds += [(w.kind, str(w.prunable), str(w.total - w.prunable)) for w in self.widths]
-        lines = [head, '', *aligned(rows), '']
+        lines = [self.summary(), costs, '', *aligned(self.table()), '']
         for table in (kinds, frozen):
             lines += [*aligned(table), ''] if len(table) > 1 else []
         lines = lines[: -1 if lines[-1] == '' else None]

@@ -76,7 +76,7 @@ def main(args: argparse.Namespace) -> None:
         require('deploy')
         require('demo')
     dense = prepare(cfg, request)
-    floors = {name: request.choice[name] for name in ('min_units', 'round_to') if name in request.choice}
+    floors = {name: request.choice[name] for name in ('min_units', 'round_to', 'remain') if name in request.choice}
     for target in request.targets:  # before the first minutes are spent
         check_reachable(dense.coupling, Schedule(target), **floors)
     models: dict[str, nn.Module] = {'dense': dense.model}

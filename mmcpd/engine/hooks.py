@@ -71,6 +71,8 @@ class PruneHook(Hook):
             at once and 'memory' in training, see docs/results.md.
         round_to: groups of at least 64 units keep a multiple of it; 8 suits most hardware.
         min_units: units that each group keeps.
+        remain: the share of their units that groups keep at least, by patterns of their names: a floor for those who
+            know better, as {'backbone.layer4.*': 0.8}; 1.0 prunes none of them.
         heads, ignore, strict, unused, input_shape: as in `CombHook`.
         seed: of importances that draw random numbers.
         trust_checkpoint: let the checkpoints that this process reads run code, where that is refused.
@@ -100,6 +102,7 @@ class PruneHook(Hook):
         normalize: str | None = None,
         round_to: int = 8,
         min_units: int = 1,
+        remain: Mapping[str, float] = {},
         heads: str = 'dim',
         ignore: Sequence[str] = (),
         seed: int = 0,
@@ -122,7 +125,7 @@ class PruneHook(Hook):
         normalize = ('macs' if at_once else 'memory') if normalize is None else normalize
         look_up(NORMALIZERS, normalize, 'normalizer')
         self.importance, self.normalize, self.seed = importance, normalize, seed
-        self.floors: Floors = {'min_units': min_units, 'round_to': round_to}
+        self.floors: Floors = {'min_units': min_units, 'round_to': round_to, 'remain': remain}
         check_floors(**self.floors)
         self.comb_options = comb_options(heads, ignore, strict, unused, input_shape)
         self._pruner: Pruner | None = None

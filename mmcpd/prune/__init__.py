@@ -5,6 +5,7 @@ from .importance import IMPORTANCES, Importance, build_importance, check_importa
 from .normalize import NORMALIZERS, normalize
 from .pruner import Pruner
 from .reach import check_reachable, few_events
+from .remain import check_remain
 from .schedule import Schedule
 from .scores import Curvature, GroupFisher, Hessian, Magnitude, Random
 from .scoring import score
@@ -13,5 +14,5 @@ from .selection import check_floors, reachable, select, shares
 __all__ = [
     'IMPORTANCES', 'NORMALIZERS', 'Curvature', 'GaussNewton', 'GroupFisher', 'Hessian', 'Importance', 'Magnitude',
     'Pruner', 'Random', 'Schedule', 'build_importance', 'check_floors', 'check_importance', 'check_reachable',
-    'few_events', 'normalize', 'reachable', 'register_importance', 'score', 'select', 'shares',
+    'check_remain', 'few_events', 'normalize', 'reachable', 'register_importance', 'score', 'select', 'shares',
 ]  # fmt: skip

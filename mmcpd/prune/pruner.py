@@ -33,7 +33,7 @@ class Pruner:
         schedule: when units are removed and what remains, in iterations.
         importance: a name in `IMPORTANCES`, or a mapping of `type` and options.
         normalize: a name in `NORMALIZERS`.
-        min_units, round_to: the floors of each group, as in `select`.
+        min_units, round_to, remain: the floors of each group, as in `select`.
         seed: of the importance's random numbers.
 
     Attributes:
@@ -76,11 +76,12 @@ class Pruner:
         normalize: str = 'memory',
         min_units: int = 1,
         round_to: int = 8,
+        remain: Mapping[str, float] = {},
         seed: int = 0,
     ) -> None:
         look_up(NORMALIZERS, normalize, 'normalizer')
         self._begin, self._end = schedule.span()
-        self.floors: Floors = {'min_units': min_units, 'round_to': round_to}
+        self.floors: Floors = {'min_units': min_units, 'round_to': round_to, 'remain': remain}
         check_finite(model)
         check_reachable(coupling, schedule, **self.floors)
         self.model, self.coupling, self.optimizer, self.schedule = model, coupling, optimizer, schedule
@@ -153,10 +154,8 @@ class Pruner:
         self.left_alone = unscored(self.importance, scores)
         fixed, limit = self.left_alone, self.schedule.units_per_event
         lowest = reachable(self.coupling, keep=self.keep, fixed=fixed, **self.floors)
-        ratios = {
-            quantity: max(ratio, lowest[quantity] * (1 + 1e-12))
-            for quantity, ratio in self.schedule.ratios(self.iteration).items()
-        }
+        goals = self.schedule.ratios(self.iteration).items()
+        ratios = {quantity: max(ratio, lowest[quantity] * (1 + 1e-12)) for quantity, ratio in goals}
         scores = normalize(scores, self.coupling, self.keep, by=self.normalizer)
         self.keep = select(scores, self.coupling, self.keep, ratios, limit=limit, fixed=fixed, **self.floors)
 

@@ -11,28 +11,36 @@ import torch
 from ..coupling import Coupling, Keep
 from ..errors import PruneError
 from .schedule import Schedule
-from .selection import Floors, out_of_reach, reachable, select, shares, steps_of
+from .selection import Floors, in_words, out_of_reach, reachable, select, shares, steps_of
 
 
-def check_reachable(coupling: Coupling, schedule: Schedule, *, min_units: int = 1, round_to: int = 8) -> None:
+def check_reachable(
+    coupling: Coupling,
+    schedule: Schedule,
+    *,
+    min_units: int = 1,
+    round_to: int = 8,
+    remain: Mapping[str, float] = {},
+) -> None:
     """Refuse a target that no choice of units can meet, before any training.
 
     Raises:
+        ValueError: a pattern in `remain` that fits no group.
         PruneError: no prunable group, a target below the range, or (curve `paper`) too few events.
 
     Example:
         >>> check_reachable(coupling, Schedule(target=dict(macs=0.5, params=0.6), end=100))
     """
-    if not any(steps_of(coupling, coupling.keep(), min_units, round_to).values()):
+    floors: Floors = {'min_units': min_units, 'round_to': round_to, 'remain': remain}
+    if not any(steps_of(coupling, coupling.keep(), **floors).values()):
         raise PruneError(
             f'nothing can be pruned: {len(coupling.groups) or "no"} groups were found, none above its floor '
-            f'(min_units={min_units}, round_to={round_to}); print the coupling to see what is frozen and why'
+            f'({in_words(**floors)}); print the coupling to see what is frozen and why'
         )
-    lowest = reachable(coupling, min_units=min_units, round_to=round_to)
+    lowest = reachable(coupling, **floors)
     if any(lowest[quantity] > share for quantity, share in schedule.target.items()):
-        raise out_of_reach(coupling, schedule.target, min_units, round_to)
+        raise out_of_reach(coupling, schedule.target, **floors)
     if schedule.units_per_event is not None:
-        floors: Floors = {'min_units': min_units, 'round_to': round_to}
         check_events(coupling, schedule, coupling.keep(), schedule.events(), floors)
 
 

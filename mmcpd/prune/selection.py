@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from ..coupling import Coupling, Keep
 from ..errors import PruneError
 from ..names import look_up
+from .remain import check_remain, least_units
 from .schedule import QUANTITIES, is_count
 
 # Groups of at least so many units keep a multiple of `round_to`, because kernels of most hardware work in blocks of 8
@@ -24,10 +25,14 @@ ROUNDED_FROM = 64
 
 
 class Floors(TypedDict):
-    """What each group keeps: at least `min_units`, two under a norm, and in a large group a multiple of `round_to`."""
+    """What each group keeps: at least `min_units`, two under a norm, and in a large group a multiple of `round_to`.
+
+    `remain` names the share of their units that some groups keep, by patterns of their names.
+    """
 
     min_units: int
     round_to: int
+    remain: NotRequired[Mapping[str, float]]
 
 
 def shares(coupling: Coupling, keep: Mapping[str, Tensor]) -> dict[str, float]:
@@ -50,6 +55,7 @@ def select(
     *,
     min_units: int = 1,
     round_to: int = 8,
+    remain: Mapping[str, float] = {},
     limit: int | None = None,
     fixed: Collection[str] = (),
 ) -> Keep:
@@ -64,11 +70,12 @@ def select(
     Scores are normalised ones, (units,) per group; `keep` are the kept units so far, and is not changed. The ratios are
     shares of the dense model's quantities that may remain, for some of `macs`, `params`, `memory` and `units`. Each
     group keeps `min_units` (a smaller one stays whole), under a norm at least two, and a group of at least 64 units,
-    and of more than `round_to`, a multiple of `round_to`. At most `limit` units are removed; a chunk is not broken, so
-    at least one chunk is. The groups in `fixed` lose none.
+    and of more than `round_to`, a multiple of `round_to`. A group whose name fits a pattern in `remain` keeps at least
+    that share. At most `limit` units are removed; a chunk is not broken, so at least one chunk is. The groups in
+    `fixed` lose none.
 
     Raises:
-        ValueError: an unknown quantity, or a floor below 1.
+        ValueError: an unknown quantity, a floor below 1, or a pattern that fits no group.
         PruneError: the floors do not allow as little as the ratios, and there is no `limit`.
 
     Example:
@@ -79,12 +86,12 @@ def select(
     """
     for quantity in ratios:
         look_up(dict.fromkeys(QUANTITIES), quantity, 'quantity')
-    chunks = _order(scores, coupling, keep, steps_of(coupling, keep, min_units, round_to, fixed))
+    chunks = _order(scores, coupling, keep, steps_of(coupling, keep, min_units, round_to, fixed, remain))
     search = _Search(coupling, coupling.flat(keep), ratios, chunks)
     most = chunks.within(limit)
     number = bisect_left(range(most + 1), True, key=lambda number: search.room(range(number)) >= 0)
     if number > most and (limit is None or not most):
-        raise out_of_reach(coupling, ratios, min_units, round_to)
+        raise out_of_reach(coupling, ratios, min_units, round_to, remain)
     chosen = search.fitting(range(number)) if number <= most else search.without(range(most))
     parts = np.split(chosen, list(coupling.start.values())[1:])
     return {group.name: torch.from_numpy(part.copy()) for group, part in zip(coupling.groups, parts, strict=True)}
@@ -95,6 +102,7 @@ def reachable(
     *,
     min_units: int = 1,
     round_to: int = 8,
+    remain: Mapping[str, float] = {},
     keep: Mapping[str, Tensor] | None = None,
     fixed: Collection[str] = (),
 ) -> dict[str, float]:
@@ -105,16 +113,16 @@ def reachable(
         True
     """
     keep = coupling.keep() if keep is None else keep
-    steps = steps_of(coupling, keep, min_units, round_to, fixed)
+    steps = steps_of(coupling, keep, min_units, round_to, fixed, remain)
     lowest = {group.name: [int(keep[group.name].sum()), *steps[group.name]][-1] for group in coupling.groups}
     return shares(coupling, {group.name: torch.arange(group.units) < lowest[group.name] for group in coupling.groups})
 
 
-def check_floors(*, min_units: int, round_to: int) -> None:
+def check_floors(*, min_units: int, round_to: int, remain: Mapping[str, float] = {}) -> None:
     """Refuse floors that make no sense; that takes no model.
 
     Raises:
-        ValueError: one of them is not an integer of at least 1.
+        ValueError: one of them is not an integer of at least 1, or no share in `remain`.
 
     Example:
         >>> check_floors(min_units=1, round_to=8)
@@ -122,28 +130,42 @@ def check_floors(*, min_units: int, round_to: int) -> None:
     for name, value in (('min_units', min_units), ('round_to', round_to)):
         if not is_count(value, 1):
             raise ValueError(f'{name} counts units, at least 1: got {value!r}')
+    check_remain(remain)
 
 
-def out_of_reach(coupling: Coupling, ratios: Mapping[str, float], min_units: int, round_to: int) -> PruneError:
+def out_of_reach(
+    coupling: Coupling, ratios: Mapping[str, float], min_units: int, round_to: int, remain: Mapping[str, float] = {}
+) -> PruneError:
     """Return the error about the quantity that lies furthest out of reach."""
-    lowest = reachable(coupling, min_units=min_units, round_to=round_to)
+    lowest = reachable(coupling, min_units=min_units, round_to=round_to, remain=remain)
     quantity = max(ratios, key=lambda quantity: lowest[quantity] - ratios[quantity])
     return PruneError(
         f'{quantity} cannot go down to {ratios[quantity]:.4f} of the dense model, only to {lowest[quantity]:.4f} '
-        f'(min_units={min_units}, round_to={round_to}): raise its target, lower these two, or print the coupling to '
+        f'({in_words(min_units, round_to, remain)}): raise its target, lower these, or print the coupling to '
         'see what is frozen and why'
     )
 
 
+def in_words(min_units: int, round_to: int, remain: Mapping[str, float] = {}) -> str:
+    """Return the floors as a message shows them."""
+    return f'min_units={min_units}, round_to={round_to}' + (f', remain={dict(remain)}' if remain else '')
+
+
 def steps_of(
-    coupling: Coupling, keep: Mapping[str, Tensor], min_units: int, round_to: int, fixed: Collection[str] = ()
+    coupling: Coupling,
+    keep: Mapping[str, Tensor],
+    min_units: int,
+    round_to: int,
+    fixed: Collection[str] = (),
+    remain: Mapping[str, float] = {},
 ) -> dict[str, list[int]]:
     """Return, for each group, the numbers of units that it may be brought down to, from most to least."""
-    check_floors(min_units=min_units, round_to=round_to)
-    steps = {}
+    check_floors(min_units=min_units, round_to=round_to, remain=remain)
+    steps, least = {}, least_units(coupling, remain)
     for group in coupling.groups:
         chunk = round_to if group.units >= ROUNDED_FROM and group.units > round_to else 1
         floor = math.ceil(max(min_units, coupling.floors[group.name]) / chunk) * chunk
+        floor = max(floor, math.ceil(least[group.name] / chunk) * chunk)
         first = (int(keep[group.name].sum()) - 1) // chunk * chunk
         steps[group.name] = [] if group.name in fixed else list(range(first, floor - 1, -chunk))
     return steps

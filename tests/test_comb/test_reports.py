@@ -69,7 +69,7 @@ def test_the_share_of_parameters_hides_what_the_channels_show() -> None:
     prunable, total = found.prunable()
     assert prunable / total > 0.9 and found.prunable_channels() == (36, 60)
     lines = str(found).splitlines()
-    assert lines[0].endswith('60.0% of the channels prunable')
+    assert lines[0] == '2 groups, 28 units; 60 % of the units and 96 % of the parameters can be pruned'
     assert [line.split() for line in lines if line.startswith('attention')] == [['attention', '0', '24']]
     saved = json.loads(found.to_json())
     assert saved['widths'][0] == {'kind': 'attention', 'prunable': 0, 'total': 24} and 'caches' not in saved
@@ -79,7 +79,7 @@ def test_a_depthwise_convolution_and_a_net_without_groups() -> None:
     depthwise = nn.Sequential(nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 3, groups=6), nn.Flatten(), nn.Linear(216, 2))
     assert widths(depthwise) == {LayerKind.CONVOLUTION: (12, 12)}
     single = comb(nn.Linear(4, 3), torch.randn(2, 4))
-    assert single.widths == () and '0.0% of the channels prunable' in str(single)
+    assert single.widths == () and str(single).startswith('0 groups, 0 units; 0 % of the units and 0 %')
     assert Widths(LayerKind.NORM, 1, 2) not in single.widths
 
 

@@ -304,6 +304,8 @@ def test_the_closure_repeats_the_step_it_probes(runner_of):
         ({'prune.target': {'macs': 0.0001}}, PruneError, r'macs.*0\.0001'),
         ({'prune.ignore': ['backbone*']}, PruneError, 'nothing can be pruned'),
         ({'prune.ignore': ['neck']}, ValueError, "ignore pattern 'neck' fits no group"),
+        ({'prune.remain': {'neck': 0.5}}, ValueError, "remain pattern 'neck' fits no group"),
+        ({'prune.remain': {'*': 0.95}}, PruneError, r"macs cannot go down to .*remain=\{'\*': 0.95\}"),
         ({'prune.end': 99}, ValueError, 'does not fit into a run of 16'),
     ],
 )

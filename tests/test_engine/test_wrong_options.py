@@ -36,6 +36,7 @@ WRONG = {
     'normalize': [1, 'mac', ['macs'], True, {}, '', 0],
     'round_to': ['8', 0, 2.5, True, None],
     'min_units': ['8', 0, 2.5, True, None],
+    'remain': [0.5, None, ['backbone.*'], {'backbone.*': 0}, {'backbone.*': 1.2}, {'backbone.*': '0.8'}, {1: 0.5}],
     'heads': [1, 'dims', None, ['dim']],
     'ignore': [1, [1], None, {'a': 1}, [['a']]],
     'seed': ['1', -1, 1.5, None, True],

@@ -153,5 +153,5 @@ def test_comb_takes_a_size_and_a_checkpoint(tool, pruning, tmp_path):
     torch.save({'state_dict': build_dense(pruning).state_dict()}, tmp_path / 'dense.pth')
     small = tool('comb', pruning, '--shape', 3, 16, 16)[1]
     large = tool('comb', pruning, '--checkpoint', 'dense.pth', '--shape', 3, 64, 64)[1]
-    macs = [float(out.split(' units; ')[1].split(' M MACs')[0].replace(',', '')) for out in (small, large)]
+    macs = [float(out.splitlines()[1].split(' M MACs')[0].replace(',', '')) for out in (small, large)]
     assert macs[1] > 10 * macs[0]
