@@ -1,4 +1,4 @@
-"""The console command: `mmcpd train`, `test`, `comb`, `prune`, `slim` and `deploy`; `python -m mmcpd` is the same.
+"""The console command `mmcpd`: train, test, comb, prune, slim, export-code and deploy; `python -m mmcpd` is the same.
 
 What MMEngine needs to start is imported once a command is known, so that `mmcpd --help` answers at once.
 """
@@ -13,13 +13,14 @@ from typing import NoReturn
 
 from mmcpd.version import __version__
 
-# A command is the module of that name in `mmcpd.cli`; its text is the first line of that module's docstring.
+# A command is the module of that name in `mmcpd.cli`, `_` for `-`; its text is the first line of its docstring.
 COMMANDS = {
     'train': 'Train a model by its config: comb, prune and distil if the config says so.',
     'test': "Test a config's model with a training checkpoint or a slim.pth, and print the metrics.",
     'comb': "Show the coupling groups of a config's model, and why the rest is frozen.",
     'slim': 'Cut a slim.pth from a training checkpoint that was pruned.',
     'prune': 'Prune a trained model in minutes, without training and without labels, and write slim.pth.',
+    'export-code': 'Write a slim model as one plain Python file and its weights, which need no mmcpd.',
     'deploy': 'Export a slim model and its dense original to ONNX, check both against torch, and measure them.',
 }
 
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     for name, text in COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)
     command = parser.parse_args(arguments[:1]).command
-    import_module('mmcpd.cli.common').run(import_module(f'mmcpd.cli.{command}'), arguments[1:])
+    import_module('mmcpd.cli.common').run(import_module(f'mmcpd.cli.{command.replace("-", "_")}'), arguments[1:])
     raise AssertionError('a command ends the process')
 
 

@@ -37,7 +37,7 @@ def run(command: ModuleType, arguments: Sequence[str]) -> NoReturn:
 
     The module has `add_options(parser)` and `main(args)`; its docstring is the help.
     """
-    name = command.__name__.rpartition('.')[2]
+    name = command.__name__.rpartition('.')[2].replace('_', '-')
     parser = argparse.ArgumentParser(
         prog=f'mmcpd {name}', description=command.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -13,6 +13,7 @@ from mmengine.config import Config
 
 from mmcpd.cli.checks import check_checkpoint, check_data, check_folder
 from mmcpd.cli.common import UserError
+from mmcpd.cli.shares import add_remain, read_shares, remain_of
 from mmcpd.engine.at_once import check_label_free
 from mmcpd.engine.build import hook_options
 from mmcpd.engine.evaluate import SPLITS, has_metrics
@@ -56,6 +57,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help=f'what remains of the model, as macs=0.5; {", ".join(QUANTITIES)}; several after one --target all hold, '
         "several --target make a curve; default: the config's PruneHook's",
     )
+    add_remain(parser)
     add('--pictures', type=int, metavar='N', help=f'pictures to score and refit on; default {PICTURES}')
     add(
         '--images', metavar='DIR', help="take them from a folder of plain pictures; default: the config's training data"
@@ -86,7 +88,7 @@ def read_request(args: argparse.Namespace, cfg: Config) -> Request:
     request = Request(
         checkpoint=args.checkpoint,
         targets=_targets(args, hook),
-        choice=_choice(hook),
+        choice={**_choice(hook), 'remain': remain_of(args.remain, hook)},
         pictures=_first(args.pictures, hook.get('pictures'), PICTURES),
         images=args.images,
         rotate=not args.no_rotate and hook.get('rotate', True),
@@ -110,21 +112,13 @@ def _first(*values: int | None) -> int:
 
 
 def _targets(args: argparse.Namespace, hook: Mapping[str, Any]) -> tuple[Target, ...]:
-    targets = [dict(map(_target, words)) for words in args.target or ()]
+    targets = [read_shares(words, '--target') for words in args.target or ()]
     if not targets and 'target' not in hook:
         raise UserError('--target: say what remains, as --target macs=0.5, or set the target of a PruneHook')
     targets = targets or [dict(hook['target'])]
     for target in targets:
         Schedule(target)  # refuses what makes no sense
     return tuple(targets)
-
-
-def _target(word: str) -> tuple[str, float]:
-    quantity, _, share = word.partition('=')
-    try:
-        return quantity, float(share)
-    except ValueError:
-        raise UserError(f'--target: {word!r} is not QUANTITY=SHARE, as macs=0.5') from None
 
 
 def _choice(hook: Mapping[str, Any]) -> dict[str, Any]:

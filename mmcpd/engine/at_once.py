@@ -17,6 +17,7 @@ from mmcpd.engine.wrappers import bare_model
 from mmcpd.names import in_short
 from mmcpd.prune import IMPORTANCES, Schedule, check_importance, check_reachable, normalize, score, select, shares
 from mmcpd.prune.schedule import is_count
+from mmcpd.prune.selection import Floors
 from mmcpd.random_state import seeded
 from mmcpd.refit import RefitReport, absorb_
 from mmcpd.refit import refit as refit_
@@ -73,6 +74,7 @@ def prune_at_once(
     normalize_by: str = 'macs',
     min_units: int = 1,
     round_to: int = 8,
+    remain: Mapping[str, float] = {},
     refit: bool = True,
     absorb: bool = True,
     seed: int = 0,
@@ -93,6 +95,7 @@ def prune_at_once(
         normalize_by: what the score is divided by, a name in `mmcpd.prune.NORMALIZERS`.
         min_units: units that each group keeps.
         round_to: groups of at least 64 units keep a multiple of it.
+        remain: the share of their units that groups keep at least, by patterns of their names.
         refit: fit the weights that stay to the dense model's outputs.
         absorb: write batch norm's statistics anew after that, for a training that follows.
         seed: of the score's random numbers.
@@ -109,7 +112,8 @@ def prune_at_once(
         >>> small = slim(pruned.model, coupling, pruned.keep)
     """
     check_label_free(importance, seed=seed)
-    check_reachable(coupling, Schedule(target), min_units=min_units, round_to=round_to)
+    floors: Floors = {'min_units': min_units, 'round_to': round_to, 'remain': remain}
+    check_reachable(coupling, Schedule(target), **floors)
     device = next(model.parameters()).device
     batches = [batch.to(device) for batch in batches]
     seconds: dict[str, float] = {}
@@ -126,7 +130,7 @@ def prune_at_once(
                 scores = score(model, coupling, batches, importance=spec, seed=seed, progress=reporting('score'))
         worth = normalize(scores, coupling, coupling.keep(), by=normalize_by)
         silent = _silent(importance, scores)
-        keep = select(worth, coupling, coupling.keep(), target, min_units=min_units, round_to=round_to, fixed=silent)
+        keep = select(worth, coupling, coupling.keep(), target, fixed=silent, **floors)
         if refit:
             with _timed('refit', seconds):
                 found = refit_(model, coupling, keep, batches, progress=reporting('refit'))

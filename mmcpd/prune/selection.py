@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NotRequired, TypedDict
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -24,15 +24,20 @@ from .schedule import QUANTITIES, is_count
 ROUNDED_FROM = 64
 
 
-class Floors(TypedDict):
+class UnitFloors(TypedDict):
+    """Hold the floors that every group has."""
+
+    min_units: int
+    round_to: int
+
+
+class Floors(UnitFloors, total=False):
     """What each group keeps: at least `min_units`, two under a norm, and in a large group a multiple of `round_to`.
 
     `remain` names the share of their units that some groups keep, by patterns of their names.
     """
 
-    min_units: int
-    round_to: int
-    remain: NotRequired[Mapping[str, float]]
+    remain: Mapping[str, float]
 
 
 def shares(coupling: Coupling, keep: Mapping[str, Tensor]) -> dict[str, float]:

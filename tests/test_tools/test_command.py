@@ -49,7 +49,7 @@ def test_help_names_every_command_at_once():
 
 @pytest.mark.parametrize('name', COMMANDS)
 def test_the_table_says_what_the_command_s_own_help_says(command, name):
-    assert import_module(f'mmcpd.cli.{name}').__doc__.splitlines()[0] == COMMANDS[name]
+    assert import_module(f'mmcpd.cli.{name.replace("-", "_")}').__doc__.splitlines()[0] == COMMANDS[name]
     code, out, _ = command(name, '--help')
     assert code == 0
     assert out.startswith(f'usage: mmcpd {name} ')
@@ -77,7 +77,7 @@ def test_a_module_runs_as_the_command_does(tiny):
 
 @pytest.mark.parametrize('name', COMMANDS)
 def test_a_tool_is_its_command_and_nothing_else(name):
-    tree = ast.parse((ROOT / 'tools' / f'{name}.py').read_text())
+    tree = ast.parse((ROOT / 'tools' / f'{name.replace("-", "_")}.py').read_text())
     (last,) = tree.body[-1].body
     assert ast.unparse(last) == f"main(['{name}', *sys.argv[1:]])"
     assert len(tree.body) == 4  # docstring, two imports, the call
