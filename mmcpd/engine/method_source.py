@@ -12,8 +12,8 @@ from types import FunctionType
 from typing import Any
 
 from mmcpd.errors import SlimError
-from mmcpd.slim.call_sites import Rewrite, _called, _functions, _parsed, _Replace
-from mmcpd.slim.recompile import _Private
+from mmcpd.slim.call_sites import Replacing, Rewrite, called_by, functions_of, parsed
+from mmcpd.slim.recompile import MangledNames
 from mmcpd.slim.size_functions import callers_of
 
 INDENT = '    '
@@ -32,7 +32,7 @@ def subclass_source(kind: type, rewrites: Sequence[Rewrite], name: str) -> str:
         >>> print(subclass_source(nn.Flatten, [], 'flatten').splitlines()[0])
         def flatten():
     """
-    functions, called = _functions(kind), _called(kind)
+    functions, called = functions_of(kind), called_by(kind)
     names = sorted(callers_of(functions, [each.method for each in rewrites]))
     imports: dict[str, str] = {'Dense': f'from {_home(kind)} import {kind.__name__} as Dense'}
     found: dict[str, Any] = {}
@@ -84,14 +84,14 @@ def _importable(module: str, kind: type) -> str:
 def _changed(function: FunctionType, name: str, rewrites: list[Rewrite], owner: type | None) -> ast.stmt:
     """Return the definition of a function with the sizes in it; names of its class are spelled out."""
     free = set(function.__code__.co_freevars) - {'__class__'}
-    tree = _parsed(function)
+    tree = parsed(function)
     if tree is None or free:
         why = f'it uses {min(free)} of the function around it' if free else 'it has no source'
         raise SlimError(f'{function.__qualname__} cannot be written as plain code: {why}')
-    changed = _Replace(rewrites).visit(copy.deepcopy(tree))
+    changed = Replacing(rewrites).visit(copy.deepcopy(tree))
     definition: ast.stmt = changed.body[0]
     if owner is not None:
-        definition = _Spelled(_alias(owner)).visit(_Private(owner.__name__.lstrip('_')).visit(definition))
+        definition = _Spelled(_alias(owner)).visit(MangledNames(owner.__name__.lstrip('_')).visit(definition))
     return ast.fix_missing_locations(definition)
 
 

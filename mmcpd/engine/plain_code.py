@@ -211,7 +211,7 @@ def _attributes(small: nn.Module, changed: Mapping[str, Mapping[str, Any]]) -> d
 
 def _replacements() -> list[str]:
     """Return the source of what takes the place of modules that know one width only."""
-    return [inspect.getsource(each) for each in (attention.SlimMultiheadAttention, attention._merge_masks)]
+    return [inspect.getsource(each) for each in (attention.SlimMultiheadAttention, attention.merge_masks)]
 
 
 def _rewritten(small: nn.Module, rewritten: Mapping[str, Any]) -> tuple[list[str], list[str]]:

@@ -74,7 +74,7 @@ class SlimMultiheadAttention(nn.Module):
         q, k, v = self._project(query, key, value)
         more = k.shape[2] - key.shape[1]  # positions that the module adds, which no mask hides
         attn_mask, key_padding_mask = (m if m is None else F.pad(m, (0, more)) for m in (attn_mask, key_padding_mask))
-        mask = _merge_masks(attn_mask, key_padding_mask, q, self.num_heads)
+        mask = merge_masks(attn_mask, key_padding_mask, q, self.num_heads)
         probabilities = None
         if need_weights:
             logits = q @ k.transpose(-2, -1) * self.scale  # (B, heads, L, S)
@@ -108,7 +108,7 @@ class SlimMultiheadAttention(nn.Module):
         return found
 
 
-def _merge_masks(mask: Tensor | None, padding: Tensor | None, like: Tensor, heads: int) -> Tensor | None:
+def merge_masks(mask: Tensor | None, padding: Tensor | None, like: Tensor, heads: int) -> Tensor | None:
     """Add an attention mask (L, S) or (B * heads, L, S) and a padding mask (B, S) as numbers to add to the logits."""
     if mask is not None and mask.dim() == 3:
         mask = mask.unflatten(0, (-1, heads))

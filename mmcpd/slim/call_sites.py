@@ -128,10 +128,10 @@ def call_site(module: nn.Module, path: str, place: Spot, inferable: bool = False
 @lru_cache(maxsize=4096)  # the blocks of a network share their source
 def _named(kind: type, code: CodeType, instruction: int, index: int, count: int) -> CallSite | None:
     positions = source_range(code, instruction)
-    for name, function in _functions(kind).items():
+    for name, function in functions_of(kind).items():
         if code not in codes(function.__code__):
             continue
-        tree = _parsed(function)
+        tree = parsed(function)
         for node in ast.walk(tree) if tree is not None else ():
             if not isinstance(node, _NODES):
                 continue
@@ -170,18 +170,19 @@ def _methods(kind: type) -> Iterator[tuple[str, Any]]:
             yield name, function
 
 
-def _functions(kind: type) -> dict[str, FunctionType]:
+def functions_of(kind: type) -> dict[str, FunctionType]:
     """Return the methods of a class and the functions that they call, by name, without their decorators."""
-    return {**{name: author_of(raw) for name, raw in _called(kind).items()}, **dict(_methods(kind))}
+    return {**{name: author_of(raw) for name, raw in called_by(kind).items()}, **dict(_methods(kind))}
 
 
 @lru_cache(maxsize=256)
-def _called(kind: type) -> dict[str, Any]:
+def called_by(kind: type) -> dict[str, Any]:
+    """Return the functions that the methods of a class call by name, with their decorators."""
     return called_functions(_methods(kind))
 
 
 @lru_cache(maxsize=256)
-def _parsed(function: Any) -> ast.Module | None:
+def parsed(function: Any) -> ast.Module | None:
     """Parse the source of a function; lines and columns are those of its file. None where there is no source."""
     try:
         lines, start = inspect.getsourcelines(function)
@@ -213,7 +214,9 @@ class Rewrite:
         return self.method, self.text, self.index, self.count
 
 
-class _Replace(ast.NodeTransformer):
+class Replacing(ast.NodeTransformer):
+    """Put other sizes into the source of one method; `done` are the rewrites whose place was found."""
+
     def __init__(self, rewrites: list[Rewrite]) -> None:
         self.rewrites, self.texts, self.done = rewrites, {r.text for r in rewrites}, set[Rewrite]()
 
@@ -247,16 +250,16 @@ def rewrite_(module: nn.Module, rewrites: Iterable[Rewrite]) -> None:
 
 def _changed(kind: Any, rewrites: Sequence[Rewrite]) -> dict[str, Any]:
     """Return the methods of a class with these sizes in them, or in copies of the functions that they call."""
-    called, functions = _called(kind), _functions(kind)
+    called, functions = called_by(kind), functions_of(kind)
     names = sorted(callers_of(functions, [r.method for r in rewrites]))
     copies = {name: CellType() for name in names if name in called}
     changed: dict[str, Any] = {}
     for name in names:
         function: Any = functions.get(name)
-        tree = _parsed(function) if function is not None else None
+        tree = parsed(function) if function is not None else None
         if tree is None or not isinstance(tree.body[0], _DEFINITIONS):
             raise SlimError(f'{kind.__name__}.{name} has no source of its own to put a size into')
-        change = _Replace([r for r in rewrites if r.method == name])
+        change = Replacing([r for r in rewrites if r.method == name])
         tree = ast.fix_missing_locations(change.visit(copy.deepcopy(tree)))
         missing = [r.text for r in change.rewrites if r not in change.done]
         if missing:

@@ -84,7 +84,7 @@ def _code(tree: ast.Module, function: FunctionType, others: Iterable[str]) -> Co
     """Compile the definition in a tree as one inside a function that has the names it takes from outside."""
     definition: Any = tree.body[0]
     owner = function.__qualname__.rpartition('.')[0].rpartition('.')[2].lstrip('_')
-    definition = _Private(owner).visit(definition)
+    definition = MangledNames(owner).visit(definition)
     definition.decorator_list = []
     names = dict.fromkeys((*function.__code__.co_freevars, *others))
     outside = ast.parse(f'def outside({", ".join(names)}):\n    pass')
@@ -98,7 +98,7 @@ def _code(tree: ast.Module, function: FunctionType, others: Iterable[str]) -> Co
     return code
 
 
-class _Private(ast.NodeTransformer):
+class MangledNames(ast.NodeTransformer):
     """Write private names as they are inside a class: `self.__width` is `self._Block__width`."""
 
     def __init__(self, owner: str) -> None:
