@@ -23,12 +23,11 @@ from mmcpd.deploy.onnx import (
     NEW_EXPORTER,
     Forward,
     Inputs,
-    Parity,
-    check_parity,
+    default_exporter,
     drawing_nodes,
     export_onnx,
-    over_torch_export,
 )
+from mmcpd.deploy.parity import Parity, check_parity
 from mmcpd.errors import DeployError
 from mmcpd.files import write_json
 from mmcpd.version import __version__
@@ -131,7 +130,7 @@ def deploy(
         circumstances = {
             **environment(),
             'opset': opset,
-            'exporter': 'torch.export' if over_torch_export(opset) else 'TorchScript',
+            'exporter': default_exporter(opset).value,
             'dynamic_batch': dynamic_batch,
             'shape': [list(x.shape) for x in ([batches[0]] if isinstance(batches[0], Tensor) else batches[0])],
             **(facts or {}),
