@@ -6,8 +6,8 @@ from mmcpd.compat import require
 
 require('deploy')
 
-from mmcpd.deploy.latency import Latency, measure_latency  # noqa: E402
 from mmcpd.deploy.graph import ClassMap, Normalization, Scores, WholeForward  # noqa: E402
+from mmcpd.deploy.latency import Latency, measure_latency  # noqa: E402
 from mmcpd.deploy.metadata import read_metadata  # noqa: E402
 from mmcpd.deploy.onnx import Exporter, export_onnx  # noqa: E402
 from mmcpd.deploy.parity import Parity, check_parity  # noqa: E402

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Ending = Callable[[Tensor, Tensor], Tensor]  # (what the model returns, the pictures it was given) -> what the file returns
+Ending = Callable[[Tensor, Tensor], Tensor]  # (the logits, the pictures) -> what the file returns
 
 
 @dataclass(frozen=True)

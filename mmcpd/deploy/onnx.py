@@ -158,11 +158,14 @@ def _export(
             shapes = (shapes,)  # one variadic parameter
         options = {'dynamo': True, 'external_data': False, 'dynamic_shapes': shapes if dims else None}
     else:
-        axes = {label: {dim: SIZES[dim] for dim in dims if dim == 0 or x.dim() == 4} for label, x in zip(ins, args, strict=True)}
+        axes = {
+            label: {dim: SIZES[dim] for dim in dims if dim == 0 or x.dim() == 4}
+            for label, x in zip(ins, args, strict=True)
+        }
         axes |= {label: {0: SIZES[0]} for label in outs if 0 in dims}
         options = {'dynamo': False, 'dynamic_axes': axes if dims else None}
     try:
-        with evaluated(module), warnings.catch_warnings(), _quiet('onnxscript', 'torch.onnx', 'onnx_ir'):
+        with evaluated(module), warnings.catch_warnings(), quiet('onnxscript', 'torch.onnx', 'onnx_ir'):
             warnings.simplefilter('ignore')  # tracer warnings; check_parity tells whether they matter
             torch.onnx.export(
                 module, args, path, opset_version=opset, input_names=ins, output_names=outs, verbose=False, **options
@@ -218,7 +221,7 @@ def evaluated(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet(*names: str) -> Iterator[None]:
+def quiet(*names: str) -> Iterator[None]:
     """Let these loggers speak of errors only."""
     levels = {logger: logger.level for logger in map(logging.getLogger, names)}
     for logger in levels:

@@ -46,7 +46,7 @@ class Parity:
             largest relative difference 0.0e+00, which means nothing: the model's outputs are the same for all inputs
         """
         text = f'largest relative difference {self.max_rel:.1e}'
-        return f"{text}, which means nothing: {SAME}" if self.constant else text
+        return f'{text}, which means nothing: {SAME}' if self.constant else text
 
 
 def check_parity(
