@@ -49,7 +49,7 @@ def run_file_(model: nn.Module, path: str) -> Callable[[], None]:
     """
     whole = cast(Any, unwrapped(model))
     heads = getattr(whole, 'decode_head', None) or getattr(whole, 'head', None)
-    chain = [*heads] if isinstance(heads, nn.ModuleList) else [heads]
+    chain: list[Any] = [*heads] if isinstance(heads, nn.ModuleList) else [heads]
     refusal = UserError(
         f'{path}: ONNX files are tested for classifiers and segmentors whose head makes the logits, and '
         f'{type(whole).__name__} is none; test its slim.pth'

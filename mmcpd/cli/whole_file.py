@@ -88,7 +88,8 @@ def normalization_of(cfg: Config, model: nn.Module) -> Normalization:
     mean, std = (getattr(preprocessor, name, None) for name in ('mean', 'std'))
     if not isinstance(mean, Tensor) or not isinstance(std, Tensor):
         raise UserError(f'--preprocess: the data_preprocessor of {cfg.filename} has no mean and std; leave it out')
-    values = (tuple(mean.flatten().tolist()), tuple(std.flatten().tolist()))
+    # The shortest decimals that are these numbers: 58.395, not 58.39500045776367.
+    values = tuple(tuple(float(str(number)) for number in each.flatten().cpu().numpy()) for each in (mean, std))
     channels = max(3, len(values[0])) if len(values[0]) > 1 else 1
     picture = torch.randint(256, (channels, 32, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     try:
@@ -98,10 +99,10 @@ def normalization_of(cfg: Config, model: nn.Module) -> Normalization:
             f'--preprocess: the data_preprocessor fails on a picture ({first_line(error)}); leave it out'
         ) from error
     for flip in (False, True):
-        expected = Normalization(*values, flip, '')(picture[None])
+        expected = Normalization(values[0], values[1], flip, '')(picture[None])
         if isinstance(made, Tensor) and made.shape == expected.shape and torch.allclose(made, expected, atol=1e-5):
             loaded = _loaded_order(cfg, flip)
-            return Normalization(*values, flip=flip != (loaded == 'BGR'), channels='RGB' if loaded else '')
+            return Normalization(values[0], values[1], flip=flip != (loaded == 'BGR'), channels='RGB' if loaded else '')
     raise UserError(
         f'--preprocess: the data_preprocessor of {cfg.filename} does more than normalise and turn the channels, which '
         'no file holds; leave it out'

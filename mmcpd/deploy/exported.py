@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from mmcpd.deploy.int8 import quantize
-from mmcpd.deploy.onnx import NEW_EXPORTER, Exporter, Forward, Inputs, drawing_nodes, export_onnx
+from mmcpd.deploy.onnx import NEW_EXPORTER, Exporter, Forward, Inputs, as_tuple, drawing_nodes, evaluated, export_onnx
 from mmcpd.deploy.parity import Parity, check_parity
-from mmcpd.errors import DeployError
+from mmcpd.errors import DeployError, first_line
 
 Check = Callable[[Path, nn.Module, list[Any], Forward | None], Parity]
 Waiting = Callable[[str], AbstractContextManager[object]]
@@ -56,7 +56,7 @@ class Export:
         """
         path, how, size = folder / f'{name}.onnx', self, None if self.dynamic_batch else _size(batches[0])
         if self.dynamic_size:
-            batches = [*batches, _of_another_size(batches[0])]
+            batches = [*batches, self._other_pictures(model, batches[0])]
         try:
             parity = self._attempt(model, path, batches)
         except DeployError as error:
@@ -78,6 +78,25 @@ class Export:
                 parity = self.check(small, model, batches, self.forward)
             made.append(Exported(small.stem, small.name, small.stat().st_size, params, parity, size))
         return made
+
+    def _other_pictures(self, model: nn.Module, batch: Inputs) -> Inputs:
+        """Return larger pictures than those of a batch.
+
+        Raises:
+            DeployError: the model does not run on them.
+        """
+        other = _of_another_size(batch)
+        args = as_tuple(other)
+        try:
+            with evaluated(model), torch.no_grad():
+                model(*args) if self.forward is None else self.forward(model, *args)
+        except Exception as error:  # models raise errors of any kind
+            height, width = args[0].shape[2:]
+            raise DeployError(
+                f'{type(model).__name__} does not run on pictures of another size, {height}x{width} '
+                f'({first_line(error)}): leave the size fixed'
+            ) from error
+        return other
 
     def _attempt(self, model: nn.Module, path: Path, batches: list[Inputs]) -> Parity:
         """Export and compare.
