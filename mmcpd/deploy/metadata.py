@@ -15,10 +15,9 @@ VERSION = 'mmcpd'  # the key of mmcpd's version
 
 
 def write_metadata(path: str | os.PathLike, metadata: Mapping[str, object]) -> None:
-    """Add values of JSON, by key, and mmcpd's version to an ONNX file, in place; other entries stay."""
+    """Let an ONNX file say these values of JSON, by key, and mmcpd's version, and nothing else, in place."""
     model = onnx.load(path)
-    texts = {entry.key: entry.value for entry in model.metadata_props}
-    texts |= {key: json.dumps(value) for key, value in {VERSION: __version__, **metadata}.items()}
+    texts = {key: json.dumps(value) for key, value in {VERSION: __version__, **metadata}.items()}
     del model.metadata_props[:]
     onnx.helper.set_model_props(model, texts)
     onnx.save(model, path)
@@ -39,10 +38,4 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
     texts = {entry.key: entry.value for entry in onnx.load(path, load_external_data=False).metadata_props}
     if VERSION not in texts:
         raise ValueError(f'{os.fspath(path)} says nothing of its classes and pictures: mmcpd did not write it')
-    found = {}
-    for key, text in texts.items():
-        try:
-            found[key] = json.loads(text)
-        except json.JSONDecodeError:  # other programs write plain text
-            found[key] = text
-    return found
+    return {key: json.loads(text) for key, text in texts.items()}
