@@ -178,7 +178,6 @@ def kept(name: str, models: Mapping[str, nn.Module], checkpoint: str) -> dict[st
         return {'params': 1.0}
     counts = [sum(each.numel() for each in models[key].parameters()) for key in ('dense', name)]
     meta = read_slim(checkpoint)['meta']
-    costs = {
-        key: meta['slim'][key] / value for key, value in (meta.get('dense') or {}).items() if 'slim' in meta and value
-    }
-    return {**costs, 'params': counts[1] / counts[0]}
+    dense, slim = (meta.get(key) or {} for key in ('dense', 'slim'))  # costs, and metrics in a dict
+    shares = {key: slim[key] / dense[key] for key in ('macs', 'memory') if key in slim and dense.get(key)}
+    return {**shares, 'params': counts[1] / counts[0]}
