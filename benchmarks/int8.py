@@ -42,7 +42,18 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     options = ['--cfg-options', *args.cfg_options] if args.cfg_options else []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        how = ['--out', folder, '--runs', args.runs, '--threads', args.threads, '--calibrate', args.calibrate]
+        how = [
+            '--out',
+            folder,
+            '--runs',
+            args.runs,
+            '--threads',
+            args.threads,
+            '--calibrate',
+            args.calibrate,
+            '--opset',
+            args.opset,
+        ]
         dense = ['--dense', args.dense] if args.dense else []
         mmcpd('deploy', config, checkpoint, '--preprocess', '--int8', *how, *dense, *options)
         content = json.loads((folder / 'latency.json').read_text())
@@ -93,6 +104,7 @@ def main() -> None:
     parser.add_argument('--cfg-options', nargs='+', default=[], metavar='KEY=VALUE')
     parser.add_argument('--runs', type=int, default=1000)
     parser.add_argument('--threads', type=int, default=1)
+    parser.add_argument('--opset', type=int, default=17, help='default 17, whose exporter is the faster one')
     parser.add_argument('--calibrate', type=int, default=256, help='pictures')
     parser.add_argument('--out', type=Path, default=RESULTS)
     parser.add_argument('--table', action='store_true', help='print what is there and measure nothing')
