@@ -4,14 +4,20 @@ Writes slim.onnx, dense.onnx and latency.json. The files hold the model's tensor
 classifier's logits, a segmentor's logits at the resolution of its head, a detector's maps. With --boxes they hold what
 a one-stage detector finds: boxes (N, K, 4) in pixels of the input, scores (N, K) and labels (N, K; -1: none), N fixed.
 
+With --preprocess files take pictures of whole numbers from 0 to 255 as they are, with --postprocess they return a
+classifier's scores, or each pixel's class at the picture's size: then an application needs the file alone. Files say
+in their metadata_props what they take and return. With --int8 each gets a quantised one beside it, slim-int8.onnx.
+
 Example:
   mmcpd deploy mmcpd::cpd/resnet50_prune.py work_dirs/resnet50_prune/slim.pth
   mmcpd deploy my_config.py slim.pth --shape 512 512 --runs 200 --random-input
+  mmcpd deploy my_config.py slim.pth --preprocess --postprocess --int8
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -21,12 +27,16 @@ from torch import Tensor, nn
 from mmcpd.cli.checks import check_checkpoint, check_data, check_folder
 from mmcpd.cli.common import UserError
 from mmcpd.cli.configs import read_config
-from mmcpd.deploy import Parity, check_detections, check_parity, deploy
+from mmcpd.cli.whole_file import WholeFile
+from mmcpd.deploy import Exporter, Parity, check_detections, check_parity, deploy
+from mmcpd.deploy.waiting import waiting
 from mmcpd.engine.build import build_dense
 from mmcpd.engine.checkpoints import load_dense, load_slim, read_checkpoint, removed_units
 from mmcpd.engine.detections import detections, predictions, why_no_boxes
-from mmcpd.engine.examples import data_batches, random_batches
+from mmcpd.engine.examples import data_batches, example_inputs, random_batches
+from mmcpd.engine.pictures import pictures
 from mmcpd.engine.samples import pass_on_pictures
+from mmcpd.engine.slim_file import read_slim
 from mmcpd.errors import SlimError
 from mmcpd.progress import ProgressLine
 
@@ -36,11 +46,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add('checkpoint', help='a slim.pth')
     add('--out', type=Path, help="folder, or the slim model's file (.onnx); default: the checkpoint's folder")
     add('--opset', type=int, default=18, help='ONNX operator set; default 18')
+    add('--exporter', type=Exporter, choices=list(Exporter), help='default: torch.export from opset 18')
     add('--shape', type=int, nargs=2, metavar=('H', 'W'), help="size of the input; default: the config's")
     add('--batch', type=int, default=1, help='batch size of the measurement; default 1')
     batch = parser.add_mutually_exclusive_group()
     batch.add_argument('--batch-dynamic', action='store_true', help='leave the batch size open (the default)')
     batch.add_argument('--batch-static', '--static', action='store_true', help='fix the batch size to --batch')
+    add('--size-dynamic', action='store_true', help='leave height and width open, and compare at another size too')
+    add('--preprocess', action='store_true', help='the file normalises and reorders channels: it takes uint8 pictures')
+    add('--postprocess', action='store_true', help="the file returns scores, or each pixel's class")
+    add('--int8', action='store_true', help='quantise as well, calibrated on training pictures')
+    add('--calibrate', type=int, default=256, metavar='N', help='pictures to calibrate on; default 256')
     add('--boxes', action='store_true', help="a detector's boxes, scores and labels after nms, instead of its maps")
     add('--runs', type=int, default=1000, help='paired runs; default 1000')
     add('--time-limit', type=float, metavar='S', help='seconds after which no run starts')
@@ -84,17 +100,40 @@ def _check_boxes(path: Path, model: nn.Module, batches: list[Tensor], _forward: 
     return check_detections(path, model, batches, predictions)
 
 
-def main(args: argparse.Namespace) -> None:
-    cfg = read_config(args)
-    for name in ('batch', 'runs', 'threads', 'time_limit'):
+def check_options(args: argparse.Namespace) -> None:
+    """Refuse options that make no sense.
+
+    Raises:
+        UserError: which.
+    """
+    for name in ('batch', 'runs', 'threads', 'time_limit', 'calibrate'):
         value = getattr(args, name)
         if value is not None and value <= 0:
             raise UserError(f'--{name.replace("_", "-")} must be above 0, not {value}')
-    args.batch_static = args.batch_static or args.boxes  # nms is a node for each picture
     if args.boxes and args.batch_dynamic:
         raise UserError('--boxes: the batch size of a file with boxes is fixed (--batch); leave --batch-dynamic out')
+    for name in ('preprocess', 'postprocess', 'size_dynamic', 'int8'):
+        if args.boxes and getattr(args, name):
+            raise UserError(f'--{name.replace("_", "-")} is not for files with boxes: leave it or --boxes out')
+    if args.int8 and args.random_input:
+        raise UserError('--int8 is calibrated on pictures of the training data: leave --random-input out')
+    args.batch_static = args.batch_static or args.boxes  # nms is a node for each picture
     check_checkpoint(args.checkpoint, 'checkpoint')
     check_checkpoint(args.dense, '--dense')
+
+
+def calibration_pictures(cfg: Config, model: nn.Module, args: argparse.Namespace) -> list[Tensor]:
+    """Return pictures of the training data, as the model sees them in a test, for --int8."""
+    if not args.int8:
+        return []
+    check_data(cfg, ('train_dataloader',))
+    shape = (example_inputs(cfg, model).shape[1], *args.shape) if args.shape else None
+    return pictures(cfg, model, args.calibrate, shape=shape, progress=ProgressLine('reading pictures', 'batches'))
+
+
+def main(args: argparse.Namespace) -> None:
+    cfg = read_config(args)
+    check_options(args)
     out = args.out or Path(args.checkpoint).parent
     folder, name = (out.parent, out.stem) if out.suffix == '.onnx' else (out, 'slim')
     if name == 'dense':
@@ -102,6 +141,7 @@ def main(args: argparse.Namespace) -> None:
     check_folder(folder, '--out')
     slim = load_slim(cfg, args.checkpoint)
     dense, weights = dense_model(cfg, args)
+    models = {'dense': dense, name: slim}
     batches, source = real_batches(cfg, slim, args)
     if args.boxes and (why := why_no_boxes(slim)):
         raise UserError(f'{args.config}: no boxes can be exported of a {type(slim).__name__}: {why}; leave --boxes out')
@@ -109,20 +149,39 @@ def main(args: argparse.Namespace) -> None:
         forward = detections if args.boxes else pass_on_pictures(slim, batches[0])
     except ValueError as error:
         raise UserError(f'{args.config}: {error}') from error
+    whole = WholeFile.of(cfg, slim, batches[0], forward, args)
+    calibration = calibration_pictures(cfg, slim, args)
     print(f'inputs: {source}; dense weights: {weights}')
     facts = {'config': args.config, 'checkpoint': args.checkpoint, 'dense_weights': weights}
     report = deploy(
-        {'dense': dense, name: slim},
-        [*batches],
+        models,
+        whole.taken(batches),
         folder,
         opset=args.opset,
         dynamic_batch=not args.batch_static,
-        forward=forward,
+        forward=whole.forward,
         check=_check_boxes if args.boxes else check_parity,
         runs=0 if args.no_bench else args.runs,
         time_limit=args.time_limit,
         threads=args.threads,
         progress=ProgressLine('measuring', 'rounds'),
-        facts={**facts, 'inputs': source, 'seed': 0},
+        facts={**facts, 'inputs': source, 'seed': 0, 'calibration': sum(map(len, calibration))},
+        dynamic_size=args.size_dynamic,
+        exporter=args.exporter,
+        metadata={each: {**whole.facts, 'kept': kept(each, models, args.checkpoint)} for each in models},
+        calibration=whole.taken(calibration),
+        waiting=waiting,
     )
-    print(f'\n{report}\n\nwrote {folder}/dense.onnx, {folder}/{name}.onnx and {folder}/latency.json')
+    written = [f'{folder}/{each.file}' for each in report.models]
+    print(f'\n{report}\n\nwrote {", ".join(written)} and {folder}/latency.json')
+
+
+def kept(name: str, models: Mapping[str, nn.Module], checkpoint: str) -> dict[str, float]:
+    """Return what share of the dense model's parameters a model has, and of its MACs and memory where that is known."""
+    if name == 'dense':
+        return {'params': 1.0}
+    counts = [sum(each.numel() for each in models[key].parameters()) for key in ('dense', name)]
+    meta = read_slim(checkpoint)['meta']
+    dense, slim = (meta.get(key) or {} for key in ('dense', 'slim'))  # costs, and metrics in a dict
+    shares = {key: slim[key] / dense[key] for key in ('macs', 'memory') if key in slim and dense.get(key)}
+    return {**shares, 'params': counts[1] / counts[0]}

@@ -1,8 +1,11 @@
-"""Test a config's model with a training checkpoint or a slim.pth, and print the metrics.
+"""Test a config's model with a training checkpoint, a slim.pth or an ONNX file, and print the metrics.
+
+An ONNX file of a classifier or a segmentor runs in ONNX Runtime in place of the model, on the CPU.
 
 Example:
   mmcpd test mmcpd::cpd/resnet50_prune.py work_dirs/resnet50_prune/slim.pth
   mmcpd test my_config.py epoch_30.pth --out metrics.json
+  mmcpd test my_config.py slim-int8.onnx
 """
 
 from __future__ import annotations
@@ -29,7 +32,9 @@ from mmcpd.files import whole
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('checkpoint', help='a slim.pth, or a training checkpoint (a pruned one is slimmed first)')
+    parser.add_argument(
+        'checkpoint', help='a slim.pth, a training checkpoint (a pruned one is slimmed first), or an .onnx'
+    )
     add_runner_options(parser)
     parser.add_argument('--out', metavar='FILE', help='write results to a .pkl, or metrics to a .json')
     parser.add_argument('--out-item', choices=('metrics', 'pred'), help='what --out holds; default: by its ending')
@@ -44,14 +49,24 @@ def main(args: argparse.Namespace) -> None:
     if args.out:
         check_folder(Path(args.out).absolute().parent, '--out')
     with tempfile.TemporaryDirectory() as folder:
-        use_checkpoint(cfg, args.checkpoint, Path(folder))
+        is_onnx = Path(args.checkpoint).suffix == '.onnx'
+        if is_onnx:
+            from mmcpd.cli.onnx_file import run_file_, use_dense  # needs ONNX, which nothing else here does
+
+            use_dense(cfg)
+        else:
+            use_checkpoint(cfg, args.checkpoint, Path(folder))
         start_processes(cfg)
         runner = build_runner(cfg)
+        if is_onnx:
+            check = run_file_(runner.model, args.checkpoint)
         item = args.out_item or ('metrics' if args.out and args.out.endswith('.json') else 'pred')
         if args.out and item == 'pred':
             runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
         metrics = run(runner, lambda runner: runner.test())
-    state = None if is_slim(args.checkpoint) else read_checkpoint(args.checkpoint).get(STATE)
+        if is_onnx:
+            check()
+    state = None if is_onnx or is_slim(args.checkpoint) else read_checkpoint(args.checkpoint).get(STATE)
     if state is not None:
         print(f'{args.checkpoint} is {stage_of(state)}')
     for name, value in metrics.items():

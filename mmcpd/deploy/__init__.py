@@ -7,19 +7,28 @@ from mmcpd.compat import require
 require('deploy')
 
 from mmcpd.deploy.detections import check_detections  # noqa: E402
+from mmcpd.deploy.graph import ClassMap, Normalization, Scores, WholeForward  # noqa: E402
 from mmcpd.deploy.latency import Latency, measure_latency  # noqa: E402
-from mmcpd.deploy.onnx import Parity, check_parity, export_onnx  # noqa: E402
+from mmcpd.deploy.metadata import read_metadata  # noqa: E402
+from mmcpd.deploy.onnx import Exporter, export_onnx  # noqa: E402
+from mmcpd.deploy.parity import Parity, check_parity  # noqa: E402
 from mmcpd.deploy.report import Report, deploy  # noqa: E402
 from mmcpd.errors import DeployError  # noqa: E402
 
 __all__ = [
+    'ClassMap',
     'DeployError',
+    'Exporter',
     'Latency',
+    'Normalization',
     'Parity',
     'Report',
+    'Scores',
+    'WholeForward',
     'check_detections',
     'check_parity',
     'deploy',
     'export_onnx',
     'measure_latency',
+    'read_metadata',
 ]

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmcpd.deploy.onnx import TOLERANCE, Parity, feed, open_session
+from mmcpd.deploy.onnx import TOLERANCE, feed, open_session
+from mmcpd.deploy.parity import Parity
 from mmcpd.modes import modes_kept
 
 # What a model predicts of pictures: of each its boxes (M, 4), scores (M,) and labels (M,).

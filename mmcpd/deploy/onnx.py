@@ -1,4 +1,4 @@
-"""Export any module to one ONNX file, and compare the file with the module."""
+"""Export any module to one ONNX file, and open it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import inspect
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,42 +15,32 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from mmcpd.compat import StrEnum
 from mmcpd.deploy.drawn import Fixed
+from mmcpd.deploy.metadata import write_metadata
 from mmcpd.errors import DeployError
 from mmcpd.files import whole, why_unwritten
 from mmcpd.modes import modes_kept
-from mmcpd.random_state import seeded
 
 Inputs = Tensor | tuple[Tensor, ...]
 Forward = Callable[..., Any]
 
 NEW_EXPORTER = 18  # the oldest opset that torch's exporter over torch.export writes; below, the TorchScript one does
 HAS_NEW_EXPORTER = 'dynamic_shapes' in inspect.signature(torch.onnx.export).parameters  # from torch 2.5
-LARGEST = 2 * 1024**3  # bytes; protobuf allows no more in one file
 TOLERANCE = 1e-4  # of the largest output, float32
+LARGEST = 2 * 1024**3  # bytes; protobuf allows no more in one file
 RANDOM = ('Random', 'Bernoulli', 'Multinomial', 'Dropout')  # how operators that draw begin
-RUN_ERRORS = (ort_errors.Fail, ort_errors.InvalidArgument, ort_errors.RuntimeException)
+SIZES = {0: 'batch', 2: 'height', 3: 'width'}  # names of the dimensions of pictures that a file leaves open
 
 
-@dataclass(frozen=True)
-class Parity:
-    """Say how far an ONNX file is from its model.
+class Exporter(StrEnum):
+    """Name the exporters of torch: the one over torch.export, and the one that traces TorchScript."""
 
-    Attributes:
-        max_abs: Largest absolute difference of any output element.
-        max_rel: Largest difference of any batch, relative to that batch's largest torch output.
-        ok: Whether `max_rel` is within the tolerance, and all shapes and counts agree.
-        batches: Size and relative difference of each batch; inf where the file failed or a shape differs.
-    """
-
-    max_abs: float
-    max_rel: float
-    ok: bool
-    batches: tuple[tuple[int, float], ...]
+    TORCH_EXPORT = 'torch.export'
+    TORCHSCRIPT = 'TorchScript'
 
 
 def export_onnx(
@@ -61,6 +50,10 @@ def export_onnx(
     opset: int = NEW_EXPORTER,
     dynamic_batch: bool = True,
     forward: Forward | None = None,
+    *,
+    dynamic_size: bool = False,
+    exporter: Exporter | None = None,
+    metadata: Mapping[str, object] | None = None,
 ) -> Path:
     """Write a model in eval mode as one ONNX file, checked by onnx, or leave no file.
 
@@ -75,10 +68,13 @@ def export_onnx(
         inputs: An example of what it is called with, batch first. A dynamic batch needs two samples or more,
             so a single one is doubled.
         path: Where the file goes; it appears there when it is complete.
-        opset: From 18 by torch's current exporter; below, and in torch 2.4, by its TorchScript one.
+        opset: ONNX's set of operators.
         dynamic_batch: Leave the batch size open. Models that compute with it as a Python number are exported wrong
             by torch, without a warning: compare at another batch size by `check_parity`.
         forward: Called as `forward(model, *inputs)` instead of the model itself.
+        dynamic_size: Leave height and width of pictures (N, C, H, W) open as well; compare at another size, too.
+        exporter: By default the one over torch.export from opset 18, below and in torch 2.4 TorchScript's.
+        metadata: Values of JSON, by key, that go into the file beside mmcpd's version.
 
     Raises:
         DeployError: torch cannot export the model or not at this opset, or onnx refuses the result.
@@ -92,60 +88,27 @@ def export_onnx(
     size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     if size >= LARGEST:
         raise ValueError(f'{path}: one ONNX file holds less than 2 GB of weights, and these are {size} bytes')
-    args = _tuple(inputs)
+    args = as_tuple(inputs)
+    exporter = exporter or default_exporter(opset)
+    dims = (0,) * dynamic_batch + (2, 3) * dynamic_size
     if dynamic_batch:
         args = tuple(x if len(x) > 1 else torch.cat([x, x]) for x in args)
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as unfinished:
-        _export(model, args, unfinished, opset, dynamic_batch, forward)
+        _export(model, args, unfinished, opset, dims, forward, exporter)
         _check(unfinished, path, opset)
+        write_metadata(unfinished, metadata or {})
     return path
 
 
-def over_torch_export(opset: int) -> bool:
-    """Say whether torch's current exporter writes an opset, which goes over torch.export, or its TorchScript one.
+def default_exporter(opset: int) -> Exporter:
+    """Return the exporter that writes an opset where none is asked for.
 
     Example:
-        >>> over_torch_export(17)
-        False
+        >>> default_exporter(17).value
+        'TorchScript'
     """
-    return opset >= NEW_EXPORTER and HAS_NEW_EXPORTER
-
-
-def check_parity(
-    path: str | os.PathLike,
-    model: nn.Module,
-    inputs: Inputs | list[Inputs],
-    forward: Forward | None = None,
-    tolerance: float = TOLERANCE,
-) -> Parity:
-    """Compare an ONNX file in ONNX Runtime with its model on one batch or several, better of several sizes.
-
-    Inputs are one (a tensor, or a tuple of tensors) or a list; `forward` is as given to `export_onnx`. The largest
-    difference allowed is `tolerance` times the batch's largest torch output. The model runs from seed 0; its mode and
-    the random numbers of the caller are restored.
-
-    Raises:
-        ValueError: There is nothing to compare.
-
-    Example:
-        >>> path = export_onnx(model, images, 'model.onnx')
-        >>> check_parity(path, model, [images, images[:1]]).ok
-        True
-    """
-    batches: list[Inputs] = inputs if isinstance(inputs, list) else [inputs]
-    if not batches:
-        raise ValueError(f'{path}: no inputs to compare the file with the model on')
-    session = open_session(path, threads=1)
-    found = []
-    with _eval(model), torch.no_grad():
-        for args in map(_tuple, batches):
-            with seeded(0):
-                outputs = model(*args) if forward is None else forward(model, *args)
-            found.append((len(args[0]), *_differences(session, args, _outputs(outputs))))
-    sizes, absolute, relative = zip(*found, strict=True)
-    max_rel = max(relative)
-    return Parity(max(absolute), max_rel, max_rel <= tolerance, tuple(zip(sizes, relative, strict=True)))
+    return Exporter.TORCH_EXPORT if opset >= NEW_EXPORTER and HAS_NEW_EXPORTER else Exporter.TORCHSCRIPT
 
 
 def drawing_nodes(path: str | os.PathLike) -> list[str]:
@@ -168,29 +131,41 @@ def open_session(path: str | os.PathLike, threads: int) -> onnxruntime.Inference
 def feed(session: onnxruntime.InferenceSession, inputs: Inputs) -> dict[str, np.ndarray]:
     """Return a session's inputs by name."""
     names = [entry.name for entry in session.get_inputs()]
-    arrays = [np.ascontiguousarray(x.detach().cpu().numpy()) for x in _tuple(inputs)]
+    arrays = [np.ascontiguousarray(x.detach().cpu().numpy()) for x in as_tuple(inputs)]
     return dict(zip(names, arrays, strict=True))
 
 
 def _export(
-    model: nn.Module, args: tuple[Tensor, ...], path: Path, opset: int, dynamic: bool, forward: Forward | None
+    model: nn.Module,
+    args: tuple[Tensor, ...],
+    path: Path,
+    opset: int,
+    dims: tuple[int, ...],
+    forward: Forward | None,
+    exporter: Exporter,
 ) -> None:
-    with _eval(model), torch.no_grad():
+    with evaluated(model), torch.no_grad():
         fixed = Fixed(model, forward, args)
         module = fixed if forward is not None or fixed.count else model
-        expected = _outputs(module(*args))
+        expected = outputs_of(module(*args))
     ins, outs = _names('input', len(args)), _names('output', len(expected))
     options: dict[str, Any]
-    if over_torch_export(opset):
-        shapes: Any = tuple({0: torch.export.Dim('batch')} for _ in args)
+    if exporter is Exporter.TORCH_EXPORT:
+        if not HAS_NEW_EXPORTER:
+            raise DeployError('torch 2.4 has no usable exporter over torch.export: take TorchScript, or torch 2.5')
+        shapes: Any = tuple({dim: _open(dim) for dim in dims if dim == 0 or x.dim() == 4} for x in args)
         if module is fixed:
             shapes = (shapes,)  # one variadic parameter
-        options = {'dynamo': True, 'external_data': False, 'dynamic_shapes': shapes if dynamic else None}
+        options = {'dynamo': True, 'external_data': False, 'dynamic_shapes': shapes if dims else None}
     else:
-        axes = {label: {0: 'batch'} for label in (*ins, *outs)}
-        options = {'dynamo': False, 'dynamic_axes': axes if dynamic else None}
+        axes = {
+            label: {dim: SIZES[dim] for dim in dims if dim == 0 or x.dim() == 4}
+            for label, x in zip(ins, args, strict=True)
+        }
+        axes |= {label: {0: SIZES[0]} for label in outs if 0 in dims}
+        options = {'dynamo': False, 'dynamic_axes': axes if dims else None}
     try:
-        with _eval(module), warnings.catch_warnings(), _quiet('onnxscript', 'torch.onnx', 'onnx_ir'):
+        with evaluated(module), warnings.catch_warnings(), quiet('onnxscript', 'torch.onnx', 'onnx_ir'):
             warnings.simplefilter('ignore')  # tracer warnings; check_parity tells whether they matter
             torch.onnx.export(
                 module, args, path, opset_version=opset, input_names=ins, output_names=outs, verbose=False, **options
@@ -200,8 +175,8 @@ def _export(
             raise  # which is about the disk
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         newer = f'a higher opset ({NEW_EXPORTER})' if HAS_NEW_EXPORTER else 'torch 2.5 or newer'
-        other = 'a lower opset (17)' if over_torch_export(opset) else newer
-        hint = f'{other}, or a static batch' if dynamic else other
+        other = 'a lower opset (17)' if exporter is Exporter.TORCH_EXPORT else newer
+        hint = f'{other}, or a static {"size" if 2 in dims else "batch"}' if dims else other
         raise DeployError(
             f'torch cannot export {type(model).__name__} to ONNX at opset {opset}: {reason} Try {hint}.'
         ) from error
@@ -218,34 +193,19 @@ def _check(unfinished: Path, path: Path, opset: int) -> None:
         raise DeployError(f'{path}: onnx refuses what torch exported: {str(error).splitlines()[0]}') from error
 
 
-def _differences(
-    session: onnxruntime.InferenceSession, args: tuple[Tensor, ...], expected: list[Tensor]
-) -> tuple[float, float]:
-    """Return the largest absolute difference, and the same relative to the largest expected value."""
-    try:
-        got = session.run(None, feed(session, args))
-    except RUN_ERRORS:
-        return float('inf'), float('inf')  # e.g. a reshape that holds for one batch size only
-    if [x.shape for x in got] != [tuple(x.shape) for x in expected]:
-        return float('inf'), float('inf')
-    absolute = relative = 0.0
-    for ours, theirs in zip(got, expected, strict=True):
-        reference = theirs.detach().cpu().double().numpy()
-        difference = np.abs(ours.astype(np.float64) - reference).max(initial=0.0)
-        if not np.isfinite(difference):
-            return float('inf'), float('inf')
-        absolute = max(absolute, float(difference))
-        relative = max(relative, float(difference / max(np.abs(reference).max(initial=0.0), 1e-12)))
-    return absolute, relative
-
-
-def _tuple(inputs: Inputs) -> tuple[Tensor, ...]:
+def as_tuple(inputs: Inputs) -> tuple[Tensor, ...]:
     return (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
 
 
-def _outputs(result: Any) -> list[Tensor]:
+def outputs_of(result: Any) -> list[Tensor]:
     """Return the tensors of a model's result in the order in which the exporters write them."""
     return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+
+
+def _open(dim: int) -> Any:
+    """Return what lets torch.export leave a dimension open; sizes may have to be multiples of a model's strides."""
+    free = getattr(torch.export.Dim, 'DYNAMIC', None)  # from torch 2.6
+    return torch.export.Dim(SIZES[dim]) if dim == 0 or free is None else free
 
 
 def _names(label: str, count: int) -> list[str]:
@@ -253,7 +213,7 @@ def _names(label: str, count: int) -> list[str]:
 
 
 @contextmanager
-def _eval(model: nn.Module) -> Iterator[None]:
+def evaluated(model: nn.Module) -> Iterator[None]:
     """Put every module into eval mode, and each back into its own."""
     with modes_kept(model):
         model.eval()
@@ -261,7 +221,7 @@ def _eval(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet(*names: str) -> Iterator[None]:
+def quiet(*names: str) -> Iterator[None]:
     """Let these loggers speak of errors only."""
     levels = {logger: logger.level for logger in map(logging.getLogger, names)}
     for logger in levels:

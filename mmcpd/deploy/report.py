@@ -6,9 +6,9 @@ import datetime
 import os
 import platform
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -18,34 +18,12 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
+from mmcpd.deploy.exported import Check, Export, Exported, Waiting
 from mmcpd.deploy.latency import Latency, Progress, measure_latency, usable_cores
-from mmcpd.deploy.onnx import (
-    NEW_EXPORTER,
-    Forward,
-    Inputs,
-    Parity,
-    check_parity,
-    drawing_nodes,
-    export_onnx,
-    over_torch_export,
-)
-from mmcpd.errors import DeployError
+from mmcpd.deploy.onnx import NEW_EXPORTER, Exporter, Forward, Inputs, default_exporter
+from mmcpd.deploy.parity import SAME, check_parity
 from mmcpd.files import write_json
 from mmcpd.version import __version__
-
-Check = Callable[[Path, nn.Module, list[Any], Forward | None], Parity]
-
-
-@dataclass(frozen=True)
-class Exported:
-    """Describe one exported model; `batch` is the size that the file is fixed to, None where it is open."""
-
-    name: str
-    file: str
-    bytes: int
-    params: int
-    parity: Parity
-    batch: int | None = None
 
 
 @dataclass(frozen=True)
@@ -57,18 +35,20 @@ class Report:
     facts: dict[str, Any]
 
     def __str__(self) -> str:
-        head = f'{"model":<12}{"params":>12}{"file MB":>9}{"parity":>10}'
+        width = max(12, *(len(model.name) + 2 for model in self.models))
+        head = f'{"model":<{width}}{"params":>12}{"file MB":>9}{"parity":>10}'
         if self.latency:
             head += f'{"median ms":>11}{"mean ms":>10}{"p90 ms":>10}{"ratio":>8}{"p10..p90":>14}'
         times = {entry.name: entry for entry in self.latency}
         lines = [_circumstances(self.facts, self.latency), '', head, '-' * len(head)]
         for model in self.models:
-            line = f'{model.name:<12}{model.params:>12,}{model.bytes / 1e6:>9.2f}{model.parity.max_rel:>10.1e}'
+            line = f'{model.name:<{width}}{model.params:>12,}{model.bytes / 1e6:>9.2f}{model.parity.max_rel:>10.1e}'
             if model.name in times:
                 t = times[model.name]
                 spread = f'{t.ratio_p10:.3f}..{t.ratio_p90:.3f}'
                 line += f'{t.median:>11.3f}{t.mean:>10.3f}{t.p90:>10.3f}{t.ratio:>8.3f}{spread:>14}'
             lines.append(line)
+        lines += [f'{model.name}: parity means nothing, {SAME}' for model in self.models if model.parity.constant]
         lines += [
             f'{model.name}: the batch size is fixed to {model.batch}, since the model computes with it as a number'
             for model in self.models
@@ -94,6 +74,12 @@ def deploy(
     progress: Progress | None = None,
     facts: Mapping[str, Any] | None = None,
     check: Check = check_parity,
+    *,
+    dynamic_size: bool = False,
+    exporter: Exporter | None = None,
+    metadata: Mapping[str, Mapping[str, object]] | None = None,
+    calibration: Sequence[Inputs] = (),
+    waiting: Waiting = nullcontext,
 ) -> Report:
     """Export models as `out/<name>.onnx`, check each against torch, measure them in pairs, write `latency.json`.
 
@@ -102,7 +88,10 @@ def deploy(
     dynamic one. A model that fixes its batch size is exported with that of the first batch, and the report says so.
     Files appear in the folder `out`, which is made if it is not there, when all of them have passed.
 
-    `opset`, `dynamic_batch` and `forward` are as in `export_onnx`; `time_limit`, `threads` and `progress` as in
+    `opset`, `dynamic_batch`, `forward`, `dynamic_size` and `exporter` are as in `export_onnx`, `metadata` that of each
+    model by its name. With a dynamic size files are compared on larger pictures too. With `calibration`, batches like
+    the others, `out/<name>-int8.onnx` lies beside each file, quantised; its parity is shown and refuses nothing. What
+    takes long runs in `waiting(what)`, a context. `time_limit`, `threads` and `progress` are as in
     `measure_latency`, with `runs` rounds (0: nothing is measured). `facts` is what else should stand in the report,
     e.g. the config and where the inputs come from. `check(path, model, batches, forward)` compares a file with a model.
 
@@ -117,13 +106,11 @@ def deploy(
     """
     if not models or not batches:
         raise ValueError(f'nothing to deploy: {len(models)} models, {len(batches)} batches')
+    how = Export(opset, dynamic_batch, forward, check, dynamic_size, exporter, metadata or {}, calibration, waiting)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out) as folder:
-        made = [
-            _exported(model, Path(folder, f'{name}.onnx'), batches, opset, dynamic_batch, forward, check)
-            for name, model in models.items()
-        ]
+        made = [each for name, model in models.items() for each in how.files(name, model, Path(folder), batches)]
         times: list[Latency] = []
         if runs:
             paths = {entry.name: Path(folder) / entry.file for entry in made}
@@ -131,8 +118,9 @@ def deploy(
         circumstances = {
             **environment(),
             'opset': opset,
-            'exporter': 'torch.export' if over_torch_export(opset) else 'TorchScript',
+            'exporter': (exporter or default_exporter(opset)).value,
             'dynamic_batch': dynamic_batch,
+            'dynamic_size': dynamic_size,
             'shape': [list(x.shape) for x in ([batches[0]] if isinstance(batches[0], Tensor) else batches[0])],
             **(facts or {}),
         }
@@ -166,73 +154,6 @@ def cpu_name() -> str:
     lines = info.read_text(encoding='utf-8', errors='replace').splitlines() if info.is_file() else []
     names = (line.split(':', 1)[1].strip() for line in lines if line.startswith('model name'))
     return next(names, platform.processor() or platform.machine())
-
-
-def _exported(
-    model: nn.Module,
-    path: Path,
-    batches: list[Inputs],
-    opset: int,
-    dynamic_batch: bool,
-    forward: Forward | None,
-    check: Check,
-) -> Exported:
-    """Export a model; with the size of the first batch where torch cannot leave it open.
-
-    Raises:
-        DeployError: it cannot be exported so either; the message says what both gave.
-    """
-    size = None if dynamic_batch else _size(batches[0])
-    try:
-        parity = _attempt(model, path, batches, opset, dynamic_batch, forward, check)
-    except DeployError as error:
-        if not dynamic_batch:
-            raise
-        size = _size(batches[0])
-        try:
-            parity = _attempt(model, path, [_first(batch, size) for batch in batches], opset, False, forward, check)
-        except DeployError as fixed:
-            raise DeployError(f'{error} With the batch size fixed to {size}: {fixed}') from error
-    params = sum(parameter.numel() for parameter in model.parameters())
-    return Exported(path.stem, path.name, path.stat().st_size, params, parity, size)
-
-
-def _attempt(
-    model: nn.Module,
-    path: Path,
-    batches: list[Inputs],
-    opset: int,
-    dynamic_batch: bool,
-    forward: Forward | None,
-    check: Check,
-) -> Parity:
-    """Export and compare.
-
-    Raises:
-        DeployError: torch cannot export it, or the file computes something else.
-    """
-    export_onnx(model, batches[0], path, opset, dynamic_batch, forward)
-    parity = check(path, model, batches, forward)
-    if not parity.ok:
-        each = ', '.join(
-            f'batch of {size}: {"the file fails, or its shapes differ" if relative == inf else f"{relative:.1e}"}'
-            for size, relative in parity.batches
-        )
-        drawn = drawing_nodes(path)
-        hint = f' It draws random numbers itself ({", ".join(drawn)}): turn them off in the config.' if drawn else ''
-        raise DeployError(
-            f'{path.stem}: the ONNX file is not what the model computes (relative difference: {each}).{hint}'
-        )
-    return parity
-
-
-def _size(batch: Inputs) -> int:
-    return len(batch if isinstance(batch, Tensor) else batch[0])
-
-
-def _first(batch: Inputs, size: int) -> Inputs:
-    """Return the first samples of a batch."""
-    return batch[:size] if isinstance(batch, Tensor) else tuple(x[:size] for x in batch)
 
 
 def _circumstances(facts: Mapping[str, Any], latency: tuple[Latency, ...]) -> str:

@@ -215,6 +215,11 @@ def use_checkpoint(cfg: Config, path: PathLike, folder: Path) -> None:
         cfg.model, cfg.load_from = {'type': 'mmcpd.slimmed', 'model': student_config(cfg), 'structure': file}, None
     else:
         cfg.model, cfg.load_from = trained_config(cfg), file
+    drop_pruning(cfg)
+
+
+def drop_pruning(cfg: Config) -> None:
+    """Let a config test what is given, in place: nothing is resumed, and the hooks that prune are dropped."""
     cfg.resume = False
     hooks = cfg.get('default_hooks') or {}
     for name in [name for name, hook in hooks.items() if hook and type_name(hook) in HOOKS_OF_OURS]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmcpd.deploy import DeployError, deploy, report
+from mmcpd.deploy import DeployError, deploy, exported
 
 
 def net(width: int) -> nn.Module:
@@ -51,13 +51,13 @@ def test_without_runs_there_are_no_times(tmp_path, models):
 
 
 def test_a_wrong_file_is_never_delivered(tmp_path, models, monkeypatch):
-    right = report.export_onnx
+    right = exported.export_onnx
     strange = net(4)
 
-    def wrong(model, *args):
-        return right(strange if model is models['slim'] else model, *args)
+    def wrong(model, *args, **options):
+        return right(strange if model is models['slim'] else model, *args, **options)
 
-    monkeypatch.setattr(report, 'export_onnx', wrong)
+    monkeypatch.setattr(exported, 'export_onnx', wrong)
     with pytest.raises(DeployError, match=r'^slim: the ONNX file is not what the model computes .*batch of 3: '):
         deploy(models, BATCHES, tmp_path, opset=17, runs=3)
     assert not list(tmp_path.iterdir())

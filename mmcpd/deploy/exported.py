@@ -1,0 +1,169 @@
+"""Export a model as it is deployed: checked, with a fixed batch size where need be, and in 8 bits on request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmcpd.deploy.int8 import quantize
+from mmcpd.deploy.onnx import NEW_EXPORTER, Exporter, Forward, Inputs, as_tuple, drawing_nodes, evaluated, export_onnx
+from mmcpd.deploy.parity import Parity, check_parity
+from mmcpd.errors import DeployError, first_line
+
+Check = Callable[[Path, nn.Module, list[Any], Forward | None], Parity]
+Waiting = Callable[[str], AbstractContextManager[object]]
+OTHER = (64, 128)  # pixels by which a second size of pictures is higher and wider: multiples of the usual strides
+
+
+@dataclass(frozen=True)
+class Exported:
+    """Describe one exported model; `batch` is the size that the file is fixed to, None where it is open."""
+
+    name: str
+    file: str
+    bytes: int
+    params: int
+    parity: Parity
+    batch: int | None = None
+
+
+@dataclass(frozen=True)
+class Export:
+    """Say how models are exported and compared; the fields are as in `deploy`."""
+
+    opset: int = NEW_EXPORTER
+    dynamic_batch: bool = True
+    forward: Forward | None = None
+    check: Check = check_parity
+    dynamic_size: bool = False
+    exporter: Exporter | None = None
+    metadata: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    calibration: Sequence[Inputs] = ()
+    waiting: Waiting = nullcontext
+
+    def files(self, name: str, model: nn.Module, folder: Path, batches: list[Inputs]) -> list[Exported]:
+        """Export one model, with the size of the first batch where torch cannot leave it open, and quantise the file.
+
+        Raises:
+            DeployError: it cannot be exported so either; the message says what both gave.
+        """
+        path, how, size = folder / f'{name}.onnx', self, None if self.dynamic_batch else _size(batches[0])
+        if self.dynamic_size:
+            batches = [*batches, self._other_pictures(model, batches[0])]
+        try:
+            parity = self._attempt(model, path, batches)
+        except DeployError as error:
+            if not self.dynamic_batch:
+                raise
+            size = _size(batches[0])
+            batches, how = [_first(batch, size) for batch in batches], replace(self, dynamic_batch=False)
+            try:
+                parity = how._attempt(model, path, batches)
+            except DeployError as fixed:
+                raise DeployError(f'{error} With the batch size fixed to {size}: {fixed}') from error
+        params = sum(parameter.numel() for parameter in model.parameters())
+        made = [Exported(path.stem, path.name, path.stat().st_size, params, parity, size)]
+        if self.calibration:
+            small = path.with_name(f'{name}-int8.onnx')
+            with self.waiting(f'quantising {name}'):
+                fed = [part for batch in self.calibration for part in _pieces(batch, size)]
+                quantize(path, small, fed)
+                parity = self.check(small, model, batches, self.forward)
+            made.append(Exported(small.stem, small.name, small.stat().st_size, params, parity, size))
+        return made
+
+    def _other_pictures(self, model: nn.Module, batch: Inputs) -> Inputs:
+        """Return larger pictures than those of a batch.
+
+        Raises:
+            DeployError: the model does not run on them.
+        """
+        other = _of_another_size(batch)
+        args = as_tuple(other)
+        try:
+            with evaluated(model), torch.no_grad():
+                model(*args) if self.forward is None else self.forward(model, *args)
+        except Exception as error:  # models raise errors of any kind
+            height, width = args[0].shape[2:]
+            raise DeployError(
+                f'{type(model).__name__} does not run on pictures of another size, {height}x{width} '
+                f'({first_line(error)}): leave the size fixed'
+            ) from error
+        return other
+
+    def _attempt(self, model: nn.Module, path: Path, batches: list[Inputs]) -> Parity:
+        """Export and compare.
+
+        Raises:
+            DeployError: torch cannot export it, or the file computes something else.
+        """
+        with self.waiting(f'exporting {path.stem}'):
+            export_onnx(
+                model,
+                batches[0],
+                path,
+                self.opset,
+                self.dynamic_batch,
+                self.forward,
+                dynamic_size=self.dynamic_size,
+                exporter=self.exporter,
+                metadata=self.metadata.get(path.stem),
+            )
+            parity = self.check(path, model, batches, self.forward)
+        if not parity.ok:
+            raise DeployError(
+                f'{path.stem}: the ONNX file is not what the model computes {self._why(path, parity, batches)}'
+            )
+        return parity
+
+    def _why(self, path: Path, parity: Parity, batches: list[Inputs]) -> str:
+        """Return the differences by batch, and what may help."""
+        each = ', '.join(
+            f'{_named(batch)}: {"the file fails, or its shapes differ" if relative == inf else f"{relative:.1e}"}'
+            for batch, (_, relative) in zip(batches, parity.batches, strict=True)
+        )
+        drawn = drawing_nodes(path)
+        hint = f' It draws random numbers itself ({", ".join(drawn)}): turn them off in the config.' if drawn else ''
+        if self.dynamic_size and all(relative < inf for _, relative in parity.batches[:-1]):
+            hint += ' Leave the size of pictures fixed, where it is the last batch that fails.'
+        return f'(relative difference: {each}).{hint}'
+
+
+def _named(batch: Inputs) -> str:
+    first = batch if isinstance(batch, Tensor) else batch[0]
+    return f'batch of {len(first)}'
+
+
+def _size(batch: Inputs) -> int:
+    return len(batch if isinstance(batch, Tensor) else batch[0])
+
+
+def _first(batch: Inputs, size: int) -> Inputs:
+    """Return the first samples of a batch."""
+    return batch[:size] if isinstance(batch, Tensor) else tuple(x[:size] for x in batch)
+
+
+def _pieces(batch: Inputs, size: int | None) -> list[Inputs]:
+    """Return a batch in pieces of the size that a file is fixed to, without the rest."""
+    if size is None:
+        return [batch]
+    starts = range(0, _size(batch) - size + 1, size)
+    return [
+        batch[start : start + size] if isinstance(batch, Tensor) else tuple(x[start : start + size] for x in batch)
+        for start in starts
+    ]
+
+
+def _of_another_size(batch: Inputs) -> Inputs:
+    """Return a batch whose pictures (N, C, H, W) go on with themselves below and to the right."""
+    if not isinstance(batch, Tensor):
+        return tuple(_of_another_size(x) if x.dim() == 4 else x for x in batch)  # type: ignore[misc]
+    rows, columns = (torch.arange(size + more) % size for size, more in zip(batch.shape[2:], OTHER, strict=True))
+    return batch[:, :, rows][..., columns]
