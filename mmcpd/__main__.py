@@ -16,7 +16,7 @@ from mmcpd.version import __version__
 # A command is the module of that name in `mmcpd.cli`, `_` for `-`; its text is the first line of its docstring.
 COMMANDS = {
     'train': 'Train a model by its config: comb, prune and distil if the config says so.',
-    'test': "Test a config's model with a training checkpoint or a slim.pth, and print the metrics.",
+    'test': "Test a config's model with a training checkpoint, a slim.pth or an ONNX file, and print the metrics.",
     'comb': "Show the coupling groups of a config's model, and why the rest is frozen.",
     'slim': 'Cut a slim.pth from a training checkpoint that was pruned.',
     'prune': 'Prune a trained model in minutes, without training and without labels, and write slim.pth.',

@@ -88,7 +88,9 @@ def check(path, model, batches, _forward=None):
     return check_detections(path, model, batches, predictions)
 
 
-@pytest.mark.parametrize('opset', [18, 17])
+@pytest.mark.parametrize(
+    'opset', [pytest.param(18, marks=pytest.mark.slow), 17]
+)  # the exporter over torch.export is slow
 @pytest.mark.parametrize('name', KINDS)
 def test_a_file_of_a_slim_detector_finds_what_the_model_predicts(tmp_path, name, opset):
     model, pictures = made(KINDS[name]()), torch.rand(2, 3, 64, 96)
