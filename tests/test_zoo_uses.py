@@ -22,6 +22,8 @@ from mmcpd.comb import comb
 from mmcpd.slim import restructure_
 from mmcpd.slim.trial import in_double, random_keep
 
+pytestmark = pytest.mark.slow  # all uses in one test take half a minute, and most tests want all
+
 
 class Net(nn.Module):
     """A picture classifier with a head that only training runs, and a size that its forward asks for."""

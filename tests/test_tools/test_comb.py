@@ -122,6 +122,7 @@ def test_without_data_the_weights_are_weighed(tool, tiny, tmp_path):
     assert 'units chosen by magnitude (no data: the config has no train_dataloader; of initial weights' in out
 
 
+@pytest.mark.slow
 def test_accuracy_of_each_group_alone(tool, tiny, dense, tmp_path):  # noqa: F811
     code, out, err = tool(
         'comb', tiny, '--checkpoint', dense, '--pictures', 16, '--sensitivity', '--accuracy', '--json', 'c.json'

@@ -68,7 +68,7 @@ def slim_checkpoint(tmp_path):
 OPTIONS = ('--random-input', '--batch', 2, '--no-bench')
 
 
-@pytest.mark.parametrize('name', ['retinanet', 'detr'])
+@pytest.mark.parametrize('name', ['retinanet', pytest.param('detr', marks=pytest.mark.slow)])
 def test_a_detector_is_deployed_with_its_maps_or_its_boxes(tool, tmp_path, slim_checkpoint, name):
     file = write(tmp_path, name, RESIZE)
     checkpoint = slim_checkpoint(file)
