@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..coupling import Coupling, Example, Keep
 from ..errors import SlimError
@@ -137,5 +138,19 @@ def _gradients(model: nn.Module, example: Example) -> dict[str, Tensor]:
     with restored(model), evaluating(model), torch.enable_grad():
         outputs = [t for t in tensors_in(replace(example, inputs=inputs).run_all(model)) if t.requires_grad]
         weights = [torch.randn(t.shape, generator=noise, dtype=t.dtype).to(t.device) for t in outputs]
-        torch.autograd.backward(outputs, weights)
+        with _Contiguous():
+            torch.autograd.backward(outputs, weights)
     return {n: torch.zeros_like(t) if t.grad is None else t.grad.detach() for n, t in sources.items()}
+
+
+class _Contiguous(TorchDispatchMode):
+    """Hand tensors to the backward of batch norms in one order.
+
+    On a CPU torch (2.14) computes wrong gradients where the gradient of a batch of one comes back in channels-last
+    order, as from a layer norm over tokens: another error for each width. Instance norm is a batch norm of one.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.native_batch_norm_backward.default:
+            args = (args[0].contiguous(), args[1].contiguous(), *args[2:])
+        return func(*args, **(kwargs or {}))

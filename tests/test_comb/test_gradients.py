@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ import torch.utils.checkpoint as cp
 from torch import Tensor, nn
 
 from mmcpd.comb import comb
-from mmcpd.slim.compare import compare, compare_gradients
+from mmcpd.slim import mask_, slim
+from mmcpd.slim.compare import compare, compare_gradients, gap_of_gradients
 from mmcpd.slim.trial import random_keep
 from tests.helpers import TORCH_2_5
 
@@ -154,6 +156,32 @@ def test_channels_whose_gradients_are_right_are_free(kind: type[Net]) -> None:
     keep = random_keep(found, 0.5, 0, awkward=True)
     assert compare(model, found, keep) < 1e-12
     assert compare_gradients(model, found, keep) < 1e-12
+
+
+class TokensBehindNorm(nn.Module):
+    """Through a layer norm the gradient comes back in the order of tokens."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv2d(3, 8, 3), norm, nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.norm(self.a(x)).flatten(2).transpose(1, 2))
+
+
+@pytest.mark.parametrize('batch', [1, 2])
+@pytest.mark.parametrize('norm', [nn.BatchNorm2d(8), nn.InstanceNorm2d(8, affine=True)], ids=['batch', 'instance'])
+def test_gradients_of_norms_do_not_depend_on_the_order_in_memory(norm: nn.Module, batch: int) -> None:
+    torch.manual_seed(0)
+    model, x = TokensBehindNorm(norm).double().eval(), torch.randn(batch, 3, 9, 9, dtype=torch.float64)
+    found = comb(model, x)
+    keep = random_keep(found, 0.5, 0, awkward=True)
+    assert not keep['a'].all()
+    assert compare_gradients(model, found, keep) < 1e-12
+    keep['a'] = keep['a'].roll(1)
+    masked = copy.deepcopy(model)
+    mask_(masked, found, keep)
+    assert gap_of_gradients(masked, slim(model, found, random_keep(found, 0.5, 0, awkward=True)), found, keep) > 1e-2
 
 
 def test_comparing_gradients_leaves_the_model_alone() -> None:
