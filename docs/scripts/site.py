@@ -20,6 +20,8 @@ from messages import message_page  # noqa: E402
 from options import command_page, config_page  # noqa: E402
 
 FROM_ROOT = {'index.md': 'README.md', 'contributing.md': 'CONTRIBUTING.md', 'changelog.md': 'CHANGELOG.md'}
+# What pages call those that only the site has.
+TITLES = {'Commands': 'commands.md', 'Config options': 'options.md', 'All error messages': 'messages.md'}
 # A package, and what of it makes a page: all of `__all__`, or these modules too.
 PACKAGES = {
     'comb': ('mmcpd.coupling', 'mmcpd.cost'),
@@ -51,6 +53,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Turn links to CONTRIBUTING and CHANGELOG into the site, and those to other files of the repository into text."""
     markdown = re.sub(r'\]\(\.\./(CONTRIBUTING|CHANGELOG)\.md', lambda found: f']({found[1].lower()}.md', markdown)
+    for title, target in TITLES.items():
+        markdown = markdown.replace(f'*{title}*', f'[{title}]({target})')
     return re.sub(r'\[([^\]]*)\]\(\.\./[^)]*\)', r'\1', markdown)
 
 
