@@ -87,7 +87,8 @@ def class_rows(kind: type | Callable[..., object]) -> Iterator[tuple[str, str, s
         if name in NOT_OPTIONS or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
             continue
         empty = parameter.default is parameter.empty
-        yield f'`{name}`', 'required' if empty else f'`{parameter.default!r}`', texts.get(name, '')
+        elsewhere = next((f'see `{other}`' for other, text in texts.items() if f'`{name}`' in text), '')
+        yield f'`{name}`', 'required' if empty else f'`{parameter.default!r}`', texts.get(name, elsewhere)
 
 
 def arguments(docstring: str) -> dict[str, str]:
