@@ -216,6 +216,12 @@ def test_the_workflow_runs_what_contributors_run():
     assert re.search(r'^docs: env', (ROOT / 'Makefile').read_text(), re.M)
 
 
+def test_a_config_that_is_shown_whole_is_whole():
+    shown = (DOCS / 'your_model.md').read_text(encoding='utf-8')
+    config = (ROOT / 'configs' / 'cpd' / 'mobilevit_prune.py').read_text(encoding='utf-8')
+    assert f'```python\n{config[config.index("_base_") :]}```' in shown
+
+
 def test_the_readme_keeps_its_two_commands():
     text = (ROOT / 'README.md').read_text(encoding='utf-8')
     assert re.search(r'^    make demo ', text, re.M) and re.search(r'^    make test ', text, re.M)
