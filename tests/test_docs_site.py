@@ -118,8 +118,8 @@ def test_every_option_of_a_hook_says_what_it_means(kind):
 
 
 def test_arguments_of_a_docstring():
-    text = 'Add.\n\nArgs:\n    a, b: Two numbers,\n        both whole.\n    c: One more: last.\n\nRaises:\n    E: no.'
-    assert arguments(text) == {'a': 'Two numbers, both whole.', 'b': 'Two numbers, both whole.', 'c': 'One more: last.'}
+    text = 'Add.\n\nArgs:\n    a, b: Two,\n        both whole.\n    c (int, optional): One more: last.\n\nRaises:\n    E: no.'
+    assert arguments(text) == {'a': 'Two, both whole.', 'b': 'Two, both whole.', 'c': 'One more: last.'}
 
 
 def in_code(quoted: str, texts: list[str]) -> bool:

@@ -98,7 +98,7 @@ def arguments(docstring: str) -> dict[str, str]:
     texts: dict[str, str] = {}
     names: list[str] = []
     for line in filter(str.strip, lines):
-        if start := re.match(r' {4}([\w, *]+): ?(.*)', line):
+        if start := re.match(r' {4}([\w, *]+?)(?: \([^()]*\))?: ?(.*)', line):
             names = [name.strip(' *') for name in start[1].split(',')]
             texts |= dict.fromkeys(names, start[2])
         else:
