@@ -74,7 +74,7 @@ def draw() -> str:
     left, top, bottom = LEFT + 9 * (BAR + GAP), TOP + 12, TOP + 2 * ROW + 12
     path = f'M{left - 50} {top}H{left + 50}V{bottom}H{left - 50}'
     parts.append(f'<path d="{path}" fill="none" stroke="#666" stroke-dasharray="4 3"/>')
-    parts.append(text(left + 2, (top + bottom) // 2, 'the sum', small=True))
+    parts.append(text(left - 6, (top + bottom) // 2, 'the sum', small=True))
     head = (
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 620 370" font-family="sans-serif" font-size="15" '
         'role="img" aria-label="A residual block, its channels in two groups, and the block after slimming">'

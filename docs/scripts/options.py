@@ -124,10 +124,18 @@ def _value(action: argparse.Action) -> str:
 
 
 def _plain(text: str) -> str:
-    """Return a docstring's paragraphs, with its indented lines as a block of code."""
-    return inspect.cleandoc(text).strip()
+    """Return a docstring's paragraphs as Markdown."""
+    return _without_tags(inspect.cleandoc(text).strip())
+
+
+def _without_tags(text: str) -> str:
+    """Let `<config>` be text where it is not in a code span, and no tag of HTML."""
+    parts = re.split(r'(`[^`]*`)', text)
+    return ''.join(part if part.startswith('`') else part.replace('<', '&lt;') for part in parts)
 
 
 def _table(head: Sequence[str], rows: Iterator[tuple[str, ...]] | Sequence[tuple[str, ...]]) -> str:
     lines = [head, ['---'] * len(head), *rows]
-    return '\n'.join('| ' + ' | '.join(cell.replace('|', '\\|') for cell in line) + ' |' for line in lines)
+    return '\n'.join(
+        '| ' + ' | '.join(_without_tags(cell).replace('|', '\\|') for cell in line) + ' |' for line in lines
+    )
