@@ -12,7 +12,7 @@ middle_PYTHON ?= python3.12
 newest_PYTHON ?= python3.13
 PARTS  ?= tests
 
-.PHONY: help env demo test test-oldest test-middle test-newest lint mutants chaos fuzz zoo clean
+.PHONY: help env demo test test-oldest test-middle test-newest lint mutants chaos fuzz zoo docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -73,6 +73,10 @@ fuzz: env ## comb, mask and slim random small nets (a minute or two)
 zoo: env ## comb and slim one model of every architecture family, Torch-Pruning beside it (three to four hours)
 	$(BIN)/python -m pip install --quiet torch-pruning==1.6.1
 	$(BIN)/python benchmarks/zoo.py
+
+docs: env ## build the documentation site in work_dirs/site
+	$(BIN)/python -m pip install --quiet --requirement requirements/docs.txt
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean: ## remove what was built and trained, not .venv* and not data
 	rm -rf work_dirs build dist *.egg-info mmcpd/.mim .pytest_cache .ruff_cache .mypy_cache
