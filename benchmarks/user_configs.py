@@ -1,4 +1,4 @@
-"""Take users' configs through the README's recipe: train, test and deploy, by the real command line.
+"""Take users' configs through the recipe of docs/your_model.md: train, test and deploy, by the real command line.
 
     python benchmarks/user_configs.py                    # all rows, about two minutes each on half a core
     python benchmarks/user_configs.py --only two_tasks   # repeatable; a name that stands in `--list`

@@ -8,10 +8,11 @@ from typing import Any
 
 HEAD = """# Users' configs
 
-Written by `benchmarks/user_configs.py`; do not edit. Configs as users have them go through the recipe of the README:
-its three statements (without `load_from`: the models are untrained), about 20 iterations in which pruning goes from the
-4th to the 12th down to half of the MACs, then `mmcpd test` and `mmcpd deploy` with the `slim.pth`, each in a process of
-its own. A row ends **right**, or is **refused** in one line that says the cure; everything else is a **fault**.
+Written by `benchmarks/user_configs.py`; do not edit. Configs as users have them go through the recipe of
+[Prune your own model](your_model.md): its three statements (without `load_from`: the models are untrained), about 20
+iterations in which pruning goes from the 4th to the 12th down to half of the MACs, then `mmcpd test` and `mmcpd deploy`
+with the `slim.pth`, each in a process of its own. A row ends **right**, or is **refused** in one line that says the
+cure; everything else is a **fault**.
 
 The data are **synthetic**: coarse noise with a bright square, 20 pictures to train on and 4 to test on, which each
 config reads through its own pipeline, two at a time. So this shows that whole runs end as they should; accuracies mean

@@ -1,4 +1,4 @@
-"""The examples in docstrings and in the README run, and show what they say."""
+"""The examples in docstrings run, and show what they say."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import doctest
 import importlib
 import inspect
 import pkgutil
-import re
 from pathlib import Path
 
 import mmpretrain.datasets  # noqa: F401 - it says at its first import that OneDL's hub is not there
@@ -112,23 +111,3 @@ def test_what_is_public_has_an_example(package, name):
     found = getattr(importlib.import_module(package), name)
     text = inspect.getdoc(found) or ''
     assert '>>>' in text, f'{package}.{name} has no example'
-
-
-def test_the_python_of_the_readme(tmp_path, monkeypatch):
-    """The block outside MMEngine runs as it stands, on a model that has the layers it names."""
-    blocks = re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(encoding='utf-8'), re.S)
-    plain = [block for block in blocks if 'from mmcpd.comb import comb' in block]
-    assert len(plain) == 1
-    torchvision = pytest.importorskip('torchvision')
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {
-        'model': torchvision.models.resnet18(),
-        'images': torch.rand(2, 3, 64, 64),
-        'labels': torch.tensor([1, 2]),
-    }
-    exec(compile(plain[0], 'README.md', 'exec'), names)
-    small, keep = names['small'], names['keep']
-    assert isinstance(small, nn.Module) and isinstance(keep, dict)
-    assert sum(p.numel() for p in small.parameters()) < sum(
-        p.numel() for p in torchvision.models.resnet18().parameters()
-    )
