@@ -151,17 +151,32 @@ class CostModel:
         """Return the cost for a boolean vector over all units."""
         live = self.live(kept)
         macs, params, elements = self._sums(live)
-        latency = 0.0 if self.latency is None else self.latency(live, elements / max(1, self._dense_elements))
-        return Cost(macs, params, BYTES * elements, latency)
+        return Cost(macs, params, BYTES * elements, 0.0 if self.latency is None else self._milliseconds(live))
+
+    def _milliseconds(self, live: np.ndarray) -> float:
+        """Return the latency for live counts, `(axes,)` int64; the activations go down in the steps of the layers."""
+        assert self.latency is not None
+        stepped = np.minimum(-(-live // self._steps) * self._steps, self._dense)
+        return self.latency(live, self._sums(stepped)[2] / max(1, self._sums(self._dense)[2]))
+
+    @cached_property
+    def _dense(self) -> np.ndarray:
+        return np.array([len(axis) for axis in self.axes], np.int64)
+
+    @cached_property
+    def _steps(self) -> np.ndarray:
+        """Return the widest step of the layers at each axis, `(axes,)` int64."""
+        which = self._counts[2]
+        steps = np.ones(len(which), np.int64)
+        for layer in self.latency.layers if self.latency else ():
+            for axis, grid in zip(layer.axes, layer.table.grids, strict=True):
+                steps[which[axis]] = max(steps[which[axis]], grid.step)
+        return steps[which]
 
     def _sums(self, live: np.ndarray) -> list[int]:
         """Return MACs, parameters and elements for live counts, `(axes,)` int64."""
         live = np.append(live, 1)  # a dummy axis that is always 1 pads the terms
         return [int((constants * live[factors].prod(axis=1)).sum()) for constants, factors in self._formulas]
-
-    @cached_property
-    def _dense_elements(self) -> int:
-        return self._sums(np.array([len(axis) for axis in self.axes], np.int64))[2]
 
     @cached_property
     def _counts(self) -> tuple[csr_array, np.ndarray, np.ndarray]:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 
 import numpy as np
-import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from mmcpd.deploy.layers import Layer, LayerKind
@@ -19,8 +18,8 @@ def layer_graph(layer: Layer) -> tuple[bytes, Mapping[str, np.ndarray]]:
 
     Example:
         >>> file, fed = layer_graph(Layer(LayerKind.PRODUCT, (197, 64, 32)))
-        >>> fed['left'].shape, [node.op_type for node in onnx.load_from_string(file).graph.node]
-        ((197, 64), ['MatMul'])
+        >>> fed['left'].shape, len(file) > 4 * 64 * 32    # the right factor is in the file
+        ((197, 64), True)
     """
     product = layer.kind is LayerKind.PRODUCT
     shapes = _product_shapes(layer) if product else _convolution_shapes(layer)

@@ -165,7 +165,7 @@ def _convolution(named: dict[str, Any], out: Tensor) -> tuple[Layer, int]:
     weight, transposed = named['weight'], bool(named.get('transposed', False))
     dims = weight.dim() - 2
     batch = x.shape[0] if x.dim() > dims + 1 else 1
-    options = {
+    options: dict[str, Any] = {
         name: tuple(np.broadcast_to(named.get(name, default), dims).tolist())
         for name, default in (('stride', 1), ('padding', 0), ('dilation', 1), ('output_padding', 0))
     }

@@ -286,5 +286,10 @@ def _order(
 def _quantities(coupling: Coupling, kept: np.ndarray) -> dict[str, float]:
     """Return every quantity for a boolean vector over all units."""
     cost = coupling.cost_model(kept)
-    found = {'macs': cost.macs, 'params': cost.params, 'memory': cost.memory, 'units': int(kept.sum())}
+    found: dict[str, float] = {
+        'macs': cost.macs,
+        'params': cost.params,
+        'memory': cost.memory,
+        'units': int(kept.sum()),
+    }
     return found if coupling.cost_model.latency is None else {**found, LATENCY: cost.latency}
