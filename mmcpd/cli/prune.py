@@ -4,7 +4,7 @@ Attention heads are rotated, units scored on a few hundred pictures, the least i
 around them refitted so that they give out what the dense model's do. --distill goes on with a short training on what
 the dense model answers. CONFIG is any config of a model; the options of a PruneHook in it hold.
 
---target latency=0.6 times the layers on this machine, once, and measures the slim model beside the dense one at the end.
+--target latency=0.6 times layers on this machine, once, and measures the slim model beside the dense one in the end.
 
 Several --target give a curve of the metric against MACs, parameters and latency from one scoring.
 
