@@ -90,7 +90,7 @@ def layers_of(model: nn.Module, coupling: Coupling) -> list[SeenLayer]:
 
     Example:
         >>> [(seen.layer.sizes, seen.layer.widths) for seen in layers_of(model, coupling)]
-        [((8, 3, 2), (8,)), ((4, 8, 2), (4, 8)), ((2, 4, 10), (4,))]
+        [((8, 3, 2), (8,)), ((4, 8, 2), (4, 8)), ((2, 4, 2), (4,))]
     """
     seen = _Seen()
     with evaluating(model), seen:
@@ -105,13 +105,15 @@ def layers_of(model: nn.Module, coupling: Coupling) -> list[SeenLayer]:
             continue
         at = number + 1
         places = _places(layer, terms[number], counts)
-        pairs = [(p, axis) for p, axis in zip(places, terms[number].axes, strict=False) if movable[axis]]
+        if places is None:
+            continue
+        pairs = [(place, axis) for place, axis in zip(places, terms[number].axes, strict=True) if movable[axis]]
         live, axes = tuple(place for place, _ in pairs), tuple(axis for _, axis in pairs)
         found.append(SeenLayer(replace(layer, live=live), macs, axes))
     return found
 
 
-def _places(layer: Layer, term: Term, counts: Sequence[int]) -> tuple[int, ...]:
+def _places(layer: Layer, term: Term, counts: Sequence[int]) -> tuple[int, ...] | None:
     """Return which sizes of a layer the axes of its term are, the last that fit in a product, else the first."""
     wanted = [counts[axis] for axis in term.axes]
     fitting = [
@@ -119,7 +121,7 @@ def _places(layer: Layer, term: Term, counts: Sequence[int]) -> tuple[int, ...]:
         for places in combinations(range(len(layer.sizes)), len(wanted))
         if [layer.sizes[place] for place in places] == wanted
     ]
-    return fitting[-1 if layer.kind is LayerKind.PRODUCT else 0] if fitting else ()
+    return fitting[-1 if layer.kind is LayerKind.PRODUCT else 0] if fitting else None
 
 
 class _Seen(TorchDispatchMode):

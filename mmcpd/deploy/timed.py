@@ -56,8 +56,8 @@ def with_latency(
         ValueError: threads below 1, or no inputs that are tensors.
 
     Example:
-        >>> coupling = with_latency(model, coupling, threads=1)
-        >>> 0 < shares(coupling, keep)['latency'] <= 1
+        >>> coupling = with_latency(model, coupling, threads=1, folder=Path('cache'))
+        >>> coupling.cost(keep).latency <= coupling.cost(coupling.keep()).latency
         True
     """
     times = times_of(
@@ -81,8 +81,15 @@ def times_of(
 ) -> Times:
     """Return the times of a model's file and layers: those that are not in the cache are measured, largest first.
 
+    The options are those of `with_latency`; `timer` stands in for a clock.
+
     Raises:
         DeployError, ValueError: as `with_latency`.
+
+    Example:
+        >>> times = times_of(model, coupling, threads=1, folder=Path('cache'))
+        >>> len(times.tables), len(times.dense)
+        (3, 1)
     """
     threads = usable_cores() if threads is None else threads
     if threads < 1:
@@ -109,6 +116,11 @@ def with_times(model: nn.Module, coupling: Coupling, times: Times) -> Coupling:
 
     Raises:
         ValueError: they are of another model.
+
+    Example:
+        >>> times = times_of(model, coupling, threads=1, folder=Path('cache'))
+        >>> with_times(model, coupling, times).cost(keep).latency > 0
+        True
     """
     seen = layers_of(model, coupling)
     name = _name(model, seen)
@@ -120,7 +132,12 @@ def with_times(model: nn.Module, coupling: Coupling, times: Times) -> Coupling:
 
 
 def in_words(model: nn.Module, coupling: Coupling, times: Times) -> str:
-    """Say how well the times explain a model's latency, and which layers were not timed for want of time: one line."""
+    """Say how well the times explain a model's latency, and which layers were not timed for want of time: one line.
+
+    Example:
+        >>> in_words(model, coupling, times_of(model, coupling, threads=1, folder=Path('cache')))
+        'latency: ... ms dense on ..., 1 of ... cores, ONNX Runtime ...; 3 layers take ... ms'
+    """
     seen = layers_of(model, coupling)
     left = [each for each in seen if each.layer.key not in times.tables]
     dense = times.dense[_name(model, seen)]

@@ -238,6 +238,8 @@ class PruneHook(Hook):
             keep_unslimmed(runner, error)
         say_ended(runner, self.pruner, self.stage(), written=self.failure is None)
         self.best.describe(runner)
+        if self.failure is None and is_main_process():
+            self.latency.compare(self.pruner, Path(runner.work_dir), runner.logger.info)
 
     def _save(self, runner: Runner) -> None:
         """Validate, and write the slim model, of the weights that are validated.
@@ -255,7 +257,6 @@ class PruneHook(Hook):
             proof = Proof.of_runner(runner, self._untrained)
             save_checked(self.pruner.model, coupling, keep, path, meta, proof)
             runner.logger.info(f'saved {path}, {stage_of(self.stage())}\n{comparison(dense, small)}')
-            self.latency.compare(self.pruner, path.parent, runner.logger.info)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         if self._pruner is not None:
