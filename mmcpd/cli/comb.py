@@ -29,16 +29,18 @@ from mmcpd.cli.configs import read_config
 from mmcpd.cli.shares import add_remain, read_shares, remain_of
 from mmcpd.cli.stages import Stages
 from mmcpd.comb.api import UNUSED
+from mmcpd.compat import require
 from mmcpd.coupling import Coupling
 from mmcpd.engine.build import hook_options
 from mmcpd.engine.checkpoints import load_dense
 from mmcpd.engine.combing import comb_by_config
+from mmcpd.engine.latency import measured_times, timed
 from mmcpd.engine.plot import plot
 from mmcpd.engine.preview import Preview, preview
 from mmcpd.engine.sensitivity import Sensitivity, metric_sensitivity, score_sensitivity
 from mmcpd.engine.slim_model import build_trained
 from mmcpd.files import whole
-from mmcpd.prune import Schedule, check_floors
+from mmcpd.prune import LATENCY, Schedule, check_floors
 from mmcpd.prune.selection import Floors
 
 PICTURES, ROUNDS = 32, 100
@@ -51,11 +53,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add('--shape', type=int, nargs=3, metavar=('C', 'H', 'W'), help='size of the input')
     add('--strict', action='store_true', help='fail on an operation without a rule')
     add('--unused', choices=UNUSED, help="what feeds layers that never run; default: the config's")
-    add('--target', nargs='+', metavar='QUANTITY=SHARE', help='look ahead: what pruning to this leaves, as macs=0.5')
+    add(
+        '--target',
+        nargs='+',
+        metavar='QUANTITY=SHARE',
+        help='look ahead: what pruning to this leaves, as macs=0.5 or latency=0.6',
+    )
     add_remain(parser)
     add('--latency', action='store_true', help='of --target: measure dense and slim in ONNX Runtime, in turns')
     add('--runs', type=int, default=ROUNDS, help=f'of --latency; default {ROUNDS}')
-    add('--threads', type=int, help='of --latency; default: as many as cores')
+    add('--threads', type=int, help='of --latency and a target of latency; default: as many as cores')
     add('--sensitivity', action='store_true', help='what is lost where one group alone is pruned, for each group')
     add('--accuracy', action='store_true', help="of --sensitivity: by the config's metric instead of the score; slow")
     add('--pictures', type=int, default=PICTURES, metavar='N', help=f'pictures to score on; default {PICTURES}')
@@ -119,6 +126,8 @@ def wanted(args: argparse.Namespace, cfg: Config) -> tuple[dict[str, float] | No
         return None, floors
     target = read_shares(args.target, '--target')
     Schedule(target)  # refuses what makes no sense
+    if LATENCY in target:
+        require('deploy')
     return target, floors
 
 
@@ -136,7 +145,11 @@ def look_ahead(
     stages, ahead, found, latency = Stages(), None, None, ''
     scored = scored_by(cfg, model, coupling, args, stages)
     if target is not None:
-        by = hook_options(cfg).get('normalize') or 'macs'
+        by = hook_options(cfg).get('normalize')
+        if LATENCY in target:
+            with stages('time layers', 'layers') as progress:
+                times = measured_times(model, coupling, args.threads, progress)
+            coupling = timed(model, coupling, times, print)
         ahead = preview(coupling, scored, target, floors, normalize_by=by)
         print(f'\n{ahead}', flush=True)
         if args.latency:
@@ -159,8 +172,8 @@ def write_json(path: str, coupling: Coupling, ahead: Preview | None, found: Sens
         keep = {name: kept.tolist() for name, kept in ahead.keep.items()}
         content['preview'] = {
             'target': ahead.target, 'importance': ahead.scored.importance, 'why': ahead.scored.why,
-            'dense': ahead.dense, 'slim': ahead.slim, 'layers': [asdict(layer) for layer in ahead.layers],
-            'keep': keep, 'latency': latency or None,
+            'dense': ahead.dense, 'slim': ahead.slim, 'left': ahead.left,
+            'layers': [asdict(layer) for layer in ahead.layers], 'keep': keep, 'latency': latency or None,
         }  # fmt: skip
     if found is not None:
         content['sensitivity'] = asdict(found)

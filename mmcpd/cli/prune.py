@@ -4,11 +4,14 @@ Attention heads are rotated, units scored on a few hundred pictures, the least i
 around them refitted so that they give out what the dense model's do. --distill goes on with a short training on what
 the dense model answers. CONFIG is any config of a model; the options of a PruneHook in it hold.
 
+--target latency=0.6 times layers on this machine, once, and measures the slim model beside the dense one in the end.
+
 Several --target give a curve of the metric against MACs, parameters and latency from one scoring.
 
 Example:
   mmcpd prune my_config.py my_checkpoint.pth --target macs=0.5
   mmcpd prune my_config.py my_checkpoint.pth --target macs=0.5 --images photos/ --distill 240
+  mmcpd prune my_config.py my_checkpoint.pth --target latency=0.6 --threads 1
   mmcpd prune my_config.py my_checkpoint.pth --target macs=0.75 --target macs=0.5 --target macs=0.35
 """
 
@@ -41,12 +44,13 @@ from mmcpd.engine.checkpoints import load_any, read_checkpoint
 from mmcpd.engine.combing import comb_by_config, shape_combed
 from mmcpd.engine.evaluate import evaluate
 from mmcpd.engine.label_free import teach_
+from mmcpd.engine.latency import measured_times, say_promise, timed
 from mmcpd.engine.pictures import pictures
 from mmcpd.engine.report import comparison, costs
 from mmcpd.engine.saving import Proof, cut_checked, loadable, save_proved
 from mmcpd.engine.stage import check_target, stage_meta
 from mmcpd.files import whole, write_json
-from mmcpd.prune import Schedule, check_reachable
+from mmcpd.prune import LATENCY, Schedule, check_reachable
 from mmcpd.rotate import rotate_
 from mmcpd.version import __version__
 
@@ -92,6 +96,11 @@ def main(args: argparse.Namespace) -> None:
         scores = pruned.scores
         print(f'\n{pruned}')
         small, report = slim_down(dense, pruned, target, cfg, request, stages)
+        if LATENCY in target:
+            wanted = target[LATENCY], pruned.left[LATENCY]
+            promise = say_promise(dense.model.cpu(), small, dense.coupling, *wanted, request.threads, print)
+            dense.model.to(request.device)
+            report['latency'] = promise and asdict(promise)
         folder = request.out / name if several else request.out
         write(folder, small, report, dense, pruned, cfg)
         print(f'\n{comparison(dense.facts, report["slim"])}\nsaved {folder / SLIM} and {folder / REPORT}')
@@ -126,6 +135,10 @@ def prepare(cfg: Config, request: Request) -> Dense:
     with stages('comb'):
         coupling = comb_by_config(module, cfg, input_shape=shape)
     print(f'{len(coupling.groups)} groups, {coupling.units} units')
+    if any(LATENCY in target for target in request.targets):
+        with stages('time layers', 'layers') as progress:
+            times = measured_times(module, coupling, request.threads, progress)
+        coupling = timed(module, coupling, times, print)
     facts = {**costs(coupling, coupling.keep()), 'metrics': metrics}
     return Dense(module, coupling, batches, facts, meta, rotated, stages.seconds)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from mmcpd.engine.at_once import check_label_free
 from mmcpd.engine.build import hook_options
 from mmcpd.engine.evaluate import SPLITS, has_metrics
 from mmcpd.engine.label_free import check_teachable
-from mmcpd.prune import Schedule, check_importance
+from mmcpd.engine.latency import check_threads
+from mmcpd.prune import LATENCY, Schedule, check_importance
 from mmcpd.prune.schedule import QUANTITIES
 
 Target = Mapping[str, float]
@@ -44,6 +45,7 @@ class Request:
     device: str
     seed: int
     out: Path
+    threads: int | None = None
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -75,6 +77,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add('--no-validate', action='store_true', help='do not measure before and after')
     add('--device', default='cpu', help='where it runs; default cpu')
     add('--seed', type=int, help='of the choice of pictures, the score and the distillation; default 0')
+    add('--threads', type=int, help='of ONNX Runtime, for a target of latency; default: as many as cores')
     add('--out', type=Path, metavar='DIR', help='default: work_dirs/<config>')
 
 
@@ -99,12 +102,27 @@ def read_request(args: argparse.Namespace, cfg: Config) -> Request:
         device=args.device,
         seed=_first(args.seed, hook.get('seed'), 0),
         out=args.out or Path('work_dirs') / Path(cfg.filename).stem,
+        threads=hook.get('threads') if args.threads is None else args.threads,
     )
+    check_latency(request.threads, request.targets)
     _check_numbers(request)
     check_checkpoint(request.checkpoint, 'checkpoint')
     check_folder(request.out, '--out')
     _check_data(cfg, request)
     return request
+
+
+def check_latency(threads: int | None, targets: Sequence[Target]) -> None:
+    """Refuse threads that make no sense.
+
+    Raises:
+        UserError: with what to change.
+    """
+    timed = [dict(target) for target in targets if LATENCY in target]
+    try:
+        check_threads(threads, timed[0] if timed else {})
+    except ValueError as error:
+        raise UserError(f'--threads: {error}') from error
 
 
 def _first(*values: int | None) -> int:

@@ -120,12 +120,17 @@ def drawing_nodes(path: str | os.PathLike) -> list[str]:
 
 def open_session(path: str | os.PathLike, threads: int) -> onnxruntime.InferenceSession:
     """Open an ONNX file on the CPU with so many threads."""
+    return onnxruntime.InferenceSession(os.fspath(path), session_options(threads), providers=['CPUExecutionProvider'])
+
+
+def session_options(threads: int) -> onnxruntime.SessionOptions:
+    """Return the options of all sessions that are measured."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     # Idle threads that spin would take the cores from the session that is measured beside this one.
     options.add_session_config_entry('session.intra_op.allow_spinning', '0')
-    return onnxruntime.InferenceSession(os.fspath(path), options, providers=['CPUExecutionProvider'])
+    return options
 
 
 def feed(session: onnxruntime.InferenceSession, inputs: Inputs) -> dict[str, np.ndarray]:

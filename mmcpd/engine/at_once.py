@@ -15,7 +15,17 @@ from mmcpd.coupling import Coupling, Keep
 from mmcpd.engine.head_losses import read_by_losses
 from mmcpd.engine.wrappers import bare_model
 from mmcpd.names import in_short
-from mmcpd.prune import IMPORTANCES, Schedule, check_importance, check_reachable, normalize, score, select, shares
+from mmcpd.prune import (
+    IMPORTANCES,
+    Schedule,
+    check_importance,
+    check_reachable,
+    default_normalizer,
+    normalize,
+    score,
+    select,
+    shares,
+)
 from mmcpd.prune.schedule import is_count
 from mmcpd.prune.selection import Floors
 from mmcpd.random_state import seeded
@@ -71,7 +81,7 @@ def prune_at_once(
     *,
     importance: str | Mapping[str, object] = 'gauss_newton',
     scores: Mapping[str, Tensor] | None = None,
-    normalize_by: str = 'macs',
+    normalize_by: str | None = None,
     min_units: int = 1,
     round_to: int = 8,
     remain: Mapping[str, float] = {},
@@ -89,10 +99,12 @@ def prune_at_once(
         model: the bare dense model that was combed.
         coupling: what combing it found.
         batches: preprocessed pictures, each (N, C, H, W); they go to the model's device.
-        target: the share of the dense model's quantity that remains, for some of `macs`, `params`, `memory`, `units`.
+        target: the share of the dense model's quantity that remains, for some of `macs`, `params`, `memory`, `units`,
+            and `latency` of a coupling with timed layers (`mmcpd.deploy.with_latency`).
         importance: one that needs no loss. A `softmax` of 'gauss_newton' that is not given is that of the model's loss.
         scores: raw ones of an earlier call, (units,) per group, instead of new ones.
-        normalize_by: what the score is divided by, a name in `mmcpd.prune.NORMALIZERS`.
+        normalize_by: what the score is divided by, a name in `mmcpd.prune.NORMALIZERS`; by default 'latency' where that
+            is a target, else 'macs'.
         min_units: units that each group keeps.
         round_to: groups of at least 64 units keep a multiple of it.
         remain: the share of their units that groups keep at least, by patterns of their names.
@@ -128,7 +140,7 @@ def prune_at_once(
             with _timed('score', seconds):
                 spec = with_softmax(importance, model)
                 scores = score(model, coupling, batches, importance=spec, seed=seed, progress=reporting('score'))
-        worth = normalize(scores, coupling, coupling.keep(), by=normalize_by)
+        worth = normalize(scores, coupling, coupling.keep(), by=normalize_by or default_normalizer(target, 'macs'))
         silent = _silent(importance, scores)
         keep = select(worth, coupling, coupling.keep(), target, fixed=silent, **floors)
         if refit:

@@ -22,6 +22,7 @@ from mmcpd.engine.combing import comb_runner, shape_combed
 from mmcpd.engine.dense_file import DENSE, read_dense, write_dense
 from mmcpd.engine.distillers import Distiller
 from mmcpd.engine.ending import RunWatch, meta_of, say_ended
+from mmcpd.engine.latency import LatencyTarget
 from mmcpd.engine.optimizers import optimizer_of, refuse_shards
 from mmcpd.engine.plan import doubts, left_alone, plan
 from mmcpd.engine.pruning_state import STATE, pruning_state
@@ -32,7 +33,7 @@ from mmcpd.engine.stage import at_target, refuse_pruned, stage_of
 from mmcpd.engine.validation import validate_unseen
 from mmcpd.engine.wrappers import bare_model, unwrapped
 from mmcpd.names import look_up
-from mmcpd.prune import NORMALIZERS, Pruner, Schedule, check_floors, check_importance
+from mmcpd.prune import NORMALIZERS, Pruner, Schedule, check_floors, check_importance, default_normalizer
 from mmcpd.prune.selection import Floors
 from mmcpd.registry import HOOKS
 from mmcpd.slim.copying import copied
@@ -55,7 +56,8 @@ class PruneHook(Hook):
 
     Args:
         target: how far: the share of the dense model's quantity that **remains**, between 0 and 1, by the names `macs`,
-            `params`, `memory` (bytes of activations), `units`; where there are several, all of them hold.
+            `params`, `memory` (bytes of activations), `units`, `latency` (of the ONNX file on this machine, see
+            docs/deploy.md); where there are several, all of them hold.
         begin: when pruning begins, an iteration (int) or a share of the run (float); dense training before it.
         end: when the last units go, likewise; fine-tuning after it.
         interval: iterations of scoring between two removals.
@@ -67,14 +69,15 @@ class PruneHook(Hook):
         importance: 'hessian' (the default), 'curvature', 'group_fisher', 'magnitude', 'random' or 'gauss_newton' (the
             default with at_once, which takes those that need no loss); with options it is a dict:
             dict(type='curvature', probes=2).
-        normalize: what the score is divided by: 'memory', 'channel_memory', 'macs', 'params', 'none'; by default 'macs'
-            at once and 'memory' in training, see docs/results.md.
+        normalize: what the score is divided by: 'memory', 'channel_memory', 'macs', 'params', 'latency', 'none'; by
+            default 'latency' where that is a target, else 'macs' at once and 'memory' in training, see docs/results.md.
         round_to: groups of at least 64 units keep a multiple of it; 8 suits most hardware.
         min_units: units that each group keeps.
         remain: the share of their units that groups keep at least, by patterns of their names: a floor for those who
             know better, as {'backbone.layer4.*': 0.8}; 1.0 prunes none of them.
         heads, ignore, strict, unused, input_shape: as in `CombHook`.
         seed: of importances that draw random numbers.
+        threads: of ONNX Runtime, for a target of latency; by default as many as there are cores.
         trust_checkpoint: let the checkpoints that this process reads run code, where that is refused.
 
     Raises:
@@ -109,6 +112,7 @@ class PruneHook(Hook):
         input_shape: Sequence[int] | None = None,
         strict: bool = False,
         unused: str = 'freeze',
+        threads: int | None = None,
         trust_checkpoint: bool = False,
         **unknown: object,
     ) -> None:
@@ -122,7 +126,8 @@ class PruneHook(Hook):
         self.at_once, self.pictures, self.refit, self.rotate = at_once, pictures, refit, rotate
         importance = ('gauss_newton' if at_once else 'hessian') if importance is None else importance
         (check_label_free if at_once else check_importance)(importance, seed=seed)
-        normalize = ('macs' if at_once else 'memory') if normalize is None else normalize
+        self.latency = LatencyTarget(self.schedule.target, threads)
+        normalize = default_normalizer(target, 'macs' if at_once else 'memory') if normalize is None else normalize
         look_up(NORMALIZERS, normalize, 'normalizer')
         self.importance, self.normalize, self.seed = importance, normalize, seed
         self.floors: Floors = {'min_units': min_units, 'round_to': round_to, 'remain': remain}
@@ -162,6 +167,7 @@ class PruneHook(Hook):
         self._untrained = None if 'model' in runner.cfg else copied(bare_model(runner.model))
         coupling = comb_runner(runner, **self.comb_options)
         model = bare_model(runner.model)
+        coupling = self.latency.give(model, coupling, runner.logger.info)
         self._stepping = optimizer_of(runner.optim_wrapper, model, coupling)
         self._pruner = Pruner(
             model,
@@ -232,6 +238,8 @@ class PruneHook(Hook):
             keep_unslimmed(runner, error)
         say_ended(runner, self.pruner, self.stage(), written=self.failure is None)
         self.best.describe(runner)
+        if self.failure is None and is_main_process():
+            self.latency.compare(self.pruner, Path(runner.work_dir), runner.logger.info)
 
     def _save(self, runner: Runner) -> None:
         """Validate, and write the slim model, of the weights that are validated.
@@ -259,6 +267,7 @@ class PruneHook(Hook):
                 'dense_digest': self.dense_digest,
                 'input_shape': shape_combed(self._pruner.coupling),
                 'best_before': self.best.before,
+                'latency': self.latency.state(),
                 **self.stage(),
             }
 
@@ -299,6 +308,7 @@ class PruneHook(Hook):
         self.dense_digest = loaded['dense_digest']
         self.best.before = loaded['best_before']
         self.comb_options['input_shape'] = loaded['input_shape']
+        self.latency.resume(loaded.get('latency'))
         model = unwrapped(runner.model)
         if self.begun and isinstance(model, Distiller) and model.teaches_itself:
             model.snapshot_teacher(read_dense(runner.work_dir, runner._load_from, self.dense_digest))

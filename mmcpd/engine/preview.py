@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mmcpd.coupling import Coupling, Keep, Role, aligned
 from mmcpd.engine.at_once import with_softmax
 from mmcpd.engine.report import comparison, costs
-from mmcpd.prune import check_reachable, normalize, score, select
+from mmcpd.prune import LATENCY, check_reachable, default_normalizer, normalize, score, select, shares
 from mmcpd.prune.schedule import Schedule
 from mmcpd.prune.selection import Floors
 
@@ -43,6 +43,7 @@ class Preview:
         target: the share of the dense model's quantities that may remain.
         keep: the kept units.
         dense, slim: MACs, parameters, memory (bytes of activations) and units.
+        left: the share of each quantity that would be left; of latency, where layers were timed, it is a prediction.
         layers: widths of the layers that give out prunable channels.
         scored: by what the units were chosen.
     """
@@ -51,6 +52,7 @@ class Preview:
     keep: Keep
     dense: Mapping[str, int]
     slim: Mapping[str, int]
+    left: Mapping[str, float]
     layers: Sequence[LayerWidth]
     scored: Scored
 
@@ -59,7 +61,8 @@ class Preview:
         rows = [('layer', 'dense', 'slim', 'slim / dense')]
         rows += [(w.layer, str(w.dense), str(w.kept), f'{w.kept / w.dense:.0%}') for w in self.layers]
         head = f'at {target}, units chosen by {self.scored.importance} ({self.scored.why}):'
-        return '\n'.join([head, '', comparison(self.dense, self.slim), '', *aligned(rows)])
+        timed = [f'predicted latency: {self.left[LATENCY]:.1%} of the dense model', ''] if LATENCY in self.left else []
+        return '\n'.join([head, '', comparison(self.dense, self.slim), '', *timed, *aligned(rows)])
 
 
 def score_or_weigh(model: nn.Module, coupling: Coupling, batches: Sequence[Tensor], why: str = '') -> Scored:
@@ -90,9 +93,11 @@ def score_or_weigh(model: nn.Module, coupling: Coupling, batches: Sequence[Tenso
 
 
 def preview(
-    coupling: Coupling, scored: Scored, target: Mapping[str, float], floors: Floors, *, normalize_by: str = 'macs'
+    coupling: Coupling, scored: Scored, target: Mapping[str, float], floors: Floors, *, normalize_by: str | None = None
 ) -> Preview:
     """Choose units for a target, and say what would be left; the model is not touched.
+
+    Scores are divided by what `normalize_by` names, by default by `latency` where that is a target, else by `macs`.
 
     Raises:
         ValueError: an unknown quantity, or a floor that makes no sense.
@@ -106,9 +111,10 @@ def preview(
     """
     check_reachable(coupling, Schedule(target), **floors)
     dense = coupling.keep()
-    worth = normalize(scored.scores, coupling, dense, by=normalize_by)
+    worth = normalize(scored.scores, coupling, dense, by=normalize_by or default_normalizer(target, 'macs'))
     keep = select(worth, coupling, dense, target, **floors)
-    return Preview(target, keep, costs(coupling, dense), costs(coupling, keep), layer_widths(coupling, keep), scored)
+    before, after, widths = costs(coupling, dense), costs(coupling, keep), layer_widths(coupling, keep)
+    return Preview(target, keep, before, after, shares(coupling, keep), widths, scored)
 
 
 def layer_widths(coupling: Coupling, keep: Mapping[str, Tensor]) -> list[LayerWidth]:

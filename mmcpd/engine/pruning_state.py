@@ -59,6 +59,8 @@ def _fault(state: Any) -> str:
         return 'left'
     if state.get('input_shape') is not None and not is_shape(state['input_shape']):
         return 'input_shape'
+    if not isinstance(state.get('latency'), dict | None):
+        return 'latency'
     for name, texts in (('best_before', state['best_before']), ('frozen', pruner['frozen'])):
         if not all(type(text) is str for text in texts):
             return name

@@ -10,7 +10,7 @@ import torch
 
 from ..coupling import Coupling, Keep
 from ..errors import PruneError
-from .schedule import Schedule
+from .schedule import LATENCY, Schedule, check_quantities
 from .selection import Floors, in_words, out_of_reach, reachable, select, shares, steps_of
 
 
@@ -25,13 +25,14 @@ def check_reachable(
     """Refuse a target that no choice of units can meet, before any training.
 
     Raises:
-        ValueError: a pattern in `remain` that fits no group.
+        ValueError: a pattern in `remain` that fits no group, or a latency without times.
         PruneError: no prunable group, a target below the range, or (curve `paper`) too few events.
 
     Example:
         >>> check_reachable(coupling, Schedule(target=dict(macs=0.5, params=0.6), end=100))
     """
     floors: Floors = {'min_units': min_units, 'round_to': round_to, 'remain': remain}
+    check_quantities(coupling, schedule.target)
     if not any(steps_of(coupling, coupling.keep(), **floors).values()):
         raise PruneError(
             f'nothing can be pruned: {len(coupling.groups) or "no"} groups were found, none above its floor '
@@ -135,7 +136,8 @@ def units_on_the_way(coupling: Coupling, target: Mapping[str, float], keep: Keep
 def least_left(coupling: Coupling, keep: Keep, events: int, limit: int, floors: Floors) -> dict[str, float]:
     """Return a share of each quantity below which so many events of `limit` units cannot bring it, whatever they take.
 
-    A unit saves at most what it saves now: costs are sums of products of live counts. Where a chunk of a large group
+    A unit saves at most what it saves now: costs are sums of products of live counts. Of latency, which goes down in
+    steps, the floors alone are known. Where a chunk of a large group
     is larger than `limit`, an event takes it whole, and nothing else.
 
     Example:
@@ -146,7 +148,9 @@ def least_left(coupling: Coupling, keep: Keep, events: int, limit: int, floors: 
     widths = {name: max([limit, *(a - b for a, b in pairwise(each))]) for name, each in counts.items()}  # in one event
     saved, found = coupling.marginal(keep), shares(coupling, keep)
     dense = coupling.cost(coupling.keep())
-    for quantity in found:
+    if LATENCY in found:
+        found[LATENCY] = reachable(coupling, keep=keep, **floors)[LATENCY]
+    for quantity in found.keys() - {LATENCY}:
         each = {name: 1 if quantity == 'units' else saved[name][quantity] for name in counts}
         whole = coupling.units if quantity == 'units' else dense[quantity]
         free = float(events)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from ..cost import COSTS
+from ..coupling import Coupling
 from ..names import look_up
 
 # Name -> share of the way from dense to the target that is still to go, at progress t in [0, 1].
@@ -16,7 +17,8 @@ CURVES: dict[str, Callable[[float], float]] = {
     'cosine': lambda t: (1 + math.cos(math.pi * t)) / 2,
     'paper': lambda _: 0.0,  # a fixed number of units per event, down to the target
 }
-QUANTITIES = (*COSTS, 'units')
+LATENCY = 'latency'  # of the exported model, where its layers were timed
+QUANTITIES = (*COSTS, 'units', LATENCY)
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Schedule:
 
     Args:
         target: share of the dense model's quantity that **remains** at `end`, between 0 and 1, for one or more of
-            `macs`, `params`, `memory` and `units`; where there are several, all of them hold.
+            `macs`, `params`, `memory`, `units` and `latency`; where there are several, all of them hold.
         begin, end: iterations (int), or shares of the run (float in [0, 1]).
         interval: iterations between two events.
         curve: `cubic` (fast first), `linear`, `cosine`, or `paper` (`units_per_event` at each event).
@@ -128,6 +130,26 @@ def _check_target(target: object) -> None:
         raise ValueError(
             "target names quantities and the share of the dense model's that remains, between 0 and 1: "
             f'target=dict(macs=0.5); got {target!r}'
+        )
+
+
+def check_quantities(coupling: Coupling, ratios: Iterable[str]) -> None:
+    """Refuse quantities that are unknown, or that this coupling knows nothing of.
+
+    Raises:
+        ValueError: with what to do.
+
+    Example:
+        >>> check_quantities(coupling, ['latency'])
+        Traceback (most recent call last):
+        ValueError: the layers were not timed, so nothing is known of latency: coupling = mmcpd.deploy.with_latency(...
+    """
+    for quantity in ratios:
+        look_up(dict.fromkeys(QUANTITIES), quantity, 'quantity')
+    if LATENCY in ratios and coupling.cost_model.latency is None:
+        raise ValueError(
+            'the layers were not timed, so nothing is known of latency: '
+            'coupling = mmcpd.deploy.with_latency(model, coupling) times them'
         )
 
 

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from ..coupling import Coupling, Keep
 from ..errors import PruneError
-from ..names import look_up
 from .remain import check_remain, least_units
-from .schedule import QUANTITIES, is_count
+from .schedule import LATENCY, check_quantities, is_count
 
 # Groups of at least so many units keep a multiple of `round_to`, because kernels of most hardware work in blocks of 8
 # or more channels. A smaller group would lose too large a part of itself at once.
@@ -41,7 +40,7 @@ class Floors(UnitFloors, total=False):
 
 
 def shares(coupling: Coupling, keep: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return what remains of each quantity under `keep`, as a share of the dense model's.
+    """Return what remains of each quantity under `keep`, as a share of the dense model's; of latency where it is timed.
 
     Example:
         >>> shares(coupling, coupling.keep())
@@ -73,14 +72,14 @@ def select(
     are kept.
 
     Scores are normalised ones, (units,) per group; `keep` are the kept units so far, and is not changed. The ratios are
-    shares of the dense model's quantities that may remain, for some of `macs`, `params`, `memory` and `units`. Each
-    group keeps `min_units` (a smaller one stays whole), under a norm at least two, and a group of at least 64 units,
-    and of more than `round_to`, a multiple of `round_to`. A group whose name fits a pattern in `remain` keeps at least
-    that share. At most `limit` units are removed; a chunk is not broken, so at least one chunk is. The groups in
-    `fixed` lose none.
+    shares of the dense model's quantities that may remain, for some of `macs`, `params`, `memory`, `units` and
+    `latency` (of a coupling with timed layers; units whose removal buys no time are kept). Each group keeps `min_units`
+    (a smaller one stays whole), under a norm at least two, and a group of at least 64 units, and of more than
+    `round_to`, a multiple of `round_to`. A group whose name fits a pattern in `remain` keeps at least that share. At
+    most `limit` units are removed; a chunk is not broken, so at least one chunk is. The groups in `fixed` lose none.
 
     Raises:
-        ValueError: an unknown quantity, a floor below 1, or a pattern that fits no group.
+        ValueError: an unknown quantity, latency without times, a floor below 1, or a pattern that fits no group.
         PruneError: the floors do not allow as little as the ratios, and there is no `limit`.
 
     Example:
@@ -89,8 +88,7 @@ def select(
         >>> shares(coupling, chosen)['macs'] <= 0.5
         True
     """
-    for quantity in ratios:
-        look_up(dict.fromkeys(QUANTITIES), quantity, 'quantity')
+    check_quantities(coupling, ratios)
     chunks = _order(scores, coupling, keep, steps_of(coupling, keep, min_units, round_to, fixed, remain))
     search = _Search(coupling, coupling.flat(keep), ratios, chunks)
     most = chunks.within(limit)
@@ -206,7 +204,7 @@ class _Search:
     chunks: _Chunks
 
     @cached_property
-    def dense(self) -> dict[str, int]:
+    def dense(self) -> dict[str, float]:
         return _quantities(self.coupling, self.coupling.flat(self.coupling.keep()))
 
     def without(self, removed: Iterable[int]) -> np.ndarray:
@@ -222,7 +220,7 @@ class _Search:
 
     def _room(self, kept: np.ndarray) -> float:
         found, dense = _quantities(self.coupling, kept), self.dense
-        return min((ratio * dense[name] - found[name]) / max(1, dense[name]) for name, ratio in self.ratios.items())
+        return min((ratio * dense[name] - found[name]) / (dense[name] or 1) for name, ratio in self.ratios.items())
 
     def fitting(self, removed: Sequence[int]) -> np.ndarray:
         """Return what is kept: nearest to the ratios of these chunks, or with a smaller one in place of the last."""
@@ -285,7 +283,13 @@ def _order(
     return _Chunks(in_order, np.cumsum(size[order]), [groups[chunk] for chunk in order], key[order])
 
 
-def _quantities(coupling: Coupling, kept: np.ndarray) -> dict[str, int]:
+def _quantities(coupling: Coupling, kept: np.ndarray) -> dict[str, float]:
     """Return every quantity for a boolean vector over all units."""
     cost = coupling.cost_model(kept)
-    return {'macs': cost.macs, 'params': cost.params, 'memory': cost.memory, 'units': int(kept.sum())}
+    found: dict[str, float] = {
+        'macs': cost.macs,
+        'params': cost.params,
+        'memory': cost.memory,
+        'units': int(kept.sum()),
+    }
+    return found if coupling.cost_model.latency is None else {**found, LATENCY: cost.latency}

@@ -10,9 +10,11 @@ from mmcpd.comb import comb
 from mmcpd.errors import PruneError
 from mmcpd.prune import Schedule, few_events, select, shares
 from mmcpd.prune.reach import check_reachable, check_resumed, least_left, units_on_the_way
-from mmcpd.prune.schedule import CURVES, QUANTITIES
+from mmcpd.prune.schedule import CURVES, LATENCY, QUANTITIES
 from tests.test_prune.test_pruner import built, train
 from tests.test_prune.test_selection import combed, scores_of
+
+COUNTED = [quantity for quantity in QUANTITIES if quantity != LATENCY]  # without times there is no latency
 
 FLOORS = {'min_units': 1, 'round_to': 8}
 
@@ -26,7 +28,7 @@ def paper(quantity, target, units, events=10):
     return Schedule({quantity: target}, 0, 10 * events, 10, curve='paper', units_per_event=units)
 
 
-@pytest.mark.parametrize('quantity', QUANTITIES)
+@pytest.mark.parametrize('quantity', COUNTED)
 def test_too_few_units_or_events_are_refused_for_every_quantity_and_enough_are_not(coupling, quantity):
     with pytest.raises(
         PruneError, match=rf'1 units leave at least 0\.\d+ of {quantity}, and its target is 0\.3000: set'
@@ -42,7 +44,7 @@ def test_too_few_units_or_events_are_refused_for_every_quantity_and_enough_are_n
     assert shares(coupling, keep)[quantity] <= 0.3
 
 
-@pytest.mark.parametrize('quantity', QUANTITIES)
+@pytest.mark.parametrize('quantity', COUNTED)
 def test_no_choice_of_units_goes_below_the_bound(coupling, quantity):
     for number in (3, 7, 12):
         least = least_left(coupling, coupling.keep(), number, 1, FLOORS)[quantity]

@@ -75,7 +75,7 @@ def test_the_target_is_a_copy():
         ({'macs': True}, EXAMPLE + "{'macs': True}"),
         ({'macs': '0.5'}, EXAMPLE + "{'macs': '0.5'}"),
         ({'macs': 0.5, 'params': 2.0}, EXAMPLE + "{'macs': 0.5, 'params': 2.0}"),
-        ({'mac': 0.5}, "unknown quantity 'mac': did you mean macs?"),
+        ({'mac': 0.5}, "unknown quantity 'mac': did you mean macs, latency?"),
     ],
 )
 def test_a_bad_target_is_refused_in_one_sentence(target, message):
