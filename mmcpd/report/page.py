@@ -24,8 +24,8 @@ ol.layers { list-style: none; padding: 0 } ol.layers li { display: grid; column-
 ol.layers svg.lanes { width: var(--lanes); height: 100%; min-height: 1.6em } ol.layers span { text-align: right }
 svg.bar { width: 100%; height: .8em } svg.bar .kept { fill: var(--mark) }
 svg.bar .dense { fill: none; stroke: var(--soft); vector-effect: non-scaling-stroke }
-div.charts, div.views { display: grid; gap: 1em; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21em), 1fr)) }
-div.views { grid-template-columns: repeat(4, minmax(0, 1fr)); gap: .5em } figure { margin: 0 0 1em;
+div.charts { display: grid; gap: 1em; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21em), 1fr)) }
+div.views { display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: .5em } figure { margin: 0 0 1em;
   break-inside: avoid } svg.chart { width: 100%; height: auto } img { width: 100%; height: auto; display: block }
 pre { white-space: pre-wrap; border: 1px solid var(--line); border-radius: 6px; padding: .6em; font-size: .85em }
 * { print-color-adjust: exact; -webkit-print-color-adjust: exact } h2 { break-after: avoid }
