@@ -1,4 +1,4 @@
-"""The console command `mmcpd`, which is also `python -m mmcpd`: train, test, comb, prune, slim, report, deploy and more.
+"""The console command `mmcpd`, its commands in the table below; `python -m mmcpd` is the same.
 
 What MMEngine needs to start is imported once a command is known, so that `mmcpd --help` answers at once.
 """

@@ -47,6 +47,16 @@ def colours(classes: int) -> np.ndarray:
     return np.asarray(Image.fromarray(hsv[None], 'HSV').convert('RGB'))[0]
 
 
+def hexadecimal(palette: np.ndarray) -> list[str]:
+    """Return colours `(n, 3)` as a page names them.
+
+    Example:
+        >>> hexadecimal(np.array([[255, 0, 10]]))
+        ['#ff000a']
+    """
+    return [f'#{red:02x}{green:02x}{blue:02x}' for red, green, blue in palette.tolist()]
+
+
 def veiled(picture: np.ndarray, pixels: np.ndarray, palette: np.ndarray) -> np.ndarray:
     """Lay the colours of classes `(H, W)` over a picture `(H, W, 3)`; labels beyond the palette stay bare.
 

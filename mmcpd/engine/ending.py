@@ -12,12 +12,11 @@ from mmengine.runner import Runner
 
 from mmcpd.coupling import Coupling
 from mmcpd.engine.combing import shape_combed
-from mmcpd.engine.run_report import PAGE, Run, write_run_report
+from mmcpd.engine.run_report import report_line
 from mmcpd.engine.slim_file import plain_entries
 from mmcpd.engine.stage import at_target, stage_meta, stage_of
 from mmcpd.prune import Pruner
 from mmcpd.prune.finite import FiniteWatch
-from mmcpd.random_state import seeded
 
 
 class RunWatch(FiniteWatch):
@@ -54,16 +53,6 @@ def meta_of(
 
 
 def report_ended(runner: Runner, coupling: Coupling) -> None:
-    """Write the report and the card of a run that wrote its slim file; log a warning where that fails."""
-    if not is_main_process():
-        return
-    folder = Path(runner.work_dir)
-    try:
-        with seeded(0):
-            write_run_report(Run.of(folder, runner.cfg), coupling, device=get_device())
-    except Exception as error:  # noqa: BLE001 - the run is done, whatever its report lacks
-        runner.logger.warning(
-            f'there is no {PAGE} ({type(error).__name__}: {error}): `mmcpd report {folder}` writes it'
-        )
-    else:
-        runner.logger.info(f'the report is {folder / PAGE}')
+    """Write the report and the card of a run that wrote its slim file, on the main process, and log where they are."""
+    if is_main_process():
+        runner.logger.info(report_line(Path(runner.work_dir), runner.cfg, coupling, device=get_device()))

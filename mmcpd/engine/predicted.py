@@ -15,7 +15,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from mmcpd.engine.class_scores import Boxes, ByClass, accuracies, confusion, overlaps, precisions
-from mmcpd.engine.drawings import as_picture, boxed, colours, enlarged, veiled, view
+from mmcpd.engine.drawings import as_picture, boxed, colours, enlarged, hexadecimal, veiled, view
 from mmcpd.engine.evaluate import SPLITS
 from mmcpd.report.data import ClassScore, Picture, Predictions, View
 from mmcpd.slim.compare import evaluating
@@ -199,8 +199,9 @@ def _compare(
 
 def _predictions(task: Task, names: Sequence[str], shown: list[Picture], seen: int, total: int) -> Predictions:
     of_dense, of_slim = task.scores(len(names))
-    rows = zip(names, of_dense.counts, of_dense.scores, of_slim.scores, strict=True)
-    classes = [ClassScore(name, int(count), _known(a), _known(b)) for name, count, a, b in rows]
+    drawn = [''] * len(names) if isinstance(task, Classifying) else hexadecimal(colours(len(names)))
+    rows = zip(names, of_dense.counts, of_dense.scores, of_slim.scores, drawn, strict=True)
+    classes = [ClassScore(name, int(count), _known(a), _known(b), colour) for name, count, a, b, colour in rows]
     which = f'all {total}' if seen == total else f'the first {seen} of {total}'
     data = f'By class on {which} validation pictures; the pictures are evenly spaced among them.'
     return Predictions(task.measure, task.counted, data, classes, shown)

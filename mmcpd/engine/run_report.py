@@ -27,7 +27,9 @@ from mmcpd.engine.saving import loadable
 from mmcpd.engine.slim_file import read_slim
 from mmcpd.engine.stage import stage_of
 from mmcpd.engine.wrappers import student_config
+from mmcpd.errors import first_line
 from mmcpd.files import whole
+from mmcpd.random_state import seeded
 from mmcpd.registry import HOOKS
 from mmcpd.report import RunReport, card, report_page
 from mmcpd.report.data import Predictions, Quantity, Setting
@@ -89,7 +91,6 @@ class Run:
 def write_run_report(
     run: Run,
     coupling: Coupling | None = None,
-    models: Models | None = None,
     *,
     pictures: int = PICTURES,
     device: str = 'cpu',
@@ -100,15 +101,14 @@ def write_run_report(
     Args:
         run: what the run has left.
         coupling: what combing the dense model found; without it the model is combed anew.
-        models: both; without them they are loaded.
         pictures: validation pictures to compare the models on; 0: none.
-        device: where loaded models go.
+        device: where the models go.
         progress: called as `progress(done, pictures)`.
 
     Raises:
         SlimError: the run's files are unreadable, or of another model than its config.
     """
-    models = models or (run.models(device) if pictures or coupling is None else None)
+    models = run.models(device) if pictures or coupling is None else None
     if coupling is None and models is not None:
         coupling = comb_by_config(models.dense, run.cfg, input_shape=run.meta.get('input_shape'))
     found, why = None, 'no pictures were asked for (--pictures)'
@@ -119,6 +119,17 @@ def write_run_report(
         with whole(run.folder / name) as unfinished:
             unfinished.write_text(text, encoding='utf-8')
     return report
+
+
+def report_line(folder: Path, cfg: Config, coupling: Coupling, *, pictures: int = PICTURES, device: str = 'cpu') -> str:
+    """Write the report of a run that wrote its slim.pth, and say where it is, or why there is none: the run is done."""
+    try:
+        with seeded(0):
+            write_run_report(Run.of(folder, cfg), coupling, pictures=pictures, device=device)
+    except Exception as error:  # noqa: BLE001 - whatever a report lacks, the slim model is there
+        why = first_line(error) or type(error).__name__
+        return f'there is no {PAGE} ({type(error).__name__}: {why}); `mmcpd report {folder} --debug` shows where'
+    return f'the report is {folder / PAGE}'
 
 
 def _compared(
@@ -219,7 +230,7 @@ def _data(run: Run) -> str:
         (run.cfg[f'{n}_dataloader'] for n in ('val', 'test', 'train') if run.cfg.get(f'{n}_dataloader')), None
     )
     shape = 'x'.join(map(str, run.meta.get('input_shape') or []))
-    parts = [f'Data: {type_name(loader["dataset"])}'] if loader else []
+    parts = [type_name(loader['dataset'])] if loader else []
     classes = (run.meta.get('dataset_meta') or {}).get('classes')
     parts += [f'{len(classes)} classes'] if classes else []
     return ', '.join([*parts, *([f'input {shape}'] if shape else [])])
@@ -255,7 +266,7 @@ def _versions(run: Run) -> list[Setting]:
     found = {'mmcpd': str(run.meta.get('mmcpd_version', ''))} | dict(run.pruned.get('versions', {}))
     for name in LOGGED:
         if match := re.search(rf'^ +{name}: (.+)$', _log(run), re.MULTILINE):
-            found[name] = match[1].strip()
+            found[name] = match[1].partition('(')[0].strip()
     return [Setting(name, value) for name, value in found.items() if value]
 
 
@@ -270,9 +281,10 @@ def _command(run: Run) -> str:
 
 
 def _load(run: Run) -> str:
-    files = sorted(run.folder.glob('*.py'))
-    config = str(files[0]) if files else Path(run.cfg.filename or 'config.py').name
-    return f'from mmcpd.engine import load_slim\n\nmodel = load_slim({config!r}, {str(run.folder / SLIM)!r})'
+    """Return Python that loads the slim model where its folder is the current one."""
+    names = sorted(file.name for file in run.folder.glob('*.py'))
+    config = names[0] if names else Path(run.cfg.filename or 'config.py').name
+    return f"from mmcpd.engine import load_slim\n\nmodel = load_slim('{config}', '{SLIM}')"
 
 
 def _missing(run: Run, coupling: Coupling | None, trained: bool, quantities: Sequence[Quantity], why: str) -> list[str]:

@@ -72,13 +72,15 @@ class Curve:
 class ClassScore:
     """A class, how often it is in the validated pictures, and its score of both models, in percent.
 
-    `count` counts pictures, pixels or boxes; a score is None where the class is nowhere.
+    `count` counts pictures, pixels or boxes; a score is None where the class is nowhere. `colour` is what the pictures
+    draw it in, as `#rrggbb`, '' where they do not.
     """
 
     name: str
     count: int
     dense: float | None
     slim: float | None
+    colour: str = ''
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from html import escape
 from mmcpd.report.charts import chart
 from mmcpd.report.data import Predictions, RunReport, Setting
 from mmcpd.report.html import HEAD, STYLE, table
-from mmcpd.report.picture import model_picture
+from mmcpd.report.picture import breakable, model_picture
 from mmcpd.report.words import answer, compared, facts, number, signed
 
 MORE_STYLE = """
@@ -17,11 +17,14 @@ MORE_STYLE = """
   :root { --c0: #6cb2ff; --c1: #ffab70; --c2: #7ee2a0; --c3: #d8a6ff } }
 p.answer { font-size: 1.15em } ul.facts li { flex: 1 1 9em } code, pre { font-family: ui-monospace, monospace }
 div.wide table { width: 100% } div.wide { overflow: visible } td, th { white-space: normal; vertical-align: top }
-th { overflow-wrap: normal } td:last-child, th:last-child { padding-right: 0 }
-table.words td:last-child, div.words td { text-align: left } tr { break-inside: avoid }
+th, td { overflow-wrap: normal } div.long td:first-child, div.long td:last-child { overflow-wrap: anywhere }
+td i { display: inline-block; width: .8em; height: .8em; margin-right: .5em; border: 1px solid var(--line) }
+td:last-child, th:last-child { padding-right: 0 }
+div.long td:last-child, div.long th:last-child { text-align: left; padding-left: 1em } tr { break-inside: avoid }
 ol.layers { list-style: none; padding: 0 } ol.layers li { display: grid; column-gap: .7em; break-inside: avoid;
-  grid-template-columns: var(--lanes) minmax(0, 17em) minmax(0, 1fr) 6.5em; align-items: center; font-size: .85em }
+  grid-template-columns: var(--lanes) minmax(0, 22em) minmax(0, 1fr) 6.5em; align-items: center; font-size: .85em }
 ol.layers svg.lanes { width: var(--lanes); height: 100%; min-height: 1.6em } ol.layers span { text-align: right }
+ol.layers li.part code { grid-column: 2 / -1; font-weight: 600; padding: .5em 0 .1em }
 svg.bar { width: 100%; height: .8em } svg.bar .kept { fill: var(--mark) }
 svg.bar .dense { fill: none; stroke: var(--soft); vector-effect: non-scaling-stroke }
 div.charts { display: grid; gap: 1em; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21em), 1fr)) }
@@ -51,7 +54,7 @@ def report_page(report: RunReport) -> str:
     """
     parts = [f'<h1>{escape(report.title)}</h1>', f'<p class="answer">{escape(answer(report))}</p>']
     parts += ['<ul class="facts">', *(f'<li><b>{escape(f.value)}</b> {escape(f.name)}</li>' for f in facts(report))]
-    parts += ['</ul>', f'<p class="soft">{escape(report.data)}</p>' if report.data else '']
+    parts += ['</ul>', f'<p class="soft">Data: {escape(report.data)}</p>' if report.data else '']
     parts += _section('Dense and slim', _cells(compared(report)))
     if report.layers:
         picture = model_picture(report.layers, report.streams)
@@ -63,7 +66,7 @@ def report_page(report: RunReport) -> str:
         parts += _section('Layer by layer', _layers(report))
     if report.frozen:
         rows = [['because', 'rows of tensors'], *([each.reason, f'{each.rows:,}'] for each in report.frozen)]
-        parts += _section('What is frozen, and why', _cells(rows))
+        parts += _section('What is frozen, and why', f'<div class="long">{_cells(rows)}</div>')
     parts += _repeat(report)
     if report.missing:
         said = ''.join(f'<li>{escape(sentence)}</li>' for sentence in report.missing)
@@ -105,18 +108,21 @@ def _predictions(found: Predictions) -> str:
         for each in found.classes:
             both = each.dense is not None and each.slim is not None
             moved = signed((each.slim or 0.0) - (each.dense or 0.0)) if both else '–'
-            rows.append([each.name, f'{each.count:,}', number(each.dense), number(each.slim), moved])
-        parts.append(_cells(rows))
+            swatch = f'<i style="background: {each.colour}"></i>' if each.colour else ''
+            numbers = f'{each.count:,}', number(each.dense), number(each.slim), moved
+            rows.append([swatch + escape(each.name), *numbers])
+        parts.append(table(rows))
     return '\n'.join(parts)
 
 
 def _layers(report: RunReport) -> str:
-    rows = [['layer', 'channels', 'kept', 'parameters', 'group, or why it keeps channels']]
+    rows = [['layer', 'channels', 'kept', 'parameters', 'coupled to, or why it keeps channels']]
     for layer in report.layers:
         params = f'{layer.dense_params:,} → {layer.slim_params:,}' if layer.dense_params else 'as above'
-        why = '; '.join(filter(None, (layer.group, layer.frozen)))
-        rows.append([layer.path, f'{layer.dense} → {layer.kept}', f'{layer.kept / layer.dense:.0%}', params, why])
-    return f'<div class="layers">{_cells(rows)}</div>'
+        why = '; '.join(filter(None, (layer.group if layer.group != layer.path else '', layer.frozen)))
+        kept = f'{layer.kept / layer.dense:.0%}'
+        rows.append([breakable(layer.path), f'{layer.dense} → {layer.kept}', kept, params, breakable(why)])
+    return f'<div class="long">{table(rows)}</div>'
 
 
 def _repeat(report: RunReport) -> list[str]:
@@ -127,7 +133,7 @@ def _repeat(report: RunReport) -> list[str]:
         parts += _section('To load the slim model', f'<pre>{escape(report.load)}</pre>')
     for title, settings in (('Settings', report.settings), ('Versions', report.versions)):
         if settings:
-            parts += _section(title, f'<div class="words">{_cells(_named(settings))}</div>')
+            parts += _section(title, f'<div class="words long">{_cells(_named(settings))}</div>')
     if report.config:
         parts.append(f'<details><summary>The whole config</summary><pre>{escape(report.config)}</pre></details>')
     return parts
