@@ -25,7 +25,7 @@ FAULTS = """(() => {
   while (walk.nextNode()) {
     const text = walk.currentNode, box = text.parentElement;
     if (!text.textContent.trim() || !box.checkVisibility()) continue;
-    if (box.clientWidth && box.scrollWidth > box.clientWidth + 1) found.push('cut: ' + name(box));
+    if (box instanceof HTMLElement && box.clientWidth && box.scrollWidth > box.clientWidth + 1) found.push('cut: ' + name(box));
     const range = document.createRange();
     range.selectNodeContents(text);
     for (const r of range.getClientRects()) if (r.left < -0.5 || r.right > right) found.push('outside: ' + name(box));
