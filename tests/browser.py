@@ -15,7 +15,7 @@ FLAGS = (
     '--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update '
     '--disable-sync --hide-scrollbars --remote-debugging-pipe'
 ).split()
-# What is wrong with the layout of a page: text boxes that are wider than they show, or that lie on each other in a chart.
+# What is wrong with the layout of a page: text that is wider than its box or the page, or lies on other text in a chart.
 FAULTS = """(() => {
   const found = [], root = document.documentElement;
   const name = node => node.nodeName + ' ' + (node.textContent || '').trim().slice(0, 40);
@@ -25,7 +25,8 @@ FAULTS = """(() => {
   while (walk.nextNode()) {
     const text = walk.currentNode, box = text.parentElement;
     if (!text.textContent.trim() || !box.checkVisibility()) continue;
-    if (box instanceof HTMLElement && box.clientWidth && box.scrollWidth > box.clientWidth + 1) found.push('cut: ' + name(box));
+    const isBlock = box instanceof HTMLElement && box.clientWidth;
+    if (isBlock && box.scrollWidth > box.clientWidth + 1) found.push('cut: ' + name(box));
     const range = document.createRange();
     range.selectNodeContents(text);
     for (const r of range.getClientRects()) if (r.left < -0.5 || r.right > right) found.push('outside: ' + name(box));

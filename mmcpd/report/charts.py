@@ -53,7 +53,9 @@ def chart(name: str, curves: Sequence[Curve], unit: str, events: Sequence[int] =
         if len(curves) > 1:
             figure.legend(loc='outside upper left', ncols=2, fontsize=9)
         file = io.StringIO()
-        figure.savefig(file, format='svg', transparent=True, metadata=dict.fromkeys(('Date', 'Creator', 'Format', 'Type')))
+        figure.savefig(
+            file, format='svg', transparent=True, metadata=dict.fromkeys(('Date', 'Creator', 'Format', 'Type'))
+        )
     return _inline(file.getvalue(), name)
 
 

@@ -53,7 +53,9 @@ def shapes(coupling, removed):
 def full_report(**changes):
     """Everything that a report can have, with names that are hard to lay out."""
     long = 'backbone.stages_of_the_encoder.3.transformer_blocks.11.attention.qkv_projection'
-    shown = [Layer(f'{long}.{n}', 64 * (n % 7 + 1), 32 * (n % 7 + 1), 4096, 2048, long, 'model output') for n in range(9)]
+    shown = [
+        Layer(f'{long}.{n}', 64 * (n % 7 + 1), 32 * (n % 7 + 1), 4096, 2048, long, 'model output') for n in range(9)
+    ]
     curve = Curve('decode.loss_ce', '', [10, 20, 30000], [1e-5, 2e-5, 1.5e-5])
     views = [View(name, DOT, 160, 160) for name in ('picture', 'labels', 'dense', 'slim')]
     scored = [ClassScore('a class of a rather long name', 123456789, 12.5, None, '#ff0000')]
@@ -106,7 +108,12 @@ def test_the_page_opens_with_the_answer_and_four_numbers():
     report = full_report()
     page = report_page(report)
     assert answer(report).endswith('and its synthetic/mIoU is 69.50 (dense 70.00).')
-    assert [fact.value for fact in facts(report)] == ['48.6 %', '35.5 %', '75.0 %', '69.50']  # latency before activations
+    assert [fact.value for fact in facts(report)] == [
+        '48.6 %',
+        '35.5 %',
+        '75.0 %',
+        '69.50',
+    ]  # latency before activations
     assert page.index(answer(report)) < page.index('class="facts"') < page.index('<h2>')
     assert [fact.value for fact in facts(full_report(metric=''))] == ['48.6 %', '35.5 %', '75.0 %', '80.0 %']
 
@@ -120,7 +127,7 @@ def test_the_page_needs_nothing_else_and_escapes_what_it_is_given():
 
 def test_what_a_run_has_not_is_left_out():
     bare = full_report(layers=[], frozen=[], costs=[], curves=[], predictions=None, settings=[], command='', load='')
-    titles = {title for title in re.findall(r'<h2>(.*?)</h2>', report_page(full_report()))}
+    titles = set(re.findall(r'<h2>(.*?)</h2>', report_page(full_report())))
     left = set(re.findall(r'<h2>(.*?)</h2>', report_page(bare)))
     assert titles - left == {
         'The model', 'The training', 'Predictions', 'Layer by layer', 'What is frozen, and why', 'To repeat it',
