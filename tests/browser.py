@@ -15,7 +15,7 @@ FLAGS = (
     '--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update '
     '--disable-sync --hide-scrollbars --remote-debugging-pipe'
 ).split()
-# What is wrong with the layout of a page: text that is wider than its box or the page, or lies on other text in a chart.
+# What is wrong with the layout of a page: text wider than its box or the page, or text on other text in a chart.
 FAULTS = """(() => {
   const found = [], root = document.documentElement;
   const name = node => node.nodeName + ' ' + (node.textContent || '').trim().slice(0, 40);

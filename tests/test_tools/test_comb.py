@@ -8,8 +8,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from mmcpd.report.html import STYLE
 from mmcpd.engine.slim_file import read_slim
+from mmcpd.report.html import STYLE
 from tests.test_tools.test_prune import SMALL, dense  # noqa: F401 - a fixture
 
 LAYER = 'backbone.layer2.0.conv1'
