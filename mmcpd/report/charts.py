@@ -39,9 +39,17 @@ def chart(name: str, curves: Sequence[Curve], unit: str, events: Sequence[int] =
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
         for number, curve in enumerate(curves):
-            style = {'color': COLOURS[number % 4], 'linestyle': DASHES[number % 4]}
+            colour, dash = COLOURS[number % 4], DASHES[number % 4]
             marker = 'o' if len(curve.values) < 30 else ''
-            axes.plot(curve.iterations, curve.values, marker=marker, markersize=3, label=curve.name, **style)
+            axes.plot(
+                curve.iterations,
+                curve.values,
+                marker=marker,
+                markersize=3,
+                label=curve.name,
+                color=colour,
+                linestyle=dash,
+            )
         if events:
             axes.plot(events, [0.03] * len(events), '|', transform=axes.get_xaxis_transform(), color=INK, markersize=7)
         axes.set_xlabel('iteration')

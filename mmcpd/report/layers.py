@@ -103,6 +103,6 @@ def frozen_reasons(coupling: Coupling) -> list[Frozen]:
 
     Example:
         >>> frozen_reasons(coupling)[0]
-        Frozen(reason='the model's input channels (read by conv1)', rows=3)
+        Frozen(reason='model output', rows=4)
     """
     return [Frozen(reason, rows) for reason, rows in coupling.merged_reasons()]
