@@ -1,8 +1,8 @@
 """Write the report of a run as one page of HTML, and the card of its slim model.
 
-Training and `mmcpd prune` write both, report.html and card.md, by themselves: this is for older runs, and for once there
-is more to say. The folder needs a slim.pth; what else is there is shown: the
-course of a training, dense.pth, what `mmcpd deploy` measured.
+Training and `mmcpd prune` write both, report.html and card.md, by themselves: this is for older runs, and for when
+there is more to say. The folder needs a slim.pth; what else is there is shown: the course of a training, dense.pth,
+what `mmcpd deploy` measured.
 
 Example:
   mmcpd report work_dirs/resnet50_prune
