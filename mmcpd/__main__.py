@@ -1,4 +1,4 @@
-"""The console command `mmcpd`: train, test, comb, prune, slim, export-code and deploy; `python -m mmcpd` is the same.
+"""The console command `mmcpd`, its commands in the table below; `python -m mmcpd` is the same.
 
 What MMEngine needs to start is imported once a command is known, so that `mmcpd --help` answers at once.
 """
@@ -20,6 +20,7 @@ COMMANDS = {
     'comb': "Show the coupling groups of a config's model, and why the rest is frozen.",
     'slim': 'Cut a slim.pth from a training checkpoint that was pruned.',
     'prune': 'Prune a trained model in minutes, without training and without labels, and write slim.pth.',
+    'report': 'Write the report of a run as one page of HTML, and the card of its slim model.',
     'export-code': 'Write a slim model as one plain Python file and its weights, which need no mmcpd.',
     'deploy': 'Export a slim model and its dense original to ONNX, check both against torch, and measure them.',
 }

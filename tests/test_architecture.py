@@ -24,6 +24,7 @@ ALLOWED = {
     'refit': {'slim', 'coupling', 'layer_calls', *BOTTOM},
     'distill': BOTTOM,
     'deploy': {'slim', 'coupling', 'cost', *BOTTOM},
+    'report': {'coupling', 'cost', *BOTTOM},
     'registry': BOTTOM,
     'models': {*BOTTOM, 'registry'},
     'datasets': {*BOTTOM, 'registry'},
@@ -34,6 +35,7 @@ ALLOWED = {
         'rotate',
         'refit',
         'distill',
+        'report',
         'models',
         'datasets',
         'registry',
@@ -42,11 +44,11 @@ ALLOWED = {
         'deploy',
         *BOTTOM,
     },
-    'cli': {'engine', 'deploy', 'comb', 'slim', 'prune', 'rotate', 'registry', 'coupling', *BOTTOM},
+    'cli': {'engine', 'deploy', 'report', 'comb', 'slim', 'prune', 'rotate', 'registry', 'coupling', *BOTTOM},
     '__main__': {'cli', 'engine', *BOTTOM},
 }
 PURE = (
-    'comb', 'slim', 'prune', 'rotate', 'refit', 'distill',
+    'comb', 'slim', 'prune', 'rotate', 'refit', 'distill', 'report',
     'layer_calls', 'coupling', 'cost', 'fixes', 'random_state', 'modes', 'nested',
 )  # fmt: skip
 

@@ -2,36 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from html import escape
 
 from mmcpd.coupling import Coupling
 from mmcpd.engine.preview import Preview
 from mmcpd.engine.report import ROWS
 from mmcpd.engine.sensitivity import Sensitivity
+from mmcpd.report.html import HEAD, STYLE, table
 
 WIDE, HIGH, EDGE = 150, 44, 4  # of a chart, and its margin, in pixels
-HEAD = """<!doctype html>
-<html lang="en">
-<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title><style>{style}</style></head>
-<body>"""
-STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --soft: #57606a; --paper: #fff; --line: #d0d7de; --mark: #0a5cad }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6edf3; --soft: #a3adb8; --paper: #14181d; --line: #3a424c; --mark: #6cb2ff } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 70em;
-  margin: 0 auto; padding: 1em; overflow-wrap: anywhere }
-h1 { font-size: 1.4em } h2 { font-size: 1.1em; margin-top: 2em } p.soft, caption { color: var(--soft) }
-ul.facts { display: flex; flex-wrap: wrap; gap: .6em; padding: 0; list-style: none }
-ul.facts li { border: 1px solid var(--line); border-radius: 6px; padding: .4em .8em }
-ul.facts b { display: block; font-size: 1.3em }
-div.wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-caption { text-align: left } th, td { padding: .2em .8em .2em 0; border-bottom: 1px solid var(--line);
-  text-align: right; white-space: nowrap } th:first-child, td:first-child { text-align: left }
-svg { display: block } svg .frame { stroke: var(--line) } svg .line { stroke: var(--mark); stroke-width: 2 }
-meter { width: 6em } @media print { div.wide { overflow: visible } td, th { white-space: normal } }
-"""
 
 
 def comb_page(title: str, coupling: Coupling, ahead: Preview | None, found: Sensitivity | None, latency: str) -> str:
@@ -58,21 +37,12 @@ def comb_page(title: str, coupling: Coupling, ahead: Preview | None, found: Sens
         target = ' and '.join(f'{name}={share:g}' for name, share in ahead.target.items())
         by = f'Target {target}; units chosen by {ahead.scored.importance} ({ahead.scored.why}).'
         parts += [f'<h2>Widths by layer</h2><p class="soft">{escape(by)}</p>', _widths(ahead)]
-    parts += ['<h2>Groups</h2>', _table([[escape(cell) for cell in row] for row in coupling.table()])]
+    parts += ['<h2>Groups</h2>', table([[escape(cell) for cell in row] for row in coupling.table()])]
     if found is not None:
         parts += [f'<h2>Sensitivity</h2><p class="soft">{escape(_measured(found))}</p>', _charts(found)]
     frozen = [[escape(why), str(rows)] for why, rows in coupling.merged_reasons()]
-    parts += ['<h2>What is frozen</h2>', _table([['because', 'rows'], *frozen]) if frozen else '<p>Nothing.</p>']
+    parts += ['<h2>What is frozen</h2>', table([['because', 'rows'], *frozen]) if frozen else '<p>Nothing.</p>']
     return '\n'.join([HEAD.format(title=escape(title), style=STYLE), *parts, '</body>', '</html>', ''])
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows of HTML cells, the first of them the header, in a box that scrolls sideways."""
-    head, *rest = ([f'<th scope="col">{c}</th>' for c in rows[0]], *([f'<td>{c}</td>' for c in r] for r in rows[1:]))
-    lines: Iterable[str] = (f'<tr>{"".join(cells)}</tr>' for cells in rest)
-    return (
-        f'<div class="wide"><table><thead><tr>{"".join(head)}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
-    )
 
 
 def _widths(ahead: Preview) -> str:
@@ -81,7 +51,7 @@ def _widths(ahead: Preview) -> str:
         share = layer.kept / layer.dense
         bar = f'<meter value="{share:.3f}">{share:.0%}</meter> {share:.0%}'
         rows.append([escape(layer.layer), str(layer.dense), str(layer.kept), bar])
-    return _table(rows)
+    return table(rows)
 
 
 def _measured(found: Sensitivity) -> str:
@@ -111,4 +81,4 @@ def _charts(found: Sensitivity) -> str:
             f'points="{points}"/></svg>'
         )
         rows.append([escape(group.group), *(f'{value:.4g}' for value in group.values), chart])
-    return _table(rows)
+    return table(rows)

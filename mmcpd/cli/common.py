@@ -29,21 +29,21 @@ MISTAKES = (Exception,)
 LONGEST = 300  # of somebody else's message
 TRACEBACK = 'the traceback is in '  # how a note on an error begins that names a file
 STATUS = {TargetError: 3, ProofError: 4}  # of an error that is not 1
+CONFIG = 'path of a config, or package::name, as in mmpretrain::resnet/resnet18_8xb32_in1k.py'
 LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
 
 
 def run(command: ModuleType, arguments: Sequence[str]) -> NoReturn:
     """Run a module of `mmcpd.cli` on the arguments after its name, and end the process with its exit status.
 
-    The module has `add_options(parser)` and `main(args)`; its docstring is the help.
+    The module has `add_options(parser)` and `main(args)`; its docstring is the help. Its first argument is a config,
+    or what its `SUBJECT` and `SUBJECT_HELP` say.
     """
     name = command.__name__.rpartition('.')[2].replace('_', '-')
     parser = argparse.ArgumentParser(
         prog=f'mmcpd {name}', description=command.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        'config', help='path of a config, or package::name, as in mmpretrain::resnet/resnet18_8xb32_in1k.py'
-    )
+    parser.add_argument(getattr(command, 'SUBJECT', 'config'), help=getattr(command, 'SUBJECT_HELP', CONFIG))
     command.add_options(parser)
     parser.add_argument(
         '--cfg-options',

@@ -20,6 +20,8 @@ from __future__ import annotations
 import argparse
 import datetime
 import platform
+import shlex
+import sys
 import tempfile
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -46,7 +48,9 @@ from mmcpd.engine.evaluate import evaluate
 from mmcpd.engine.label_free import teach_
 from mmcpd.engine.latency import measured_times, say_promise, timed
 from mmcpd.engine.pictures import pictures
+from mmcpd.engine.predicted import PICTURES
 from mmcpd.engine.report import comparison, costs
+from mmcpd.engine.run_report import report_line
 from mmcpd.engine.saving import Proof, cut_checked, loadable, save_proved
 from mmcpd.engine.stage import check_target, stage_meta
 from mmcpd.files import whole, write_json
@@ -104,6 +108,8 @@ def main(args: argparse.Namespace) -> None:
         folder = request.out / name if several else request.out
         write(folder, small, report, dense, pruned, cfg)
         print(f'\n{comparison(dense.facts, report["slim"])}\nsaved {folder / SLIM} and {folder / REPORT}')
+        shown = PICTURES if request.validate else 0
+        print(report_line(folder, cfg, dense.coupling, pictures=shown, device=request.device))
         models[name] = small
         facts.append(report['slim'])
         ends[folder / SLIM] = report
@@ -162,6 +168,7 @@ def slim_down(
         metrics = _metrics(small, cfg, request, stages, 'slim, distilled')
     report['slim'] = {**costs(dense.coupling, pruned.keep), 'metrics': metrics}
     report |= {'seconds': {**dense.seconds, **stages.seconds}, 'rotated': dense.rotated}
+    report['command'] = shlex.join(['mmcpd', 'prune', *sys.argv[1 + (sys.argv[1:2] == ['prune']) :]])
     report |= {'settings': asdict(request) | {'out': str(request.out)}, 'versions': versions()}
     return small.cpu(), report
 

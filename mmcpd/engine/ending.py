@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from mmengine.device import get_device
+from mmengine.dist import is_main_process
 from mmengine.runner import Runner
 
 from mmcpd.coupling import Coupling
 from mmcpd.engine.combing import shape_combed
+from mmcpd.engine.run_report import report_line
 from mmcpd.engine.slim_file import plain_entries
 from mmcpd.engine.stage import at_target, stage_meta, stage_of
 from mmcpd.prune import Pruner
@@ -46,3 +50,9 @@ def meta_of(
     meta |= {'input_shape': shape_combed(coupling), 'dense': dense, 'slim': small, **stage_meta(stage)}
     data = getattr(runner.train_dataloader.dataset, 'metainfo', None)
     return meta | ({'dataset_meta': plain_entries(data, 'metainfo')} if data is not None else {})
+
+
+def report_ended(runner: Runner, coupling: Coupling) -> None:
+    """Write the report and the card of a run that wrote its slim file, on the main process, and log where they are."""
+    if is_main_process():
+        runner.logger.info(report_line(Path(runner.work_dir), runner.cfg, coupling, device=get_device()))

@@ -21,7 +21,7 @@ from mmcpd.engine.comb_hook import comb_options, refuse_unknown
 from mmcpd.engine.combing import comb_runner, shape_combed
 from mmcpd.engine.dense_file import DENSE, read_dense, write_dense
 from mmcpd.engine.distillers import Distiller
-from mmcpd.engine.ending import RunWatch, meta_of, say_ended
+from mmcpd.engine.ending import RunWatch, meta_of, report_ended, say_ended
 from mmcpd.engine.latency import LatencyTarget
 from mmcpd.engine.optimizers import optimizer_of, refuse_shards
 from mmcpd.engine.plan import doubts, left_alone, plan
@@ -240,6 +240,8 @@ class PruneHook(Hook):
         self.best.describe(runner)
         if self.failure is None and is_main_process():
             self.latency.compare(self.pruner, Path(runner.work_dir), runner.logger.info)
+        if self.failure is None:
+            report_ended(runner, self.pruner.coupling)
 
     def _save(self, runner: Runner) -> None:
         """Validate, and write the slim model, of the weights that are validated.

@@ -8,8 +8,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from mmcpd.cli.comb_page import STYLE
 from mmcpd.engine.slim_file import read_slim
+from mmcpd.report.html import STYLE
 from tests.test_tools.test_prune import SMALL, dense  # noqa: F401 - a fixture
 
 LAYER = 'backbone.layer2.0.conv1'
@@ -107,7 +107,9 @@ def luminance(colour: str) -> float:
 
 @pytest.mark.parametrize('block', [0, 1], ids=['light', 'dark'])
 def test_its_text_can_be_read(block):
-    colours = [dict(re.findall(r'--(\w+): #(\w+)', part)) for part in STYLE.split('@media (prefers')[:2]][block]
+    colours = [dict(re.findall(r'--(\w+): #(\w+)', part)) for part in STYLE.split('@media screen and (prefers')[:2]][
+        block
+    ]
     assert set(colours) == {'ink', 'soft', 'paper', 'line', 'mark'}
     for name in ('ink', 'soft', 'mark'):
         one, other = sorted((luminance(colours[name]), luminance(colours['paper'])))

@@ -49,7 +49,12 @@ def test_it_writes_a_slim_model_and_a_report(tool, tiny, dense, tmp_path):
     code, out, err = tool('prune', tiny, dense, '--target', 'macs=0.5', *SMALL)
     assert code == 0, err
     folder = tmp_path / 'work_dirs' / 'tiny'
-    assert sorted(path.name for path in folder.iterdir()) == ['coupling.txt', 'prune.json', 'refit.txt', 'slim.pth']
+    names = ['card.md', 'coupling.txt', 'prune.json', 'refit.txt', 'report.html', 'slim.pth']
+    assert sorted(path.name for path in folder.iterdir()) == names
+    page, command = (folder / 'report.html').read_text(), f'mmcpd prune {tiny} {dense} --target macs=0.5'
+    assert command in page and '<h2>The model</h2>' in page and 'the model was pruned at once' in page
+    assert '<h2>Predictions</h2>' in page, page[page.index('What is not in this') :]
+    assert 'load_slim(&#x27;tiny.py&#x27;, &#x27;slim.pth&#x27;)' in page
     assert 'backbone.conv1' in (folder / 'coupling.txt').read_text()
     assert 'backbone.conv1' in (folder / 'refit.txt').read_text()
     report = json.loads((folder / 'prune.json').read_text())
