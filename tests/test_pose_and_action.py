@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import re
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +15,11 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 import mmcpd.engine  # noqa: F401 - before OpenMMLab's packages: it stands in for mmcv's compiled operators
-from mmcpd.comb import comb
-from mmcpd.coupling import Coupling
-from mmcpd.slim import compare, slim
-from mmcpd.slim.trial import in_double, random_keep, randomised
-from tests.helpers import CONTROL, EXACT, rotated
+from mmcpd.slim.compare import compare as difference
+from mmcpd.slim.trial import random_keep, randomised
+from tests.helpers import EXACT, rotated
+
+PAGE = Path(__file__).parents[1] / 'docs' / 'pose_and_action.md'
 
 RESNET = dict(type='ResNet', depth=50, base_channels=8, stem_channels=8)
 HEATMAPS = dict(type='HeatmapHead', out_channels=5, loss=dict(type='KeypointMSELoss'))
@@ -27,9 +29,9 @@ SIMPLE_BASELINE = dict(
 )  # fmt: skip
 
 
-def stage(branches: int, block: str, blocks: int = 1) -> dict[str, object]:
+def stage(branches: int, block: str) -> dict[str, object]:
     channels = [8 * 2**level for level in range(branches)]
-    return dict(num_modules=1, num_branches=branches, block=block, num_blocks=(blocks,) * branches, num_channels=channels)
+    return dict(num_modules=1, num_branches=branches, block=block, num_blocks=(1,) * branches, num_channels=channels)
 
 
 HRNET = dict(
@@ -71,16 +73,6 @@ NETWORKS = {
 }
 
 
-def pose(model, images):
-    """Run a pose estimator, whose forward insists on data samples that this mode does not read."""
-    return model(images, None, mode='tensor')
-
-
-def action(model, clips):
-    """Run a recogniser as far as its scores; its tensor mode ends at the backbone otherwise."""
-    return model(clips, mode='tensor', stage='head')
-
-
 def importable(package: str) -> None:
     if find_spec(package) is None:
         pytest.skip(f'{package} is not installed: see docs/pose_and_action.md')
@@ -90,26 +82,31 @@ def importable(package: str) -> None:
         pytest.skip(f'{package} is installed, but cannot be imported: {error}')
 
 
-@pytest.fixture(scope='module', params=NETWORKS)
-def combed(request) -> tuple[nn.Module, Coupling]:
-    package, config, shape = NETWORKS[request.param]
+def run_page(model: nn.Module, example: torch.Tensor, package: str) -> dict[str, Any]:
+    """Run the page's code on a network, and return its variables."""
+    (code,) = re.findall(r'```python\n(.*?)```', PAGE.read_text(), re.DOTALL)
+    names: dict[str, Any] = {'model': model, 'example': example, 'package': package}
+    exec(compile(code, str(PAGE), 'exec'), names)
+    return names
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+def test_masked_and_slimmed_networks_agree(name):
+    package, config, shape = NETWORKS[name]
     importable(package)
     torch.manual_seed(0)
     with DefaultScope.overwrite_default_scope(package):
-        model = randomised(MODELS.build(ConfigDict(config))).eval()
-    images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    return model, comb(model, images, forward=action if package == 'mmaction' else pose)
-
-
-def test_masked_and_slimmed_models_agree(combed):
-    model, coupling = combed
-    double, example = in_double(model, coupling.example)
-    coupling = replace(coupling, example=example)
+        model = randomised(MODELS.build(ConfigDict(config))).double().eval()
+    example = torch.randn(shape, generator=torch.Generator().manual_seed(0)).double()
+    found = run_page(model, example, package)
+    coupling, small = found['coupling'], found['small']
     keep = random_keep(coupling, 0.6, seed=0)
-    small = slim(double, coupling, keep)
-    assert compare.compare(double, coupling, keep, small) <= EXACT
+    exact = difference(model, coupling, keep, small)
+    wrong = {}
     for group in coupling.groups:
         other = rotated(coupling, group.name, keep)
         if bool((other[group.name] != keep[group.name]).any()):
-            assert compare.compare(double, coupling, other, small) > CONTROL, f'{group.name} goes unnoticed'
-    print(len(coupling.groups), {k: v for k, v in getattr(coupling, 'frozen', {}).items()} if hasattr(coupling, 'frozen') else '')
+            wrong[group.name] = difference(model, coupling, other, small)
+    print(f'{name} | {len(coupling.groups)} | {exact:.1e} | {min(wrong.values()):.1e}', coupling.unused, flush=True)
+    assert exact <= EXACT
+    assert min(wrong.values()) > 100 * EXACT, wrong
