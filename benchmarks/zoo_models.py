@@ -7,13 +7,32 @@ in neither, which is how a newer version of the packages shows up.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from benchmarks.zoo_configured import Configured, config_root, dotted
-from benchmarks.zoo_family import Family
+from benchmarks.zoo_family import Deployed, Family
 from benchmarks.zoo_mmdet import DETECTORS, DETECTORS_OUT
 from benchmarks.zoo_pretraining import PRETRAINING
 from benchmarks.zoo_torchvision import TORCHVISION
+
+
+class DeployedSegmentor(Deployed):
+    """Run a segmentor whose head needs the size of the pictures, or another head: pictures in, scores of pixels out."""
+
+    def call(self, pictures: Tensor) -> Tensor:
+        size = tuple(pictures.shape[-2:])
+        return self.net.encode_decode(pictures, [dict(img_shape=size, pad_shape=size) for _ in pictures])
+
+
+@dataclass(frozen=True)
+class Predicting(Configured):
+    """Hold a row of mmseg whose tensor mode does not run."""
+
+    def net(self) -> Deployed:
+        return DeployedSegmentor(self.network())
 
 
 def classifier(name: str, config: str, size: int = 224, channels: int = 3, **changes: Any) -> Family:
@@ -24,6 +43,10 @@ def classifier(name: str, config: str, size: int = 224, channels: int = 3, **cha
 def segmentor(name: str, config: str, size: int = 128, **changes: Any) -> Family:
     """Make a row of mmseg; underscores in the names of changes stand for dots where doubled."""
     return Configured('mmseg', name, f'{name}/{config}.py', (size, size), changes=dotted(changes))
+
+
+def predicting(name: str, config: str, size: int = 128) -> Family:
+    return Predicting('mmseg', name, f'{name}/{config}.py', (size, size))
 
 
 ARCHITECTURES: tuple[Family, ...] = (
@@ -106,6 +129,7 @@ ARCHITECTURES: tuple[Family, ...] = (
     segmentor('beit', 'beit-base_upernet_8xb2-160k_ade20k-640x640', model__backbone__img_size=128),
     segmentor('bisenetv1', 'bisenetv1_r18-d32-in1k-pre_4xb4-160k_cityscapes-1024x1024'),
     segmentor('bisenetv2', 'bisenetv2_fcn_4xb4-160k_cityscapes-1024x1024'),
+    segmentor('ccnet', 'ccnet_r50-d8_4xb2-40k_cityscapes-512x1024'),
     segmentor('cgnet', 'cgnet_fcn_4xb4-60k_cityscapes-680x680'),
     segmentor('convnext', 'convnext-tiny_upernet_8xb2-amp-160k_ade20k-512x512'),
     segmentor('danet', 'danet_r50-d8_4xb2-40k_cityscapes-512x1024'),
@@ -127,11 +151,14 @@ ARCHITECTURES: tuple[Family, ...] = (
     segmentor('isanet', 'isanet_r50-d8_4xb2-40k_cityscapes-512x1024'),
     segmentor('knet', 'knet-s3_r50-d8_fcn_8xb2-adamw-80k_ade20k-512x512'),
     segmentor('mae', 'mae-base_upernet_8xb2-amp-160k_ade20k-512x512', model__backbone__img_size=128),
+    predicting('mask2former', 'mask2former_r50_8xb2-160k_ade20k-512x512'),
+    predicting('maskformer', 'maskformer_r50-d32_8xb2-160k_ade20k-512x512'),
     segmentor('mobilenet_v2', 'mobilenet-v2-d8_fcn_4xb2-80k_cityscapes-512x1024'),
     segmentor('mobilenet_v3', 'mobilenet-v3-d8-s_lraspp_4xb4-320k_cityscapes-512x1024', 512),
     segmentor('nonlocal_net', 'nonlocal_r50-d8_4xb2-40k_cityscapes-512x1024'),
     segmentor('ocrnet', 'ocrnet_hr18s_4xb2-160k_cityscapes-512x1024'),
     segmentor('pidnet', 'pidnet-s_2xb6-120k_1024x1024-cityscapes'),
+    predicting('point_rend', 'pointrend_r50_4xb4-160k_ade20k-512x512'),
     segmentor('poolformer', 'fpn_poolformer_s12_8xb4-40k_ade20k-512x512'),
     segmentor('pspnet', 'pspnet_r18-d8_4xb2-80k_cityscapes-512x1024'),
     segmentor('resnest', 'resnest_s101-d8_fcn_4xb2-80k_cityscapes-512x1024'),
@@ -156,8 +183,6 @@ ARCHITECTURES: tuple[Family, ...] = (
 FAMILIES: tuple[Family, ...] = (*ARCHITECTURES, *PRETRAINING, *DETECTORS, *TORCHVISION)
 
 _LANGUAGE = 'vision and language: needs the multimodal extra and a tokenizer, and is not a vision network'
-_OPS = "needs mmcv's compiled ops"
-_DET = 'needs mmdet'
 
 OUT: dict[str, str] = {
     'mmpretrain/blip': _LANGUAGE,
@@ -170,13 +195,9 @@ OUT: dict[str, str] = {
     'mmpretrain/minigpt4': _LANGUAGE,
     'mmpretrain/ofa': _LANGUAGE,
     'mmpretrain/otter': _LANGUAGE,
-    'mmseg/ccnet': _OPS,
     'mmseg/dsdl': "a data format; the network is deeplabv3's",
-    'mmseg/mask2former': _DET,
-    'mmseg/maskformer': _DET,
-    'mmseg/point_rend': _OPS,
-    'mmseg/psanet': _OPS,
-    'mmseg/san': _OPS,
+    'mmseg/psanet': "needs psamask of mmcv's compiled operators, for which torchvision has no counterpart",
+    'mmseg/san': 'vision and language: the names of its classes go through the text encoder of CLIP',
     'mmseg/vpd': 'depth from a diffusion model: needs the ldm package',
     **{f'mmdet/{name}': reason for name, reason in DETECTORS_OUT.items()},
 }
