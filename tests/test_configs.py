@@ -262,6 +262,7 @@ def test_a_trained_model_is_pruned_at_once_and_distilled_without_labels(tool, ci
     code, _, err = tool('train', FOLDER / f'{name}.py', '--work-dir', 'w', '--cfg-options', *options)
     assert code == 0, err[-3000:]
     meta = read_slim(tmp_path / 'w/slim.pth')['meta']
+    assert (tmp_path / 'w/report.html').is_file() and (tmp_path / 'w/card.md').is_file()
     assert 0.4 < meta['slim']['macs'] / meta['dense']['macs'] <= 0.5
     (log,) = (tmp_path / 'w').glob('*/*.log')
     text = log.read_text()

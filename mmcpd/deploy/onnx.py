@@ -96,6 +96,7 @@ def export_onnx(
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as unfinished:
         _export(model, args, unfinished, opset, dims, forward, exporter)
+        _without_traces(unfinished)
         _check(unfinished, path, opset)
         write_metadata(unfinished, metadata or {})
     return path
@@ -185,6 +186,15 @@ def _export(
         raise DeployError(
             f'torch cannot export {type(model).__name__} to ONNX at opset {opset}: {reason} Try {hint}.'
         ) from error
+
+
+def _without_traces(path: Path) -> None:
+    """Take out what torch's exporter notes on nodes and values: source files of this machine, some 2 kB a node."""
+    written = onnx.load(path)
+    for part in (written.graph, *written.functions):
+        for each in (*part.node, *part.value_info):
+            del each.metadata_props[:]
+    onnx.save(written, path)
 
 
 def _check(unfinished: Path, path: Path, opset: int) -> None:

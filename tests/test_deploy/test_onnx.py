@@ -254,3 +254,13 @@ def test_segmentors_export_logits_at_the_heads_resolution(tmp_path):
     assert check_parity(path, model, [x, torch.randn(3, 3, 64, 64)]).ok
     (got,) = module.open_session(path, 1).run(None, {'input': x.numpy()})
     assert got.shape == (2, 5, 8, 8)
+
+
+@pytest.mark.skipif(not module.HAS_NEW_EXPORTER, reason='TorchScript notes nothing')
+def test_a_file_does_not_name_source_files_of_the_machine(tmp_path):
+    here = Path(__file__).name.encode()
+    pictures, plain = torch.rand(2, 3, 8, 8), tmp_path / 'plain.onnx'
+    with module.evaluated(toy := Toy()), module.quiet('torch.onnx', 'onnxscript', 'onnx_ir'):
+        torch.onnx.export(toy, (pictures,), plain, opset_version=18, dynamo=True, external_data=False, verbose=False)
+    assert here in plain.read_bytes()
+    assert here not in export_onnx(toy, pictures, tmp_path / 'ours.onnx', opset=18).read_bytes()
