@@ -10,9 +10,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from mmengine.config import Config
-from mmengine.registry import DefaultScope
+from mmengine.registry import DATASETS, DefaultScope
 from mmengine.runner import Runner
 from torch import nn
+from torch.utils.data import DataLoader, SequentialSampler
 
 from mmcpd.engine.class_scores import Boxes, ByClass, accuracies, confusion, overlaps, precisions
 from mmcpd.engine.drawings import as_picture, boxed, colours, enlarged, hexadecimal, veiled, view
@@ -164,8 +165,14 @@ def compare_predictions(
         stack.enter_context(DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmengine')))
         for model in (dense, slim):
             stack.enter_context(evaluating(model))
-        loader = Runner.build_dataloader(copy.deepcopy(cfg[f'{split}_dataloader']))
-        return _compare((dense, slim), loader, pictures, progress)
+        return _compare((dense, slim), _in_order(cfg[f'{split}_dataloader']), pictures, progress)
+
+
+def _in_order(config: Any) -> DataLoader:
+    """Build a loader of the whole data set in this process: MMEngine's samplers would divide it and wait for others."""
+    options = dict(copy.deepcopy(config))
+    dataset = DATASETS.build(options['dataset'])
+    return Runner.build_dataloader({**options, 'dataset': dataset, 'sampler': SequentialSampler(dataset)})
 
 
 def _compare(

@@ -17,7 +17,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from benchmarks.zoo_configured import config_root, local
-from benchmarks.zoo_models import FAMILIES
+from benchmarks.zoo_models import FAMILIES, Predicting
 from mmcpd.distill import Taps
 from mmcpd.engine.distillers import Distiller
 from mmcpd.engine.logits import observe
@@ -140,7 +140,7 @@ def shipped(name):
 # Heads that upsample by fixed factors, and one that pools 49x49 positions.
 STRIDES = {key: [4, 8, 16, 32] for key in ('mmseg/sem_fpn', 'mmseg/poolformer', 'mmseg/twins', 'mmseg/setr')}
 STRIDES |= {'mmseg/mobilenet_v3': [1] * 3}
-SEGMENTORS = [family.key for family in FAMILIES if family.package == 'mmseg']
+SEGMENTORS = [family.key for family in FAMILIES if family.package == 'mmseg' and not isinstance(family, Predicting)]
 OTHER_TAPS = {
     'mmseg/knet': 'decode_head.kernel_update_head.2:0',
     'mmseg/ocrnet': 'decode_head.1.conv_seg',

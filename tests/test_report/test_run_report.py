@@ -17,10 +17,12 @@ from mmengine.visualization import BaseVisBackend
 from mmcpd.cli import report as command
 from mmcpd.cli.common import UserError
 from mmcpd.engine import run_report
+from mmcpd.engine.build import build_dense
 from mmcpd.engine.class_scores import Boxes, confusion, overlaps, precisions
 from mmcpd.engine.course import course
 from mmcpd.engine.drawings import as_picture
-from mmcpd.engine.predicted import Classifying, Detecting, Segmenting
+from mmcpd.engine.predicted import Classifying, Detecting, Segmenting, compare_predictions
+from tests.helpers import on_two_processes
 
 torch.set_num_threads(1)
 SEEN: list[tuple[int, dict[str, float]]] = []
@@ -103,6 +105,18 @@ def test_the_class_table_agrees_with_the_metric(run, tmp_path):
     for model in ('dense', 'slim'):
         right = sum(each['count'] * (each[model] or 0) for each in report['predictions']['classes']) / 48
         assert right == pytest.approx(top1[model], abs=1e-3)
+
+
+def on_the_main_process(rank, folder):
+    if rank == 0:
+        model = build_dense(config(folder)).eval()
+        counts = [each.count for each in compare_predictions(model, model, config(folder)).classes]
+        (folder / 'counted').write_text(str(sum(counts)))
+
+
+def test_one_of_two_processes_compares_all_pictures_and_waits_for_nobody(tmp_path):
+    on_two_processes(on_the_main_process, tmp_path)
+    assert (tmp_path / 'counted').read_text() == '48'
 
 
 def test_latency_that_deploy_measured_is_shown(run):
