@@ -1,4 +1,5 @@
-# SeaFormer-L on ADE20K to 80 % of its parameters: 80,000 iterations of pruning and fine-tuning. For 8 GPUs x 2:
+# SeaFormer-L on ADE20K to 80 % of its units, as the paper's released code counts: 80,000 iterations of pruning and
+# fine-tuning. For 8 GPUs x 2:
 #     tools/dist_train.sh configs/cpd/seaformer_prune_ade20k.py 8 --cfg-options load_from=SeaFormer_L.pth
 # OpenMMLab publishes no SeaFormer: download the ADE20K checkpoint of SeaFormer-L from the authors' repository, whose
 # names of weights are ours, and give its path as load_from.
@@ -13,7 +14,7 @@ load_from = 'data/seaformer_l_ade20k.pth'
 model = dict(_delete_=True, type='mmcpd.Distiller', student=_base_.model, losses=[dict(type='mmcpd.CWDLoss')])
 
 default_hooks = dict(
-    prune=dict(type='mmcpd.PruneHook', target=dict(params=0.8), begin=0, end=0.5, interval=50),
+    prune=dict(type='mmcpd.PruneHook', target=dict(units=0.8), begin=0, end=0.5, interval=50),
     checkpoint=dict(interval=2000, max_keep_ckpts=3),
 )
 

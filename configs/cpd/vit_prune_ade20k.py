@@ -1,6 +1,6 @@
-# DeiT-S with UPerNet on ADE20K, from OpenMMLab's checkpoint (42.96 mIoU) to 60 % of its parameters: 80,000 iterations
-# of pruning and fine-tuning in one schedule, with the rate and the intervals of the paper's released configs. For
-# 4 GPUs x 2:
+# DeiT-S with UPerNet on ADE20K, from OpenMMLab's checkpoint (42.96 mIoU) to 60 % of its units, as the paper's released
+# code counts: 80,000 iterations of pruning and fine-tuning in one schedule, with the rate and the intervals of its
+# configs. For 4 GPUs x 2:
 #     tools/dist_train.sh configs/cpd/vit_prune_ade20k.py 4
 # ADE20K is looked for in data/ade/ADEChallengeData2016/{images,annotations}/{training,validation}.
 _base_ = 'mmseg::vit/vit_deit-s16_upernet_8xb2-80k_ade20k-512x512.py'
@@ -13,7 +13,7 @@ _base_.model.update(pretrained=None, auxiliary_head=None)
 model = dict(_delete_=True, type='mmcpd.Distiller', student=_base_.model, losses=[dict(type='mmcpd.CWDLoss')])
 
 default_hooks = dict(
-    prune=dict(type='mmcpd.PruneHook', target=dict(params=0.6), begin=0, end=0.5, interval=50),
+    prune=dict(type='mmcpd.PruneHook', target=dict(units=0.6), begin=0, end=0.5, interval=50),
     checkpoint=dict(interval=2000, max_keep_ckpts=3),
 )
 
