@@ -199,7 +199,15 @@ def reopen(family: Family, how: str, file: Path) -> None:
 
 
 def rebuilt(family: Family, saved: Row) -> nn.Module:
-    """Build the dense model anew, and give it the structure and the values of the slim one."""
-    model = restructure_(family.net().to(saved['dtype']), saved['plan'])
-    model.load_state_dict(saved['state'])
+    """Build the dense model anew, and give it the structure and the values of the slim one.
+
+    Raises:
+        RuntimeError: other keys are missing than the dense model misses in its own state dict.
+    """
+    dense = family.net().to(saved['dtype'])
+    recomputed = dense.load_state_dict(dense.state_dict(), strict=False)  # some drop buffers that they compute
+    model = restructure_(dense, saved['plan'])
+    loaded = model.load_state_dict(saved['state'], strict=False)
+    if loaded != recomputed:
+        raise RuntimeError(f'missing and unexpected keys: {loaded}, of the dense model: {recomputed}')
     return model
