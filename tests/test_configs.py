@@ -64,8 +64,18 @@ def nowhere(monkeypatch, tmp_path):
     monkeypatch.setattr('socket.socket.connect', refuse)
 
 
-@pytest.mark.parametrize('name', config_params(NAMES))
+@pytest.mark.parametrize('name', config_params(name for name in NAMES if name not in FULL_SCALE))
 def test_it_builds_and_combs_and_its_target_is_within_reach(nowhere, name):
+    builds_combs_and_reaches(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', config_params(FULL_SCALE))
+def test_a_full_scale_one_does_so_too(nowhere, name):
+    builds_combs_and_reaches(name)
+
+
+def builds_combs_and_reaches(name: str) -> None:
     hook, model, coupling = combed(name)
     cfg = read(name)
     teacher = cfg.model.get('teacher', 'self')
