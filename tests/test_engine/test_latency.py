@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 from torch import nn
 
 import mmcpd.deploy
@@ -128,9 +129,10 @@ def test_a_model_that_does_not_run_on_pictures_alone_is_refused_in_one_line():
     assert '\n' not in str(error.value)
 
 
-def test_a_file_that_cannot_be_measured_in_the_end_is_said(clock, monkeypatch):
+@pytest.mark.parametrize('kind', [DeployError, OSError, Fail])  # the exporter's, the disk's, ONNX Runtime's
+def test_a_file_that_cannot_be_measured_in_the_end_is_said(clock, monkeypatch, kind):
     def fail(*_, **__):
-        raise DeployError('torch cannot export it')
+        raise kind('torch cannot export it')
 
     monkeypatch.setattr(mmcpd.deploy, 'promise_of', fail)
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 1)).eval()
