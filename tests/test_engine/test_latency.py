@@ -11,6 +11,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 from torch import nn
 
 import mmcpd.deploy
+from mmcpd.cli.comb_page import comb_page
 from mmcpd.comb import comb
 from mmcpd.deploy import DeployError, Promise, layer_times, timed
 from mmcpd.engine.hooks import PruneHook
@@ -156,5 +157,8 @@ def test_a_preview_says_what_latency_is_predicted(clock):
     assert f'predicted latency: {found.left["latency"]:.1%} of the dense model' in str(found)
     assert 0.4 < found.left['latency'] <= 0.7 and 'layers take' in said[0]
     assert all(width.kept % 8 == 0 or width.kept == 4 for width in found.layers)
+    share = f'<b>{found.left["latency"]:.1%}</b> latency remains (predicted)'
+    assert share in comb_page('toy', known, found, None, '')
     plain = preview(coupling, scored, {'macs': 0.7}, floors)
+    assert 'latency remains' not in comb_page('toy', coupling, plain, None, '')
     assert 'latency' not in str(plain) and LatencyTarget({'macs': 0.5}).give(model, coupling, said.append) is coupling
