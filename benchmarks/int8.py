@@ -21,6 +21,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from mmcpd.files import write_json
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / 'benchmarks' / 'results' / 'int8.json'
 
@@ -115,7 +117,7 @@ def main() -> None:
     if args.row:
         results[Path(args.row[0]).stem] = measure(args)
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(results, indent=2) + '\n')
+        write_json(args.out, results)
     print(table(results))
 
 

@@ -29,7 +29,8 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and end the process with its exit status: 0, 1 on an error, 2 on wrong usage, 130 on Ctrl-C.
 
-    4: training is done, but its slim model could not be proved to be what was trained.
+    3: the slim model is written, and did not reach its target. 4: training is done, but its slim model could not be
+    proved to be what was trained.
 
     Args:
         arguments: The command's name and its arguments; None: those of the command line.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, partial
+from math import inf
 
 import numpy as np
 from scipy.sparse import csr_array
@@ -77,7 +78,12 @@ class StepTable:
     def __post_init__(self) -> None:
         shape = [len(grid.points) for grid in self.grids]
         ascending = all(grid.step > 0 and list(grid.points) == sorted({*grid.points}) for grid in self.grids)
-        if not ascending or 0 in shape or len(self.times) != np.prod(shape) or min(self.times) < 0:
+        if (
+            not ascending
+            or 0 in shape
+            or len(self.times) != np.prod(shape)
+            or not all(0 <= t < inf for t in self.times)
+        ):
             raise ValueError(f'a table of {len(self.times)} times does not fit a grid of {shape} ascending widths')
 
     def __call__(self, widths: tuple[int, ...]) -> float:

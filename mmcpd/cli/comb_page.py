@@ -8,6 +8,7 @@ from mmcpd.coupling import Coupling
 from mmcpd.engine.preview import Preview
 from mmcpd.engine.report import ROWS
 from mmcpd.engine.sensitivity import Sensitivity
+from mmcpd.prune import LATENCY
 from mmcpd.report.html import HEAD, STYLE, table
 
 WIDE, HIGH, EDGE = 150, 44, 4  # of a chart, and its margin, in pixels
@@ -30,12 +31,12 @@ def comb_page(title: str, coupling: Coupling, ahead: Preview | None, found: Sens
             (f'{name} remain ({ahead.slim[key] / unit:,.2f}{sign})', f'{ahead.slim[key] / ahead.dense[key]:.1%}')
             for key, (name, unit, sign) in ROWS.items()
         ]
+        facts += [('latency remains (predicted)', f'{ahead.left[LATENCY]:.1%}')] if LATENCY in ahead.left else []
     parts = [f'<h1>{escape(title)}</h1>', f'<p>{escape(coupling.summary())}</p>', '<ul class="facts">']
     parts += [f'<li><b>{escape(value)}</b> {escape(name)}</li>' for name, value in facts]
     parts += ['</ul>', *([f'<p>{escape(latency)}</p>'] if latency else [])]
     if ahead is not None:
-        target = ' and '.join(f'{name}={share:g}' for name, share in ahead.target.items())
-        by = f'Target {target}; units chosen by {ahead.scored.importance} ({ahead.scored.why}).'
+        by = f'Target {ahead.goal}; units chosen by {ahead.scored.importance} ({ahead.scored.why}).'
         parts += [f'<h2>Widths by layer</h2><p class="soft">{escape(by)}</p>', _widths(ahead)]
     parts += ['<h2>Groups</h2>', table([[escape(cell) for cell in row] for row in coupling.table()])]
     if found is not None:

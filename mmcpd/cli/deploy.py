@@ -136,7 +136,7 @@ def main(args: argparse.Namespace) -> None:
     check_options(args)
     out = args.out or Path(args.checkpoint).parent
     folder, name = (out.parent, out.stem) if out.suffix == '.onnx' else (out, 'slim')
-    if name == 'dense':
+    if name in ('dense', 'dense-int8'):
         raise UserError(f'--out: {out} is where the dense model goes; choose another name')
     check_folder(folder, '--out')
     slim = load_slim(cfg, args.checkpoint)

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from mmcpd.cli.checks import check_hooks
 from mmcpd.cli.configs import read_config
 from mmcpd.cli.curve import write_curve
-from mmcpd.cli.request import Request, Target, add_options, read_request
+from mmcpd.cli.request import Request, Target, add_options, name_of, read_request
 from mmcpd.cli.stages import Stages
 from mmcpd.compat import require
 from mmcpd.coupling import Coupling
@@ -91,7 +91,7 @@ def main(args: argparse.Namespace) -> None:
     facts, scores = [dense.facts], None
     ends: dict[Path, dict[str, Any]] = {}
     for target in request.targets:
-        stages, name = Stages(), '_'.join(f'{quantity}-{share:g}' for quantity, share in target.items())
+        stages, name = Stages(), name_of(target)
         pruned = prune_at_once(
             dense.model, dense.coupling, dense.batches, target, scores=scores, refit=request.refit,
             absorb=request.distill > 0, seed=request.seed, progress=stages.progress, **request.choice,

@@ -12,7 +12,6 @@ Example:
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,8 +22,9 @@ from mmcpd.cli.common import UserError
 from mmcpd.cli.configs import read_config
 from mmcpd.cli.stages import Stages
 from mmcpd.engine.predicted import PICTURES
-from mmcpd.engine.run_report import PAGE, SLIM, Run, write_run_report
-from mmcpd.files import whole
+from mmcpd.engine.run_folder import SLIM, Run
+from mmcpd.engine.run_report import PAGE, write_run_report
+from mmcpd.files import write_json
 
 SUBJECT = 'work_dir'
 SUBJECT_HELP = 'folder of the run'
@@ -52,8 +52,7 @@ def main(args: argparse.Namespace) -> None:
     with stages('compare predictions', 'pictures') as progress:
         report = write_run_report(Run.of(folder, cfg), pictures=args.pictures, device=args.device, progress=progress)
     if args.json:
-        with whole(Path(args.json)) as unfinished:
-            unfinished.write_text(json.dumps(asdict(report)), encoding='utf-8')
+        write_json(Path(args.json), asdict(report))
     print(f'wrote {folder / PAGE}')
 
 

@@ -136,7 +136,20 @@ def _targets(args: argparse.Namespace, hook: Mapping[str, Any]) -> tuple[Target,
     targets = targets or [dict(hook['target'])]
     for target in targets:
         Schedule(target)  # refuses what makes no sense
+    names = [name_of(target) for target in targets]
+    if again := next((name for name in names if names.count(name) > 1), ''):
+        raise UserError(f'--target: {again} is there twice')
     return tuple(targets)
+
+
+def name_of(target: Target) -> str:
+    """Return what the folder and the row of a target are called, where there are several.
+
+    Example:
+        >>> name_of({'macs': 0.5, 'params': 0.6})
+        'macs-0.5_params-0.6'
+    """
+    return '_'.join(f'{quantity}-{share:g}' for quantity, share in target.items())
 
 
 def _choice(hook: Mapping[str, Any]) -> dict[str, Any]:

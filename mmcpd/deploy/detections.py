@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mmcpd.deploy.onnx import TOLERANCE, feed, open_session
-from mmcpd.deploy.parity import Parity
+from mmcpd.deploy.parity import RUN_ERRORS, Parity
 from mmcpd.modes import modes_kept
 
 # What a model predicts of pictures: of each its boxes (M, 4), scores (M,) and labels (M,).
@@ -25,7 +25,7 @@ def check_detections(
 
     The file's outputs are boxes (N, K, 4), scores (N, K) and labels (N, K), below 0 where there is no detection. The
     difference of two detections is that of their scores, or of their boxes in parts of the picture's longer side; it is
-    infinite where the file has more or fewer detections, or other labels.
+    infinite where the file has more or fewer detections, other labels or numbers that are not finite, or does not run.
 
     Example:
         >>> from mmcpd.deploy import export_onnx
@@ -42,10 +42,14 @@ def check_detections(
     for pictures in batches:
         with modes_kept(model), torch.no_grad():
             expected = predict(model.eval(), pictures)
-        got = [tuple(part) for part in zip(*session.run(None, feed(session, pictures)), strict=True)]
+        number += sum(len(scores) for _, scores, _ in expected)
+        try:
+            got = [tuple(part) for part in zip(*session.run(None, feed(session, pictures)), strict=True)]
+        except RUN_ERRORS:
+            worst.append(float('inf'))
+            continue
         longer = max(pictures.shape[-2:])
         worst.append(max(_difference(ours, found, longer) for ours, found in zip(expected, got, strict=True)))
-        number += sum(len(scores) for _, scores, _ in expected)
     if number == 0:
         logging.getLogger('mmcpd').warning(f'{path}: no picture has a detection, so none were compared')
     largest = max(worst)
@@ -61,7 +65,7 @@ def _difference(ours: tuple[Tensor, ...], found: tuple[np.ndarray, ...], longer:
         return float('inf')
     apart = np.abs(boxes[:, None] - theirs[0]).max(2, initial=0.0) / longer  # (ours, theirs)
     apart = np.maximum(apart, np.abs(scores[:, None] - theirs[1]))
-    apart[labels[:, None] != theirs[2]] = float('inf')
+    apart[np.isnan(apart) | (labels[:, None] != theirs[2])] = float('inf')
     largest = 0.0
     for row in apart:
         nearest = int(row.argmin())

@@ -63,7 +63,7 @@ class Export:
             if not self.dynamic_batch:
                 raise
             size = _size(batches[0])
-            batches, how = [_first(batch, size) for batch in batches], replace(self, dynamic_batch=False)
+            batches, how = [_rows(batch, 0, size) for batch in batches], replace(self, dynamic_batch=False)
             try:
                 parity = how._attempt(model, path, batches)
             except DeployError as fixed:
@@ -73,11 +73,25 @@ class Export:
         if self.calibration:
             small = path.with_name(f'{name}-int8.onnx')
             with self.waiting(f'quantising {name}'):
-                fed = [part for batch in self.calibration for part in _pieces(batch, size)]
-                quantize(path, small, fed)
+                quantize(path, small, self._calibration(name, size))
                 parity = self.check(small, model, batches, self.forward)
             made.append(Exported(small.stem, small.name, small.stat().st_size, params, parity, size))
         return made
+
+    def _calibration(self, name: str, size: int | None) -> list[Inputs]:
+        """Return the batches to calibrate on, of the size that a file is fixed to.
+
+        Raises:
+            DeployError: there are fewer pictures than that.
+        """
+        pieces = _pieces(self.calibration, size)
+        if not pieces:
+            number = sum(map(_size, self.calibration))
+            raise DeployError(
+                f'{name}: {number} pictures to calibrate on are less than a batch of {size}, to which the file is '
+                'fixed: give more (--calibrate), or a smaller batch'
+            )
+        return pieces
 
     def _other_pictures(self, model: nn.Module, batch: Inputs) -> Inputs:
         """Return larger pictures than those of a batch.
@@ -137,28 +151,35 @@ class Export:
 
 
 def _named(batch: Inputs) -> str:
-    first = batch if isinstance(batch, Tensor) else batch[0]
-    return f'batch of {len(first)}'
+    return f'batch of {_size(batch)}'
 
 
 def _size(batch: Inputs) -> int:
-    return len(batch if isinstance(batch, Tensor) else batch[0])
+    return len(as_tuple(batch)[0])
 
 
-def _first(batch: Inputs, size: int) -> Inputs:
-    """Return the first samples of a batch."""
-    return batch[:size] if isinstance(batch, Tensor) else tuple(x[:size] for x in batch)
+def _rows(batch: Inputs, start: int, end: int) -> Inputs:
+    """Return some samples of a batch."""
+    return batch[start:end] if isinstance(batch, Tensor) else tuple(x[start:end] for x in batch)
 
 
-def _pieces(batch: Inputs, size: int | None) -> list[Inputs]:
-    """Return a batch in pieces of the size that a file is fixed to, without the rest."""
+def _pieces(batches: Sequence[Inputs], size: int | None) -> list[Inputs]:
+    """Return batches in pieces of the size that a file is fixed to, across their ends, without the last rest."""
     if size is None:
-        return [batch]
-    starts = range(0, _size(batch) - size + 1, size)
-    return [
-        batch[start : start + size] if isinstance(batch, Tensor) else tuple(x[start : start + size] for x in batch)
-        for start in starts
-    ]
+        return list(batches)
+    pieces: list[Inputs] = []
+    rest: Inputs = ()
+    for batch in batches:
+        rest = _joined(rest, batch) if len(as_tuple(rest)) and _size(rest) else batch
+        end = _size(rest) // size * size
+        pieces += [_rows(rest, start, start + size) for start in range(0, end, size)]
+        rest = _rows(rest, end, _size(rest))
+    return pieces
+
+
+def _joined(one: Inputs, other: Inputs) -> Inputs:
+    parts = tuple(torch.cat(pair) for pair in zip(as_tuple(one), as_tuple(other), strict=True))
+    return parts[0] if isinstance(other, Tensor) else parts
 
 
 def _of_another_size(batch: Inputs) -> Inputs:

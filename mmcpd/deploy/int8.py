@@ -14,7 +14,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from mmcpd.deploy.metadata import read_metadata, write_metadata
 from mmcpd.deploy.onnx import Inputs, as_tuple, feed, open_session, quiet
 from mmcpd.errors import DeployError, first_line
-from mmcpd.files import whole
+from mmcpd.files import whole, why_unwritten
 
 # Softmax, norms and what chooses the class stay in float32: eight bits cost them accuracy and save no time.
 QUANTIZED = (
@@ -69,6 +69,8 @@ def quantize(path: str | os.PathLike, out: str | os.PathLike, batches: Sequence[
                 weight_type=QuantType.QInt8,
             )
         except Exception as error:  # it raises errors of many unrelated kinds
+            if isinstance(error, OSError | RuntimeError) and why_unwritten(error) is not None:
+                raise  # which is about the disk
             raise DeployError(f'{path}: ONNX Runtime cannot quantise it: {first_line(error)}') from error
         write_metadata(
             unfinished, {**read_metadata(path), 'int8': {'pictures': sum(len(as_tuple(batch)[0]) for batch in batches)}}

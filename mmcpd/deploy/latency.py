@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -97,6 +99,14 @@ def usable_cores() -> int:
     """Return how many cores this process may run on."""
     affinity = getattr(os, 'sched_getaffinity', None)  # Linux only
     return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def cpu_name() -> str:
+    """Return the processor's name, as far as the system tells it."""
+    info = Path('/proc/cpuinfo')
+    lines = info.read_text(encoding='utf-8', errors='replace').splitlines() if info.is_file() else []
+    names = (line.partition(':')[2].strip() for line in lines if line.startswith('model name'))
+    return next(names, platform.processor() or platform.machine())
 
 
 def _summaries(names: list[str], times: np.ndarray, threads: int) -> list[Latency]:

@@ -115,7 +115,8 @@ def default_exporter(opset: int) -> Exporter:
 def drawing_nodes(path: str | os.PathLike) -> list[str]:
     """Return the operators of an ONNX file that draw random numbers, each once."""
     written = onnx.load(path)
-    nodes = [*written.graph.node, *(node for function in written.functions for node in function.node)]
+    parts = (*_graphs(written.graph), *(each for function in written.functions for each in _graphs(function)))
+    nodes = [node for part in parts for node in part.node]
     return sorted({node.op_type for node in nodes if node.op_type.startswith(RANDOM)})
 
 
@@ -191,10 +192,18 @@ def _export(
 def _without_traces(path: Path) -> None:
     """Take out what torch's exporter notes on nodes and values: source files of this machine, some 2 kB a node."""
     written = onnx.load(path)
-    for part in (written.graph, *written.functions):
+    for part in (*_graphs(written.graph), *(each for function in written.functions for each in _graphs(function))):
         for each in (*part.node, *part.value_info):
             del each.metadata_props[:]
     onnx.save(written, path)
+
+
+def _graphs(part: Any) -> Iterator[Any]:
+    """Yield a graph or function, and the graphs inside its nodes, as the branches of an If."""
+    yield part
+    for attribute in (attribute for node in part.node for attribute in node.attribute):
+        for inner in (*([attribute.g] if attribute.HasField('g') else ()), *attribute.graphs):
+            yield from _graphs(inner)
 
 
 def _check(unfinished: Path, path: Path, opset: int) -> None:

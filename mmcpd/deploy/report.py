@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mmcpd.deploy.exported import Check, Export, Exported, Waiting
-from mmcpd.deploy.latency import Latency, Progress, measure_latency, usable_cores
+from mmcpd.deploy.latency import Latency, Progress, cpu_name, measure_latency, usable_cores
 from mmcpd.deploy.onnx import NEW_EXPORTER, Exporter, Forward, Inputs, default_exporter
 from mmcpd.deploy.parity import SAME, check_parity
 from mmcpd.files import write_json
@@ -146,14 +146,6 @@ def environment() -> dict[str, Any]:
         'system': f'{platform.system()} {platform.machine()}',
         'date': datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'),
     }
-
-
-def cpu_name() -> str:
-    """Return the processor's name, as far as the system tells it."""
-    info = Path('/proc/cpuinfo')
-    lines = info.read_text(encoding='utf-8', errors='replace').splitlines() if info.is_file() else []
-    names = (line.split(':', 1)[1].strip() for line in lines if line.startswith('model name'))
-    return next(names, platform.processor() or platform.machine())
 
 
 def _circumstances(facts: Mapping[str, Any], latency: tuple[Latency, ...]) -> str:

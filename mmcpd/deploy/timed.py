@@ -141,8 +141,8 @@ def in_words(model: nn.Module, coupling: Coupling, times: Times) -> str:
     seen = layers_of(model, coupling)
     left = [each for each in seen if each.layer.key not in times.tables]
     dense = times.dense[_name(model, seen)]
-    alone = sum(times.tables[each.layer.key](each.layer.widths) for each in seen if each not in left)
-    line = f'latency: {dense:.2f} ms dense on {times.machine}; {len(seen) - len(left)} layers take {alone:.2f} ms'
+    timed = sum(times.tables[each.layer.key](each.layer.widths) for each in seen if each not in left)
+    line = f'latency: {dense:.2f} ms dense on {times.machine}; {len(seen) - len(left)} layers take {timed:.2f} ms'
     share = sum(each.macs for each in left) / max(1, sum(each.macs for each in seen))
     missing = f'; {len(left)} layers ({share:.1%} of their MACs) were not timed, the time limit was reached'
     return line + (missing if left else '')

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
-import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,8 +15,9 @@ from typing import Any
 import onnxruntime
 
 from mmcpd.cost import StepTable, WidthGrid
-from mmcpd.deploy.latency import usable_cores
-from mmcpd.files import WriteError, write_json
+from mmcpd.deploy.latency import cpu_name, usable_cores
+from mmcpd.errors import first_line
+from mmcpd.files import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ class Machine:
     @classmethod
     def here(cls, threads: int) -> Machine:
         """Return this machine, with so many threads."""
-        return cls(_cpu(), usable_cores(), onnxruntime.__version__, threads)
+        return cls(cpu_name(), usable_cores(), onnxruntime.__version__, threads)
 
     def __str__(self) -> str:
         return f'{self.cpu}, {self.threads} of {self.cores} cores, ONNX Runtime {self.onnxruntime}'
@@ -74,6 +75,8 @@ class Times:
             content: Any = plain
             machine = Machine(**content['machine'])
             dense = {str(name): float(ms) for name, ms in content['dense'].items()}
+            if not all(0 < ms < math.inf for ms in dense.values()):
+                raise ValueError('a model takes no time')
             tables = {str(key): _table(each) for key, each in content['tables'].items()}
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f'no times of layers of this mmcpd: {type(error).__name__}: {error}') from error
@@ -105,7 +108,7 @@ def remembered(machine: Machine, folder: Path) -> Times:
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as error:
-        logger.warning('%s cannot be used (%s): layers are timed anew', path, str(error).splitlines()[0])
+        logger.warning('%s cannot be used (%s): layers are timed anew', path, first_line(error))
     return Times(machine)
 
 
@@ -116,7 +119,7 @@ def remember(times: Times, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(_path(times.machine, folder), both.plain())
-    except (WriteError, OSError) as error:
+    except OSError as error:
         logger.warning('the times of layers are not remembered: %s', error)
 
 
@@ -127,13 +130,3 @@ def _path(machine: Machine, folder: Path) -> Path:
 def _table(plain: Any) -> StepTable:
     grids = tuple(WidthGrid(tuple(map(int, grid['points'])), int(grid['step'])) for grid in plain['grids'])
     return StepTable(grids, tuple(map(float, plain['times'])))
-
-
-def _cpu() -> str:
-    """Return the processor's name."""
-    try:
-        lines = Path('/proc/cpuinfo').read_text(encoding='utf-8').splitlines()
-    except OSError:
-        lines = []
-    named = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
-    return (named or [platform.processor() or platform.machine()])[0]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from ..errors import first_line
 from ..names import near
 from ..nested import tensors_in
 from .forwards import Call, watching
@@ -142,7 +145,7 @@ class Taps:
     def run(self, *inputs: Any, outputs: Mapping[str, int] | None = None, **kwargs: Any) -> dict[str, list[Tensor]]:
         """Run the model, and return what the taps saw; with the number of `outputs` of each no further than to these.
 
-        What fails after all taps have seen something ends the run.
+        What fails after all taps have seen something ends the run, with a warning; being out of memory never does.
 
         Raises:
             ValueError: If the forward never called a tap's module.
@@ -151,9 +154,14 @@ class Taps:
         try:
             with suppress(Reached), self:
                 self.model(*inputs, **kwargs)
-        except Exception:
-            if self.seen.keys() < self.taps.keys():
+        except Exception as error:
+            if self.seen.keys() < self.taps.keys() or isinstance(error, torch.cuda.OutOfMemoryError):
                 raise
+            counts = ', '.join(f'{name} (x{len(seen)})' for name, seen in self.seen.items())
+            logging.getLogger('mmcpd').warning(
+                f'{type(self.model).__name__} fails after its taps {counts}, what they have seen is taken: '
+                f'{type(error).__name__}: {first_line(error)}'
+            )
         finally:
             self.stop_at = {}
         return {name: self[name] for name in self.taps}

@@ -68,9 +68,9 @@ class Boxes:
 
     def of(self, label: int) -> Boxes:
         """Return those of one class, the surest first."""
-        mine = np.flatnonzero(self.labels == label)
-        mine = mine[np.argsort(-self.scores[mine], kind='stable')]
-        return Boxes(self.corners[mine], self.labels[mine], self.scores[mine])
+        places = np.flatnonzero(self.labels == label)
+        places = places[np.argsort(-self.scores[places], kind='stable')]
+        return Boxes(self.corners[places], self.labels[places], self.scores[places])
 
 
 def precisions(truth: Sequence[Boxes], found: Sequence[Boxes], classes: int) -> ByClass:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,14 +60,14 @@ def _values(file: Path) -> dict[str, dict[int, float]]:
         is_training = 'iter' in line
         step = int(line['iter']) if is_training else step or int(line.get('step', 0))
         for name, value in line.items():
-            if isinstance(value, int | float) and name not in ('iter', 'step', 'epoch'):
+            if isinstance(value, int | float) and math.isfinite(value) and name not in ('iter', 'step', 'epoch'):
                 found.setdefault(name, {})[step] = float(value)
     return found
 
 
 def _lines(file: Path) -> Iterator[dict[str, float]]:
     """Yield the records of a file; the last line of a run that was killed may be half a line."""
-    for line in file.read_text(encoding='utf-8').splitlines():
+    for line in file.read_text(encoding='utf-8', errors='replace').splitlines():
         try:
             record = json.loads(line)
         except ValueError:

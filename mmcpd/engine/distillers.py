@@ -191,13 +191,20 @@ class Distiller(StudentWrapper):
             terms = []
             for pair in several:
                 if len(several) == 1 or pair.tap in taps.seen:  # else no sample has a label of that head
-                    self._numbers[pair.tap] = len(taps[pair.tap])
+                    self._count(pair.tap, len(taps[pair.tap]), len(taught[pair.teacher_tap]))
                     for ours, theirs in zip(taps[pair.tap], taught[pair.teacher_tap], strict=False):
                         same = same_samples(theirs, pair.tap, len(ours), data_samples)
                         terms.append(pair.compare(ours, same, *labels))
             none = next(self.student.parameters()).sum() * 0
             losses[f'loss_distill_{name}'] = torch.stack(terms).sum() if terms else none
         return losses
+
+    def _count(self, tap: str, ours: int, theirs: int) -> None:
+        """Note how many outputs a tap has, and warn once where the teacher has another number of them."""
+        if ours != theirs and tap not in self._numbers:
+            line = f'tap {tap!r}: the student has {ours} outputs, the teacher {theirs}; the first of each are compared'
+            print_log(line, logger='current', level=logging.WARNING)
+        self._numbers[tap] = ours
 
     def _taps(self, of_teacher: bool = False) -> set[str]:
         pairs = (pair for several in self._comparisons.values() for pair in several)

@@ -47,6 +47,16 @@ def colours(classes: int) -> np.ndarray:
     return np.asarray(Image.fromarray(hsv[None], 'HSV').convert('RGB'))[0]
 
 
+def class_name(names: Sequence[str], label: int) -> str:
+    """Return the name of a class, its number where a model has more classes than the data set has names.
+
+    Example:
+        >>> class_name(['cat', 'dog'], 1), class_name(['cat', 'dog'], 7)
+        ('dog', '7')
+    """
+    return names[label] if 0 <= label < len(names) else str(label)
+
+
 def hexadecimal(palette: np.ndarray) -> list[str]:
     """Return colours `(n, 3)` as a page names them.
 
@@ -84,7 +94,7 @@ def boxed(picture: np.ndarray, boxes: Boxes, names: Sequence[str], palette: np.n
         if score >= SURE and right >= left and bottom >= top:
             colour = tuple(int(value) for value in palette[int(label) % len(palette)])
             draw.rectangle((left, top, right, bottom), outline=colour, width=max(1, max(image.size) // 160))
-            draw.text((left + 2, top + 1), names[int(label)], fill=colour)
+            draw.text((left + 2, top + 1), class_name(names, int(label)), fill=colour)
     return np.asarray(image)
 
 

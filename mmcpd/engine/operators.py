@@ -221,9 +221,9 @@ class StandIn(ModuleType):
     def __init__(self, compiled: ModuleType | None = None, cause: str = '') -> None:
         super().__init__(NAME)
         self.__spec__ = ModuleSpec(NAME, None, origin=__name__)
-        self.compiled, self.cause, self.told = compiled, cause, False
+        self.compiled, self.cause, self.announced = compiled, cause, False
         for name, function in OPERATORS.items():
-            setattr(self, name, self._telling(function) if compiled is None else function)
+            setattr(self, name, self._announcing(function) if compiled is None else function)
 
     def __getattr__(self, name: str) -> Operator:
         if name.startswith('__'):
@@ -236,15 +236,15 @@ class StandIn(ModuleType):
 
         return unavailable
 
-    def _telling(self, function: Operator) -> Operator:
+    def _announcing(self, function: Operator) -> Operator:
         @wraps(function)
-        def told(*args: object, **options: object) -> Tensor | None:
-            if not self.told:
-                self.told = True
+        def announcing(*args: object, **options: object) -> Tensor | None:
+            if not self.announced:
+                self.announced = True
                 print_log(f'{self.cause}: torchvision computes nms, pooling of regions and the like', 'current')
             return function(*args, **options)
 
-        return told
+        return announcing
 
 
 def vision() -> Any:

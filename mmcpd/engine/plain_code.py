@@ -204,9 +204,16 @@ def _attributes(small: nn.Module, changed: Mapping[str, Mapping[str, Any]]) -> d
     found = {path: {name: vars(small.get_submodule(path))[name] for name in names} for path, names in changed.items()}
     for path, values in found.items():
         for name, value in values.items():
-            if ast.literal_eval(repr(value)) != value:
+            if not _is_literal(value):
                 raise SlimError(f'{path}.{name} is {value!r}, which cannot be written as a plain value')
     return found
+
+
+def _is_literal(value: Any) -> bool:
+    try:
+        return bool(ast.literal_eval(repr(value)) == value)
+    except (ValueError, SyntaxError):  # as of a torch.Size
+        return False
 
 
 def _replacements() -> list[str]:
@@ -216,11 +223,10 @@ def _replacements() -> list[str]:
 
 def _rewritten(small: nn.Module, rewritten: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """Return the sources of the subclasses, one for each class and sizes, and the lines that put them in place."""
-    names: dict[tuple[Any, ...], str] = {}
+    names: dict[tuple[type, tuple[Any, ...]], str] = {}
     sources, lines = [], []
     for path, entries in rewritten.items():
-        kind = type(small.get_submodule(path)).__bases__[0]
-        key = kind, tuple(map(tuple, entries))
+        kind, _ = key = _key(small, path, entries)
         if key not in names:
             names[key] = f'slim_{kind.__name__.lower()}_{len(names)}'
             sources.append(subclass_source(kind, [Rewrite(*entry) for entry in entries], names[key]))
@@ -231,7 +237,7 @@ def _rewritten(small: nn.Module, rewritten: Mapping[str, Any]) -> tuple[list[str
     return sources, lines
 
 
-def _key(small: nn.Module, path: str, entries: Any) -> tuple[Any, ...]:
+def _key(small: nn.Module, path: str, entries: Any) -> tuple[type, tuple[Any, ...]]:
     return type(small.get_submodule(path)).__bases__[0], tuple(map(tuple, entries))
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, SequentialSampler
 
 from mmcpd.engine.class_scores import Boxes, ByClass, accuracies, confusion, overlaps, precisions
-from mmcpd.engine.drawings import as_picture, boxed, colours, enlarged, hexadecimal, veiled, view
+from mmcpd.engine.drawings import as_picture, boxed, class_name, colours, enlarged, hexadecimal, veiled, view
 from mmcpd.engine.evaluate import SPLITS
 from mmcpd.report.data import ClassScore, Picture, Predictions, View
 from mmcpd.slim.compare import evaluating
@@ -60,8 +60,8 @@ class Classifying:
 
     def draw(self, picture: np.ndarray, names: Sequence[str], dense: Any, slim: Any) -> list[View]:
         called = {'label': dense.gt_label, 'dense': dense.pred_label, 'slim': slim.pred_label}
-        said = ', '.join(f'{who}: {names[int(label)]}' for who, label in called.items())
-        return [view(said, enlarged(picture)[0])]
+        words = ', '.join(f'{who}: {class_name(names, int(label))}' for who, label in called.items())
+        return [view(words, enlarged(picture)[0])]
 
 
 class Segmenting:
@@ -106,9 +106,10 @@ class Detecting:
 
     @staticmethod
     def suits(sample: Any) -> bool:
-        """Say whether a sample of testing has labelled and predicted boxes."""
+        """Say whether a sample of testing has labelled and predicted boxes: upright ones, with classes."""
         parts = [getattr(sample, name, None) for name in ('gt_instances', 'pred_instances')]
-        return all(part is not None and 'bboxes' in part for part in parts)
+        labelled = all(part is not None and 'bboxes' in part and 'labels' in part for part in parts)
+        return labelled and all(part.bboxes.shape[-1] == 4 for part in parts if part is not None)
 
     def add(self, dense: Any, slim: Any) -> None:
         self.truth.append(_boxes(dense.gt_instances))

@@ -56,11 +56,15 @@ class Preview:
     layers: Sequence[LayerWidth]
     scored: Scored
 
+    @property
+    def goal(self) -> str:
+        """The target in words."""
+        return ' and '.join(f'{quantity}={share:g}' for quantity, share in self.target.items())
+
     def __str__(self) -> str:
-        target = ' and '.join(f'{quantity}={share:g}' for quantity, share in self.target.items())
         rows = [('layer', 'dense', 'slim', 'slim / dense')]
         rows += [(w.layer, str(w.dense), str(w.kept), f'{w.kept / w.dense:.0%}') for w in self.layers]
-        head = f'at {target}, units chosen by {self.scored.importance} ({self.scored.why}):'
+        head = f'at {self.goal}, units chosen by {self.scored.importance} ({self.scored.why}):'
         timed = [f'predicted latency: {self.left[LATENCY]:.1%} of the dense model', ''] if LATENCY in self.left else []
         return '\n'.join([head, '', comparison(self.dense, self.slim), '', *timed, *aligned(rows)])
 

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import inspect
-import json
 import re
 import shlex
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
-from torch import nn
 
 from mmcpd.coupling import Coupling
 from mmcpd.engine.build import hook_options, prunes, type_name
-from mmcpd.engine.checkpoints import load_any, load_slim
 from mmcpd.engine.combing import comb_by_config
 from mmcpd.engine.course import course, events
 from mmcpd.engine.predicted import PICTURES, compare_predictions
 from mmcpd.engine.report import ROWS
-from mmcpd.engine.saving import loadable
-from mmcpd.engine.slim_file import read_slim
+from mmcpd.engine.run_folder import DENSE, SLIM, Models, Run, config_of, latency_of, log_of, path_in_words
 from mmcpd.engine.stage import stage_of
 from mmcpd.engine.wrappers import student_config
 from mmcpd.errors import first_line
@@ -35,57 +29,9 @@ from mmcpd.report import RunReport, card, report_page
 from mmcpd.report.data import Predictions, Quantity, Setting
 from mmcpd.report.layers import frozen_reasons, layers, streams
 
-SLIM, DENSE, PRUNED, LATENCY = 'slim.pth', 'dense.pth', 'prune.json', 'latency.json'
 PAGE, CARD = 'report.html', 'card.md'
 PREFERRED = ('mIoU', 'mAP', 'top1')  # of several metrics, the one that counts
 LOGGED = ('Python', 'PyTorch', 'TorchVision', 'OpenCV', 'MMEngine', 'GPU 0')
-
-
-@dataclass(frozen=True, eq=False)
-class Models:
-    """The two models of a run, on one device."""
-
-    dense: nn.Module
-    slim: nn.Module
-
-
-@dataclass(frozen=True, eq=False)
-class Run:
-    """What a run has left in its folder: its slim file's content, the config, and the JSON of `mmcpd prune`."""
-
-    folder: Path
-    cfg: Config
-    content: Mapping[str, Any]
-    pruned: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, folder: Path, cfg: Config) -> Run:
-        """Read a run's folder.
-
-        Raises:
-            SlimError: it has no slim.pth, or one that cannot be read.
-        """
-        file = folder / PRUNED
-        pruned = json.loads(file.read_text(encoding='utf-8')) if file.is_file() else {}
-        return cls(folder, cfg, read_slim(folder / SLIM), pruned)
-
-    @property
-    def meta(self) -> Mapping[str, Any]:
-        return self.content['meta']
-
-    def dense_file(self) -> Path | None:
-        """Return the file of the dense model's weights, None where it is not there any more."""
-        known = [self.folder / DENSE, Path(self.pruned.get('settings', {}).get('checkpoint', DENSE))]
-        return next((path for path in known if path.is_file()), None)
-
-    def models(self, device: str) -> Models | None:
-        """Load both models, None where the dense one's weights are not there."""
-        file = self.dense_file()
-        if file is None or 'model' not in self.cfg:
-            return None
-        with tempfile.TemporaryDirectory() as folder:
-            dense = load_any(self.cfg, loadable(self.cfg, file, Path(folder)))
-        return Models(dense.to(device), load_slim(self.cfg, self.folder / SLIM, device=device))
 
 
 def write_run_report(
@@ -141,7 +87,8 @@ def _compared(
     try:
         found = compare_predictions(models.dense, models.slim, run.cfg, pictures=pictures, progress=progress)
     except FileNotFoundError as error:
-        return None, f'the validation data are not there ({error})'
+        why = path_in_words(Path(error.filename)) if error.filename else first_line(error)
+        return None, f'the validation data are not there ({why})'
     return found, 'the config has no validation data with labels of pictures, pixels or boxes'
 
 
@@ -185,7 +132,7 @@ def _quantities(run: Run, coupling: Coupling | None) -> list[Quantity]:
         for key, (name, unit, sign) in ROWS.items()
         if key in dense and key in slim
     ]
-    found += _latency(run)
+    found += latency_of(run)
     tensors = _tensors(run.content)
     size = sum(value.numel() * value.element_size() for value in tensors.values())
     before = None
@@ -197,15 +144,6 @@ def _quantities(run: Run, coupling: Coupling | None) -> list[Quantity]:
     known = dense.get('metrics') or {}
     found += [Quantity(n, '', known.get(n), value, False) for n, value in (slim.get('metrics') or {}).items()]
     return found
-
-
-def _latency(run: Run) -> list[Quantity]:
-    """Return the medians of what `mmcpd deploy` measured last in the run's folder."""
-    files = sorted(run.folder.glob(f'**/{LATENCY}'), key=lambda file: file.stat().st_mtime)
-    if not files:
-        return []
-    times = {each['name']: each['median'] for each in json.loads(files[-1].read_text(encoding='utf-8'))['latency']}
-    return [Quantity('latency', 'ms', times['dense'], times['slim'])] if {'dense', 'slim'} <= times.keys() else []
 
 
 def _tensors(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -256,54 +194,48 @@ def _words(value: object) -> str:
     return 'default' if value is None else str(value)
 
 
-def _log(run: Run) -> str:
-    """Return the beginning of the log of the run's last part."""
-    files = sorted(run.folder.glob('*/*.log'))
-    return files[-1].read_text(encoding='utf-8', errors='replace')[:20_000] if files else ''
-
-
 def _versions(run: Run) -> list[Setting]:
     found = {'mmcpd': str(run.meta.get('mmcpd_version', ''))} | dict(run.pruned.get('versions', {}))
+    log = log_of(run)
     for name in LOGGED:
-        if match := re.search(rf'^ +{name}: (.+)$', _log(run), re.MULTILINE):
+        if match := re.search(rf'^ +{name}: (.+)$', log, re.MULTILINE):
             found[name] = match[1].partition('(')[0].strip()
     return [Setting(name, value) for name, value in found.items() if value]
 
 
 def _command(run: Run) -> str:
     """Return what repeats a training: its work dir has the config with all that the command line changed."""
-    files = sorted(run.folder.glob('*.py'))
-    if not files:
+    config = config_of(run)
+    if config is None:
         return ''
-    seed = re.search(r'^ +seed: (\d+)$', _log(run), re.MULTILINE)
+    seed = re.search(r'^ +seed: (\d+)$', log_of(run), re.MULTILINE)
     fixed = (run.cfg.get('randomness') or {}).get('seed') is not None
-    return shlex.join(['mmcpd', 'train', str(files[0]), *(['--seed', seed[1]] if seed and not fixed else [])])
+    return shlex.join(['mmcpd', 'train', path_in_words(config), *(['--seed', seed[1]] if seed and not fixed else [])])
 
 
 def _load(run: Run) -> str:
     """Return Python that loads the slim model where its folder is the current one."""
-    names = sorted(file.name for file in run.folder.glob('*.py'))
-    config = names[0] if names else Path(run.cfg.filename or 'config.py').name
-    return f"from mmcpd.engine import load_slim\n\nmodel = load_slim('{config}', '{SLIM}')"
+    config = config_of(run) or Path(run.cfg.filename or 'config.py')
+    return f'from mmcpd.engine import load_slim\n\nmodel = load_slim({config.name!r}, {SLIM!r})'
 
 
 def _missing(run: Run, coupling: Coupling | None, trained: bool, quantities: Sequence[Quantity], why: str) -> list[str]:
-    said = []
+    found, folder = [], path_in_words(run.folder)
     if coupling is None:
-        said.append(f'The picture of the model and its layers: they need the dense model ({DENSE} in the folder).')
+        found.append(f'The picture of the model and its layers: they need the dense model ({DENSE} in the folder).')
     if not any(each.name == 'latency' for each in quantities):
-        said.append(
-            f'Latency: it was not measured. `mmcpd deploy CONFIG {run.folder / SLIM}` measures it, `mmcpd report '
-            f'{run.folder}` shows it then.'
+        found.append(
+            f'Latency: it was not measured. `mmcpd deploy CONFIG {folder}/{SLIM}` measures it, `mmcpd report {folder}` '
+            'shows it then.'
         )
     if not any(not each.is_cost for each in quantities):
-        said.append(
+        found.append(
             'Accuracy: nothing was validated. It takes val_dataloader, val_evaluator and val_cfg in the config, and '
             'no --no-validate.'
         )
     if not trained:
         how = 'the model was pruned at once' if run.pruned else 'there is no vis_data/scalars.json in the folder'
-        said.append(f'The course of a training: {how}; `mmcpd train` prunes in training and writes it.')
+        found.append(f'The course of a training: {how}; `mmcpd train` prunes in training and writes it.')
     if why:
-        said.append(f'Predictions, class by class: {why}.')
-    return said
+        found.append(f'Predictions, class by class: {why}.')
+    return found

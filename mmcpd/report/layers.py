@@ -29,15 +29,15 @@ def layers(coupling: Coupling, shapes: Mapping[str, Sequence[int]]) -> list[Laye
             slim_params[owner[name]] += prod(shapes.get(name, info.shape))
     found = []
     for name in (name for name in coupling.tensors if name in dims):
-        alone = first[owner[name]] == name  # several weights of one module, as those of an attention
+        is_first = first[owner[name]] == name  # of several weights of one module, as those of an attention
         path, dense = name.removesuffix('.weight'), coupling.tensors[name].shape
         found.append(
             Layer(
                 path,
                 dense[dims[name]],
                 shapes.get(name, dense)[dims[name]],
-                dense_params[owner[name]] if alone else 0,
-                slim_params[owner[name]] if alone else 0,
+                dense_params[owner[name]] if is_first else 0,
+                slim_params[owner[name]] if is_first else 0,
                 groups.get(name, ''),
                 reasons.get(name, ''),
             )

@@ -69,8 +69,8 @@ def report_page(report: RunReport) -> str:
         parts += _section('What is frozen, and why', f'<div class="long">{_cells(rows)}</div>')
     parts += _repeat(report)
     if report.missing:
-        said = ''.join(f'<li>{escape(sentence)}</li>' for sentence in report.missing)
-        parts += _section('What is not in this report', f'<ul>{said}</ul>')
+        sentences = ''.join(f'<li>{escape(sentence)}</li>' for sentence in report.missing)
+        parts += _section('What is not in this report', f'<ul>{sentences}</ul>')
     style = STYLE + MORE_STYLE
     return '\n'.join([HEAD.format(title=escape(report.title), style=style), *parts, '</body>', '</html>', ''])
 
@@ -88,8 +88,8 @@ def _training(report: RunReport) -> str:
     charts = [('What remains', costs)] if costs else []
     charts += [(each.name, chart(each.name, [each], each.unit, report.events)) for each in report.curves]
     figures = ''.join(f'<figure><figcaption>{escape(name)}</figcaption>{svg}</figure>' for name, svg in charts)
-    said = f'Marks at the lower edge: {len(report.events)} iterations at which units go.' if report.events else ''
-    return f'<p class="soft">{said}</p><div class="charts">{figures}</div>'
+    note = f'Marks at the lower edge: {len(report.events)} iterations at which units go.' if report.events else ''
+    return f'<p class="soft">{note}</p><div class="charts">{figures}</div>'
 
 
 def _predictions(found: Predictions) -> str:

@@ -59,8 +59,8 @@ def model_picture(layers: Sequence[Layer], streams: Sequence[Stream]) -> str:
         rows += [_heading(number, part, drawn, wide)] if part != before else []
         rows.append(_row(number, layer, drawn, wide, widest))
     more = len(placed) - len(drawn)
-    said = f'<p class="soft">{more} more groups that layers share have no lane here.</p>' if more else ''
-    return f'<ol class="layers" style="--lanes: {wide}px">{"".join(rows)}</ol>{said}'
+    rest = f'<p class="soft">{more} more groups that layers share have no lane here.</p>' if more else ''
+    return f'<ol class="layers" style="--lanes: {wide}px">{"".join(rows)}</ol>{rest}'
 
 
 def parted(path: str) -> tuple[str, str]:

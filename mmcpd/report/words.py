@@ -65,13 +65,13 @@ def answer(report: RunReport) -> str:
     costs = [each for each in known(report) if each.is_cost][:2]
     remains = ' and '.join(f'{change(each)} of its {each.name}' for each in costs)
     stage = report.stage.partition(':')[0]
-    said = f'{report.model} keeps {remains}' if remains else f'{report.model}: its costs are not known'
-    said = f'{stage[:1].upper()}{stage[1:]}: {said}' if stage else said
+    text = f'{report.model} keeps {remains}' if remains else f'{report.model}: its costs are not known'
+    text = f'{stage[:1].upper()}{stage[1:]}: {text}' if stage else text
     metric = next((each for each in report.quantities if each.name == report.metric and each.slim is not None), None)
     if metric is None:
-        return f'{said}; it was not validated.'
+        return f'{text}; it was not validated.'
     dense = '' if metric.dense is None else f' (dense {metric.dense:,.2f})'
-    return f'{said}, and its {metric.name} is {metric.slim:,.2f}{dense}.'
+    return f'{text}, and its {metric.name} is {metric.slim:,.2f}{dense}.'
 
 
 def facts(report: RunReport) -> list[Setting]:

@@ -10,6 +10,7 @@ from onnx import numpy_helper
 from torch import nn
 
 from mmcpd.deploy import DeployError, Scores, WholeForward, check_parity, deploy, export_onnx, read_metadata
+from mmcpd.deploy.exported import _pieces
 from mmcpd.deploy.int8 import quantize
 
 
@@ -71,7 +72,15 @@ def test_the_range_is_that_of_the_pictures(tmp_path, model):
 def test_deploy_puts_them_beside_the_others_and_measures_them(tmp_path, model):
     forward = WholeForward(lambda net, x: net(x), after=Scores())
     made = deploy(
-        {'dense': model}, [PICTURES[:2]], tmp_path, 17, False, forward, runs=3, threads=1, calibration=[PICTURES[:5]]
+        {'dense': model},
+        [PICTURES[:2]],
+        tmp_path,
+        17,
+        False,
+        forward,
+        runs=3,
+        threads=1,
+        calibration=[PICTURES[:1], PICTURES[1:2], PICTURES[2:5]],
     )
     assert [each.file for each in made.models] == ['dense.onnx', 'dense-int8.onnx']
     assert [each.name for each in made.latency] == ['dense', 'dense-int8']
@@ -79,6 +88,17 @@ def test_deploy_puts_them_beside_the_others_and_measures_them(tmp_path, model):
     assert made.models[1].parity.max_rel > made.models[0].parity.max_rel
     assert read_metadata(tmp_path / 'dense-int8.onnx')['int8'] == {'pictures': 4}  # whole batches of two
     assert 'dense-int8 ' in str(made)
+
+
+def test_pictures_come_in_batches_of_the_file_whatever_they_are_read_in(tmp_path, model):
+    pairs = [(each, each[:, 0]) for each in PICTURES.split(3)]
+    (piece,) = _pieces(pairs, 8)
+    assert torch.equal(piece[0], PICTURES) and torch.equal(piece[1], PICTURES[:, 0])
+    assert [len(each) for each in _pieces(PICTURES.split(3), 2)] == [2] * 4
+    options = dict(dynamic_batch=False, runs=0, calibration=PICTURES[:3].split(2))
+    with pytest.raises(DeployError, match='3 pictures to calibrate on are less than a batch of 4'):
+        deploy({'dense': model}, [PICTURES[:4]], tmp_path, 17, **options)
+    assert not any(tmp_path.iterdir())
 
 
 def test_what_cannot_be_quantised_is_one_line(tmp_path, model):

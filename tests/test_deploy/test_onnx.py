@@ -17,6 +17,20 @@ from mmcpd.deploy import DeployError, check_parity, deploy, export_onnx
 from mmcpd.deploy import onnx as module
 
 
+def test_notes_of_the_exporter_go_from_branches_too(tmp_path):
+    node, condition = onnx.helper.make_node('RandomNormal', [], ['y'], shape=[1]), onnx.TensorProto.BOOL
+    node.metadata_props.add(key='source', value='/home/jane/net.py')
+    out = onnx.helper.make_tensor_value_info('y', onnx.TensorProto.FLOAT, [1])
+    branch = onnx.helper.make_graph([node], 'branch', [], [out])
+    both = onnx.helper.make_node('If', ['c'], ['y'], then_branch=branch, else_branch=branch)
+    graph = onnx.helper.make_graph([both], 'net', [onnx.helper.make_tensor_value_info('c', condition, [1])], [out])
+    onnx.save(onnx.helper.make_model(graph), tmp_path / 'x.onnx')
+    assert b'jane' in (tmp_path / 'x.onnx').read_bytes()
+    assert module.drawing_nodes(tmp_path / 'x.onnx') == ['RandomNormal']
+    module._without_traces(tmp_path / 'x.onnx')
+    assert b'jane' not in (tmp_path / 'x.onnx').read_bytes()
+
+
 class Toy(nn.Module):
     """Convolution, batch norm whose statistics matter, dropout that must be off, pooling, linear."""
 

@@ -150,7 +150,7 @@ def test_what_is_in_the_cache_is_not_timed_again(combed, clock, tmp_path):
     assert len(clock.layers) == 2 * number and len(list(tmp_path.iterdir())) == 2
 
 
-@pytest.mark.parametrize('damage', ['', '{}', '[1, 2]', '{"machine": 7}', 'other', 'table'])
+@pytest.mark.parametrize('damage', ['', '{}', '[1, 2]', '{"machine": 7}', 'other', 'table', 'dense', 'not a number'])
 def test_a_broken_or_foreign_cache_is_measured_anew_and_said(combed, clock, tmp_path, caplog, damage):
     model, coupling = combed
     first = times_of(model, coupling, threads=1, folder=tmp_path, timer=clock)
@@ -161,6 +161,13 @@ def test_a_broken_or_foreign_cache_is_measured_anew_and_said(combed, clock, tmp_
         damage = json.dumps(plain)
     if damage == 'table':
         next(iter(plain['tables'].values()))['times'] = [1.0]
+        damage = json.dumps(plain)
+    if damage == 'dense':
+        plain['dense'] = dict.fromkeys(plain['dense'], 0.0)
+        damage = json.dumps(plain)
+    if damage == 'not a number':
+        each = next(iter(plain['tables'].values()))
+        each['times'] = [float('nan')] * len(each['times'])
         damage = json.dumps(plain)
     number = len(clock.layers)
     with caplog.at_level(logging.WARNING):

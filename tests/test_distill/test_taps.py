@@ -69,12 +69,23 @@ def test_run_goes_no_further_than_to_the_outputs_that_are_known():
     assert calls == [1, 1]
 
 
-def test_what_fails_after_the_taps_does_not_matter_and_before_it_does():
+def test_what_fails_after_the_taps_is_a_warning_and_before_it_an_error(caplog):
     net = Net()
     net.head['fc'].weight = None
     assert Taps(net, ['backbone']).run(torch.randn(2, 3))['backbone'][0].shape == (2, 3)
+    assert 'Net fails after its taps backbone (x1), what they have seen is taken: TypeError: ' in caplog.text
     with pytest.raises(TypeError):
         Taps(net, ['backbone', 'head.fc']).run(torch.randn(2, 3))
+
+
+def test_no_memory_left_is_an_error_wherever_it_is(monkeypatch):
+    def full(*_):
+        raise torch.cuda.OutOfMemoryError('no memory')
+
+    net = Net()
+    monkeypatch.setattr(net.head['fc'], 'forward', full)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        Taps(net, ['backbone']).run(torch.randn(2, 3))
 
 
 def test_hooks_are_gone_afterwards_also_after_an_error():

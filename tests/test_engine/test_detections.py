@@ -120,7 +120,7 @@ def test_places_that_no_detection_takes_are_marked_and_the_best_come_first():
     assert (boxes[0, :10, 2:] > boxes[0, :10, :2]).all()
 
 
-@pytest.mark.parametrize('change', ['box', 'score', 'label', 'number'])
+@pytest.mark.parametrize('change', ['box', 'score', 'label', 'number', 'not finite'])
 def test_each_part_of_a_detection_is_compared(tmp_path, monkeypatch, change):
     model, pictures = made(anchors()), torch.rand(1, 3, 64, 96)
     path = export_onnx(model, pictures, tmp_path / 'boxes.onnx', dynamic_batch=False, forward=detections)
@@ -136,12 +136,21 @@ def test_each_part_of_a_detection_is_compared(tmp_path, monkeypatch, change):
             each.bboxes[3, 2] += 0.1
         elif change == 'score':
             each.scores[3] += 0.001
+        elif change == 'not finite':
+            each.scores[3] = float('nan')
         else:
             each.labels[3] += 1
         return found
 
     monkeypatch.setattr(type(model), 'predict', changed)
     assert not check(path, model, [pictures]).ok
+
+
+def test_a_file_that_does_not_run_is_infinitely_far(tmp_path):
+    model, pictures = made(anchors()), torch.rand(1, 3, 64, 96)
+    path = export_onnx(model, pictures, tmp_path / 'boxes.onnx', dynamic_batch=False, forward=detections)
+    parity = check(path, model, [pictures, torch.rand(2, 3, 64, 96)])
+    assert not parity.ok and [relative < 1 for _, relative in parity.batches] == [True, False]
 
 
 def test_no_detection_at_all_is_said(tmp_path, caplog):

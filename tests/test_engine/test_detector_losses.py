@@ -204,3 +204,14 @@ def test_levels_that_a_loss_reads_joined_are_found_one_by_one(shared, taps):
     loss = taught(model, batch)['loss_distill_kd']
     assert model._numbers == taps and all(each.loss.sigmoid for each in model._comparisons['kd'])
     assert loss > 0
+
+
+def test_a_teacher_with_fewer_levels_is_said_once(monkeypatch):
+    model, _ = detector('retinanet', [dict(type='mmcpd.CWDLoss', tap=LEVELS, name='levels')])
+    lines = []
+    monkeypatch.setattr('mmcpd.engine.distillers.print_log', lambda line, **_: lines.append(line))
+    model._count('neck', 3, 3)
+    assert not lines
+    model._count('neck:*', 4, 3)
+    model._count('neck:*', 4, 3)
+    assert lines == ["tap 'neck:*': the student has 4 outputs, the teacher 3; the first of each are compared"]

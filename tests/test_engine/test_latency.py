@@ -7,9 +7,11 @@ import json
 import numpy as np
 import pytest
 import torch
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 from torch import nn
 
 import mmcpd.deploy
+from mmcpd.cli.comb_page import comb_page
 from mmcpd.comb import comb
 from mmcpd.deploy import DeployError, Promise, layer_times, timed
 from mmcpd.engine.hooks import PruneHook
@@ -128,9 +130,10 @@ def test_a_model_that_does_not_run_on_pictures_alone_is_refused_in_one_line():
     assert '\n' not in str(error.value)
 
 
-def test_a_file_that_cannot_be_measured_in_the_end_is_said(clock, monkeypatch):
+@pytest.mark.parametrize('kind', [DeployError, OSError, Fail])  # the exporter's, the disk's, ONNX Runtime's
+def test_a_file_that_cannot_be_measured_in_the_end_is_said(clock, monkeypatch, kind):
     def fail(*_, **__):
-        raise DeployError('torch cannot export it')
+        raise kind('torch cannot export it')
 
     monkeypatch.setattr(mmcpd.deploy, 'promise_of', fail)
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 1)).eval()
@@ -154,5 +157,8 @@ def test_a_preview_says_what_latency_is_predicted(clock):
     assert f'predicted latency: {found.left["latency"]:.1%} of the dense model' in str(found)
     assert 0.4 < found.left['latency'] <= 0.7 and 'layers take' in said[0]
     assert all(width.kept % 8 == 0 or width.kept == 4 for width in found.layers)
+    share = f'<b>{found.left["latency"]:.1%}</b> latency remains (predicted)'
+    assert share in comb_page('toy', known, found, None, '')
     plain = preview(coupling, scored, {'macs': 0.7}, floors)
+    assert 'latency remains' not in comb_page('toy', coupling, plain, None, '')
     assert 'latency' not in str(plain) and LatencyTarget({'macs': 0.5}).give(model, coupling, said.append) is coupling

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,6 +23,7 @@ from mmcpd.engine.class_scores import Boxes, confusion, overlaps, precisions
 from mmcpd.engine.course import course
 from mmcpd.engine.drawings import as_picture
 from mmcpd.engine.predicted import Classifying, Detecting, Segmenting, compare_predictions
+from mmcpd.errors import SlimError
 from tests.helpers import on_two_processes
 
 torch.set_num_threads(1)
@@ -129,6 +131,38 @@ def test_latency_that_deploy_measured_is_shown(run):
     assert 'no pictures were asked for' in page
 
 
+def test_latency_of_an_older_slim_file_or_of_something_else_is_not_shown(run):
+    foreign, old = run / 'x' / 'latency.json', run / 'latency.json'
+    foreign.parent.mkdir()
+    foreign.write_text('{"latency": [3]}')
+    old.write_text(json.dumps({'latency': [{'name': n, 'median': 1.0} for n in ('dense', 'slim')]}))
+    os.utime(old, (1, 1))
+    again(run)
+    foreign.unlink()
+    foreign.parent.rmdir()
+    old.unlink()
+    assert 'Latency: it was not measured' in (run / 'report.html').read_text()
+
+
+def test_the_card_names_no_folder_of_the_machine(run, tmp_path, monkeypatch):
+    again(run)
+    text = (run / 'card.md').read_text()
+    assert str(run.parent) not in text and 'mmcpd report tiny`' in text
+    (run / '0_first.py').touch()  # another run's
+    monkeypatch.chdir(run.parent)
+    again(run, config=str(next(each for each in run.glob('*.py') if each.name != '0_first.py')))
+    (run / '0_first.py').unlink()
+    text = (run / 'card.md').read_text()
+    assert '0_first' not in text and 'mmcpd train tiny/' in text
+
+
+def test_a_damaged_file_is_one_line(run):
+    (run / 'prune.json').write_text('{"settings":')
+    with pytest.raises(SlimError, match=r'prune\.json is damaged'):
+        again(run)
+    (run / 'prune.json').unlink()
+
+
 def test_a_folder_without_a_slim_file_or_a_config_is_refused_in_one_line(run, tmp_path):
     with pytest.raises(UserError, match=r'has no slim\.pth'):
         again(tmp_path)
@@ -158,7 +192,9 @@ def test_a_validation_stands_at_its_iteration_and_a_resumed_run_replaces(tmp_pat
     row = [
         json.dumps({'loss': 9.0 - n, 'prune_macs': 1.0, 'epoch': n, 'iter': 22 * n, 'step': 22 * n}) for n in (1, 2, 3)
     ]
-    write('1', [row[0], json.dumps({'top1': 50.0, 'step': 1}), row[1], row[2], '{"loss": 1'])
+    write(
+        '1', [row[0], json.dumps({'top1': 50.0, 'step': 1}), row[1], row[2], '{"iter": 67, "loss": NaN}', '{"loss": 1']
+    )
     write('2', [row[1].replace('7.0', '5.0'), json.dumps({'top1': 60.0, 'step': 2})])
     found = {curve.name: (curve.iterations, curve.values) for curve in course(tmp_path, ['top1']).curves}
     assert found == {'loss': ([22, 44], [8.0, 5.0]), 'top1': ([22, 44], [50.0, 60.0])}
@@ -211,6 +247,22 @@ def test_pixels_and_boxes_are_scored_and_drawn():
     assert boxed.scores(1)[1].scores.tolist() == [100.0]
     views = boxed.draw(np.zeros((8, 8, 3), np.uint8), ['cat'], *detected)
     assert views[0].source != views[2].source == views[3].source
+
+
+def test_boxes_of_people_have_no_classes_and_turned_ones_no_corners():
+    _, (one, _) = samples()
+    assert Detecting.suits(one)
+    del one.pred_instances['labels']  # as a pose estimator's
+    assert not Detecting.suits(one)
+    _, (one, _) = samples()
+    one.gt_instances['bboxes'] = torch.zeros(1, 5)  # and an angle
+    assert not Detecting.suits(one)
+
+
+def test_a_class_without_a_name_is_its_number():
+    sample = SimpleNamespace(gt_label=torch.tensor([0]), pred_label=torch.tensor([9]))
+    (view,) = Classifying().draw(np.zeros((8, 8, 3), np.uint8), ['cat'], sample, sample)
+    assert view.label == 'label: cat, dense: 9, slim: 9'
 
 
 def test_a_picture_is_blue_first_and_any_number_of_bands():

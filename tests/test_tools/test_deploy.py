@@ -81,6 +81,7 @@ def test_options_reach_the_files(tool, tiny, checkpoint):
         (['--runs', '0'], '--runs must be above 0'),
         (['--threads', '-1'], '--threads must be above 0'),
         (['--out', 'x/dense.onnx'], 'choose another name'),
+        (['--out', 'x/dense-int8.onnx'], 'choose another name'),
         (['--dense', 'nowhere.pth'], 'no checkpoint nowhere.pth'),
         (['--out', '/proc/x'], 'cannot write'),
         (['--opset', '99'], '99'),

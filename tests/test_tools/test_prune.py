@@ -184,6 +184,7 @@ def test_several_targets_make_a_curve(tool, tiny, dense, tmp_path):
         (['{tiny}', '{dense}', '--target', 'flops=0.5'], "unknown quantity 'flops'"),
         (['{tiny}', '{dense}', '--target', 'macs=1.5'], 'between 0 and 1'),
         (['{tiny}', '{dense}', '--target', 'macs=0.5', '--target', 'macs=1e-5'], 'macs cannot go down to 0.0000'),
+        (['{tiny}', '{dense}', '--target', 'macs=0.5', '--target', 'macs=0.50'], '--target: macs-0.5 is there twice'),
         (['{bare}', '{dense}', '--target', 'macs=0.5', '--distill', '5'], 'has no optim_wrapper with an lr'),
         (['{mistaken}', '{dense}', '--target', 'macs=0.5'], "unknown importance 'gaus_newton'"),
         (['{tiny}', '{dense}', '--target', 'macs=0.0001'], 'macs cannot go down to 0.0001'),
