@@ -77,17 +77,15 @@ def randomised(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def _randomise_(model: nn.Module) -> nn.Module:
-    noise = torch.rand(NOISE, generator=torch.Generator().manual_seed(0))
-    centred, begin = noise - 0.5, 0
+    noise = torch.rand(NOISE, generator=torch.Generator().manual_seed(0)) - 0.5
+    begin = 0
     for parameter in model.parameters():
         if parameter.is_floating_point() and parameter.numel():
             end = begin + parameter.numel()
-            source = centred if parameter.dim() > 1 else noise
-            values = source.expand(-(-end // NOISE), -1).reshape(-1)[begin:end].reshape(parameter.shape)
-            if parameter.dim() > 1:
-                torch.mul(values, (12 / parameter[0].numel()) ** 0.5, out=parameter)
-            else:
-                torch.add(values, 0.5, out=parameter)
+            values = noise.expand(-(-end // NOISE), -1).reshape(-1)[begin:end].reshape(parameter.shape)
+            matrix = parameter.dim() > 1
+            work, by = (torch.mul, (12 / parameter[0].numel()) ** 0.5) if matrix else (torch.add, 1.0)
+            work(values.to(parameter.device), by, out=parameter)
             begin = end % NOISE
     return model
 
