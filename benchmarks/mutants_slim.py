@@ -185,7 +185,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant('trial-random', _TRIAL,
            'test_slim/test_traps.py::test_a_trial_sees_through_small_weights_and_branches_that_start_at_zero',
            'a trial sees behind branches that start at zero',
-           'parameter.copy_((values - 0.5)', 'torch.clone((values - 0.5)'),
+           'by, out=parameter)', 'by)'),
     Mutant('trial-double', _TRIAL, 'test_slim/test_claims.py::test_a_trial_is_held_again_in_float64',
            'what depends on the last bit of float32 is tried in float64',
            'for wide in (True, False)', 'for wide in (False,)'),

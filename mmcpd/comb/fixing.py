@@ -12,8 +12,8 @@ from ..slim.attention import replacement
 from ..slim.call_sites import call_site
 from ..slim.places import place_name
 from ..slim.size_expressions import leaves
-from .atoms import Row
-from .record import Equation, Lookup, Record, ScaledQuery
+from .atoms import FIXED, Row
+from .record import Equation, Lookup, Record
 
 UNSCALED = (
     'an attention in {} divides by the square root of the width of a query that is read elsewhere too, by a call that '
@@ -63,46 +63,45 @@ def _site(modules: Mapping[str, nn.Module], equation: Equation) -> CallSite | No
 
 
 # -- the scales of attentions ------------------------------------------------------------------------------------------
-def _folds(record: Record, scale: ScaledQuery) -> bool:
-    """Say whether the factor of an attention can go into its query's rows: nothing else computes with them."""
+def _folding(record: Record) -> list[bool]:
+    """Say of each attention whether its factor can go into its query's rows: nothing else computes with them."""
     read = np.zeros(record.table.size, bool)
-    for atoms in record.read.values():
+    for atoms in record.read.values() if record.scales else ():
         read[atoms[atoms >= 0]] = True
-    return not read[scale.query[scale.query >= 0]].any()
+    return [not read[scale.query[scale.query >= 0]].any() for scale in record.scales]
 
 
 def _constants(record: Record) -> list[Equation]:
     """Return the widths that a forward computes with, those of attentions whose queries have other readers included."""
     return record.constants + [
         Equation(Live(scale.axis), len(record.axes[scale.axis]), scale.module, scale.spot)
-        for scale in record.scales
-        if not _folds(record, scale)
+        for scale, folds in zip(record.scales, _folding(record), strict=True)
+        if not folds
     ]
 
 
 def freeze_unscaled(model: nn.Module, record: Record) -> None:
     """Freeze the queries of attentions whose factor can go neither into their rows nor into the call."""
     modules = dict(model.named_modules())
-    for scale in record.scales:
-        if _folds(record, scale) or replacement(modules[scale.module]):
+    for scale, folds in zip(record.scales, _folding(record), strict=True):
+        if folds or replacement(modules[scale.module]):
             continue
         if scale.spot is None or not _site(modules, Equation(0, 0, scale.module, scale.spot)):
             record.table.freeze(record.axes[scale.axis], UNSCALED.format(scale.module or 'the model itself'))
 
 
 def _scales(record: Record, rows: Lookup, live: Sequence[bool]) -> Iterator[QueryScale]:
-    bias_of = {
-        int(weight): int(bias)
-        for pair in (record.biases if record.scales else ())
-        for weight, bias in zip(pair.weight, pair.bias, strict=True)
-        if weight >= 0 and bias >= 0
-    }
-    for scale in {scale.query.tobytes(): scale for scale in record.scales}.values():
-        if not live[scale.axis] or not _folds(record, scale):
+    bias_of = np.full(record.table.size, FIXED)
+    for pair in record.biases if record.scales else ():
+        both = (pair.weight >= 0) & (pair.bias >= 0)
+        bias_of[pair.weight[both]] = pair.bias[both]
+    folding = (scale for scale, folds in zip(record.scales, _folding(record), strict=True) if folds)
+    for scale in {scale.query.tobytes(): scale for scale in folding}.values():
+        if not live[scale.axis]:
             continue
         # The label names one head; the rows of all heads are tied to it, in the same tensor and piece of it.
-        atoms = scale.query[scale.query >= 0].tolist()
+        atoms, biases = scale.query[scale.query >= 0], bias_of[scale.query[scale.query >= 0]]
         pieces: dict[Row, list[int]] = {}
-        for atom in [*atoms, *(bias_of[a] for a in atoms if a in bias_of)]:
+        for atom in [*atoms.tolist(), *biases[biases >= 0].tolist()]:
             pieces.setdefault(rows.rows[rows.row_of[atom]], []).append(int(rows.offset[atom]))
         yield QueryScale(tuple(Rows(r.tensor, r.dim, tuple(i)) for r, i in pieces.items()), scale.axis, scale.module)

@@ -230,22 +230,26 @@ class Replacing(ast.NodeTransformer):
 
 
 def rewrite_(module: nn.Module, rewrites: Iterable[Rewrite]) -> None:
-    """Replace sizes in the methods of one module, beside those that were replaced before.
+    """Replace sizes in the methods of one module, beside those that were replaced before; see `rewritten`."""
+    module.__class__ = rewritten(type(module), rewrites)
+
+
+def rewritten(kind: Any, rewrites: Iterable[Rewrite]) -> type:
+    """Return a class like that of a module, with other sizes in its methods beside those that were replaced before.
 
     Raises:
-        SlimError: if a call is not found (another release of the module's class), or asked to have two values.
+        SlimError: if a call is not found (another release of the class), or asked to have two values.
     """
     wanted = list(dict.fromkeys(rewrites))
-    kind = type(module)
     by_place: dict[tuple[str, str, int, int], Rewrite] = {}
     for rewrite in wanted:
         if by_place.setdefault(rewrite.place, rewrite) != rewrite:
             raise SlimError(f'{kind.__name__}.{rewrite.method} runs {rewrite.text} with different sizes')
     if 'rewrites' in vars(kind):  # made by an earlier call
-        by_place = {earlier.place: earlier for earlier in rewrites_of(module)} | by_place
+        by_place = {earlier.place: earlier for earlier in vars(kind)['rewrites']} | by_place
         wanted, kind = list(by_place.values()), kind.__bases__[0]
     own = {'__module__': kind.__module__, 'rewrites': wanted, **copy_methods(rewrite_, kind), **_changed(kind, wanted)}
-    module.__class__ = type(kind.__name__, (kind,), own)
+    return type(kind.__name__, (kind,), own)
 
 
 def _changed(kind: Any, rewrites: Sequence[Rewrite]) -> dict[str, Any]:

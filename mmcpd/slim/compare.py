@@ -81,8 +81,9 @@ def gap_between(masked: nn.Module, small: nn.Module, example: Example) -> float:
         >>> gap_between(model, small, coupling.example) > 0.0    # the model is not masked
         True
     """
-    with restored(masked), restored(small), evaluating(masked), evaluating(small):
-        theirs = example.run_all(small)
+    with restored(small), evaluating(small):
+        theirs = [tensor.clone() for tensor in tensors_in(example.run_all(small))]  # one may be a buffer of the model
+    with restored(masked), evaluating(masked):
         return difference(example.run_all(masked), theirs)
 
 

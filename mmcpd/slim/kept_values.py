@@ -25,7 +25,7 @@ class _Value(NamedTuple):
     def put_back_(self) -> None:
         if self.tensor.data_ptr() != self.memory.data_ptr() or self.tensor.shape != self.memory.shape:
             self.tensor.data = self.memory
-        if not torch.equal(self.memory, self.value):
+        if self.value is not self.memory and not torch.equal(self.memory, self.value):
             self.memory.copy_(self.value)
 
 

@@ -156,6 +156,22 @@ class TensorPlace(NamedTuple):
         return cast(Tensor, self.module._buffers[self.name] if found is None else found)
 
 
+class MaskedRows(NamedTuple):
+    """Which rows stay along one dimension of a tensor, `(rows,)` bool."""
+
+    place: TensorPlace
+    dim: int
+    live: Tensor
+
+    def factor(self) -> Tensor:
+        tensor, dim = self.place.tensor, self.dim
+        shape = [1] * tensor.dim()
+        shape[dim] = -1
+        factor = self.live.to(tensor.device, tensor.dtype).reshape(shape)
+        # twice as fast where the last dimensions are those of a kernel
+        return factor.expand(*shape[:dim], *tensor.shape[dim:]).contiguous() if dim > 0 else factor
+
+
 class Masker:
     """Apply a keep to one combed model again and again, as an optimizer step asks for it.
 
@@ -168,7 +184,28 @@ class Masker:
     def __init__(self, model: nn.Module, coupling: Coupling) -> None:
         self.model, self.coupling = model, coupling
         self._flat: Tensor | None = None
-        self._masked: list[tuple[TensorPlace, Tensor]] = []
+        self._rows: list[MaskedRows] = []
+        self._factors: list[Tensor] = []
+
+    @torch.no_grad()
+    def fill_(self, keep: Keep) -> None:
+        """Fill the removed rows with zeros, and take statistics over the kept channels, where the keep is a new one."""
+        flat = torch.cat([keep[g.name] for g in self.coupling.groups]) if self.coupling.groups else torch.empty(0)
+        if self._flat is not None and torch.equal(flat, self._flat):
+            return
+        self._rows, self._factors = [], []
+        modules = dict(self.model.named_modules())
+        directions = {(each.tensor, each.dim) for each in self.coupling.fixes.directions}
+        for name, dims in kept_rows(self.coupling, keep).items():
+            path, _, attribute = name.rpartition('.')
+            place = TensorPlace(modules[path], attribute)
+            for dim, live in dims.items():
+                if (name, dim) not in directions:
+                    tensor = writable_(place.tensor)
+                    tensor.index_fill_(dim, (~live).nonzero().flatten().to(tensor.device), 0)  # 0 * nan is not 0
+                    self._rows.append(MaskedRows(place, dim, live))
+        self._flat = flat.clone()
+        self._mask_statistics(keep)
 
     def factors(self, keep: Keep) -> list[tuple[Tensor, Tensor]]:
         """Return `(tensor, factor)` for all that is masked, factors of 0 and 1; kept until the keep changes.
@@ -176,28 +213,9 @@ class Masker:
         A product is an order of magnitude faster than filling rows, above all along any but the first dimension; the
         rows are filled once, when the keep changes. Tensors are read anew at each call: others may have replaced them.
         """
-        flat = torch.cat([keep[g.name] for g in self.coupling.groups]) if self.coupling.groups else torch.empty(0)
-        if self._flat is None or not torch.equal(flat, self._flat):
-            self._masked = []
-            modules = dict(self.model.named_modules())
-            directions = {(each.tensor, each.dim) for each in self.coupling.fixes.directions}
-            for name, dims in kept_rows(self.coupling, keep).items():
-                path, _, attribute = name.rpartition('.')
-                place = TensorPlace(modules[path], attribute)
-                for dim, live in dims.items():
-                    if (name, dim) in directions:
-                        continue
-                    tensor = writable_(place.tensor)
-                    shape = [1] * tensor.dim()
-                    shape[dim] = -1
-                    tensor.index_fill_(dim, (~live).nonzero().flatten().to(tensor.device), 0)  # 0 * nan is not 0
-                    factor = live.to(tensor.device, tensor.dtype).reshape(shape)
-                    if dim > 0:  # twice as fast where the last dimensions are those of a kernel
-                        factor = factor.expand(*shape[:dim], *tensor.shape[dim:]).contiguous()
-                    self._masked.append((place, factor))
-            self._flat = flat.clone()
-            self._mask_statistics(keep)
-        return [(writable_(place.tensor), factor) for place, factor in self._masked]
+        self.fill_(keep)
+        self._factors = self._factors or [rows.factor() for rows in self._rows]
+        return [(writable_(rows.place.tensor), factor) for rows, factor in zip(self._rows, self._factors, strict=True)]
 
     @torch.no_grad()
     def apply_(self, keep: Keep) -> None:
@@ -272,4 +290,4 @@ def mask_(model: nn.Module, coupling: Coupling, keep: Mapping[str, Tensor]) -> N
     """
     coupling.check(keep)
     forget_(model, coupling.caches)  # made of all channels
-    Masker(model, coupling).apply_(dict(keep))
+    Masker(model, coupling).fill_(dict(keep))

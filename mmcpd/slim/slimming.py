@@ -15,7 +15,7 @@ from ..coupling import Coupling, Keep
 from ..errors import SlimError
 from ..fixes import Attr, CallSite, Equality, Expression, Input, Live, SizeRule
 from .attention import REPLACEMENTS, replacement
-from .call_sites import INFER, Rewrite, rewrite_
+from .call_sites import INFER, Rewrite, rewritten
 from .copying import copied, discarding
 from .mask import kept_rows, named_tensors, unmask_statistics_
 from .methods import Methods
@@ -82,7 +82,7 @@ def _sliced(model: nn.Module, coupling: Coupling, keep: Keep) -> nn.Module:
     for name, dims in kept.items():
         tensor = tensors[name]
         value = tensor.detach()
-        for dim, rows in dims.items():
+        for dim, rows in sorted(dims.items()):  # whole rows first: they lie together in memory
             value = value.index_select(dim, rows.nonzero().flatten().to(value.device))
         memo[id(tensor)] = as_tensor_of(tensor, value)
     small = copied(model, memo, coupling.caches)
@@ -155,8 +155,10 @@ def _set_sizes_(
     for attribute, value in changes.items():
         write_attribute(modules[attribute.module], attribute.name, value)
     describe()  # again: a convolution's channels follow from its groups
+    kinds: dict[tuple[type, tuple[Rewrite, ...]], type] = {}  # the blocks of a network are compiled once
     for path, wanted in rewrites.items():
-        rewrite_(modules[path], wanted)
+        key = type(modules[path]), tuple(wanted)
+        modules[path].__class__ = kinds[key] = kinds.get(key) or rewritten(*key)
 
 
 def _let_follow_(model: nn.Module, small: nn.Module, coupling: Coupling, replaced: Iterable[str]) -> None:

@@ -77,14 +77,15 @@ def randomised(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def _randomise_(model: nn.Module) -> nn.Module:
-    noise = torch.rand(NOISE, generator=torch.Generator().manual_seed(0))
+    noise = torch.rand(NOISE, generator=torch.Generator().manual_seed(0)) - 0.5
     begin = 0
     for parameter in model.parameters():
         if parameter.is_floating_point() and parameter.numel():
             end = begin + parameter.numel()
             values = noise.expand(-(-end // NOISE), -1).reshape(-1)[begin:end].reshape(parameter.shape)
-            spread = (12 / parameter[0].numel()) ** 0.5 if parameter.dim() > 1 else 1.0
-            parameter.copy_((values - 0.5) * spread if parameter.dim() > 1 else values + 0.5)
+            matrix = parameter.dim() > 1
+            work, by = (torch.mul, (12 / parameter[0].numel()) ** 0.5) if matrix else (torch.add, 1.0)
+            work(values.to(parameter.device), by, out=parameter)
             begin = end % NOISE
     return model
 

@@ -120,13 +120,7 @@ def place(run: Run, call: Call, axis: Axis, labels: Tensor, found: list[Axis | N
     if not varying:
         run.freeze(axis, f'picked by a fixed index ({call.op}) in {run.where}')
         return
-    # Padding around the other dimensions is no atom, and does not make them vary.
-    real = [d for d in varying if not _only_padding(labels, d)]
-    real = real or varying
-    if len(real) > 1:
-        known = _varying(run.tied_names(labels))[1]
-        real = [d for d in real if d in known] or real
-    keep = _carrier(run, call, real, labels)
+    keep = varying[0] if len(varying) == 1 else _carrier(run, call, _real(run, varying, labels), labels)
     columns = labels.movedim(keep, 0).reshape(labels.shape[keep], -1).numpy().astype(np.int64)
     if columns.shape[1] > 1:
         run.tie(columns)
@@ -141,6 +135,16 @@ def place(run: Run, call: Call, axis: Axis, labels: Tensor, found: list[Axis | N
     found[keep] = Axis(atoms, zero, axis.weight, labels if columns.shape[1] > 1 else None)
 
 
+def _real(run: Run, varying: list[int], labels: Tensor) -> list[int]:
+    """Return those of the dimensions along which other atoms than tied ones meet."""
+    # Padding around the other dimensions is no atom, and does not make them vary.
+    real = [d for d in varying if not _only_padding(labels, d)] or varying
+    if len(real) > 1:
+        known = _varying(run.tied_names(labels))[1]
+        real = [d for d in real if d in known] or real
+    return real
+
+
 def _only_padding(labels: Tensor, dim: int) -> bool:
     top = labels.amax(dim, keepdim=True)
     return bool(((labels == top) | (labels == FIXED)).all())
@@ -151,9 +155,10 @@ def _carrier(run: Run, call: Call, varying: list[int], labels: Tensor) -> int:
     if 'pixel_shuffle' in call.op:
         return varying[0]
     whole = run.policy.whole_heads
-    known = labels[labels >= 0].numpy()
-    if whole is not None and len(varying) > 1 and bool((known < len(whole)).all() and whole[known].all()):
-        return varying[-2]
+    if whole is not None and len(varying) > 1:
+        known = labels[labels >= 0].numpy()
+        if bool((known < len(whole)).all() and whole[known].all()):
+            return varying[-2]
     widths = run.cursor.widths[-1] if call.op in VIEWS and run.cursor.function != MULTI_HEAD else set[int]()
     if labels.shape[varying[-1]] not in widths:  # `view(-1, C, 2 * k)`: C are the module's own channels
         own = (d for d in varying[-2::-1] if labels.shape[d] in widths and _distinct(labels, d))
