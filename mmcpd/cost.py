@@ -30,6 +30,9 @@ class Cost:
     latency: float = 0.0
 
     def __getitem__(self, metric: str) -> int:
+        """Return one of `COSTS`, the whole numbers; latency is none, and would be cut to whole milliseconds."""
+        if metric not in COSTS:
+            raise KeyError(metric)
         return int(getattr(self, metric))
 
     def __sub__(self, other: Cost) -> Cost:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mmcpd.comb import comb
-from mmcpd.cost import LatencyModel, StepTable, TimedLayer, WidthGrid
+from mmcpd.cost import Cost, LatencyModel, StepTable, TimedLayer, WidthGrid
 from mmcpd.errors import PruneError
 from mmcpd.prune import (
     Pruner,
@@ -202,3 +202,10 @@ def test_what_saves_nothing_is_worth_most(net):
     assert found['hidden'].isinf().all() and found['first'].isfinite().all()
     assert float(found['first'][0]) == pytest.approx(16 / 4)  # 16 units save 4 of 6 ms
     assert float(found['second'][0]) == pytest.approx(16 / 0.8)
+
+
+def test_latency_is_no_whole_number_and_is_not_cut_to_one():
+    cost = Cost(1, 2, 3, 0.7)
+    assert (cost['macs'], cost['memory'], cost.latency) == (1, 3, 0.7)
+    with pytest.raises(KeyError, match='latency'):
+        cost['latency']
