@@ -94,7 +94,8 @@ def main() -> None:
         args.out.write_text(json.dumps(results, indent=2) + '\n')
     for name, row in results.items():
         slimmed = next(entry for entry in row['latency'] if entry['name'] == 'slim')
-        left = ', '.join(f'{row[kind][1] / row[kind][0]:.1%} of the {kind}' for kind in ('units', 'params', 'macs'))
+        kinds = [kind for kind in ('units', 'params', 'macs') if kind in row]
+        left = ', '.join(f'{row[kind][1] / row[kind][0]:.1%} of the {kind}' for kind in kinds)
         print(f'{name:28s} {left}; ratio {slimmed["ratio"]:.3f}, {slimmed["n"]} pairs')
 
 
