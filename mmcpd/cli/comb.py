@@ -83,7 +83,7 @@ def main(args: argparse.Namespace) -> None:
     print(coupling, flush=True)
     ahead, found, latency = look_ahead(args, cfg, model, coupling, target, floors)
     writers = {
-        args.json: lambda path: write_json(path, coupling, ahead, found, latency),
+        args.json: lambda path: write_findings(path, coupling, ahead, found, latency),
         args.html: lambda path: write_page(path, args.config, coupling, ahead, found, latency),
         args.plot: lambda path: plot(coupling, path),
     }
@@ -165,7 +165,9 @@ def look_ahead(
     return ahead, found, latency
 
 
-def write_json(path: str, coupling: Coupling, ahead: Preview | None, found: Sensitivity | None, latency: str) -> None:
+def write_findings(
+    path: str, coupling: Coupling, ahead: Preview | None, found: Sensitivity | None, latency: str
+) -> None:
     """Write the coupling, its summary, and the preview and the sensitivity where there are such."""
     content = {'summary': coupling.summary(), **json.loads(coupling.to_json())}
     if ahead is not None:

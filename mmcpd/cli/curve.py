@@ -20,16 +20,22 @@ ROUNDS = 200  # of timing the models in turns
 
 
 def write_curve(
-    out: Path, models: Mapping[str, nn.Module], facts: Sequence[Mapping[str, Any]], example: Tensor, stages: Stages
+    out: Path,
+    models: Mapping[str, nn.Module],
+    facts: Sequence[Mapping[str, Any]],
+    example: Tensor,
+    threads: int | None,
+    stages: Stages,
 ) -> None:
     """Time models in ONNX Runtime, the dense one first, print the table, and write it and a plot.
 
-    `facts` are the costs and metrics of each; `example` is an input, (1, C, H, W).
+    `facts` are the costs and metrics of each; `example` is an input, (1, C, H, W); `threads` are those of ONNX
+    Runtime, None: as many as this process may use cores.
     """
     from mmcpd.deploy import deploy  # needs ONNX, which nothing else here does
 
     with stages('time', 'rounds') as progress, tempfile.TemporaryDirectory() as folder:
-        timed = deploy(models, [example], folder, dynamic_batch=False, runs=ROUNDS, progress=progress)
+        timed = deploy(models, [example], folder, dynamic_batch=False, runs=ROUNDS, threads=threads, progress=progress)
     rows = [
         {'name': entry.name, 'ms': entry.median, 'ratio': entry.ratio, **found}
         for entry, found in zip(timed.latency, facts, strict=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -73,19 +73,30 @@ def _first(pictures: Tensor, *_rest: Any, **_options: Any) -> Tensor:
     return pictures
 
 
+def _normalization(metadata: Mapping[str, Any]) -> Normalization | None:
+    """Return the normalisation inside of a file, by what the file says of itself."""
+    given = metadata.get('normalization') or {}
+    if not given.get('inside'):
+        return None
+    return Normalization(tuple(given['mean']), tuple(given['std']), given['flip'], metadata['input']['channels'])
+
+
 class _File:
     """Compute logits of preprocessed pictures (N, C, H, W) by an ONNX file."""
 
     def __init__(self, path: str, number: int) -> None:
         metadata = read_metadata(path)
-        output, normalization = metadata.get('output'), metadata.get('normalization') or {}
+        output = metadata.get('output')
         if output not in LOGITS:
             raise UserError(f'{path} returns {output}, and only {", ".join(LOGITS)} can be tested')
         self.path, self.number, self.calls, self.logits = path, number, 0, LOGITS[output]
-        self.before: Normalization | None = None
-        if normalization.get('inside'):
-            mean, std = tuple(normalization['mean']), tuple(normalization['std'])
-            self.before = Normalization(mean, std, normalization['flip'], metadata['input']['channels'])
+        try:
+            self.before = _normalization(metadata)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise UserError(
+                f'{path}: what it says of its normalisation is damaged ({type(error).__name__}: {error}); export it '
+                'again by mmcpd deploy'
+            ) from error
         self.session = open_session(path, usable_cores())
         batch = self.session.get_inputs()[0].shape[0]
         self.batch = batch if isinstance(batch, int) else None

@@ -115,7 +115,7 @@ def main(args: argparse.Namespace) -> None:
         ends[folder / SLIM] = report
     if several:
         dense.model.cpu()
-        write_curve(request.out, models, facts, dense.batches[0][:1], Stages())
+        write_curve(request.out, models, facts, dense.batches[0][:1], request.threads, Stages())
     for file, report in ends.items():
         check_target(report, file)
 

@@ -18,6 +18,7 @@ from mmpretrain.registry import MODELS
 
 from mmcpd.cli.whole_file import WholeFile
 from mmcpd.deploy import read_metadata
+from mmcpd.deploy.metadata import write_metadata
 from mmcpd.engine.build import build_dense
 from mmcpd.engine.checkpoints import load_slim
 from mmcpd.engine.combing import comb_by_config
@@ -242,6 +243,10 @@ def test_files_that_cannot_be_tested_are_refused_in_one_line(tool, tiny):
     onnx.save(bare, file)
     code, _, err = tool('test', tiny, file)
     assert code == 1 and 'mmcpd did not write it' in err, err
+    for given in ({'inside': True}, 'damaged', {'inside': True, 'mean': [0.0], 'std': [1.0], 'flip': False}):
+        write_metadata(file, {'output': 'logits', 'normalization': given})
+        code, _, err = tool('test', tiny, file)
+        assert code == 1 and 'what it says of its normalisation is damaged' in err, err
 
 
 def test_int8_files_lie_beside_the_others_and_are_tested(tool, tiny):

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 
+from mmcpd.cli.curve import write_curve
+from mmcpd.cli.stages import Stages
 from mmcpd.engine.build import build_dense
 from mmcpd.engine.checkpoints import load_dense, load_slim
 from mmcpd.engine.pictures import pictures
@@ -174,6 +176,20 @@ def test_several_targets_make_a_curve(tool, tiny, dense, tmp_path):
     seconds = [json.loads((tmp_path / 'o' / name / 'prune.json').read_text())['seconds'] for name in names[1:]]
     assert 'score' in seconds[0] and 'score' not in seconds[1] and seconds[0]['comb'] == seconds[1]['comb']
     assert all(name in out for name in names)
+
+
+def test_a_curve_is_timed_on_the_threads_that_were_asked_for(monkeypatch, tmp_path):
+    pytest.importorskip('onnxruntime')
+    seen = {}
+
+    def deploy(*_, **options):
+        seen.update(options)
+        raise InterruptedError
+
+    monkeypatch.setattr('mmcpd.deploy.deploy', deploy)
+    with pytest.raises(InterruptedError):
+        write_curve(tmp_path, {}, [], torch.zeros(1, 3, 8, 8), 3, Stages())
+    assert seen['threads'] == 3
 
 
 @pytest.mark.parametrize(
