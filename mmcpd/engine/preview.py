@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mmcpd.coupling import Coupling, Keep, Role, aligned
+from mmcpd.coupling import Coupling, Keep, aligned
 from mmcpd.engine.at_once import with_softmax
 from mmcpd.engine.report import comparison, costs
 from mmcpd.prune import LATENCY, check_reachable, default_normalizer, normalize, score, select, shares
 from mmcpd.prune.schedule import Schedule
 from mmcpd.prune.selection import Floors
+from mmcpd.report.layers import weight_outputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,11 +131,9 @@ def layer_widths(coupling: Coupling, keep: Mapping[str, Tensor]) -> list[LayerWi
     """
     removed: Counter[str] = Counter()
     dims: dict[str, int] = {}
-    for group in coupling.groups:
-        for member in group.members:
-            if member.role is Role.PRODUCER and len(coupling.tensors[member.tensor].shape) > 1:
-                dims[member.tensor] = member.dim
-                removed[member.tensor] += member.index[~keep[group.name]].numel()
+    for group, member in weight_outputs(coupling):
+        dims[member.tensor] = member.dim
+        removed[member.tensor] += member.index[~keep[group.name]].numel()
     sizes = {name: info.shape[dims[name]] for name, info in coupling.tensors.items() if name in dims}
     return [LayerWidth(name.removesuffix('.weight'), size, size - removed[name]) for name, size in sizes.items()]
 

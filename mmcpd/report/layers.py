@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 
-from mmcpd.coupling import Coupling, Group, Role
+from mmcpd.coupling import Coupling, Group, Member, Role
 from mmcpd.report.data import Frozen, Layer, Stream
 
 
@@ -45,15 +45,26 @@ def layers(coupling: Coupling, shapes: Mapping[str, Sequence[int]]) -> list[Laye
     return found
 
 
+def weight_outputs(coupling: Coupling) -> Iterator[tuple[Group, Member]]:
+    """Yield the members that are outputs of weights, biases apart, each with its group.
+
+    Example:
+        >>> [(group.name, member.tensor, member.dim) for group, member in weight_outputs(coupling)]
+        [('conv1', 'conv1.weight', 0), ('conv2', 'conv2.weight', 0)]
+    """
+    for group in coupling.groups:
+        for member in group.members:
+            if member.role is Role.PRODUCER and len(coupling.tensors[member.tensor].shape) > 1:
+                yield group, member
+
+
 def _outputs(coupling: Coupling) -> tuple[dict[str, int], dict[str, str], dict[str, str]]:
     """Return the dimension of each weight that is its output, the group most of it is in, and why some is frozen."""
     dims: dict[str, int] = {}
     rows: dict[str, Counter[str]] = {}
-    for group in coupling.groups:
-        for member in group.members:
-            if member.role is Role.PRODUCER and len(coupling.tensors[member.tensor].shape) > 1:
-                dims[member.tensor] = member.dim
-                rows.setdefault(member.tensor, Counter())[group.name] += member.index.numel()
+    for group, member in weight_outputs(coupling):
+        dims[member.tensor] = member.dim
+        rows.setdefault(member.tensor, Counter())[group.name] += member.index.numel()
     reasons: dict[str, str] = {}
     for frozen in coupling.frozen:
         info = coupling.tensors[frozen.tensor]
