@@ -79,7 +79,7 @@ def placed(
     height, width = size
     zoom = rng.uniform(*scale) * min(size) / image.shape[0]
     centre = ((image.shape[1] - 1) / 2, (image.shape[0] - 1) / 2)
-    affine = cv2.getRotationMatrix2D(centre, rng.uniform(-MAX_TILT, MAX_TILT), zoom)  # (2, 3), source to target
+    affine: np.ndarray = cv2.getRotationMatrix2D(centre, rng.uniform(-MAX_TILT, MAX_TILT), zoom)  # (2, 3), to target
     affine[:, 2] += rng.uniform((0.1 * width, 0.1 * height), (0.9 * width, 0.9 * height)) - centre
     return cv2.warpAffine(image, affine, (width, height), flags=cv2.INTER_CUBIC)
 

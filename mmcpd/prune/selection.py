@@ -262,7 +262,9 @@ class _Search:
 def _order(
     scores: Mapping[str, Tensor], coupling: Coupling, keep: Mapping[str, Tensor], steps: dict[str, list[int]]
 ) -> _Chunks:
-    units, keys, sizes = [np.empty(0, np.int64)], [np.empty(0)], [np.empty(0, np.int64)]
+    units: list[np.ndarray] = [np.empty(0, np.int64)]
+    keys: list[np.ndarray] = [np.empty(0)]
+    sizes: list[np.ndarray] = [np.empty(0, np.int64)]
     groups: list[str] = []
     for name, numbers in steps.items():
         if not numbers:
