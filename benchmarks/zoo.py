@@ -218,14 +218,15 @@ def main() -> None:
         action='store_true',
         help="take Torch-Pruning's column from the results: it does not depend on mmcpd",
     )
-    for hidden in ('--child', '--reopen', '--how', '--file'):
-        parser.add_argument(hidden, help=argparse.SUPPRESS)
+    parser.add_argument('--child', help=argparse.SUPPRESS)
+    parser.add_argument('--reopen', help=argparse.SUPPRESS)
+    parser.add_argument('--file', type=Path, action='append', default=[], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         child(next(f for f in FAMILIES if f.key == args.child), args.seed, args.limit_gb, not args.keep_peer)
         return
     if args.reopen:
-        reopen(next(f for f in FAMILIES if f.key == args.reopen), args.how, Path(args.file))
+        reopen(next(f for f in FAMILIES if f.key == args.reopen), args.file)
         return
     if args.list:
         print('\n'.join(f'{f.key:32} {f.config or "written out"}' for f in FAMILIES))

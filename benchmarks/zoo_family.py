@@ -68,6 +68,9 @@ class Family(ABC):
     def key(self) -> str:
         return f'{self.package}/{self.name}'
 
+    def prepare(self) -> None:  # noqa: B027 - few networks ask for anything
+        """Set up in a process what the network asks for when it runs."""
+
     @abstractmethod
     def net(self) -> Deployed:
         """Build the network; nothing is downloaded."""

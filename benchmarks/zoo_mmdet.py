@@ -17,6 +17,7 @@ from benchmarks.zoo_family import Deployed, Family
 from mmcpd.engine.operators import followed
 from mmcpd.engine.passes import Pass, deployed_pass
 from mmcpd.engine.samples import detector_sample, made_up, resized
+from mmcpd.nested import tensors_in
 
 PROPOSALS = 50  # enough for each level of a pyramid
 
@@ -33,7 +34,8 @@ class DeployedDetector(Deployed):
     def call(self, pictures: Tensor) -> Any:
         sample = resized(self.sample, self.size, pictures.shape[-2:])
         with followed():
-            return Pass(str(self.mode))(self.net, {'inputs': pictures, 'data_samples': [sample] * len(pictures)})
+            data = {'inputs': pictures, 'data_samples': [sample] * len(pictures)}
+            return tensors_in(Pass(str(self.mode))(self.net, data))  # what it predicts is in samples
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,6 @@ DETECTORS: tuple[Family, ...] = (
     detector('atss', 'atss_r50_fpn_1x_coco'),
     detector('autoassign', 'autoassign_r50-caffe_fpn_1x_coco'),
     detector('boxinst', 'boxinst_r50_fpn_ms-90k_coco'),
-    detector('carafe', 'faster-rcnn_r50_fpn-carafe_1x_coco'),
     detector('cascade_rcnn', 'cascade-rcnn_r50_fpn_1x_coco'),
     detector('cascade_rpn', 'cascade-rpn_faster-rcnn_r50-caffe_fpn_1x_coco'),
     detector('centernet', 'centernet_r18_8xb16-crop512-140e_coco'),
@@ -151,6 +152,7 @@ DETECTORS_OUT: dict[str, str] = {
     **dict.fromkeys(('glip', 'grounding_dino', 'mm_grounding_dino'), _TEXT),
     **dict.fromkeys(('bytetrack', 'deepsort', 'mask2former_vis', 'masktrack_rcnn', 'ocsort', 'qdtrack', 'reid', 'sort',
                      'strongsort'), _TRACK),
+    'carafe': "needs carafe of mmcv's compiled operators, for which torchvision has no counterpart",
     'clrnet': 'finds lanes; its config is in Python and has data of its own',
     'misc': 'wraps models of Detectron2',
     'timm_example': 'needs timm, which has rows of its own',

@@ -27,11 +27,18 @@ class Pretraining(Configured):
     flat: bool = False
     half: bool = False
 
-    def net(self) -> Deployed:
+    def prepare(self) -> None:
         from mmengine.logging import MessageHub
 
         MessageHub.get_current_instance().update_info('max_iters', 100)  # what a momentum anneals over
-        return Loss(self.network(), self.grid, self.flat)
+
+    def net(self) -> Deployed:
+        self.prepare()
+        net = self.network()
+        for name, buffer in net.named_buffers():
+            if name.endswith('quantize.embedding.initted'):  # else its 8192 codes are copies of one picture's patches,
+                buffer.fill_(1)  # and rounding chooses among equals
+        return Loss(net, self.grid, self.flat)
 
     def inputs(self, batch: int = 0, size: tuple[int, ...] = (), seed: int = 0) -> tuple[Any, ...]:
         first, *others = super().inputs(batch, size, seed)

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,19 +18,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.zoo_checks import MARK, ROOT, Row, Slimmed, gap, slimmed, stage
+from benchmarks.zoo_checks import MARK, ROOT, Row, Slimmed, called, gap, slimmed, stage
 from benchmarks.zoo_family import Family
 from mmcpd.comb import comb
 from mmcpd.coupling import Example
 from mmcpd.errors import first_line
-from mmcpd.modes import as_trained
+from mmcpd.modes import InDouble, as_trained
 from mmcpd.nested import map_tensors, tensors_in
 from mmcpd.slim import restructure_, structure
 from mmcpd.slim.compare import compare_gradients, evaluating
 from mmcpd.slim.trial import FAILURES, random_keep
 
 SECOND_KEEP = 0.45
-USES = ('batch', 'size', 'keep', 'training', 'reload', 'pickle')
+SAVED = ('reload', 'pickle')
+USES = ('batch', 'size', 'keep', 'training', *SAVED)
 
 
 class NotRun(Exception):
@@ -49,10 +50,13 @@ def sweep_uses(family: Family, done: Slimmed, seed: int) -> Row:
         result |= slimmed(done.model, done.coupling, keep).gaps()
     with use(row, 'training') as result:
         result |= in_training(done)
-    with use(row, 'reload') as result:
-        result |= reopened(family, done, 'reload')
-    with use(row, 'pickle') as result:
-        result |= reopened(family, done, 'pickle')
+    with tempfile.TemporaryDirectory() as folder:
+        files = []
+        for how in SAVED:
+            with use(row, how):
+                files.append(write(family, done, how, Path(folder) / how))
+        for how, result in reopened(family, files).items():
+            row[how] |= result
     return row
 
 
@@ -67,7 +71,7 @@ def use(row: Row, name: str) -> Iterator[Row]:
             row[name]['not_run'] = str(error)[:200]
 
 
-def elsewhere(done: Slimmed, inputs: tuple[Any, ...], run: Any = None) -> Slimmed:
+def elsewhere(done: Slimmed, inputs: tuple[Any, ...], run: Callable[..., object] | None = None) -> Slimmed:
     """Return the models with other inputs, or with another way to run them.
 
     Raises:
@@ -75,7 +79,7 @@ def elsewhere(done: Slimmed, inputs: tuple[Any, ...], run: Any = None) -> Slimme
     """
     like = tensors_in(done.coupling.example.inputs)[0]
     moved = map_tensors(inputs, lambda t: t.to(like.dtype) if t.is_floating_point() else t)
-    example = Example(moved, run or done.coupling.example.forward)
+    example = Example(moved, done.coupling.example.forward if run is None else as_combed(done, run))
     try:
         with evaluating(done.model):
             example.run(copy.deepcopy(done.model))
@@ -84,6 +88,11 @@ def elsewhere(done: Slimmed, inputs: tuple[Any, ...], run: Any = None) -> Slimme
             raise
         raise NotRun(f'{type(error).__name__}: {first_line(error)}') from error
     return done.on(example)
+
+
+def as_combed(done: Slimmed, run: Callable[..., object]) -> Callable[..., object]:
+    """Return another forward, in float64 if that of the models is."""
+    return InDouble(run) if isinstance(done.coupling.example.forward, InDouble) else run
 
 
 def other_size(family: Family, done: Slimmed, seed: int) -> Slimmed:
@@ -123,7 +132,7 @@ def in_training(done: Slimmed) -> Row:
     with evaluating(done.model):
         same = gap(example.run(copy.deepcopy(done.model)), run.coupling.example.run(copy.deepcopy(done.model))) == 0
     if not same:
-        found = comb(done.model, example.inputs, also=(trained,))
+        found = comb(done.model, example.inputs, forward=example.forward, also=(as_combed(done, trained),))
         again = slimmed(done.model, found, random_keep(found, SECOND_KEEP, 2))
         run = again.on(run.coupling.example)
     row: Row = {'combed_again': not same}
@@ -132,34 +141,29 @@ def in_training(done: Slimmed) -> Row:
     gc.collect()
     row['gradient_gap'] = compare_gradients(run.model, run.coupling, run.keep)
     gc.collect()
-    louder = run.on(replace(run.coupling.example, forward=Louder()))
+    louder = run.on(replace(run.coupling.example, forward=as_combed(done, Louder())))
     row['gradient_control'] = compare_gradients(louder.model, louder.coupling, louder.keep)
     return row
 
 
 # -- another process ---------------------------------------------------------------------------------------------------
-def reopened(family: Family, done: Slimmed, how: str) -> Row:
-    """Save a slim model, open it in a fresh process, and compare what it gives out there.
-
-    Raises:
-        NotRun: the dense model cannot be saved either.
-        RuntimeError: the other process failed; the message is its last line.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / 'slim.pt'
-        write(family, done, how, file)
-        script = str(ROOT / 'benchmarks' / 'zoo.py')
-        command = [sys.executable, script, '--reopen', family.key, '--how', how, '--file', str(file)]
-        ran = subprocess.run(command, capture_output=True, text=True, env=os.environ)
-    lines = [line.removeprefix(MARK) for line in ran.stdout.splitlines() if line.startswith(MARK)]
-    if not lines:
-        raise RuntimeError((ran.stderr.strip().splitlines() or ['no message'])[-1][:400])
-    return json.loads(lines[-1])
+def reopened(family: Family, files: Sequence[Path]) -> Row:
+    """Open saved models in a fresh process and compare what they give out there: a result, or an error, for each."""
+    script = str(ROOT / 'benchmarks' / 'zoo.py')
+    command = [sys.executable, script, '--reopen', family.key, *(f'--file={file}' for file in files)]
+    ran = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+    lines = [json.loads(line.removeprefix(MARK)) for line in ran.stdout.splitlines() if line.startswith(MARK)]
+    found = {how: result for line in lines for how, result in line.items() if how in SAVED}
+    why = (ran.stderr.strip().splitlines() or ['no message'])[-1][:400]
+    return {file.name: found.get(file.name, {'error': f'{file.name}: the process died: {why}'}) for file in files}
 
 
 @torch.no_grad()
-def write(family: Family, done: Slimmed, how: str, file: Path) -> None:
+def write(family: Family, done: Slimmed, how: str, file: Path) -> Path:
     """Save a slim model, whole (`pickle`) or as structure and values (`reload`), with what it gives out.
+
+    Returns:
+        The file, whose name says how.
 
     Raises:
         NotRun: the dense model cannot be saved so either.
@@ -184,18 +188,24 @@ def write(family: Family, done: Slimmed, how: str, file: Path) -> None:
             raise NotRun(f'the dense model neither: {first_line(error)}') from error
         saved['model'] = done.small
     torch.save(saved, file)
+    return file
 
 
 @torch.no_grad()
-def reopen(family: Family, how: str, file: Path) -> None:
+def reopen(family: Family, files: Sequence[Path]) -> None:
     """Open what another process saved, and print how far its outputs are from those that the slim model had there."""
     torch.set_num_threads(1)
-    saved = torch.load(file, weights_only=False)
-    model = saved['model'] if how == 'pickle' else rebuilt(family, saved)
-    with evaluating(model):
-        example = Example(saved['inputs'], lambda net, *args: net(*args))
-        found = tensors_in(example.run(model))
-    print(MARK + json.dumps({'gap': gap(saved['expected'], found), 'control': gap(saved['control'], found)}))
+    family.prepare()
+    for file in files:
+        result: Row = {}
+        with stage(result, file.name):
+            saved = torch.load(file, weights_only=False)
+            model = saved['model'] if file.name == 'pickle' else rebuilt(family, saved)
+            with evaluating(model):
+                forward = InDouble(called) if saved['dtype'] == torch.float64 else called
+                found = tensors_in(Example(saved['inputs'], forward).run(model))
+            result |= {'gap': gap(saved['expected'], found), 'control': gap(saved['control'], found)}
+        print(MARK + json.dumps({file.name: result}))
 
 
 def rebuilt(family: Family, saved: Row) -> nn.Module:

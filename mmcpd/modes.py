@@ -1,16 +1,20 @@
-"""Run a model in training mode so that it always computes the same, or in another type; put its modules' modes back."""
+"""Run a model in training mode so that it always computes the same, or in float64; put its modules' modes back."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
+NARROW = (torch.float32, torch.float16, torch.bfloat16)
+NARROWING = (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16)
 DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 
 
@@ -61,17 +65,44 @@ class _WithoutDropout(TorchFunctionMode):
         return args[0] if func in DROPOUTS and args else func(*args, **(kwargs or {}))
 
 
-class SameTypes(TorchFunctionMode):
-    """Let `grid_sample` take places of another type than its picture: mmdet's masks are float32 in a float64 model.
+@dataclass(frozen=True)
+class InDouble:
+    """Run a forward so that it computes in float64 throughout, whatever narrower type is written into it.
+
+    `x.float()`, `dtype=torch.float32` and the default type of new tensors name float64 inside, and `grid_sample` takes
+    places of another type than its picture. The model and its inputs are in float64 before.
 
     Example:
-        >>> with SameTypes():
-        ...     sampled = F.grid_sample(torch.ones(1, 1, 2, 2).double(), torch.zeros(1, 1, 1, 2), align_corners=False)
-        >>> sampled.dtype
+        >>> InDouble(lambda model, x: model(x.float() + torch.zeros(2)))(nn.Linear(2, 2).double(), torch.ones(2)).dtype
         torch.float64
     """
 
+    forward: Callable[..., object]
+
+    def __call__(self, model: nn.Module, *inputs: object) -> object:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            with _Widened():
+                return self.forward(model, *inputs)
+        finally:
+            torch.set_default_dtype(before)
+
+
+class _Widened(TorchFunctionMode):
+    """Let functions of torch take float64 for every narrower floating type that they are given by name."""
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in NARROWING:
+            return args[0].double()
         if func is F.grid_sample and len(args) > 1:
             args = (args[0], args[1].type_as(args[0]), *args[2:])
-        return func(*args, **(kwargs or {}))
+        if any(value in NARROW for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype)):
+            args = tuple(_wide(value) for value in args)
+            kwargs = {name: _wide(value) for name, value in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+def _wide(value: Any) -> Any:
+    return torch.float64 if isinstance(value, torch.dtype) and value in NARROW else value

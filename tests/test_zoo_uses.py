@@ -77,13 +77,14 @@ def wrong(case):
 
 
 @pytest.fixture
-def uses(monkeypatch, capsys, tmp_path):
+def uses(monkeypatch, capsys):
     """Run all uses; what a fresh process does runs in this one."""
 
-    def reopened(family, done, how):
-        zoo_uses.write(family, done, how, tmp_path / how)
-        zoo_uses.reopen(family, how, tmp_path / how)
-        return json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix(MARK))
+    def reopened(family, files):
+        capsys.readouterr()
+        zoo_uses.reopen(family, files)
+        lines = [json.loads(line.removeprefix(MARK)) for line in capsys.readouterr().out.splitlines()]
+        return {how: result for line in lines for how, result in line.items() if how in zoo_uses.SAVED}
 
     monkeypatch.setattr(zoo_uses, 'reopened', reopened)
     return lambda family, done: zoo_uses.sweep_uses(family, done, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from mmcpd.engine.proposals import fixed_proposals
 from mmcpd.errors import first_line
-from mmcpd.modes import SameTypes, as_trained
+from mmcpd.modes import as_trained
 from mmcpd.nested import tensors_in
 from mmcpd.slim.compare import evaluating
 from mmcpd.slim.trial import FAILURES
@@ -37,10 +38,7 @@ class Pass:
     def __call__(self, model: nn.Module, data: Any) -> Any:
         if self.one_view:
             data = {**data, 'inputs': data['inputs'][0]}
-        if self.mode != 'loss':
-            with SameTypes():
-                return call(model, data, self.mode)
-        with as_trained(model):
+        with as_trained(model) if self.mode == 'loss' else nullcontext():
             return call(model, data, self.mode)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from mmengine.config import Config
@@ -14,6 +14,7 @@ from mmcpd.engine.examples import example_inputs
 from mmcpd.engine.passes import DEPLOYED, TESTING, TRAINING, Pass, runs
 from mmcpd.engine.samples import Samples, made_up
 from mmcpd.errors import ProofError, SlimError, first_line
+from mmcpd.modes import InDouble
 from mmcpd.nested import map_tensors, named_tensors_in
 from mmcpd.random_state import seeded
 from mmcpd.slim.compare import difference, evaluating
@@ -76,7 +77,9 @@ def _preprocessed(model: nn.Module, batch: Any) -> Any:
         return cast(Any, model).data_preprocessor(copy.deepcopy(batch), False)
 
 
-def _fault(model: nn.Module, fresh: nn.Module, ours: Any, theirs: Any, each: Pass, kind: str) -> str | None:
+def _fault(
+    model: nn.Module, fresh: nn.Module, ours: Any, theirs: Any, each: Callable[..., object], kind: str
+) -> str | None:
     """Return how the second model differs from the first, or None where it does not."""
     with restored(model), restored(fresh), evaluating(model), evaluating(fresh):
         with seeded(0):
@@ -107,4 +110,5 @@ def _in_double(model: nn.Module, fresh: nn.Module, batch: Any, each: Pass, fault
         map_tensors(_preprocessed(net, batch), lambda t: double(t) if t.is_floating_point() else t)
         for net in (model, fresh)
     )
-    return _fault(left, right, ours, theirs, each, 'float64') if runs(left, ours, each) is None else fault
+    wide = InDouble(each)
+    return _fault(left, right, ours, theirs, wide, 'float64') if runs(left, ours, wide) is None else fault

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..coupling import Coupling, Example, Keep
 from ..errors import CombError, SlimError, first_line
+from ..modes import InDouble
 from ..nested import map_tensors, tensors_in
 from ..random_state import draws
 from .compare import compare_gradients, evaluating, gap_between, gap_of_gradients
@@ -118,7 +119,8 @@ def _in_double(example: Example) -> Example:
             return double(value)
         return value.cpu() if value.device.type == 'mps' else value.clone()
 
-    return replace(example, inputs=map_tensors(example.inputs, wide))
+    also = tuple(InDouble(each) for each in example.also)
+    return Example(map_tensors(example.inputs, wide), InDouble(example.forward), also)
 
 
 def in_double(model: nn.Module, example: Example) -> tuple[nn.Module, Example]:

@@ -18,6 +18,7 @@ from mmcpd.engine.examples import example_data, example_inputs, picture_of
 from mmcpd.engine.passes import DEPLOYED, TESTING, TRAINING, runs
 from mmcpd.engine.proposals import fixed_proposals, spread_boxes
 from mmcpd.engine.samples import Samples, made_up
+from mmcpd.modes import InDouble
 from mmcpd.slim import slim
 from mmcpd.slim.compare import compare, difference, evaluating
 from mmcpd.slim.mask import mask_
@@ -87,7 +88,8 @@ def detr():
         positional_encoding=dict(num_feats=8, normalize=True),
         bbox_head=dict(type='DETRHead', num_classes=3, embed_dims=16, loss_cls=CLASSES),
         train_cfg=dict(assigner=dict(type='HungarianAssigner', match_costs=[
-            dict(type='ClassificationCost', weight=1.0), dict(type='BBoxL1Cost', weight=5.0, box_format='xywh')])),
+            dict(type='ClassificationCost', weight=1.0), dict(type='BBoxL1Cost', weight=5.0, box_format='xywh'),
+            dict(type='IoUCost', iou_mode='giou', weight=2.0)])),
         test_cfg=dict(max_per_img=7),
     )  # fmt: skip
 
@@ -112,7 +114,7 @@ def combed(request):
 
 def test_masked_and_slimmed_detectors_agree(combed):
     name, model, coupling = combed
-    assert coupling.example.forward == DEPLOYED
+    assert coupling.example.forward == InDouble(DEPLOYED)
     assert not coupling.untried
     assert not coupling.unsupported
     prunable, width = coupling.prunable_channels()
@@ -128,7 +130,7 @@ def test_predictions_and_losses_of_slimmed_detectors_are_those_of_masked_ones(co
     small, masked = slim(model, coupling, keep), copy.deepcopy(model)
     mask_(masked, coupling, keep)
     for each in (TESTING, TRAINING):
-        example = replace(coupling.example, forward=each)
+        example = replace(coupling.example, forward=InDouble(each))
         with evaluating(masked), evaluating(small):
             assert difference(example.run(masked), example.run(small)) < 1e-9
 

@@ -11,8 +11,9 @@ from torch import nn
 
 from mmcpd.comb import comb
 from mmcpd.errors import SlimError
+from mmcpd.modes import InDouble
 from mmcpd.slim.compare import compare, difference
-from mmcpd.slim.trial import Outcome, random_keep, trial_of
+from mmcpd.slim.trial import Outcome, in_double, random_keep, trial_of
 from tests.helpers import Net, check_equal, gap, masked, randomise_, sample
 
 X = sample((2, 5, 3))
@@ -57,6 +58,38 @@ class Wrong(nn.Module):
     def forward(self, x):
         x = self.odd(self.plain(x).tanh())
         return self.fc(x * (1.0 / x.shape[-1]))
+
+
+class NamesFloat32(Wrong):
+    """The same mistake, but a small one, in a forward that leaves float64 wherever it can."""
+
+    def forward(self, x):
+        x = x.half().to(torch.float32).type(torch.bfloat16).float()
+        places = torch.arange(6, dtype=torch.float32, device=x.device) + torch.zeros(6)
+        x = self.odd(self.plain(x).tanh() + places.mean())
+        return self.fc(x * (1.0 + 1e-5 / x.shape[-1])).softmax(-1, dtype=torch.float32)
+
+
+def test_a_small_mistake_is_found_where_float32_is_written_into_the_forward():
+    """In float32 rounding would hide it."""
+    found = comb(randomise_(NamesFloat32()).float(), X.float())
+    assert [g.name for g in found.groups] == ['plain']
+    (reason,) = {f.reason for f in found.frozen if f.tensor == 'odd.weight' and f.dim == 0}
+    assert reason.startswith('a trial failed: the slimmed model differs')
+
+
+def test_what_runs_in_double_computes_in_it_and_leaves_the_default_type_alone():
+    model = NamesFloat32()
+    twin, example = in_double(model, comb(model, X.float(), trial=False).example)
+    assert example.run(twin).dtype == torch.float64
+    assert torch.get_default_dtype() == torch.float32
+
+    def fails(model, x):
+        raise ValueError(f'{torch.get_default_dtype()}')
+
+    with pytest.raises(ValueError, match='float64'):
+        InDouble(fails)(twin, X)
+    assert torch.get_default_dtype() == torch.float32
 
 
 def test_a_result_that_differs_is_frozen():
