@@ -97,7 +97,7 @@ def run_child(family: Family, seconds: float, gigabytes: float, seed: int, peer:
     command = [sys.executable, __file__, '--child', family.key, '--limit-gb', str(gigabytes), '--seed', str(seed)]
     command += ['--keep-peer'] if peer is not None else []
     environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
-    environment |= {'MALLOC_MMAP_THRESHOLD_': str(2**20)}  # what is freed goes back to the system
+    environment |= {'MALLOC_MMAP_THRESHOLD_': str(2**26)}  # large tensors that are freed go back
     start = time.perf_counter()
     row: Row = {'family': family.key, 'config': family.config, 'input': [family.batch, family.channels, *family.size]}
     died = None
