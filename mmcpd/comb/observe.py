@@ -18,6 +18,7 @@ from ..slim.compare import evaluating
 from ..slim.mask import named_tensors
 from .fresh import resolve_
 from .record import Note, Record
+from .renewed import freeze_renewed_
 from .rules import apply
 from .size_arguments import observing_sizes
 from .trace import AXES, INPUT, Call, Cursor, Policy, Run
@@ -62,6 +63,7 @@ def observe(model: nn.Module, example: Example, policy: Policy) -> Record:
         run.record.unread, run.record.unused = frozenset(run.ran.unread_names), unused.names
         if not policy.leave_unused:
             unused.freeze_(run.record.table)
+            freeze_renewed_(model, run.record.table)
         resolve_(run.record, run.real)
     finally:
         for tensor in marked + given:

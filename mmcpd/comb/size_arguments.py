@@ -22,7 +22,7 @@ from ..fixes import Attr, Input
 from ..slim.replace_sizes import LEFT, RIGHT
 from .fresh import FACTORIES, factory
 from .rules.pointwise import MULTI_HEAD
-from .size_equations import HANDLERS
+from .size_equations import HANDLERS, pairs_of
 from .trace import Run
 from .traced_int import TracedInt, as_int
 
@@ -44,7 +44,7 @@ class _Observe(TorchFunctionMode):
             return self.shape(func, args, kwargs)
         if name in COUNTING:
             return math.prod(_size(self.run, args[0], d, s) for d, s in enumerate(args[0].shape))
-        self.run.cursor.function = name
+        self.run.cursor.function, self.run.cursor.pairs = name, pairs_of(name, args, kwargs)
         if name in ARITHMETIC:  # a width on the right; on the left it is asked itself
             for side, value in zip((LEFT, RIGHT), args, strict=False):
                 if isinstance(value, TracedInt):

@@ -19,6 +19,12 @@ from .record import Equation
 from .trace import Run
 from .traced_int import TracedInt, as_int, expression, of_run
 
+PAIR = 2
+VIEWS: dict[str, tuple[Any, ...]] = {  # where their sizes are, as `sizes_of` takes it
+    'view': (1, 'shape', 'size'),
+    'reshape': (1, 'shape', 'size'),
+    'unflatten': (2, 'sizes'),
+}
 HANDLERS: dict[str, list[Callable[[Run, Any, Any, Any], None]]] = {}
 
 
@@ -66,6 +72,19 @@ def sizes_of(args: Any, kwargs: Any, position: int, *names: str) -> Sizes:
     return Sizes(rest, None)
 
 
+def pairs_of(name: str, args: Any, kwargs: Any) -> list[int]:
+    """Return the dimensions of a view that are pairs: a 2 that stands in the source, behind a size that may follow.
+
+    Rotary embeddings and complex numbers are such, `x.view(n, -1, 2)`; two channels of a head are not meant.
+    """
+    if name not in VIEWS:
+        return []
+    sizes = sizes_of(args, kwargs, *VIEWS[name]).values
+    begin = (args[1] if len(args) > 1 else kwargs['dim']) % args[0].dim() if name == 'unflatten' else 0
+    may_follow = [isinstance(size, TracedInt) or size == INFER for size in sizes]
+    return [begin + i for i, size in enumerate(sizes) if type(size) is int and size == PAIR and any(may_follow[:i])]
+
+
 @handles('expand', 'broadcast_to')
 def _expand(run: Run, args: Any, kwargs: Any, out: Tensor) -> None:
     sizes, source = sizes_of(args, kwargs, 1, 'shape', 'size'), args[0].shape
@@ -77,7 +96,7 @@ def _expand(run: Run, args: Any, kwargs: Any, out: Tensor) -> None:
 
 @handles('view', 'reshape')
 def _reshape(run: Run, args: Any, kwargs: Any, out: Tensor) -> None:
-    sizes = sizes_of(args, kwargs, 1, 'shape', 'size')
+    sizes = sizes_of(args, kwargs, *VIEWS['view'])
     if len(sizes.values) != out.dim():  # view(dtype)
         return
     inferable = all(as_int(size) != INFER for size in sizes.values)
@@ -91,7 +110,7 @@ def _reshape(run: Run, args: Any, kwargs: Any, out: Tensor) -> None:
 @handles('unflatten')  # unflatten(dim, sizes)
 def _unflatten(run: Run, args: Any, kwargs: Any, out: Tensor) -> None:
     dim = (args[1] if len(args) > 1 else kwargs['dim']) % args[0].dim()
-    sizes = sizes_of(args, kwargs, 2, 'sizes')
+    sizes = sizes_of(args, kwargs, *VIEWS['unflatten'])
     inferable = all(as_int(size) != INFER for size in sizes.values)
     for i, (size, axis) in enumerate(zip(sizes.values, run.axes(out)[dim:], strict=False)):
         if as_int(size) != INFER:

@@ -42,6 +42,7 @@ class Cursor:
     path: list[str] = field(default_factory=lambda: [''])  # of the running modules, the innermost last
     widths: list[set[int]] = field(default_factory=lambda: [set()])  # of channels that they met
     function: str = ''  # the Python function that runs, as its caller sees it
+    pairs: Sequence[int] = ()  # the dimensions of its output that are pairs (see `pairs_of`)
     names: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # one of the atoms tied to each
 
 

@@ -312,8 +312,19 @@ MOVED = {
         rows(8),
         strided(8, 4),
     ),
+    'pixel shuffle by hand': moved(
+        lambda x: x.reshape(len(x), -1, 2, 2, 4, 4).permute(0, 1, 4, 2, 5, 3).reshape(len(x), -1, 8, 8),
+        2,
+        2,
+        rows(2, 4),
+        rows(2),
+    ),
     'channel shuffle': moved(shuffle, 8, 4, strided(4, 2), rows(4, 2)),
     'channel shuffle of torch': moved(lambda x: F.channel_shuffle(x, 2), 8, 4, strided(4, 2), rows(4, 2)),
+    'sum over pairs of channels': moved(lambda x: x.unflatten(1, (-1, 2)).sum(2), 4, 4, rows(4, 2), rows(4)),
+    'pairs by their half': moved(
+        lambda x: x.reshape(len(x), x.shape[1] // 2, 2, *x.shape[2:]).amax(2), 4, 4, rows(4, 2), rows(4)
+    ),
     'windows': moved(windows, 8, 8, rows(8), rows(8)),
     'repeat': moved(lambda x: x.repeat(1, 2, 1, 1), 16, 8, rows(8), strided(8, 2)),
     'repeat_interleave': moved(lambda x: x.repeat_interleave(2, 1), 16, 8, rows(8), rows(8, 2)),
@@ -376,11 +387,11 @@ def test_data_movement(name):
 
 AMBIGUOUS = {  # a rectangle whose last dimension is not the one that could go
     'pixel shuffle by hand': (
-        lambda x: x.reshape(len(x), -1, 2, 2, 4, 4).permute(0, 1, 4, 2, 5, 3).reshape(len(x), -1, 8, 8),
+        lambda x: x.reshape(len(x), -1, 4, 1, 4, 4).permute(0, 1, 4, 2, 5, 3).reshape(len(x), -1, 16, 4),
         2,
         'a spatial dimension in mix',
     ),
-    'sum over pairs of channels': (lambda x: x.unflatten(1, (-1, 2)).sum(2), 4, 'a trial failed'),
+    'sum over fours of channels': (lambda x: x.unflatten(1, (-1, 4)).sum(2), 2, 'a trial failed'),
 }
 
 

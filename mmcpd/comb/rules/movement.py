@@ -159,6 +159,9 @@ def _carrier(run: Run, call: Call, varying: list[int], labels: Tensor) -> int:
         known = labels[labels >= 0].numpy()
         if bool((known < len(whole)).all() and whole[known].all()):
             return varying[-2]
+    if varying[-1] in run.cursor.pairs:
+        wider = (d for d in varying[-2::-1] if d not in run.cursor.pairs and _distinct(labels, d))
+        return next(wider, varying[-1])
     widths = run.cursor.widths[-1] if call.op in VIEWS and run.cursor.function != MULTI_HEAD else set[int]()
     if labels.shape[varying[-1]] not in widths:  # `view(-1, C, 2 * k)`: C are the module's own channels
         own = (d for d in varying[-2::-1] if labels.shape[d] in widths and _distinct(labels, d))
