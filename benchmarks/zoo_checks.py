@@ -167,7 +167,7 @@ def sweep_rotate(model: Deployed, inputs: tuple[Any, ...]) -> Row:
         double, example = in_double(model, Example(inputs, called))
         row['dtype'] = str(tensors_in(example.inputs)[0].dtype).removeprefix('torch.')
         before = example.run(copy.deepcopy(double))
-        done = rotate_(double, example.inputs)
+        done = rotate_(double, example.inputs, forward=example.forward)
         row |= {'heads': done.heads, 'found': done.found, 'gap': gap(before, example.run(copy.deepcopy(double)))}
         row['left_alone'] = str(done).splitlines()[1:]
         if done.rotated:
