@@ -95,8 +95,8 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Directions:
-    """Rows that the forward divides by their norm, and multiplies by a scale of their own, which masking makes zero."""
+class Unmasked:
+    """Rows that a forward divides by, or by their norm: not zero where masked; what they go with is."""
 
     tensor: str
     dim: int
@@ -128,4 +128,4 @@ class Fixes:
     sizes: tuple[SizeRule, ...] = ()  # that a forward asks for
     constants: tuple[SizeRule, ...] = ()  # widths that a forward computes with, to stay as in the dense model
     equalities: tuple[Equality, ...] = ()  # that must hold afterwards
-    directions: tuple[Directions, ...] = ()  # that masking leaves as they are: of zeros there is none
+    unmasked: tuple[Unmasked, ...] = ()  # rows that masking leaves as they are, since a forward divides by them

@@ -89,15 +89,17 @@ def comb(
     def grouped(faults: Mapping[str, str] | None = None) -> Coupling:
         return replace(group(model, record, example, ignore, faults), caches=tuple(caches))
 
-    record = observed(Policy())
+    record = observed(policy := Policy())
     if record.unused and newly_read(model, example, trained := Trained(example.forward), record.unread):
         example = replace(example, also=(*example.also, trained))
-        record = observed(Policy())
+        record = observed(policy)
     whole = heads_of(record) if heads == 'head' else None
     if whole is not None:
-        record = observed(Policy(whole))
+        record = observed(policy := policy._replace(whole_heads=whole))
     if narrowed := coupled_by_groups(record):
-        record = observed(Policy(whole, narrowed))
+        record = observed(policy := policy._replace(narrowed=narrowed))
+    while record.divisors > policy.divisors:
+        record = observed(policy := policy._replace(divisors=frozenset(record.divisors)))
     if strict:
         check_strict(record)
     couple_conflicts_(model, record, example)

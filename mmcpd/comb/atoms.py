@@ -93,6 +93,10 @@ class AtomTable:
             self.size += size
         return tuple(axes)
 
+    def is_vector(self, name: str) -> bool:
+        """Say whether a parameter or buffer has one dimension that is longer than one."""
+        return sum(row.tensor == name for row in self.rows) == 1
+
     def equate(self, left: np.ndarray, right: np.ndarray, reason: str) -> None:
         """State that two vectors of atoms are the same; an atom that meets `FIXED` is frozen for `reason`."""
         if left is right:

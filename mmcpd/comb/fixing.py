@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from torch import nn
 
-from ..fixes import Attr, CallSite, Directions, Fixes, Live, QueryScale, Rows, SizeRule, Statistic
+from ..fixes import Attr, CallSite, Fixes, Live, QueryScale, Rows, SizeRule, Statistic, Unmasked
 from ..slim.attention import replacement
 from ..slim.call_sites import call_site
 from ..slim.places import place_name
@@ -34,13 +34,13 @@ def fixes_of(model: nn.Module, record: Record, rows: Lookup, live: Sequence[bool
         sizes=tuple(_sizes(model, record.sizes, live)),
         constants=tuple(rule for rule in _sizes(model, _constants(record), live) if rule.site is not None),
         equalities=tuple(dict.fromkeys(record.equalities)),
-        directions=tuple(Directions(row.tensor, row.dim) for row in _directions(record)),
+        unmasked=tuple(Unmasked(row.tensor, row.dim) for row in _unmasked(record)),
     )
 
 
-def _directions(record: Record) -> Iterator[Row]:
+def _unmasked(record: Record) -> Iterator[Row]:
     starts = {int(atoms[0]) for atoms in record.directions}
-    return (row for row in record.table.rows if row.start in starts)
+    return (row for row in record.table.rows if row.start in starts or row.tensor in record.divisors)
 
 
 def _sizes(model: nn.Module, equations: list[Equation], live: Sequence[bool]) -> Iterator[SizeRule]:

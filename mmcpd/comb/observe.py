@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -39,9 +40,10 @@ def observe(model: nn.Module, example: Example, policy: Policy) -> Record:
             setattr(tensor, INPUT, True)
         for name, tensor in named_tensors(model).items():
             if not hasattr(tensor, AXES):  # a parameter that two modules share has one set of atoms
-                run.set(tensor, run.record.table.add(name, tensor))
+                zero = name not in policy.divisors
+                run.set(tensor, [axis and replace(axis, zero=zero) for axis in run.record.table.add(name, tensor)])
                 marked.append(tensor)
-        run.real = run.record.table.size
+        run.real, run.record.divisors = run.record.table.size, set(policy.divisors)
         marked += _hold_plain(model, run)
         with (
             evaluating(model),

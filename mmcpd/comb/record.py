@@ -93,6 +93,7 @@ class Record:
     read: dict[bytes, np.ndarray] = field(default_factory=dict)  # atoms that more than a movement of data read
     gates: list[np.ndarray] = field(default_factory=list)  # producers' rows at products of two activations
     directions: list[np.ndarray] = field(default_factory=list)  # rows that are divided by their norm
+    divisors: set[str] = field(default_factory=set)  # vectors whose zeros a forward would divide by
     summed: list[np.ndarray] = field(default_factory=list)  # what a product or a statistic goes over
     batched: list[np.ndarray] = field(default_factory=list)  # channels of products of activations, head by head
     grouped: list[GroupedConvolution] = field(default_factory=list)

@@ -32,6 +32,7 @@ class Policy(NamedTuple):
     whole_heads: np.ndarray | None = None  # `(atoms,)` bool: those of heads that go whole; None: heads become narrower
     narrowed: frozenset[str] = frozenset()  # paths of the grouped convolutions that lose channels inside each group
     leave_unused: bool = False  # whether the channels go that a layer which never ran may use
+    divisors: frozenset[str] = frozenset()  # parameters and buffers that are not zero where masked
 
 
 @dataclass
@@ -196,6 +197,26 @@ class Run:
         if whole := held and bool((np.diff(axis.atoms) == 1).all()):
             self.record.directions.append(axis.atoms)
         return whole
+
+    def never_zero(self, tensor: Tensor, op: str) -> None:
+        """Note the vectors (a scale, a variance) that an operation cannot take zeros of; freeze other channels.
+
+        A vector need not be masked, for the layer before it is; what is computed from activations is zero by itself.
+        """
+        for axis in self.axes(tensor):
+            if axis is None or not axis.zero:
+                continue
+            names = self._held(axis)
+            if not axis.weight or names <= self.policy.divisors:
+                self.freeze(axis, f'{op} of channels that are zero where they go, in {self.where}')
+            elif all(self.record.table.is_vector(name) for name in names):
+                self.record.divisors |= names
+
+    def _held(self, axis: Axis) -> frozenset[str]:
+        """Return the names of the parameters and buffers that the atoms of an axis belong to."""
+        rows, atoms = self.record.table.rows, axis.all_atoms()
+        held = atoms[(atoms >= 0) & (atoms < self.real)]
+        return frozenset(rows[bisect_right(rows, atom, key=lambda row: row.start) - 1].tensor for atom in held)
 
     def gate(self, axis: Axis) -> None:
         """Note the producer of one factor of a product of two activations."""

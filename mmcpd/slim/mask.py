@@ -195,12 +195,12 @@ class Masker:
             return
         self._rows, self._factors = [], []
         modules = dict(self.model.named_modules())
-        directions = {(each.tensor, each.dim) for each in self.coupling.fixes.directions}
+        unmasked = {(each.tensor, each.dim) for each in self.coupling.fixes.unmasked}
         for name, dims in kept_rows(self.coupling, keep).items():
             path, _, attribute = name.rpartition('.')
             place = TensorPlace(modules[path], attribute)
             for dim, live in dims.items():
-                if (name, dim) not in directions:
+                if (name, dim) not in unmasked:
                     tensor = writable_(place.tensor)
                     tensor.index_fill_(dim, (~live).nonzero().flatten().to(tensor.device), 0)  # 0 * nan is not 0
                     self._rows.append(MaskedRows(place, dim, live))

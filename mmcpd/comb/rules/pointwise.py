@@ -88,6 +88,25 @@ def pointwise(zero_after: ZeroRule = lost) -> Rule:
     return lambda run, call: meet(run, call, zero_after)
 
 
+def never_zero(operand: str, zero_after: ZeroRule = lost) -> Rule:
+    """Return the rule of an element-wise operation that has no value where this operand is zero: a divisor, a log."""
+
+    def rule(run: Run, call: Call) -> None:
+        if isinstance(tensor := call.named.get(operand), Tensor):
+            run.never_zero(tensor, call.op)
+        meet(run, call, zero_after)
+
+    return rule
+
+
+def power(run: Run, call: Call) -> None:
+    # pow(self, exponent): 0 has no negative power
+    exponent = call.named.get('exponent')
+    if isinstance(exponent, int | float) and exponent < 0:
+        run.never_zero(call.named['self'], 'a negative power')
+    meet(run, call, positive_power)
+
+
 def meet(run: Run, call: Call, zero_after: ZeroRule = lost) -> None:
     """Make the axes that meet after broadcasting equal. A size of one, or a stride of zero, is a broadcast."""
     out: Tensor = call.out if isinstance(call.out, Tensor) else call.out[0]

@@ -21,9 +21,10 @@ from .pointwise import (
     filled,
     fresh,
     like,
+    never_zero,
     numerator,
     pointwise,
-    positive_power,
+    power,
     same,
     selected,
     stays,
@@ -49,9 +50,9 @@ class Operation:
 plain, op = partial(Operation, plain=True), Operation
 OPERATIONS: dict[str, Operation] = {
     # -- point-wise, and where the result is zero; what else torch tags as point-wise is `pointwise()`, and needs no row
-    'mul': plain(pointwise(any_factor)), 'div': op(pointwise(numerator)), 'clamp': op(pointwise(within_bounds)),
-    'hardtanh': plain(pointwise(within_bounds)), 'clamp_min': op(pointwise(within_bounds)),
-    'clamp_max': op(pointwise(within_bounds)), 'pow': op(pointwise(positive_power)),
+    'mul': plain(pointwise(any_factor)), 'div': op(never_zero('other', numerator)),
+    'clamp': op(pointwise(within_bounds)), 'hardtanh': plain(pointwise(within_bounds)),
+    'clamp_min': op(pointwise(within_bounds)), 'clamp_max': op(pointwise(within_bounds)), 'pow': op(power),
     'add': plain(pointwise(all_summands)), 'sub': op(pointwise(all_summands)),
     'rsub': op(pointwise(all_summands)), 'maximum': op(pointwise(all_summands)),
     'minimum': op(pointwise(all_summands)), 'lerp': op(pointwise(all_summands)),
@@ -65,8 +66,10 @@ OPERATIONS: dict[str, Operation] = {
     'ceil': op(pointwise(stays)), 'round': op(pointwise(stays)), 'trunc': op(pointwise(stays)),
     'expm1': op(pointwise(stays)), 'log1p': op(pointwise(stays)), 'native_dropout': op(pointwise(stays)),
     'nan_to_num': op(pointwise(stays)), 'hardsigmoid': plain(pointwise()), 'softplus': op(pointwise()),
-    'logit': op(pointwise()), 'sigmoid': plain(pointwise()), 'exp': op(pointwise()), 'log': op(pointwise()),
-    'cos': op(pointwise()), 'reciprocal': op(pointwise()), 'rsqrt': op(pointwise()),
+    'logit': op(pointwise()), 'sigmoid': plain(pointwise()), 'exp': op(pointwise()), 'log': op(never_zero('self')),
+    'log2': op(never_zero('self')), 'log10': op(never_zero('self')), 'floor_divide': op(never_zero('other')),
+    'fmod': op(never_zero('other')), 'remainder': op(never_zero('other')),
+    'cos': op(pointwise()), 'reciprocal': op(never_zero('self')), 'rsqrt': op(never_zero('self')),
     'log_sigmoid_forward': op(pointwise()), 'copy': op(pointwise()), 'where': op(pointwise(selected)),
     'masked_fill': op(pointwise(filled)),
     # -- axes pass through
