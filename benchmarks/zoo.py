@@ -51,7 +51,7 @@ from benchmarks.zoo_checks import MARK, ROOT, Row, stage, sweep_onnx, sweep_ours
 from benchmarks.zoo_family import Family, build
 from benchmarks.zoo_models import FAMILIES, OUT, unlisted
 from benchmarks.zoo_peer import sweep_peer
-from benchmarks.zoo_report import passed, report, verdict
+from benchmarks.zoo_report import complete, passed, report, verdict
 from benchmarks.zoo_uses import reopen, sweep_uses
 
 RESULTS = ROOT / 'benchmarks' / 'results' / 'zoo.json'
@@ -155,7 +155,7 @@ def choose(args: argparse.Namespace, rows: dict[str, Row]) -> list[Family]:
         raise SystemExit(f'--only {", ".join(sorted(unknown))}: no such family; --list names them')
     chosen = [f for f in FAMILIES if not args.only or f.key in args.only or f.name in args.only]
     if args.resume:
-        chosen = [f for f in chosen if f.key not in rows]
+        chosen = [f for f in chosen if f.key not in rows or not complete(rows[f.key])]
     if args.failed:
         chosen = [f for f in chosen if f.key not in rows or not passed(rows[f.key])]
     return chosen

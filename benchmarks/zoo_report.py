@@ -87,9 +87,15 @@ def passed(row: Row) -> bool:
     return row['verdict'].startswith('pass')
 
 
+def complete(row: Row) -> bool:
+    """Say whether a row has all columns: those of an earlier sweep lack the uses."""
+    return 'uses' in row or not passed(row)
+
+
 def summary(rows: dict[str, Row]) -> dict[str, Any]:
     """Count what passed, and take the medians."""
     combed = [r['ours'] for r in rows.values() if 'comb_s' in r.get('ours', {})]
+    units = [o['channels'] for o in combed if 'channels' in o]
     peers = [r.get('peer', {}) for r in rows.values()]
     return {
         'families': len(rows),
@@ -99,8 +105,7 @@ def summary(rows: dict[str, Row]) -> dict[str, Any]:
         'median comb / forward': statistics.median(o['comb_s'] / o['forward_s'] for o in combed) if combed else None,
         'at least 95 % of the parameters prunable': sum(o['prunable'] >= 0.95 for o in combed),
         'median prunable': statistics.median(o['prunable'] for o in combed) if combed else None,
-        'at least 95 % of the units prunable': sum(o['channels'] >= GOAL for o in combed),
-        'share of such families': sum(o['channels'] >= GOAL for o in combed) / len(combed) if combed else None,
+        'at least 95 % of the units prunable': f'{sum(share >= GOAL for share in units)} of {len(units)}',
         **{f'exact: {name}': used(rows, name) for name in USES},
         'families with heads that are rotated': sum(bool(r.get('rotate', {}).get('heads')) for r in rows.values()),
         'heads rotated': sum(r.get('rotate', {}).get('heads', 0) for r in rows.values()),
@@ -129,13 +134,13 @@ def line(row: Row) -> str:
     ours, onnx, peer = row.get('ours', {}), row.get('onnx', {}), row.get('peer', {})
     cells = [row['family']]
     if 'comb_s' in ours:
-        attention = '' if ours['attention'] is None else f'{ours["attention"]:.1%}'
-        reasons = ours['frozen'][: 2 if ours['channels'] >= GOAL else 4]
+        attention = '' if ours.get('attention') is None else f'{ours["attention"]:.1%}'
+        reasons = ours['frozen'][: 2 if ours.get('channels', 1.0) >= GOAL else 4]
         cells += [
             str(ours['groups']),
             str(ours['units']),
             f'{ours["prunable"]:.1%}',
-            f'{ours["channels"]:.1%}',
+            f'{ours["channels"]:.1%}' if 'channels' in ours else '',
             attention,
         ]
         cells.append('; '.join(reasons))
@@ -209,11 +214,13 @@ def report(results: Path, table: Path) -> None:
     """Write the table in Markdown, and print the summary."""
     stored = json.loads(results.read_text())
     about, rows = stored['about'], stored['families']
+    swept = sum(map(complete, rows.values()))
     totals = {k: f'{v:.3g}' if isinstance(v, float) else v for k, v in summary(rows).items()}
     head = ' | '.join(COLUMNS)
     lines = [
         *LEGEND.splitlines(),
-        *([f'Swept: {len(rows)} of {len(FAMILIES)}; `--resume` sweeps the rest.'] if len(rows) < len(FAMILIES) else []),
+        *([f'Swept: {swept} of {len(FAMILIES)}; `--resume` sweeps the rest.'] if swept < len(FAMILIES) else []),
+        *([f'{before} rows are of an earlier sweep, without other uses.'] if (before := len(rows) - swept) else []),
         '',
         f'{about["date"]}, Python {about["python"]}, {about["machine"]}; '
         + ', '.join(f'{k} {v}' for k, v in about['versions'].items())
