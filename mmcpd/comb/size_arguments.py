@@ -22,7 +22,7 @@ from ..fixes import Attr, Input
 from ..slim.replace_sizes import LEFT, RIGHT
 from .fresh import FACTORIES, factory
 from .rules.pointwise import MULTI_HEAD
-from .size_equations import HANDLERS, pairs_of
+from .size_equations import HANDLERS, in_order, pairs_of
 from .trace import Run
 from .traced_int import TracedInt, as_int
 
@@ -44,7 +44,8 @@ class _Observe(TorchFunctionMode):
             return self.shape(func, args, kwargs)
         if name in COUNTING:
             return math.prod(_size(self.run, args[0], d, s) for d, s in enumerate(args[0].shape))
-        self.run.cursor.function, self.run.cursor.pairs = name, pairs_of(name, args, kwargs)
+        ordered, others = in_order(name, args, kwargs) if name in HANDLERS else ([], kwargs)
+        self.run.cursor.function, self.run.cursor.pairs = name, pairs_of(name, ordered, others)
         if name in ARITHMETIC:  # a width on the right; on the left it is asked itself
             for side, value in zip((LEFT, RIGHT), args, strict=False):
                 if isinstance(value, TracedInt):
@@ -57,8 +58,8 @@ class _Observe(TorchFunctionMode):
         given = map(_plain, args) if name == MULTI_HEAD else args  # it compares them with sizes that it reads itself
         with _decomposed(name):
             out = func(*given, **kwargs)
-        for handler in HANDLERS.get(name, ()) if args and isinstance(args[0], Tensor) else ():
-            handler(self.run, args, kwargs, out)
+        for handler in HANDLERS.get(name, ()) if ordered and isinstance(ordered[0], Tensor) else ():
+            handler(self.run, ordered, others, out)
         if name in FACTORIES and isinstance(out, Tensor):
             factory(self.run, name, args, kwargs, out)
         return out

@@ -25,6 +25,23 @@ VIEWS: dict[str, tuple[Any, ...]] = {  # where their sizes are, as `sizes_of` ta
     'reshape': (1, 'shape', 'size'),
     'unflatten': (2, 'sizes'),
 }
+SOURCE = ('input', 'self', 'tensor')
+_CONVOLUTION = tuple((name,) for name in ('input', 'weight', 'bias', 'stride', 'padding', 'dilation', 'groups'))
+# Of the functions whose arguments are read by their number, the names of each: a call may give them as keywords.
+PARAMETERS: dict[str, tuple[tuple[str, ...], ...]] = {
+    'unflatten': (SOURCE, ('dim',), ('sizes',)),
+    'chunk': (SOURCE, ('chunks',), ('dim',)),
+    'tensor_split': (SOURCE, ('indices_or_sections', 'sections', 'indices', 'tensor_indices_or_sections'), ('dim',)),
+    'split': (SOURCE, ('split_size_or_sections', 'split_size', 'split_sizes'), ('dim',)),
+    'split_with_sizes': (SOURCE, ('split_sizes',), ('dim',)),
+    'narrow': (SOURCE, ('dim',), ('start',), ('length',)),
+    **dict.fromkeys(('conv1d', 'conv2d', 'conv3d'), _CONVOLUTION),
+    **dict.fromkeys(('conv_transpose1d', 'conv_transpose2d', 'conv_transpose3d'), _CONVOLUTION[:3]),
+    'scaled_dot_product_attention': (('query',), ('key',), ('value',), ('attn_mask',)),
+    'multi_head_attention_forward': tuple(
+        (name,) for name in ('query', 'key', 'value', 'embed_dim_to_check', 'num_heads', 'in_proj_weight')
+    ),
+}
 HANDLERS: dict[str, list[Callable[[Run, Any, Any, Any], None]]] = {}
 
 
@@ -72,6 +89,17 @@ def sizes_of(args: Any, kwargs: Any, position: int, *names: str) -> Sizes:
     return Sizes(rest, None)
 
 
+def in_order(name: str, args: Any, kwargs: Any) -> tuple[list[Any], dict[str, Any]]:
+    """Return a call's arguments with keywords in their places, as far as they are given without a gap."""
+    args, kwargs = list(args), dict(kwargs)
+    for names in PARAMETERS.get(name, (SOURCE,))[len(args) :]:
+        given = next((keyword for keyword in names if keyword in kwargs), None)
+        if given is None:
+            break
+        args.append(kwargs.pop(given))
+    return args, kwargs
+
+
 def pairs_of(name: str, args: Any, kwargs: Any) -> list[int]:
     """Return the dimensions of a view that are pairs: a 2 that stands in the source, behind a size that may follow.
 
@@ -80,7 +108,7 @@ def pairs_of(name: str, args: Any, kwargs: Any) -> list[int]:
     if name not in VIEWS:
         return []
     sizes = sizes_of(args, kwargs, *VIEWS[name]).values
-    begin = (args[1] if len(args) > 1 else kwargs['dim']) % args[0].dim() if name == 'unflatten' else 0
+    begin = args[1] % args[0].dim() if name == 'unflatten' else 0
     may_follow = [isinstance(size, TracedInt) or size == INFER for size in sizes]
     return [begin + i for i, size in enumerate(sizes) if type(size) is int and size == PAIR and any(may_follow[:i])]
 
@@ -109,7 +137,7 @@ def _reshape(run: Run, args: Any, kwargs: Any, out: Tensor) -> None:
 
 @handles('unflatten')  # unflatten(dim, sizes)
 def _unflatten(run: Run, args: Any, kwargs: Any, out: Tensor) -> None:
-    dim = (args[1] if len(args) > 1 else kwargs['dim']) % args[0].dim()
+    dim = args[1] % args[0].dim()
     sizes = sizes_of(args, kwargs, *VIEWS['unflatten'])
     inferable = all(as_int(size) != INFER for size in sizes.values)
     for i, (size, axis) in enumerate(zip(sizes.values, run.axes(out)[dim:], strict=False)):
@@ -132,10 +160,8 @@ def _tie_pieces(run: Run, source: np.ndarray, lengths: Sequence[int]) -> None:
 
 @handles('chunk', 'tensor_split')  # chunk(chunks, dim=0)
 def _chunk(run: Run, args: Any, kwargs: Any, out: Sequence[Tensor]) -> None:
-    dim = kwargs.get('dim', args[2] if len(args) > 2 else 0)
+    count, dim = args[1], args[2] if len(args) > 2 else 0
     axis = run.axes(args[0])[dim]
-    names = (name for name in ('chunks', 'sections', 'indices_or_sections') if name in kwargs)
-    count = args[1] if len(args) > 1 else kwargs[next(names)]
     if axis is None:
         return
     lengths = [t.shape[dim] for t in out]
@@ -147,9 +173,8 @@ def _chunk(run: Run, args: Any, kwargs: Any, out: Sequence[Tensor]) -> None:
 
 @handles('split', 'split_with_sizes')  # split(size or sizes, dim=0)
 def _split(run: Run, args: Any, kwargs: Any, out: Sequence[Tensor]) -> None:
-    dim = kwargs.get('dim', args[2] if len(args) > 2 else 0)
+    sizes, dim = args[1], args[2] if len(args) > 2 else 0
     axis = run.axes(args[0])[dim]
-    sizes = args[1] if len(args) > 1 else kwargs.get('split_size_or_sizes', kwargs.get('split_size'))
     if axis is None:
         return
     if isinstance(sizes, int):
@@ -164,7 +189,7 @@ def _split(run: Run, args: Any, kwargs: Any, out: Sequence[Tensor]) -> None:
 
 @handles('narrow')  # narrow(dim, start, length)
 def _narrow(run: Run, args: Any, kwargs: Any, out: Tensor) -> None:
-    dim, start, length = (args[i] if len(args) > i else kwargs[n] for i, n in ((1, 'dim'), (2, 'start'), (3, 'length')))
+    dim, start, length = args[1:4]
     axis, begin = run.axes(args[0])[dim], as_int(start) % args[0].shape[dim]
     if axis is not None:
         _bound(run, axis, start, spot(argument(2), 0))
@@ -209,7 +234,7 @@ def _bound(run: Run, axis: Axis, value: Any, where: Spot | None) -> None:
 # conv2d(input, weight, bias, stride, padding, dilation, groups), transposed (..., padding, output_padding, groups)
 @handles('conv1d', 'conv2d', 'conv3d', 'conv_transpose1d', 'conv_transpose2d', 'conv_transpose3d')
 def _conv(run: Run, args: Any, kwargs: Any, out: Tensor) -> None:
-    groups = args[6] if len(args) > 6 else kwargs.get('groups', 1)
+    groups = kwargs.get('groups', args[6] if len(args) > 6 else 1)
     axis = run.axes(args[0])[1] if args[0].dim() == args[1].dim() else None
     if axis is not None and groups != 1:
         narrowed = run.module in run.policy.narrowed

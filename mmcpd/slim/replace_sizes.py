@@ -21,7 +21,17 @@ _FUNCTIONS = ('torch', 'F', 'functional', 'Tensor', 'nn')  # `torch.reshape(x, s
 # Names of size arguments by their number, which counts the tensor of a method as the first.
 _KEYWORDS = {
     0: ('size', 'n'),
-    1: ('size', 'shape', 'repeats', 'split_size_or_sizes', 'split_size', 'split_sizes', 'normalized_shape', 'n', 'm'),
+    1: (
+        'size',
+        'shape',
+        'repeats',
+        'split_size_or_sections',
+        'split_size',
+        'split_sizes',
+        'normalized_shape',
+        'n',
+        'm',
+    ),
     2: ('sizes', 'start'),
     3: ('length', 'embed_dim_to_check'),
     6: ('groups',),
