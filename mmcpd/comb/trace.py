@@ -198,19 +198,16 @@ class Run:
             self.record.directions.append(axis.atoms)
         return whole
 
-    def never_zero(self, tensor: Tensor, op: str) -> None:
-        """Note the vectors (a scale, a variance) that an operation cannot take zeros of; freeze other channels.
+    def never_zero(self, tensor: Tensor) -> None:
+        """Note the vectors (a scale, a variance) that an operation cannot take zeros of: the layer before is masked.
 
-        A vector need not be masked, for the layer before it is; what is computed from activations is zero by itself.
+        What is computed from activations is zero by itself: a statistic leaves it out, or the trial tells.
         """
         for axis in self.axes(tensor):
-            if axis is None or not axis.zero:
-                continue
-            names = self._held(axis)
-            if not axis.weight or names <= self.policy.divisors:
-                self.freeze(axis, f'{op} of channels that are zero where they go, in {self.where}')
-            elif all(self.record.table.is_vector(name) for name in names):
-                self.record.divisors |= names
+            if axis is not None and axis.zero and axis.weight:
+                names = self._held(axis)
+                if all(self.record.table.is_vector(name) for name in names):
+                    self.record.divisors |= names
 
     def _held(self, axis: Axis) -> frozenset[str]:
         """Return the names of the parameters and buffers that the atoms of an axis belong to."""

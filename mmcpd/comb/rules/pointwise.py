@@ -93,7 +93,7 @@ def never_zero(operand: str, zero_after: ZeroRule = lost) -> Rule:
 
     def rule(run: Run, call: Call) -> None:
         if isinstance(tensor := call.named.get(operand), Tensor):
-            run.never_zero(tensor, call.op)
+            run.never_zero(tensor)
         meet(run, call, zero_after)
 
     return rule
@@ -103,7 +103,7 @@ def power(run: Run, call: Call) -> None:
     # pow(self, exponent): 0 has no negative power
     exponent = call.named.get('exponent')
     if isinstance(exponent, int | float) and exponent < 0:
-        run.never_zero(call.named['self'], 'a negative power')
+        run.never_zero(call.named['self'])
     meet(run, call, positive_power)
 
 

@@ -175,8 +175,8 @@ VISION: dict[str, Operation] = {
 # Point-wise operations that some releases of torch do not tag as such.
 UNTAGGED = frozenset(
     'acos acosh addcdiv asin atan2 atanh bitwise_and bitwise_not bitwise_or bitwise_xor clip copysign cosh '
-    'digamma eq erfc erfinv exp2 float_power floor_divide fmax fmin fmod frac ge gt hardshrink heaviside hypot '
-    'i0 isfinite isinf isnan le lgamma log10 log2 logaddexp logaddexp2 logical_and logical_not logical_or '
-    'logical_xor lt ne polygamma relu6 remainder rrelu_with_noise selu sgn signbit sinc softshrink '
+    'digamma eq erfc erfinv exp2 float_power fmax fmin frac ge gt hardshrink heaviside hypot '
+    'i0 isfinite isinf isnan le lgamma logaddexp logaddexp2 logical_and logical_not logical_or '
+    'logical_xor lt ne polygamma relu6 rrelu_with_noise selu sgn signbit sinc softshrink '
     'special_entr special_xlog1py square tan threshold xlogy'.split()
 )
