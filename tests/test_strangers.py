@@ -100,7 +100,10 @@ def tool(package: str, name: str) -> Path:
 
 @pytest.mark.parametrize(
     ('package', 'config', 'loss', 'metric'),
-    [('mmpretrain', CLASSIFIER, 'KDLoss', 'accuracy/top1'), ('mmseg', SEGMENTOR, 'CWDLoss', 'mIoU')],
+    [
+        ('mmpretrain', CLASSIFIER, 'KDLoss', 'accuracy/top1'),
+        pytest.param('mmseg', SEGMENTOR, 'CWDLoss', 'mIoU', marks=pytest.mark.slow),
+    ],
 )
 def test_the_tools_of_a_package_prune_by_a_config_of_three_statements(tmp_path, package, config, loss, metric):
     for name, text in (('theirs', config), ('prune', PRUNE.format(loss=loss)), ('slim', SLIM)):

@@ -243,7 +243,10 @@ class Stop(Hook):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(('begin', 'stop', 'optimizer'), [(0, 1, SGD), (4, 1, ADAM), (4, 2, SGD)])
+@pytest.mark.parametrize(
+    ('begin', 'stop', 'optimizer'),
+    [(4, 1, ADAM), *(pytest.param(b, s, SGD, marks=pytest.mark.slow) for b, s in ((0, 1), (4, 2)))],
+)
 def test_a_resumed_run_chooses_and_refits_once(runner_of, tmp_path, monkeypatch, begin, stop, optimizer):  # noqa: F811
     change = {**AT_ONCE, 'prune.begin': begin, 'epochs': 3}
     change['optim_wrapper.optimizer'] = {'_delete_': True, **optimizer}

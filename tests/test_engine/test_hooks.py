@@ -173,7 +173,15 @@ def test_a_run_from_dense_to_slim(runner_of, tmp_path):
         assert [line for line in lines if text in line], text
 
 
-@pytest.mark.parametrize(('importance', 'stop'), [('hessian', 1), ('hessian', 2), ('random', 2), ('curvature', 2)])
+@pytest.mark.parametrize(
+    ('importance', 'stop'),
+    [
+        ('hessian', 1),
+        ('curvature', 2),
+        pytest.param('hessian', 2, marks=pytest.mark.slow),
+        pytest.param('random', 2, marks=pytest.mark.slow),
+    ],
+)
 def test_a_resumed_run_ends_with_the_same_weights(runner_of, tmp_path, importance, stop):
     change = {'prune.importance': importance}
     whole = runner_of('whole', **change)

@@ -104,7 +104,7 @@ def without(names: list[str], tensors: dict[str, torch.Tensor]) -> dict[str, tor
     return {name: value for name, value in tensors.items() if name not in names}
 
 
-@pytest.mark.parametrize(('by_epoch', 'stop'), [(False, 7), (True, 5)])
+@pytest.mark.parametrize(('by_epoch', 'stop'), [pytest.param(False, 7, marks=pytest.mark.slow), (True, 5)])
 def test_two_processes(tmp_path, by_epoch, stop):
     on_two_processes(two_processes, tmp_path, by_epoch, stop)
     assert [torch.load(tmp_path / f'{rank}.pth', weights_only=True)['same'] for rank in (0, 1)] == [True, True]

@@ -160,6 +160,7 @@ def test_the_options_of_a_prune_hook_hold(tool, pruning, dense, tmp_path):
     assert code == 0 and "importance 'hessian' reads the gradients of a loss" in out
 
 
+@pytest.mark.slow
 def test_several_targets_make_a_curve(tool, tiny, dense, tmp_path):
     pytest.importorskip('onnxruntime')
     targets = ('--target', 'macs=0.7', '--target', 'macs=0.5', 'params=0.6')
