@@ -60,10 +60,13 @@ def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _children(value: Any) -> Iterable[tuple[Any, Any]] | None:
-    """Return what a container or a plain object holds, by name; None of anything else."""
+    """Return what a container or a plain object holds, by name; None of anything else.
+
+    Attributes are in alphabetical order: MMEngine's samples have theirs in that of a set, another one in each process.
+    """
     if isinstance(value, dict):
         return value.items()
     if isinstance(value, (list, tuple)):
         return enumerate(value)
     opaque = callable(value) or isinstance(value, nn.Module | ModuleType)
-    return None if opaque or not hasattr(value, '__dict__') else vars(value).items()
+    return None if opaque or not hasattr(value, '__dict__') else sorted(vars(value).items())
