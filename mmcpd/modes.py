@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import _lru_cache_wrapper
 from typing import Any
 
 import torch
@@ -13,7 +15,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
-NARROW = (torch.float32, torch.float16, torch.bfloat16)
+from .nested import tensors_in
+
+WIDE = {
+    **dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float64),
+    **dict.fromkeys((torch.complex64, torch.complex32), torch.complex128),
+}
 NARROWING = (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16)
 DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 
@@ -83,10 +90,33 @@ class InDouble:
         before = torch.get_default_dtype()
         torch.set_default_dtype(torch.float64)
         try:
-            with _Widened():
+            with _outer_caches_kept(model), _Widened():
                 return self.forward(model, *inputs)
         finally:
             torch.set_default_dtype(before)
+
+
+@contextmanager
+def _outer_caches_kept(model: nn.Module) -> Iterator[None]:
+    """Take out what a forward stores outside of the model: in `lru_cache`s and dictionaries of its classes' files."""
+    kinds = {kind for module in model.modules() for kind in type(module).__mro__}
+    spaces: list[Mapping[str, Any]] = [vars(kind) for kind in kinds]
+    spaces += [vars(sys.modules[name]) for name in {kind.__module__ for kind in kinds} if name in sys.modules]
+    values = {id(value): value for space in spaces for value in list(space.values())}.values()
+    stores = [(value, dict(value)) for value in values if type(value) is dict]
+    caches = [(value, value.cache_info().misses) for value in values if isinstance(value, _lru_cache_wrapper)]
+    try:
+        yield
+    finally:
+        for store, before in stores:
+            for name in [name for name in store if store[name] is not before.get(name) and tensors_in(store[name])]:
+                if name in before:
+                    store[name] = before[name]
+                else:
+                    del store[name]
+        for cache, misses in caches:
+            if cache.cache_info().misses != misses:
+                cache.cache_clear()
 
 
 class _Widened(TorchFunctionMode):
@@ -98,11 +128,11 @@ class _Widened(TorchFunctionMode):
             return args[0].double()
         if func is F.grid_sample and len(args) > 1:
             args = (args[0], args[1].type_as(args[0]), *args[2:])
-        if any(value in NARROW for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype)):
+        if any(value in WIDE for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype)):
             args = tuple(_wide(value) for value in args)
             kwargs = {name: _wide(value) for name, value in kwargs.items()}
         return func(*args, **kwargs)
 
 
 def _wide(value: Any) -> Any:
-    return torch.float64 if isinstance(value, torch.dtype) and value in NARROW else value
+    return WIDE.get(value, value) if isinstance(value, torch.dtype) else value

@@ -8,22 +8,23 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
 from .atoms import AtomTable
 
+FACTS = ('device', 'dtype')
 REASON = "{} makes it anew for another size of the input, as wide as before; if it never will, say `unused='leave'`"
 
 
 def freeze_renewed_(model: nn.Module, table: AtomTable) -> None:
-    """Freeze what is read from buffers, and from tensors that are plain attributes, which a forward may replace."""
+    """Freeze what is read from buffers that a forward may replace."""
     found: dict[str, str] = {}
     for path, module in model.named_modules():
-        held = {name for name, value in {**vars(module), **module._buffers}.items() if isinstance(value, Tensor)}
+        held = {name for name, value in module._buffers.items() if value is not None}
         renewed = renewed_by(module.__class__) if held else {}
         found |= {f'{path}.{name}'.lstrip('.'): renewed[name] for name in held & renewed.keys()}
     for row in table.rows:
@@ -54,12 +55,38 @@ def renewed_by(kind: type) -> dict[str, str]:
             continue
         own = tree.args.args[0].arg
         for attribute, values in _assignments(tree, own):
-            if not any(attribute == _attribute(node, own) for value in values for node in ast.walk(value)):
+            if not any(_computed_from(value, attribute, own, locals_of(tree)) for value in values):
                 found.setdefault(attribute, f'{kind.__name__}.{name}')
         called = {_attribute(node.func, own) for node in ast.walk(tree) if isinstance(node, ast.Call)} - {None}
         waiting += sorted(str(method) for method in called - seen)
         seen |= {str(method) for method in called}
     return found
+
+
+def locals_of(tree: ast.FunctionDef) -> dict[str, list[ast.expr]]:
+    """Return what the local names of a function are assigned."""
+    found: dict[str, list[ast.expr]] = {}
+    for node in (node for node in ast.walk(tree) if isinstance(node, ast.Assign)):
+        for name in (name for target in node.targets for name in ast.walk(target) if isinstance(name, ast.Name)):
+            found.setdefault(name.id, []).append(node.value)
+    return found
+
+
+def _computed_from(value: ast.expr, attribute: str, own: str, names: Mapping[str, list[ast.expr]]) -> bool:
+    """Say whether a value is computed from an attribute's own, through local names too, not from its type or device."""
+    waiting, seen = [value], set[str]()
+    while waiting:
+        nodes = list(ast.walk(waiting.pop()))
+        facts = {id(node.value) for node in nodes if isinstance(node, ast.Attribute) and node.attr in FACTS}
+        for call in (node for node in nodes if isinstance(node, ast.Call)):
+            like = isinstance(call.func, ast.Attribute) and call.func.attr in ('to', 'type_as')
+            facts |= {id(each) for each in call.args if like}
+        if any(_attribute(node, own) == attribute and id(node) not in facts for node in nodes):
+            return True
+        new = {node.id for node in nodes if isinstance(node, ast.Name)} - seen
+        seen |= new
+        waiting += [each for name in sorted(new) for each in names.get(name, ())]
+    return False
 
 
 def _method(kind: type[nn.Module], name: str) -> ast.FunctionDef | None:
@@ -76,9 +103,10 @@ def _method(kind: type[nn.Module], name: str) -> ast.FunctionDef | None:
 def _assignments(tree: ast.FunctionDef, own: str) -> Iterator[tuple[str, list[ast.expr]]]:
     """Return the attributes of `own` that a method assigns, each with what they are made of."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.Assign):
-            stored = [each for target in node.targets for each in ast.walk(target) if _is_stored(each)]
-            yield from ((name, [node.value]) for each in stored if (name := _attribute(each, own)) is not None)
+        if isinstance(node, ast.Assign | ast.AnnAssign) and (value := node.value) is not None:
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            stored = [each for target in targets for each in ast.walk(target) if _is_stored(each)]
+            yield from ((name, [value]) for each in stored if (name := _attribute(each, own)) is not None)
         elif isinstance(node, ast.Call) and _attribute(node.func, own) == 'register_buffer':
             values = [*node.args, *(keyword.value for keyword in node.keywords)]
             yield from ((v.value, values) for v in values if isinstance(v, ast.Constant) and isinstance(v.value, str))

@@ -20,7 +20,7 @@ from .trace import Run
 from .traced_int import TracedInt, as_int, expression, of_run
 
 PAIR = 2
-VIEWS: dict[str, tuple[Any, ...]] = {  # where their sizes are, as `sizes_of` takes it
+VIEW_SIZES: dict[str, tuple[Any, ...]] = {  # where their sizes are, as `sizes_of` takes it
     'view': (1, 'shape', 'size'),
     'reshape': (1, 'shape', 'size'),
     'unflatten': (2, 'sizes'),
@@ -105,12 +105,18 @@ def pairs_of(name: str, args: Any, kwargs: Any) -> list[int]:
 
     Rotary embeddings and complex numbers are such, `x.view(n, -1, 2)`; two channels of a head are not meant.
     """
-    if name not in VIEWS:
+    if name not in VIEW_SIZES:
         return []
-    sizes = sizes_of(args, kwargs, *VIEWS[name]).values
+    sizes = sizes_of(args, kwargs, *VIEW_SIZES[name]).values
     begin = args[1] % args[0].dim() if name == 'unflatten' else 0
-    may_follow = [isinstance(size, TracedInt) or size == INFER for size in sizes]
-    return [begin + i for i, size in enumerate(sizes) if type(size) is int and size == PAIR and any(may_follow[:i])]
+    found: list[int] = []
+    follows = False  # whether the nearest size before, pairs left out, may follow
+    for number, size in enumerate(sizes):
+        if type(size) is not int or size != PAIR:
+            follows = isinstance(size, TracedInt) or size == INFER
+        elif follows:
+            found.append(begin + number)
+    return found
 
 
 @handles('expand', 'broadcast_to')
@@ -124,7 +130,7 @@ def _expand(run: Run, args: Any, kwargs: Any, out: Tensor) -> None:
 
 @handles('view', 'reshape')
 def _reshape(run: Run, args: Any, kwargs: Any, out: Tensor) -> None:
-    sizes = sizes_of(args, kwargs, *VIEWS['view'])
+    sizes = sizes_of(args, kwargs, *VIEW_SIZES['view'])
     if len(sizes.values) != out.dim():  # view(dtype)
         return
     inferable = all(as_int(size) != INFER for size in sizes.values)
@@ -138,7 +144,7 @@ def _reshape(run: Run, args: Any, kwargs: Any, out: Tensor) -> None:
 @handles('unflatten')  # unflatten(dim, sizes)
 def _unflatten(run: Run, args: Any, kwargs: Any, out: Tensor) -> None:
     dim = args[1] % args[0].dim()
-    sizes = sizes_of(args, kwargs, *VIEWS['unflatten'])
+    sizes = sizes_of(args, kwargs, *VIEW_SIZES['unflatten'])
     inferable = all(as_int(size) != INFER for size in sizes.values)
     for i, (size, axis) in enumerate(zip(sizes.values, run.axes(out)[dim:], strict=False)):
         if as_int(size) != INFER:

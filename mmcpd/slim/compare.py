@@ -51,9 +51,9 @@ def difference(left: Any, right: Any) -> float:
             worst = max(worst, float((a != b).float().mean()))  # labels, masks: the share that differs
         elif a.numel():
             scale, gap = float(a.abs().max()), float((a - b).abs().max())
-            worst = max(worst, gap / scale if scale > 0 else gap)
-            if gap != gap:
+            if not math.isfinite(gap):
                 return float('inf')
+            worst = max(worst, gap / scale if scale > 0 else gap)
     return worst
 
 

@@ -47,6 +47,8 @@ def search(names: Sequence[str], fault_of: Callable[[Collection[str], bool], Fau
         suspects += found
         rest = [name for name in rest if name not in found]
 
+    if not suspects and (unseen := fault_of(rest, False)) is not None:  # watching hid it
+        suspects, reason, rest = rest, unseen.reason, []
     return _bisect(suspects, reason, rest, fault_of) if suspects else {}
 
 

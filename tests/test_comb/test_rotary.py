@@ -106,6 +106,22 @@ def test_where_the_size_never_changes_it_is_pruned():
     exact(Renewed().double(), sample((2, TOKENS, 3)), {'fc': 16, 'qkv': WIDTH // 2})
 
 
+class Typed(Attention):
+    """The same, with an annotation, and of the type and on the device of the table before."""
+
+    def turned(self, x: Tensor) -> Tensor:
+        if x.shape[2] != len(self.cos):
+            table = angles(x.shape[2]).repeat_interleave(2, 1)
+            self.cos: Tensor = table.cos().to(self.cos.device, dtype=self.cos.dtype)
+            self.sin = table.sin().type_as(self.sin)
+        return super().turned(x)
+
+
+def test_of_which_type_a_table_was_says_nothing_of_its_width():
+    assert renewed_by(Typed) == {'cos': 'Typed.turned', 'sin': 'Typed.turned'}
+    assert [g.name for g in comb(randomise_(Typed()), sample((2, TOKENS, 3))).groups] == ['fc']
+
+
 class Averaging(nn.Module):
     """A running average, which follows the widths as the layers do, and a count."""
 
@@ -119,7 +135,9 @@ class Averaging(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         if self.training:
-            self.mean = 0.9 * self.mean + 0.1 * x.mean((0, 1))
+            old = self.mean
+            new = 0.9 * old + 0.1 * x.mean((0, 1))
+            self.mean = new
             self.register_buffer('shift', self.shift * 0.5)
             self.seen += 1
         return self.fc(x - self.mean - self.shift)

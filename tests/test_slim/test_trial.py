@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from mmcpd.comb import comb
 from mmcpd.errors import SlimError
 from mmcpd.modes import InDouble
 from mmcpd.slim.compare import compare, difference
+from mmcpd.slim.fault_search import Fault, search
 from mmcpd.slim.trial import Outcome, in_double, random_keep, trial_of
 from tests.helpers import Net, check_equal, gap, masked, randomise_, sample
 
@@ -25,6 +28,41 @@ def by_floats(x):
 
 
 ODD = [by_floats]  # by its own name a method could call a copy
+
+
+@functools.lru_cache
+def ramp(width: int):
+    return torch.linspace(0, 1, width)
+
+
+RAMPS: dict[int, torch.Tensor] = {}
+
+
+class Cached(nn.Module):
+    """A forward that keeps tables outside of the model, whose type no key names."""
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.fc = nn.Linear(3, 7), nn.Linear(7, 2)
+
+    def forward(self, x):
+        if 5 not in RAMPS:
+            RAMPS[5] = torch.linspace(0, 1, 5)
+        x = F.linear(x + ramp(3), self.before.weight) + 0 * (x.shape[-1] * RAMPS[5][:, None]).matmul(ramp(1)[None])
+        return self.fc(x.tanh())
+
+
+def test_what_a_forward_keeps_outside_of_the_model_stays_of_its_type():
+    model = Cached()
+    found = comb(model, X.float())
+    assert [g.name for g in found.groups] == ['before']
+    assert model(X.float()).dtype == ramp(3).dtype == torch.float32
+    assert all(table.dtype == torch.float32 for table in RAMPS.values())
+
+
+def test_a_fault_that_watching_hides_is_found():
+    faults = search(['a', 'b', 'c'], lambda groups, watched: Fault('wrong') if 'b' in groups and not watched else None)
+    assert faults == {'b': 'wrong'}
 
 
 class Hidden(nn.Module):
@@ -156,6 +194,10 @@ def test_difference():
     assert difference(torch.tensor([1j]), torch.tensor([2j])) == 1
     with pytest.raises(SlimError, match=r'output shapes \[\(3,\)\], expected \[\(2,\)\]'):
         difference(one, torch.zeros(3))
+
+
+def test_an_infinite_difference_is_one():
+    assert difference(torch.tensor([math.inf, 1.0]), torch.ones(2)) == math.inf
 
 
 def test_random_keep():
