@@ -176,9 +176,10 @@ def peer_cell(peer: Row, died: str | None) -> str:
 
 LEGEND = """# The zoo
 
-Written by `benchmarks/zoo.py`; do not edit. One model of each architecture family of the installed mmpretrain, mmseg
-and torchvision that needs nothing beyond them (what is out stands below), and our SeaFormer; random weights, a random
-70 % of each group kept. Of self-supervised methods and of the retriever what training runs, the loss, is the output.
+Written by `benchmarks/zoo.py`; do not edit. One model of each architecture family of the installed mmpretrain, mmseg,
+mmdet and torchvision that needs nothing beyond them (what is out stands below), and our SeaFormer; random weights, a
+random 70 % of each group kept. Of self-supervised methods and of the retriever what training runs, the loss, is the
+output.
 
 - **groups, units**: what combing found; a unit is a channel with everything that is coupled to it.
 - **prunable parameters**: the share that lies in a row of some unit.
