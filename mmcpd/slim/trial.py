@@ -193,7 +193,7 @@ class _Trial:
         if gap > tolerance:
             why = f'a trial failed: the slimmed model differs from the masked one by {gap:.1e}'
             if math.isinf(gap):
-                why = 'a trial failed: the masked model has no number where units go, as if something divided by them'
+                why = 'a trial failed: an output has no number where units go, as if something divided by them'
             with evaluating(masked):
                 drawn = draws(lambda: example.forward(masked, *example.inputs))
             return f'{why}; the forward draws random numbers, whose count must not depend on a width' if drawn else why
