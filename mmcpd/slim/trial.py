@@ -3,7 +3,8 @@
 Combing ends with a trial: remove units at random, mask one copy, slim another, run both on the example input and
 compare; once with about half of the units gone and once with a few, since some mistakes show in only one of them. The
 weights are random: behind a branch that is still almost zero no mistake would show. It runs in float64, where rounding
-hides nothing. Where the copies differ, or where slimming or running fails, `fault_search` finds the groups at fault.
+hides nothing; a difference that the last bits of the weights explain is no mistake. Where the copies differ by more, or
+where slimming or running fails, `fault_search` finds the groups at fault.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,17 @@ from ..errors import CombError, SlimError, first_line
 from ..modes import InDouble
 from ..nested import map_tensors, tensors_in
 from ..random_state import draws
-from .compare import compare_gradients, evaluating, gap_between, gap_of_gradients
+from .compare import (
+    compare_gradients,
+    difference,
+    evaluating,
+    gap_between,
+    gap_of_gradients,
+    gradient_gap,
+    gradients_of,
+    moved_by_rounding,
+    outputs_of,
+)
 from .copying import copied, discarding
 from .fault_search import Fault, Watch, search
 from .mask import mask_, named_tensors
@@ -34,6 +45,7 @@ from .slimming import as_tensor_of, slim
 NOISE = 1_000_003  # random numbers for all weights; a prime, so that rows repeat none
 KEEPS = ((0.5, 0), (0.8, 1))  # what a trial leaves, and the seed of the choice
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
+ROUNDING = 100  # how much more than the last bits of the weights explain makes a mistake
 NOT_FINITE = 'not finite'
 # What a forward may raise.
 FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AssertionError, AttributeError, ZeroDivisionError,
@@ -190,7 +202,8 @@ class _Trial:
         tolerance = TOLERANCE.get(next((p.dtype for p in masked.parameters()), torch.float32), 1e-3)
         with watch.observing(masked, small, tolerance) if watch is not None else nullcontext():
             gap = gap_between(masked, small, example)
-        if gap > tolerance:
+        outputs = partial(outputs_of, masked, example)
+        if gap > tolerance and gap > ROUNDING * moved_by_rounding(masked, outputs, difference):
             why = f'a trial failed: the slimmed model differs from the masked one by {gap:.1e}'
             if math.isinf(gap):
                 why = 'a trial failed: an output has no number where units go, as if something divided by them'
@@ -198,7 +211,8 @@ class _Trial:
                 drawn = draws(lambda: example.forward(masked, *example.inputs))
             return f'{why}; the forward draws random numbers, whose count must not depend on a width' if drawn else why
         slope = gap_of_gradients(masked, small, self.coupling, keep) if self.gradients else 0.0
-        if slope > 10 * tolerance:
+        gradients = partial(gradients_of, masked, example)
+        if slope > 10 * tolerance and slope > ROUNDING * moved_by_rounding(masked, gradients, gradient_gap):
             return (
                 f'a trial failed: gradients of the slimmed model differ from those of the masked one by {slope:.1e}: a '
                 'backward of its own, or a recomputation, goes over all channels'

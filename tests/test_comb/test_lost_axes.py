@@ -151,3 +151,30 @@ def test_a_slim_model_that_lost_an_axis_would_not_run(monkeypatch: pytest.Monkey
     assert [group.name for group in coupling.groups] == ['a', 'b', 'c']
     with pytest.raises((RuntimeError, SlimError)):
         compare(model, coupling, random_keep(coupling, 0.5, 0))
+
+
+def filled(sizes: Callable[[Tensor], list[int]]) -> Callable[[Tensor], Tensor]:
+    def between(x: Tensor) -> Tensor:
+        return x.new_empty(sizes(x)).copy_(x)
+
+    return between
+
+
+def test_an_empty_tensor_is_what_fills_it() -> None:
+    """As the outputs of compiled operators are: made first, by sizes through `int`, and then written."""
+    model, x = net(filled(lambda x: [int(size) for size in x.shape]))
+    found = comb(model, (x,), trial=False)
+    assert {g.name: g.units for g in found.groups} == {'a': 8, 'b': 12, 'c': 10}
+    keep = random_keep(found, 0.5, 0, awkward=True)
+    assert compare(model, found, keep) < 1e-12
+    model, x = net(filled(lambda x: list(map(int, '2 12 5 5'.split()))))  # sizes that stay
+    assert {g.name for g in comb(model, (x,)).groups} == {'a', 'c'}
+
+
+def test_a_copy_into_a_part_of_a_tensor_or_into_a_picture_is_none_of_it() -> None:
+    def into_picture(x: Tensor) -> Tensor:
+        table = torch.arange(12.0).double()[:, None, None].expand(x.shape).clone()
+        return x.sigmoid() * table.narrow(0, 0, 2).copy_(x)
+
+    model, x = net(into_picture)
+    assert {g.name for g in comb(model, (x,)).groups} == {'a', 'c'}

@@ -9,11 +9,14 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch import nn
 
 import mmcpd.engine  # noqa: F401 - lets mmcv.ops be imported
 from mmcpd.comb import comb
 from mmcpd.engine import operators
 from mmcpd.engine.operators import NAME, OPERATORS, StandIn, followed, stand_in
+from tests.exact import exact
+from tests.helpers import sample
 
 pytest.importorskip('torchvision')
 ops = importlib.import_module('mmcv.ops')
@@ -129,6 +132,15 @@ def test_the_focal_loss_is_that_of_its_definition(weighted):
 
 
 @stood_in
+@pytest.mark.parametrize('kind', ['DeformConv2dPack', 'ModulatedDeformConv2dPack'])
+@pytest.mark.parametrize('parts', [1, 2])
+def test_channels_pass_through_a_deformable_convolution(kind, parts):
+    deformed = getattr(ops, kind)(8, 12, 3, padding=1, deform_groups=parts, bias=False)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), deformed, nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 2, 3))
+    with followed():
+        exact(net, sample((2, 3, 9, 9)), {'0': 8 // parts, '2': 12})
+
+
 def test_deformable_attention_of_a_gpu_is_that_of_the_cpu():
     from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction, multi_scale_deformable_attn_pytorch
 

@@ -14,7 +14,7 @@ from torch import nn
 from mmcpd.comb import comb
 from mmcpd.errors import SlimError
 from mmcpd.modes import InDouble
-from mmcpd.slim.compare import compare, difference
+from mmcpd.slim.compare import compare, difference, moved_by_rounding
 from mmcpd.slim.fault_search import Fault, search
 from mmcpd.slim.trial import Outcome, in_double, random_keep, trial_of
 from tests.helpers import Net, check_equal, gap, masked, randomise_, sample
@@ -157,6 +157,43 @@ def test_bisection_finds_exactly_the_groups_at_fault(bad):
     assert {g.name for g in found.groups} == {f'layers.{i}' for i in range(9) if i not in bad}
     at_fault = {f.tensor for f in found.frozen if 'a trial failed' in f.reason}
     assert {t for t in at_fault if t.endswith('bias')} == {f'layers.{i}.bias' for i in bad}
+
+
+class Chaotic(nn.Module):
+    """A forward that makes 2^27 of the last bit: the logistic map."""
+
+    def __init__(self, wrong: bool = False):
+        super().__init__()
+        self.plain, self.odd, self.fc, self.wrong = nn.Linear(3, 40), nn.Linear(40, 8), nn.Linear(8, 2), wrong
+
+    def forward(self, x):
+        x = self.odd(self.plain(x).tanh()).sigmoid()
+        for _ in range(27):
+            x = 4 * x * (1 - x)
+        return self.fc(x * (1.0 / x.shape[-1]) if self.wrong else x)
+
+
+@pytest.mark.parametrize('gradients', [False, True])
+def test_what_rounding_explains_is_no_fault(gradients):
+    model = randomise_(Chaotic())
+    found = comb(model, X, trial=False)
+    assert compare(model, found, random_keep(found, 0.5, 0)) > 1e-9
+    assert trial_of(model, found, gradients=gradients).faults == {}
+
+
+@pytest.mark.parametrize('gradients', [False, True])
+def test_what_rounding_does_not_explain_is_one_beside_it(gradients):
+    model = randomise_(Chaotic(wrong=True))
+    found = comb(model, X, trial=False)
+    assert set(trial_of(model, found, gradients=gradients).faults) == {'odd'}
+
+
+def test_weights_are_put_back_after_their_last_bits_were_moved():
+    model = randomise_(Chaotic())
+    before = [parameter.clone() for parameter in model.parameters()]
+    assert moved_by_rounding(model, lambda: [model(X).detach()], difference) > 1e-9
+    assert moved_by_rounding(model, lambda: [model.plain(X).detach()], difference) < 1e-14
+    assert all(map(torch.equal, before, model.parameters()))
 
 
 def test_faults_of_a_sound_model_are_none():

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from ..atoms import Axis
-from ..trace import AXES, Call, Run
+from ..trace import AXES, INPUT, Call, Run
 
 MULTI_HEAD = 'multi_head_attention_forward'  # which scales its queries inside
 WIDENING = ('_pad_packed_sequence', MULTI_HEAD)
@@ -83,6 +83,15 @@ def _zero_number(value: object) -> bool:
 
 
 # -- rules -------------------------------------------------------------------------------------------------------------
+def copied(run: Run, call: Call) -> None:
+    # copy_(self, src): an empty tensor becomes what fills it, whatever its sizes were computed with
+    into, source = call.named['self'], call.named['src']
+    if into.shape == source.shape and into._base is None and not any(run.axes(into)) and not hasattr(into, INPUT):
+        run.set(call.out, run.axes(source))
+    else:
+        meet(run, call)
+
+
 def pointwise(zero_after: ZeroRule = lost) -> Rule:
     """Return the rule of an element-wise operation; `zero_after` says where its result is zero."""
     return lambda run, call: meet(run, call, zero_after)

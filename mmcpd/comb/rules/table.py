@@ -18,6 +18,7 @@ from .pointwise import (
     any_factor,
     as_strided,
     compared,
+    copied,
     filled,
     fresh,
     like,
@@ -70,7 +71,7 @@ OPERATIONS: dict[str, Operation] = {
     'log2': op(never_zero('self')), 'log10': op(never_zero('self')), 'floor_divide': op(never_zero('other')),
     'fmod': op(never_zero('other')), 'remainder': op(never_zero('other')),
     'cos': op(pointwise()), 'reciprocal': op(never_zero('self')), 'rsqrt': op(never_zero('self')),
-    'log_sigmoid_forward': op(pointwise()), 'copy': op(pointwise()), 'where': op(pointwise(selected)),
+    'log_sigmoid_forward': op(pointwise()), 'copy': op(copied), 'where': op(pointwise(selected)),
     'masked_fill': op(pointwise(filled)),
     # -- axes pass through
     'clone': plain(same), 'detach': plain(same), 'alias': plain(same), '_to_copy': op(same),
