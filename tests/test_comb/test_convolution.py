@@ -328,6 +328,13 @@ SPATIAL = {
     'max over a dimension': lambda x: x.max(2, keepdim=True).values,
     'var over space': lambda x: x.var((2, 3), keepdim=True),
     'cumsum over space': lambda x: x.cumsum(2),
+    'nansum over space': lambda x: x.nansum((2, 3), keepdim=True),
+    'cummax over space': lambda x: x.cummax(3).values,
+    'cummin over space': lambda x: x.cummin(2).values,
+    'a quantile over a dimension': lambda x: x.kthvalue(2, dim=3, keepdim=True).values,
+    'median over a dimension': lambda x: x.nanmedian(2, keepdim=True).values,
+    'mode over a dimension': lambda x: x.mode(3, keepdim=True).values,
+    'smallest and largest over a dimension': lambda x: sum(x.aminmax(dim=2, keepdim=True)),
     'logsumexp over space': lambda x: x.logsumexp((2, 3), keepdim=True),
 }
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmcpd.comb import comb
-from mmcpd.comb.rules.pointwise import never_zero, pointwise, power
+from mmcpd.comb.rules.pointwise import copied, never_zero, pointwise, power
 from mmcpd.comb.rules.table import OPERATIONS
 from tests.helpers import TORCH_2_5, Net, sample
 
-RULES = (pointwise().__code__, never_zero('self').__code__, power.__code__)
+RULES = (pointwise().__code__, never_zero('self').__code__, power.__code__, copied.__code__)
 POINTWISE = {name for name, row in OPERATIONS.items() if row.rule.__code__ in RULES}
 NEWER = {'_safe_softmax', '_scaled_dot_product_fused_attention_overrideable'}  # than torch 2.4
 ELSEWHERE = {'linear'}  # composite on a CPU, with a kernel of its own on other devices

@@ -86,7 +86,8 @@ def _zero_number(value: object) -> bool:
 def copied(run: Run, call: Call) -> None:
     # copy_(self, src): an empty tensor becomes what fills it, whatever its sizes were computed with
     into, source = call.named['self'], call.named['src']
-    if into.shape == source.shape and into._base is None and not any(run.axes(into)) and not hasattr(into, INPUT):
+    whole = into.shape == source.shape and into.nbytes == into.untyped_storage().nbytes()
+    if whole and not any(run.axes(into)) and not hasattr(into, INPUT):
         run.set(call.out, run.axes(source))
     else:
         meet(run, call)
