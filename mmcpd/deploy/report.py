@@ -8,7 +8,7 @@ import platform
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,8 @@ class Report:
             for model in self.models
             if model.batch is not None and self.facts['dynamic_batch']
         ]
+        if (wished := self.facts['exporter_wished']) != (used := self.facts['exporter']):
+            lines.append(f'{wished} cannot write this model, {used} can')
         return '\n'.join(lines)
 
     def to_json(self, path: str | os.PathLike) -> None:
@@ -110,7 +112,10 @@ def deploy(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out) as folder:
-        made = [each for name, model in models.items() for each in how.files(name, model, Path(folder), batches)]
+        made: list[Exported] = []
+        for name, model in models.items():
+            made += how.files(name, model, Path(folder), batches)
+            how = replace(how, exporter=made[0].exporter)  # all by one, or their times could not be compared
         times: list[Latency] = []
         if runs:
             paths = {entry.name: Path(folder) / entry.file for entry in made}
@@ -118,7 +123,8 @@ def deploy(
         circumstances = {
             **environment(),
             'opset': opset,
-            'exporter': (exporter or default_exporter(opset)).value,
+            'exporter': made[0].exporter.value,
+            'exporter_wished': (exporter or default_exporter(opset)).value,
             'dynamic_batch': dynamic_batch,
             'dynamic_size': dynamic_size,
             'shape': [list(x.shape) for x in ([batches[0]] if isinstance(batches[0], Tensor) else batches[0])],

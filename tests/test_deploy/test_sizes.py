@@ -13,6 +13,7 @@ from torch import nn
 
 from mmcpd.deploy import DeployError, Exporter, check_parity, deploy, export_onnx, read_metadata
 from mmcpd.deploy import waiting as module
+from mmcpd.deploy.onnx import HAS_NEW_EXPORTER
 from mmcpd.deploy.waiting import waiting
 from mmcpd.progress import ProgressLine
 
@@ -62,6 +63,27 @@ def test_each_exporter_leaves_height_and_width_open(tmp_path, exporter):
     producers = {Exporter.TORCH_EXPORT: 'torch.export', Exporter.TORCHSCRIPT: 'TorchScript'}
     made = deploy({'dense': model}, BATCHES, tmp_path, runs=0, exporter=exporter, dynamic_size=True)
     assert made.facts['exporter'] == producers[exporter] and len(made.models[0].parity.batches) == 3
+
+
+class OnlyTraced(Dense):
+    """Compute with the picture's shape as a tensor, as mmdet's Deformable DETR does: torch.export refuses that."""
+
+    def forward(self, x):
+        return super().forward(x) / torch._shape_as_tensor(x)[2:].prod()
+
+
+@pytest.mark.skipif(not HAS_NEW_EXPORTER, reason='there is one exporter')
+def test_what_torch_export_refuses_is_traced_and_that_is_said(tmp_path):
+    models = {'dense': OnlyTraced(), 'slim': Dense()}  # the second is written by the same
+    made = deploy(models, BATCHES, tmp_path / 'ok', runs=0, dynamic_size=True)
+    assert made.facts['exporter'] == 'TorchScript'
+    assert [each.exporter for each in made.models] == [Exporter.TORCHSCRIPT] * 2
+    assert str(made).endswith('torch.export cannot write this model, TorchScript can')
+    plain = deploy({'dense': Dense()}, BATCHES, tmp_path / 'plain', runs=0)
+    assert plain.facts['exporter'] == 'torch.export' and 'cannot' not in str(plain)
+    with pytest.raises(DeployError, match='torch cannot export OnlyTraced'):
+        deploy(models, BATCHES, tmp_path / 'no', runs=0, exporter=Exporter.TORCH_EXPORT)
+    assert not list((tmp_path / 'no').iterdir())
 
 
 @pytest.mark.parametrize('kind', [Positions, Baked])
