@@ -83,7 +83,8 @@ def gap_between(masked: nn.Module, small: nn.Module, example: Example) -> float:
         >>> gap_between(model, small, coupling.example) > 0.0    # the model is not masked
         True
     """
-    return difference(outputs_of(masked, example), outputs_of(small, example))
+    theirs = outputs_of(small, example)  # first: whoever watches both compares the masked model's with them
+    return difference(outputs_of(masked, example), theirs)
 
 
 def outputs_of(model: nn.Module, example: Example) -> list[Tensor]:
