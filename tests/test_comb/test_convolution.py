@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.helpers import Net, rows, strided
+from tests.exact import exact
+from tests.helpers import Net, rows, sample, strided
 from tests.toys import Toy, check_toy, pooled
 
 IMAGE = ((2, 3, 6, 6),)
@@ -319,6 +322,10 @@ SPATIAL = {
     'padding by one': lambda x: F.pad(x, (1, 1, 1, 1), value=1.0),
     'reflection padding': lambda x: F.pad(x, (1, 1, 1, 1), mode='reflect'),
     'replication padding': lambda x: F.pad(x, (1, 1, 1, 1), mode='replicate'),
+    'circular padding': lambda x: F.pad(x, (1, 2, 1, 1), mode='circular'),
+    'circular padding, and a sum of what is nowhere zero': lambda x: (
+        x + F.pad(x.sigmoid(), (1, 0, 0, 1), mode='circular').sum(1, keepdim=True)[:, :, 1:, 1:]
+    ),
     'flip': lambda x: x.flip(2),
     'roll': lambda x: x.roll((1, 1), (2, 3)),
     'crop': lambda x: x[:, :, 1:5, ::2],
@@ -349,10 +356,11 @@ def test_spatial_operations_leave_the_channels_alone(name):
     check_toy(spatial(SPATIAL[name]))
 
 
-def test_circular_padding_writes_into_a_bare_tensor_and_freezes():
-    toy = spatial(lambda x: F.pad(x, (1, 1, 1, 1), mode='circular'))
-    toy.groups, toy.members, toy.frozen = {'b': 4}, {}, {'a.weight:0': 'copy with channels that no layer produces'}
-    check_toy(toy)
+@pytest.mark.parametrize('space', [1, 2, 3])
+def test_convolutions_that_wrap_around(space):
+    conv = partial((nn.Conv1d, nn.Conv2d, nn.Conv3d)[space - 1], kernel_size=3, padding=1, padding_mode='circular')
+    net = nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 6), nn.Sigmoid(), conv(6, 6, groups=6), conv(6, 2))
+    exact(net, sample((2, 3, *[5] * space)), {'0': 8, '2': 6})
 
 
 def test_a_grouped_convolution_keeps_its_attributes_in_step():

@@ -10,7 +10,8 @@ from ..atoms import Axis
 from ..trace import AXES, INPUT, Call, Run
 
 MULTI_HEAD = 'multi_head_attention_forward'  # which scales its queries inside
-WIDENING = ('_pad_packed_sequence', MULTI_HEAD)
+PADDING = 'pad'  # makes an empty tensor where it wraps around, and fills it part by part
+WIDENING = ('_pad_packed_sequence', MULTI_HEAD, PADDING)
 Rule = Callable[[Run, Call], None]
 ZeroRule = Callable[[Call, Sequence[Axis], int], bool]
 
@@ -154,7 +155,7 @@ def fresh(run: Run, call: Call) -> None:
     What torch makes inside one of its functions is as wide as what it meets there.
     """
     if run.cursor.function in WIDENING and isinstance(call.out, Tensor):
-        zero = call.named.get('fill_value', 0) == 0
+        zero = call.named.get('fill_value', 0) == 0 and run.cursor.function != PADDING
         run.set(call.out, [run.new_axis(size, zero) if size > 1 else None for size in call.out.shape])
 
 
