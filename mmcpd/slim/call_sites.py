@@ -16,7 +16,7 @@ import copy
 import inspect
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from dis import opname
 from functools import lru_cache
@@ -110,8 +110,24 @@ def _of(frame: FrameType, packages: tuple[str, ...]) -> bool:
 
 
 def _module(frame: FrameType) -> nn.Module | None:
-    module = frame.f_locals.get('self')
+    return receiver(frame.f_code, frame.f_locals)
+
+
+def receiver(code: CodeType, values: Mapping[str, Any]) -> nn.Module | None:
+    """Return the module among the local variables of a function whose method it is, or is inside: mostly `self`."""
+    module = values.get('self')
+    if not isinstance(module, nn.Module) and code.co_argcount:
+        module = values.get(code.co_varnames[0])
+        kind: Any = type(module)
+        if isinstance(module, nn.Module) and not _is_method(kind, code):
+            return None
     return module if isinstance(module, nn.Module) else None
+
+
+@lru_cache(maxsize=4096)
+def _is_method(kind: type, code: CodeType) -> bool:
+    found = [vars(base)[code.co_name] for base in kind.__mro__ if code.co_name in vars(base)]
+    return any(getattr(layer, '__code__', None) is code for value in found for layer in layers_of(value, code.co_name))
 
 
 # -- name --------------------------------------------------------------------------------------------------------------

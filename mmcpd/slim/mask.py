@@ -20,9 +20,14 @@ from .call_sites import code_place
 from .copying import forget_, writable_
 
 # Functions that may run over only the kept channels: their result is then what it is in the slimmed model. The second
-# kind keeps the channels. All of them take `(input, dim, ...)`, dim an integer, several, or none for all of them.
-REDUCTIONS = set('mean sum var std var_mean std_mean amax amin max min prod logsumexp'.split())
-SOFTMAXES = set('softmax log_softmax'.split())
+# kind keeps the channels. They take `(input, dim, ...)`, those of norms `(input, order, dim, ...)`: an integer, several,
+# or none for all dimensions.
+NORMS = {'norm', 'linalg_norm', 'linalg_vector_norm', 'normalize'}
+REDUCTIONS = NORMS | set(
+    'mean sum var std var_mean std_mean amax amin max min prod logsumexp count_nonzero nanmean nansum'.split()
+)
+SOFTMAXES = set('softmax log_softmax softmin normalize'.split())
+INPUTS = ('input', 'x', 'A')  # their names for it
 # They run kernels of their own, which would pass by a masked norm inside, unless a function mode is active.
 FUSED = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
 RMS_NORMS = (F.rms_norm, torch.rms_norm)
@@ -49,17 +54,18 @@ class _OverKept(TorchFunctionMode):
         self.place: CodePlace | None = None  # of the statistic that is being taken
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, '__name__', '')
-        softmax = name in SOFTMAXES
+        name, kwargs = getattr(func, '__name__', ''), dict(kwargs or {})
+        known = name in REDUCTIONS | SOFTMAXES
+        if known and not args:
+            args = tuple(kwargs.pop(each) for each in INPUTS if each in kwargs)
         norms = {F.layer_norm: self.layer_norm, F.group_norm: self.group_norm, F.batch_norm: self.batch_norm}
         handler: Any = (norms | dict.fromkeys(RMS_NORMS, self.rms_norm)).get(func)
-        if handler is None and not softmax and name not in REDUCTIONS:
+        if handler is None and not known:
             return func(*args, **kwargs)
         module, self.place = code_place(self.path)
         if module is not self.module:  # one inside it, which may have channels of its own
             return func(*args, **kwargs)
-        return handler(*args, **kwargs) if handler else self.reduce(func, softmax, *args, **kwargs)
+        return handler(*args, **kwargs) if handler else self.reduce(func, name, *args, **kwargs)
 
     def _kept(self, x: Tensor, dim: int) -> Tensor | None:
         """Return the kept channels of one dimension, which counts from the end, or None where all are kept."""
@@ -101,19 +107,19 @@ class _OverKept(TorchFunctionMode):
         """Normalise over the last dimension too, as for standardised weights `(1, O, I * k * k)`."""
         return self._norm(input, -1, lambda x, *_: F.batch_norm(x, *args, **kwargs), None, None)
 
-    def reduce(self, func: Any, softmax: bool, input: Tensor, dim: Any = None, *args: Any, **kwargs: Any) -> Any:
-        dim = kwargs.pop('axis', dim)
-        given = args if dim is None else (dim, *args)
+    def reduce(self, func: Any, name: str, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        at = int(name in NORMS)
+        dim = kwargs.get('dim', kwargs.get('axis', args[at] if len(args) > at else 1 if name == 'normalize' else None))
         if isinstance(dim, Tensor) or 'other' in kwargs:  # torch.max(a, b)
-            return func(input, *given, **kwargs)
+            return func(input, *args, **kwargs)
         dims = [dim] if isinstance(dim, int) else dim or range(input.dim())
         x, scatter = input, None
         for d in (d % x.dim() - x.dim() for d in dims):
             kept = self._kept(input, d)
             if kept is not None:
                 x, scatter = x.index_select(d, kept), (d, kept)
-        y = func(x, *given, **kwargs)
-        return y.new_zeros(input.shape).index_copy(*scatter, y) if softmax and scatter else y
+        y = func(x, *args, **kwargs)
+        return y.new_zeros(input.shape).index_copy(*scatter, y) if name in SOFTMAXES and scatter else y
 
 
 class MaskedForward:

@@ -19,7 +19,7 @@ _SETTING_UP = ('init', 'reset', '__', 'repr')  # parts of the names of methods t
 class Reads:
     """Names of attributes that code reads, methods among them."""
 
-    own: frozenset[str]  # `self.name`
+    own: frozenset[str]  # `self.name`, whatever the method calls its module
     others: frozenset[str]  # of any other object
 
     def __or__(self, other: Reads) -> Reads:
@@ -30,17 +30,18 @@ NOTHING = Reads(frozenset(), frozenset())
 
 
 @lru_cache(maxsize=4096)
-def reads_of(code: CodeType) -> Reads:
-    """Return what a function reads, those that it defines included.
+def reads_of(code: CodeType, receiver: str = '') -> Reads:
+    """Return what a function reads, those that it defines included; its first argument, or `receiver`, is the module.
 
     Example:
         >>> reads_of((lambda self, x: self.conv(x.data)).__code__)
         Reads(own=frozenset({'conv'}), others=frozenset({'data'}))
     """
     own, others, before = set[str](), set[str](), ''
+    receiver = receiver or (code.co_varnames[0] if code.co_argcount else 'self')
     for instruction in dis.get_instructions(code):
         if instruction.opname in ('LOAD_ATTR', 'LOAD_METHOD'):
-            (own if before == 'self' else others).add(str(instruction.argval))
+            (own if before == receiver else others).add(str(instruction.argval))
         if instruction.opname.startswith(('LOAD_FAST', 'LOAD_DEREF')):
             value = instruction.argval
             before = value[-1] if isinstance(value, tuple) else value  # two in one since Python 3.13
@@ -49,7 +50,7 @@ def reads_of(code: CodeType) -> Reads:
     found = Reads(frozenset(own), frozenset(others))
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            found |= reads_of(constant)
+            found |= reads_of(constant, receiver)
     return found
 
 

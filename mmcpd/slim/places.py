@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from .call_sites import Spot, source_range
+from .call_sites import Spot, receiver, source_range
 
 
 def place_name(path: str, place: Spot | None) -> str:
@@ -31,10 +31,10 @@ def raised_at(error: BaseException) -> str:
     for frame, number in traceback.walk_tb(error.__traceback__):
         package = f'{frame.f_globals.get("__name__", "")}.'
         values = frame.f_locals
-        module = values.get('self')
+        module = receiver(frame.f_code, values)
         if isinstance(values, dict):  # before Python 3.13 a copy that stays on the frame, and may hold the error itself
             values.clear()
-        if isinstance(module, nn.Module) and '_modules' in vars(module):
+        if module is not None and '_modules' in vars(module):
             paths = paths or {each: name for name, each in module.named_modules()}
             path = paths.get(module, path)
         if path is not None and not package.startswith(('torch.', 'mmcpd.')):

@@ -104,6 +104,18 @@ LIVE = {  # function of the channels that notices when one is gone, and that mas
     'mean over an axis by its other name': lambda x: x - x.mean(axis=-3, keepdim=True),
     'a larger of two beside a largest': lambda x: torch.max(x, other=x.max(1, True)[0] - 1) + torch.max(x, x.tanh()),
     'softmax by a function': lambda x: x * F.softmax(x, dim=1),
+    'softmin': lambda x: x * F.softmin(x, 1),
+    'norm of sigmoids': lambda x: x * x.sigmoid().norm(dim=1, keepdim=True),
+    'norm by a function, its order by number': lambda x: x * torch.norm(x.sigmoid(), 1, 1, True),
+    'norm of a vector': lambda x: x * torch.linalg.vector_norm(x.sigmoid(), 3, (1, 2), True),
+    'norm of torch.linalg': lambda x: x * torch.linalg.norm(x.exp(), dim=1, keepdim=True),
+    'norm whose input has a name': lambda x: x * torch.linalg.vector_norm(x=x.exp(), dim=1, keepdim=True),
+    'softmax whose input has a name': lambda x: x * torch.softmax(dim=1, input=x),
+    'norm over everything': lambda x: x * x.sigmoid().norm(),
+    'unit length': lambda x: x + F.normalize(x.sigmoid()),
+    'unit length in another order': lambda x: x + F.normalize(x.exp(), 1.0, 1),
+    'how many are not zero': lambda x: x * x.exp().count_nonzero(1).unsqueeze(1),
+    'mean of numbers': lambda x: x * x.exp().nanmean(1, keepdim=True),
 }
 FROZEN = {  # function of the channels that notices when one is gone -> the reason
     'cumulated channels': (lambda x: x.cumsum(1), 'cumsum over channels'),
@@ -276,9 +288,9 @@ def test_a_parameter_beside_one_channel_of_an_activation():
 
 
 def test_a_statistic_inside_another_function_freezes():
-    """Only the outermost function can be taken over the channels that stay, and this one hides its softmax."""
-    toy = conv(lambda m, x: F.softmin(x, dim=1))
-    toy.groups, toy.frozen = {'b': 4}, {'a.weight:0': 'softmax over channels'}
+    """Only the outermost function can be taken over the channels that stay, and this one hides its norms."""
+    toy = conv(lambda m, x: x * F.cosine_similarity(x.sigmoid(), x.exp())[:, None])
+    toy.groups, toy.frozen = {'b': 4}, {'a.weight:0': 'linalg_vector_norm over channels'}
     check_toy(toy)
 
 
