@@ -19,9 +19,9 @@ from ..fixes import CodePlace
 from .call_sites import code_place
 from .copying import forget_, writable_
 
-# Functions that may run over only the kept channels: their result is then what it is in the slimmed model. The second
-# kind keeps the channels. They take `(input, dim, ...)`, those of norms `(input, order, dim, ...)`: an integer, several,
-# or none for all dimensions.
+# Functions that may run over only the kept channels: their result is then what it is in the slimmed model. SOFTMAXES
+# keep the channels. They take `(input, dim, ...)`, those of norms `(input, order, dim, ...)`: an integer, several, or
+# none for all dimensions.
 NORMS = {'norm', 'linalg_norm', 'linalg_vector_norm', 'normalize'}
 REDUCTIONS = NORMS | set(
     'mean sum var std var_mean std_mean amax amin max min prod logsumexp count_nonzero nanmean nansum'.split()
