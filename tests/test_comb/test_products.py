@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.helpers import Net, rows, strided
+from mmcpd.comb import comb
+from tests.exact import exact
+from tests.helpers import Net, rows, sample, strided
 from tests.toys import Toy, check_toy
 
 TOKENS = ((2, 5, 3),)
@@ -239,6 +241,28 @@ TOYS = {
         {'up': {'up.weight:0': rows(7), 'up.bias:0': rows(7), 'down.weight:1': rows(7)}},
     ),
 }  # fmt: skip
+
+
+class Codebook(nn.Module):
+    """Tokens become what the nearest vectors of a table say; torch computes with products from 26 vectors on."""
+
+    def __init__(self, vectors, between=torch.tanh):
+        super().__init__()
+        self.stem, self.fc, self.between = nn.Linear(3, 8), nn.Linear(8, 2), between
+        self.table = nn.Parameter(torch.randn(vectors, 8))
+
+    def forward(self, x):
+        x = self.between(self.stem(x))
+        near = torch.cdist(x, self.table.expand(len(x), -1, -1))
+        return self.fc(near.neg().softmax(-1) @ self.table + self.table[near.argmin(-1)])
+
+
+@pytest.mark.parametrize('vectors', [7, 30])
+def test_distances_to_vectors_of_a_table(vectors):
+    exact(Codebook(vectors), sample((2, 5, 3)), {'stem': 8})
+    found = comb(Codebook(vectors, torch.sigmoid).double(), sample((2, 5, 3)), trial=False)
+    assert not found.groups
+    assert any('a distance over channels that are nowhere zero' in frozen.reason for frozen in found.frozen)
 
 
 class Heads(nn.Module):

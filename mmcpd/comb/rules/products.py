@@ -274,3 +274,17 @@ def attention(run: Run, call: Call) -> None:
     run.output(out, (*lead, None, v[-1] and v[-1].activation(v[-1].zero)))
     for axis, size in ((q[-1], query.shape[-1]), (v[-1], value.shape[-1])):
         run.cost((*query.shape[:-1], key.shape[-2], size), (*lead, None, None, axis))
+
+
+def distances(run: Run, call: Call) -> None:
+    # _cdist_forward(x1 (..., P, M), x2 (..., R, M), p, mode), _euclidean_dist(x1, x2): (..., P, R)
+    sides = [run.axes(call.named[name]) for name in ('x1', 'x2')]
+    left, right = (axes[-1] for axes in sides)
+    run.equate(left, right, 'a distance')
+    for axis in (left, right):
+        run.sums(axis)
+    if left is not None and right is not None and not (left.zero and right.zero):
+        run.freeze(left, f'a distance over channels that are nowhere zero in {run.where}')
+    for axes in sides:
+        run.freeze_each(axes[:-2], 'a batch of distances')
+    run.set(call.out, (*[None] * (call.out.dim() - 2), *(axes[-2] and axes[-2].activation(False) for axes in sides)))

@@ -31,7 +31,18 @@ from .pointwise import (
     stays,
     within_bounds,
 )  # fmt: skip
-from .products import add_product, attention, convolution, embedding, grid_sample, linear, pool, product, sparse_product
+from .products import (
+    add_product,
+    attention,
+    convolution,
+    distances,
+    embedding,
+    grid_sample,
+    linear,
+    pool,
+    product,
+    sparse_product,
+)
 from .recurrent import fused_cell, packed
 from .regions import cell_pool, chosen, deformable, region_pool, unpool
 from .scattering import index_put, scatter
@@ -116,6 +127,7 @@ OPERATIONS: dict[str, Operation] = {
     # -- weights
     'convolution': plain(convolution, counted=True), '_convolution': op(convolution, counted=True),
     'cudnn_convolution': op(convolution, counted=True), 'mkldnn_convolution': op(convolution, counted=True),
+    '_cdist_forward': op(distances), '_euclidean_dist': op(distances),
     'mm': plain(product, counted=True), 'bmm': op(product, counted=True), 'mv': op(product, counted=True),
     'dot': op(product, counted=True), 'vdot': op(product, counted=True), 'addmm': plain(add_product, counted=True),
     'baddbmm': op(add_product, counted=True), 'addmv': op(add_product, counted=True),
