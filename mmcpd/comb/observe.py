@@ -113,6 +113,8 @@ class _Dispatch(TorchDispatchMode):
         """Return a tensor as it is before an operation in place, which may change its shape: `transpose_`."""
         alias = tensor.detach()
         self.run.set(alias, self.run.axes(tensor))
+        if hasattr(tensor, INPUT):
+            setattr(alias, INPUT, True)
         return alias
 
 

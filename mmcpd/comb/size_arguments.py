@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -45,7 +46,9 @@ class _Observe(TorchFunctionMode):
         if name in COUNTING:
             return math.prod(_size(self.run, args[0], d, s) for d, s in enumerate(args[0].shape))
         ordered, others = in_order(name, args, kwargs) if name in HANDLERS else ([], kwargs)
-        self.run.cursor.function, self.run.cursor.pairs = name, pairs_of(name, ordered, others)
+        cursor = self.run.cursor
+        cursor.function, cursor.pairs = name, pairs_of(name, ordered, others)
+        cursor.padded = len(kwargs['pad'] if 'pad' in kwargs else args[1]) // 2 if func is F.pad else 0
         if name in ARITHMETIC:  # a width on the right; on the left it is asked itself
             for side, value in zip((LEFT, RIGHT), args, strict=False):
                 if isinstance(value, TracedInt):

@@ -1,4 +1,4 @@
-"""Find the axes of a tensor by its memory, where another Python object stands for it."""
+"""Find the axes of a tensor by its memory, where another Python object stands for it, and who else looks into it."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ class Storages:
     def __init__(self) -> None:
         # The weak reference keeps the address from being used again.
         self._known: dict[int, tuple[StorageWeakRef, dict[Layout, Axes]]] = {}
+        self._viewed: dict[int, StorageWeakRef] = {}
 
     def note(self, tensor: Tensor, axes: Axes) -> None:
         """Note the axes of a tensor."""
@@ -37,6 +38,16 @@ class Storages:
             return None
         known = self._known.get(tensor.untyped_storage()._cdata)
         return None if known is None else known[1].get(_layout(tensor))
+
+    def note_view(self, tensor: Tensor) -> None:
+        """Note that a tensor without axes is a view of another."""
+        if tensor.layout is torch.strided:
+            storage = tensor.untyped_storage()
+            self._viewed[storage._cdata] = StorageWeakRef(storage)
+
+    def has_views(self, tensor: Tensor) -> bool:
+        """Say whether a view was noted of a tensor's memory."""
+        return tensor.layout is not torch.strided or tensor.untyped_storage()._cdata in self._viewed
 
 
 def _layout(tensor: Tensor) -> Layout:

@@ -43,6 +43,7 @@ class Cursor:
     path: list[str] = field(default_factory=lambda: [''])  # of the running modules, the innermost last
     widths: list[set[int]] = field(default_factory=lambda: [set()])  # of channels that they met
     function: str = ''  # the Python function that runs, as its caller sees it
+    padded: int = 0  # how many dimensions, the last ones, it pads
     pairs: Sequence[int] = ()  # the dimensions of its output that are pairs (see `pairs_of`)
     names: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # one of the atoms tied to each
 
@@ -232,10 +233,12 @@ class Run:
     def over_kept(self, axis: Axis | None, dim: int, width: int, what: str) -> None:
         """Note a statistic that masking can take over the kept channels; freeze one that it cannot.
 
-        It can where a module calls the function itself, and does not go through another one that calls it.
+        It can where a module's method, or what that calls, calls the function itself, and does not go through another
+        one of torch that calls it.
         """
         function = self.cursor.function
-        if function in REDUCTIONS | SOFTMAXES or (function in LAST_DIMENSION and dim == -1):
+        known = function in REDUCTIONS | SOFTMAXES or (function in LAST_DIMENSION and dim == -1)
+        if known and code_place()[0] is not None:
             self.statistic(axis, dim, width)
         else:
             self.freeze(axis, f'{what} over channels in {self.where}')

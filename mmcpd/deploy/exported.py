@@ -13,17 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mmcpd.deploy.int8 import quantize
-from mmcpd.deploy.onnx import (
-    NEW_EXPORTER,
-    Exporter,
-    Forward,
-    Inputs,
-    as_tuple,
-    default_exporter,
-    drawing_nodes,
-    evaluated,
-    export_onnx,
-)
+from mmcpd.deploy.onnx import NEW_EXPORTER, Exporter, Forward, Inputs, as_tuple, drawing_nodes, evaluated, export_onnx
 from mmcpd.deploy.parity import Parity, check_parity
 from mmcpd.errors import DeployError, first_line
 
@@ -34,14 +24,13 @@ OTHER = (64, 128)  # pixels by which a second size of pictures is higher and wid
 
 @dataclass(frozen=True)
 class Exported:
-    """Describe one exported model, and who wrote it; `batch` is the size that it is fixed to, None where it is open."""
+    """Describe one exported model; `batch` is the size that the file is fixed to, None where it is open."""
 
     name: str
     file: str
     bytes: int
     params: int
     parity: Parity
-    exporter: Exporter
     batch: int | None = None
 
 
@@ -59,58 +48,39 @@ class Export:
     calibration: Sequence[Inputs] = ()
     waiting: Waiting = nullcontext
 
+    def all_files(self, models: Mapping[str, nn.Module], folder: Path, batches: list[Inputs]) -> list[Exported]:
+        """Export models by their names, as `files`."""
+        return [each for name, model in models.items() for each in self.files(name, model, folder, batches)]
+
     def files(self, name: str, model: nn.Module, folder: Path, batches: list[Inputs]) -> list[Exported]:
-        """Export one model in the first way that works (see `ways`), and quantise the file.
+        """Export one model, with the size of the first batch where torch cannot leave it open, and quantise the file.
 
         Raises:
-            DeployError: it cannot be exported in any; the message says what each gave.
+            DeployError: it cannot be exported so either; the message says what both gave.
         """
-        path = folder / f'{name}.onnx'
+        path, how, size = folder / f'{name}.onnx', self, None if self.dynamic_batch else _size(batches[0])
         if self.dynamic_size:
             batches = [*batches, self._other_pictures(model, batches[0])]
-        refused: list[str] = []
-        cause: DeployError | None = None
-        for label, how in self.ways(_size(batches[0])).items():
-            size = None if how.dynamic_batch else _size(batches[0])
-            batches = batches if size is None else [_rows(batch, 0, size) for batch in batches]
+        try:
+            parity = self._attempt(model, path, batches)
+        except DeployError as error:
+            if not self.dynamic_batch:
+                raise
+            size = _size(batches[0])
+            batches, how = [_rows(batch, 0, size) for batch in batches], replace(self, dynamic_batch=False)
             try:
                 parity = how._attempt(model, path, batches)
-                break
-            except DeployError as error:
-                refused.append(f'{label}{error}')
-                cause = cause or error
-        else:
-            raise DeployError(' '.join(refused)) from cause
+            except DeployError as fixed:
+                raise DeployError(f'{error} With the batch size fixed to {size}: {fixed}') from error
         params = sum(parameter.numel() for parameter in model.parameters())
-        exporter = how.exporter or default_exporter(self.opset)
-        made = [Exported(path.stem, path.name, path.stat().st_size, params, parity, exporter, size)]
+        made = [Exported(path.stem, path.name, path.stat().st_size, params, parity, size)]
         if self.calibration:
             small = path.with_name(f'{name}-int8.onnx')
             with self.waiting(f'quantising {name}'):
                 quantize(path, small, self._calibration(name, size))
                 parity = self.check(small, model, batches, self.forward)
-            made.append(Exported(small.stem, small.name, small.stat().st_size, params, parity, exporter, size))
+            made.append(Exported(small.stem, small.name, small.stat().st_size, params, parity, size))
         return made
-
-    def ways(self, size: int) -> dict[str, Export]:
-        """Return the ways to try in order, by what an error begins with.
-
-        Where no exporter is asked for, TorchScript's follows the one over torch.export, which refuses some forwards;
-        then both with the batch size fixed, where it is to be open but torch cannot leave it so.
-
-        Example:
-            >>> list(Export(opset=17).ways(2))
-            ['', 'With the batch size fixed to 2: ']
-        """
-        found = {'': self}
-        if self.exporter is None and default_exporter(self.opset) is not Exporter.TORCHSCRIPT:
-            found['By TorchScript: '] = replace(self, exporter=Exporter.TORCHSCRIPT)
-        if self.dynamic_batch:
-            fixed = f'with the batch size fixed to {size}: '
-            for label, how in list(found.items()):
-                begin = label.replace(': ', f' {fixed}') or fixed.capitalize()
-                found[begin] = replace(how, dynamic_batch=False)
-        return found
 
     def _calibration(self, name: str, size: int | None) -> list[Inputs]:
         """Return the batches to calibrate on, of the size that a file is fixed to.

@@ -22,6 +22,7 @@ from mmcpd.deploy.exported import Check, Export, Exported, Waiting
 from mmcpd.deploy.latency import Latency, Progress, cpu_name, measure_latency, usable_cores
 from mmcpd.deploy.onnx import NEW_EXPORTER, Exporter, Forward, Inputs, default_exporter
 from mmcpd.deploy.parity import SAME, check_parity
+from mmcpd.errors import DeployError
 from mmcpd.files import write_json
 from mmcpd.version import __version__
 
@@ -55,7 +56,7 @@ class Report:
             if model.batch is not None and self.facts['dynamic_batch']
         ]
         if (wished := self.facts['exporter_wished']) != (used := self.facts['exporter']):
-            lines.append(f'{wished} cannot write this model, {used} can')
+            lines.append(f'{wished} cannot write these models, {used} can')
         return '\n'.join(lines)
 
     def to_json(self, path: str | os.PathLike) -> None:
@@ -91,11 +92,13 @@ def deploy(
     Files appear in the folder `out`, which is made if it is not there, when all of them have passed.
 
     `opset`, `dynamic_batch`, `forward`, `dynamic_size` and `exporter` are as in `export_onnx`, `metadata` that of each
-    model by its name. With a dynamic size files are compared on larger pictures too. With `calibration`, batches like
-    the others, `out/<name>-int8.onnx` lies beside each file, quantised; its parity is shown and refuses nothing. What
-    takes long runs in `waiting(what)`, a context. `time_limit`, `threads` and `progress` are as in
-    `measure_latency`, with `runs` rounds (0: nothing is measured). `facts` is what else should stand in the report,
-    e.g. the config and where the inputs come from. `check(path, model, batches, forward)` compares a file with a model.
+    model by its name. Where no exporter is asked for and the one over torch.export refuses a model, TorchScript's
+    writes all of them, and the report says so. With a dynamic size files are compared on larger pictures too. With
+    `calibration`, batches like the others, `out/<name>-int8.onnx` lies beside each file, quantised; its parity is shown
+    and refuses nothing. What takes long runs in `waiting(what)`, a context. `time_limit`, `threads` and `progress` are
+    as in `measure_latency`, with `runs` rounds (0: nothing is measured). `facts` is what else should stand in the
+    report, e.g. the config and where the inputs come from. `check(path, model, batches, forward)` compares a file with
+    a model.
 
     Raises:
         DeployError: A model cannot be exported, or its file computes something else.
@@ -109,13 +112,21 @@ def deploy(
     if not models or not batches:
         raise ValueError(f'nothing to deploy: {len(models)} models, {len(batches)} batches')
     how = Export(opset, dynamic_batch, forward, check, dynamic_size, exporter, metadata or {}, calibration, waiting)
+    wished = exporter or default_exporter(opset)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out) as folder:
-        made: list[Exported] = []
-        for name, model in models.items():
-            made += how.files(name, model, Path(folder), batches)
-            how = replace(how, exporter=made[0].exporter)  # all by one, or their times could not be compared
+        used, made = wished, list[Exported]()
+        try:
+            made = how.all_files(models, Path(folder), batches)
+        except DeployError as error:
+            if exporter is not None or wished is Exporter.TORCHSCRIPT:
+                raise
+            used = Exporter.TORCHSCRIPT  # for all models, or their times could not be compared
+            try:
+                made = replace(how, exporter=used).all_files(models, Path(folder), batches)
+            except DeployError as other:
+                raise DeployError(f'{error} By {used}: {other}') from error
         times: list[Latency] = []
         if runs:
             paths = {entry.name: Path(folder) / entry.file for entry in made}
@@ -123,8 +134,8 @@ def deploy(
         circumstances = {
             **environment(),
             'opset': opset,
-            'exporter': made[0].exporter.value,
-            'exporter_wished': (exporter or default_exporter(opset)).value,
+            'exporter': used.value,
+            'exporter_wished': wished.value,
             'dynamic_batch': dynamic_batch,
             'dynamic_size': dynamic_size,
             'shape': [list(x.shape) for x in ([batches[0]] if isinstance(batches[0], Tensor) else batches[0])],

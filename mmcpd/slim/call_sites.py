@@ -35,6 +35,7 @@ from .replace_sizes import put
 from .size_functions import author_of, called_functions, callers_of, codes
 
 _OURS, _TORCH = ('mmcpd.comb.', 'mmcpd.slim.', 'mmcpd.modes.'), ('torch.',)
+_CALLING = ('torch.nn.modules.module.',)  # which runs the forward of every module
 INFER = -1  # let torch work out the size
 _NODES = (ast.Call, ast.BinOp, ast.AugAssign, ast.Subscript)
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef)  # a lambda has no name to be compiled under
@@ -79,7 +80,7 @@ def code_place(path: str = '') -> tuple[nn.Module | None, CodePlace]:
     inward: list[int] = []
     for frame in _frames(sys._getframe(1)):
         module = _module(frame)
-        if module is not None:
+        if module is not None and not _of(frame, _CALLING):
             return module, CodePlace(path, _qualified_name(frame.f_code), (frame.f_lasti, *inward))
         if not _of(frame, _TORCH) and not _of(frame, _OURS):
             inward.insert(0, frame.f_lasti)
@@ -126,8 +127,8 @@ def receiver(code: CodeType, values: Mapping[str, Any]) -> nn.Module | None:
 
 @lru_cache(maxsize=4096)
 def _is_method(kind: type, code: CodeType) -> bool:
-    found = [vars(base)[code.co_name] for base in kind.__mro__ if code.co_name in vars(base)]
-    return any(getattr(layer, '__code__', None) is code for value in found for layer in layers_of(value, code.co_name))
+    values = ((name, value) for base in kind.__mro__ for name, value in vars(base).items())
+    return any(getattr(layer, '__code__', None) is code for name, value in values for layer in layers_of(value, name))
 
 
 # -- name --------------------------------------------------------------------------------------------------------------

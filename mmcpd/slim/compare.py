@@ -21,6 +21,7 @@ from .mask import kept_rows, mask_, named_tensors
 from .slimming import slim
 
 Kind = TypeVar('Kind')
+Gaps = TypeVar('Gaps')
 
 
 @contextmanager
@@ -39,24 +40,29 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def difference(left: Any, right: Any) -> float:
     """Return the largest difference between two outputs, relative to the largest value of each tensor of `left`.
 
-    Of integers and booleans it is the share of elements that differ.
+    Of integers and booleans it is the share of elements that differ; where only one has a number it is infinite.
 
     Raises:
         SlimError: if they do not have the same shapes.
     """
-    worst = 0.0
+    return max(differences(left, right), default=0.0)
+
+
+def differences(left: Any, right: Any) -> list[float]:
+    """Return the difference of each tensor of two outputs, as `difference`."""
     ours, theirs = tensors_in(left), tensors_in(right)
     if [t.shape for t in ours] != [t.shape for t in theirs]:
         raise SlimError(f'output shapes {[tuple(t.shape) for t in theirs]}, expected {[tuple(t.shape) for t in ours]}')
-    for a, b in zip(ours, theirs, strict=True):
-        if a.numel() and not (a.is_floating_point() or a.is_complex()):
-            worst = max(worst, float((a != b).float().mean()))  # labels, masks: the share that differs
-        elif a.numel():
-            scale, gap = float(a.abs().max()), float((a - b).abs().max())
-            if not math.isfinite(gap):
-                return float('inf')
-            worst = max(worst, gap / scale if scale > 0 else gap)
-    return worst
+    return [_difference(a, b) if a.numel() else 0.0 for a, b in zip(ours, theirs, strict=True)]
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    if not (a.is_floating_point() or a.is_complex()):
+        return float((a != b).float().mean())  # labels, masks: the share that differs
+    scale, gap = float(a.abs().max()), float((a - b).abs().max())
+    if not math.isfinite(gap):
+        return math.inf
+    return gap / scale if scale > 0 else gap
 
 
 def compare(model: nn.Module, coupling: Coupling, keep: Keep, small: nn.Module | None = None) -> float:
@@ -83,8 +89,13 @@ def gap_between(masked: nn.Module, small: nn.Module, example: Example) -> float:
         >>> gap_between(model, small, coupling.example) > 0.0    # the model is not masked
         True
     """
+    return max(gaps_between(masked, small, example), default=0.0)
+
+
+def gaps_between(masked: nn.Module, small: nn.Module, example: Example) -> list[float]:
+    """Return how far each output of a slimmed model is from the masked one's (see `difference`)."""
     theirs = outputs_of(small, example)  # first: whoever watches both compares the masked model's with them
-    return difference(outputs_of(masked, example), theirs)
+    return differences(outputs_of(masked, example), theirs)
 
 
 def outputs_of(model: nn.Module, example: Example) -> list[Tensor]:
@@ -117,22 +128,28 @@ def gap_of_gradients(masked: nn.Module, small: nn.Module, coupling: Coupling, ke
         >>> gap_of_gradients(copy.deepcopy(model), small, coupling, keep) > 0.0    # the model is not masked
         True
     """
+    return max(gaps_of_gradients(masked, small, coupling, keep).values(), default=0.0)
+
+
+def gaps_of_gradients(masked: nn.Module, small: nn.Module, coupling: Coupling, keep: Keep) -> dict[str, float]:
+    """Return the gap of each gradient, as `gap_of_gradients`, by the names of parameters and inputs."""
     ours, theirs = gradients_of(masked, coupling.example), gradients_of(small, coupling.example)
     for name in {rows.tensor for scale in coupling.fixes.scales for rows in scale.rows} & ours.keys():
         del ours[name], theirs[name]
     for name, dims in kept_rows(coupling, keep).items():
         for dim, live in dims.items() if name in ours else ():
             ours[name] = ours[name].index_select(dim, live.nonzero().flatten().to(ours[name].device))
-    return gradient_gap(ours, theirs)
+    return gradient_gaps(ours, theirs)
 
 
-def gradient_gap(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    """Return the largest difference between gradients of the same names and shapes (see `gap_of_gradients`)."""
+def gradient_gaps(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, float]:
+    """Return the difference of each gradient from the one of the same name and shape (see `gap_of_gradients`)."""
     floor = 1e-3 * max((float(g.abs().max()) for g in ours.values()), default=0.0)
-    gaps = [
-        float((g - theirs[name]).abs().max()) / max(float(g.abs().max()), floor, 1e-300) for name, g in ours.items()
-    ]
-    return max((gap if math.isfinite(gap) else math.inf for gap in gaps), default=0.0)
+    gaps = {
+        name: float((g - theirs[name]).abs().max()) / max(float(g.abs().max()), floor, 1e-300)
+        for name, g in ours.items()
+    }
+    return {name: gap if math.isfinite(gap) else math.inf for name, gap in gaps.items()}
 
 
 def gradients_of(model: nn.Module, example: Example) -> dict[str, Tensor]:
@@ -155,7 +172,7 @@ def gradients_of(model: nn.Module, example: Example) -> dict[str, Tensor]:
     return {n: torch.zeros_like(t) if t.grad is None else t.grad.detach() for n, t in sources.items()}
 
 
-def moved_by_rounding(model: nn.Module, measured: Callable[[], Kind], gap: Callable[[Kind, Kind], float]) -> float:
+def moved_by_rounding(model: nn.Module, measured: Callable[[], Kind], gaps: Callable[[Kind, Kind], Gaps]) -> Gaps:
     """Return how far what is measured of a model moves when each of its weights moves by its last bits.
 
     Two ways to sum up the same numbers differ by as much. Few models amplify that: those that sample a picture at
@@ -175,7 +192,7 @@ def moved_by_rounding(model: nn.Module, measured: Callable[[], Kind], gap: Calla
             for weight in weights:
                 bits = 4 * torch.finfo(weight.dtype).eps * torch.randn(weight.shape, generator=noise)
                 weight.mul_(1 + bits.to(weight))
-        return gap(before, measured())
+        return gaps(before, measured())
     finally:
         with torch.no_grad():
             for weight, value in zip(weights, values, strict=True):

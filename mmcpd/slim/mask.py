@@ -20,14 +20,12 @@ from .call_sites import code_place
 from .copying import forget_, writable_
 
 # Functions that may run over only the kept channels: their result is then what it is in the slimmed model. SOFTMAXES
-# keep the channels. They take `(input, dim, ...)`, those of norms `(input, order, dim, ...)`: an integer, several, or
-# none for all dimensions.
+# keep the channels. They take `(input, dim, ...)`, those of norms `(input, order, dim, ...)`: dim is an
+# integer, several, or none for all of them.
 NORMS = {'norm', 'linalg_norm', 'linalg_vector_norm', 'normalize'}
-REDUCTIONS = NORMS | set(
-    'mean sum var std var_mean std_mean amax amin max min prod logsumexp count_nonzero nanmean nansum'.split()
-)
+REDUCTIONS = NORMS | set('mean sum var std var_mean std_mean amax amin max min prod logsumexp nanmean nansum'.split())
 SOFTMAXES = set('softmax log_softmax softmin normalize'.split())
-INPUTS = ('input', 'x', 'A')  # their names for it
+INPUTS = ('input', 'x')  # their names for it
 # They run kernels of their own, which would pass by a masked norm inside, unless a function mode is active.
 FUSED = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
 RMS_NORMS = (F.rms_norm, torch.rms_norm)
@@ -109,17 +107,21 @@ class _OverKept(TorchFunctionMode):
 
     def reduce(self, func: Any, name: str, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         at = int(name in NORMS)
-        dim = kwargs.get('dim', kwargs.get('axis', args[at] if len(args) > at else 1 if name == 'normalize' else None))
+        dim = kwargs.get('dim', kwargs.get('axis', args[at] if len(args) > at else None))
         if isinstance(dim, Tensor) or 'other' in kwargs:  # torch.max(a, b)
             return func(input, *args, **kwargs)
         dims = [dim] if isinstance(dim, int) else dim or range(input.dim())
-        x, scatter = input, None
+        x, gathered = input, dict[int, Tensor]()
         for d in (d % x.dim() - x.dim() for d in dims):
             kept = self._kept(input, d)
             if kept is not None:
-                x, scatter = x.index_select(d, kept), (d, kept)
+                x, gathered[d] = x.index_select(d, kept), kept
         y = func(x, *args, **kwargs)
-        return y.new_zeros(input.shape).index_copy(*scatter, y) if name in SOFTMAXES and scatter else y
+        for d, kept in gathered.items() if name in SOFTMAXES else ():
+            shape = list(y.shape)
+            shape[d] = input.shape[d]
+            y = y.new_zeros(shape).index_copy(d, kept, y)
+        return y
 
 
 class MaskedForward:

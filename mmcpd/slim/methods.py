@@ -30,15 +30,14 @@ NOTHING = Reads(frozenset(), frozenset())
 
 
 @lru_cache(maxsize=4096)
-def reads_of(code: CodeType, receiver: str = '') -> Reads:
-    """Return what a function reads, those that it defines included; its first argument, or `receiver`, is the module.
+def reads_of(code: CodeType, receiver: str = 'self') -> Reads:
+    """Return what a function reads, those that it defines included; `receiver` is what it calls its module.
 
     Example:
         >>> reads_of((lambda self, x: self.conv(x.data)).__code__)
         Reads(own=frozenset({'conv'}), others=frozenset({'data'}))
     """
     own, others, before = set[str](), set[str](), ''
-    receiver = receiver or (code.co_varnames[0] if code.co_argcount else 'self')
     for instruction in dis.get_instructions(code):
         if instruction.opname in ('LOAD_ATTR', 'LOAD_METHOD'):
             (own if before == receiver else others).add(str(instruction.argval))
@@ -62,7 +61,9 @@ def methods_of(kind: type) -> dict[str, Reads]:
         if not base.__module__.startswith('torch.') and base is not object:
             for name, value in vars(base).items():
                 for code in _codes(value):
-                    found[name] = found.get(name, NOTHING) | reads_of(code)
+                    own = code.co_argcount and not isinstance(value, staticmethod | classmethod)
+                    reads = reads_of(code, code.co_varnames[0] if own else '')
+                    found[name] = found.get(name, NOTHING) | reads
     return found
 
 
@@ -80,7 +81,7 @@ class Methods:
         self.kinds = {kind: methods_of(kind) for kind in dict.fromkeys(map(type, modules))}
         code = getattr(forward, '__code__', None)
         self.run, self.others = {'forward', '__call__'}, frozenset[str]()
-        wanted = [*self.run, *(reads_of(code).others if code is not None else ())]
+        wanted = [*self.run, *(reads_of(code, '').others if code is not None else ())]
         self.run.update(wanted)
         while wanted:
             name = wanted.pop()

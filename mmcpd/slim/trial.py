@@ -26,13 +26,12 @@ from ..modes import InDouble
 from ..nested import map_tensors, tensors_in
 from ..random_state import draws
 from .compare import (
-    Kind,
     compare_gradients,
-    difference,
+    differences,
     evaluating,
-    gap_between,
-    gap_of_gradients,
-    gradient_gap,
+    gaps_between,
+    gaps_of_gradients,
+    gradient_gaps,
     gradients_of,
     moved_by_rounding,
     outputs_of,
@@ -46,8 +45,8 @@ from .slimming import as_tensor_of, slim
 NOISE = 1_000_003  # random numbers for all weights; a prime, so that rows repeat none
 KEEPS = ((0.5, 0), (0.8, 1))  # what a trial leaves, and the seed of the choice
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
-ROUNDING = 100  # how much more than the last bits of the weights explain makes a mistake
-LARGE = 1e-2  # a model in which rounding in float64 does that has no right digit in float32
+ROUNDING = 100  # a difference is a mistake from so many times what the last bits of the weights change
+LARGE = 1e-2  # and from here on anyway: where rounding did that in float64, no digit would be right in float32
 NOT_FINITE = 'not finite'
 # What a forward may raise.
 FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AssertionError, AttributeError, ZeroDivisionError,
@@ -164,7 +163,8 @@ class Outcome(NamedTuple):
 class _Trial:
     """A model to try, as which kind of copy, and whether gradients are compared too.
 
-    Each comparison makes one copy, slims it and then masks it in place: no more is in memory at a time.
+    Each comparison makes one copy, slims it and then masks it in place: no more is in memory at a time, but for weights
+    to put back where a small difference is looked into.
     """
 
     model: nn.Module
@@ -203,17 +203,22 @@ class _Trial:
         mask_(masked, self.coupling, keep)
         tolerance = TOLERANCE.get(next((p.dtype for p in masked.parameters()), torch.float32), 1e-3)
         with watch.observing(masked, small, tolerance) if watch is not None else nullcontext():
-            gap = gap_between(masked, small, example)
-        if gap > tolerance and not _is_rounding(gap, masked, partial(outputs_of, masked, example), difference):
+            gaps = gaps_between(masked, small, example)
+        moved = partial(moved_by_rounding, masked, partial(outputs_of, masked, example), differences)
+        if (gap := unexplained(gaps, tolerance, moved)) > 0:
             why = f'a trial failed: the slimmed model differs from the masked one by {gap:.1e}'
             if math.isinf(gap):
                 why = 'a trial failed: an output has no number where units go, as if something divided by them'
             with evaluating(masked):
                 drawn = draws(lambda: example.forward(masked, *example.inputs))
             return f'{why}; the forward draws random numbers, whose count must not depend on a width' if drawn else why
-        slope = gap_of_gradients(masked, small, self.coupling, keep) if self.gradients else 0.0
-        gradients = partial(gradients_of, masked, example)
-        if slope > 10 * tolerance and not _is_rounding(slope, masked, gradients, gradient_gap):
+        slopes = gaps_of_gradients(masked, small, self.coupling, keep) if self.gradients else {}
+
+        def steeper() -> list[float]:
+            by = moved_by_rounding(masked, partial(gradients_of, masked, example), gradient_gaps)
+            return [by[name] for name in slopes]
+
+        if (slope := unexplained(list(slopes.values()), 10 * tolerance, steeper)) > 0:
             return (
                 f'a trial failed: gradients of the slimmed model differ from those of the masked one by {slope:.1e}: a '
                 'backward of its own, or a recomputation, goes over all channels'
@@ -234,11 +239,24 @@ class _Trial:
                 return f'{type(error).__name__}: {first_line(error)}'
 
 
-def _is_rounding(
-    found: float, model: nn.Module, measured: Callable[[], Kind], gap: Callable[[Kind, Kind], float]
-) -> bool:
-    """Say whether what the last bits of the weights change explains a difference; not asked of what is no small one."""
-    return found < LARGE and found <= ROUNDING * moved_by_rounding(model, measured, gap)
+def unexplained(gaps: list[float], tolerance: float, moved: Callable[[], list[float]]) -> float:
+    """Return the largest difference that is no rounding, 0 where there is none.
+
+    Args:
+        gaps: the differences of some tensors.
+        tolerance: up to which they are rounding.
+        moved: returns how far the last bits of the weights move each tensor; asked only where a gap is small but above
+            the tolerance.
+
+    Example:
+        >>> unexplained([1e-7, 1e-8], 1e-9, lambda: [1e-8, 1e-12])
+        1e-08
+    """
+    worst = max(gaps, default=0.0)
+    if worst <= tolerance or worst >= LARGE:
+        return worst if worst > tolerance else 0.0
+    pairs = zip(gaps, moved(), strict=True)
+    return max((gap for gap, by in pairs if gap > max(tolerance, ROUNDING * by)), default=0.0)
 
 
 def _failure(error: Exception) -> str:
@@ -260,9 +278,9 @@ def _try(model: nn.Module, coupling: Coupling, gradients: bool) -> tuple[_Trial,
         _Untried: a copy of the model fails by itself.
     """
     names = [group.name for group in coupling.groups]
-    kinds = [_How(True, gradients), _How(False, gradients), _How(False, False)][: 3 if gradients else 2]
+    ways = [_How(True, gradients), _How(False, gradients), _How(False, False)][: 3 if gradients else 2]
     error: str | None = None
-    for trial in (_Trial(model, coupling, wide, *kind) for wide in (True, False) for kind in kinds):
+    for trial in (_Trial(model, coupling, wide, *way) for wide in (True, False) for way in ways):
         if not trial.random and (error := trial.error()) is not None:
             continue
         fault = trial.fault(names)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mmcpd.comb import comb
 from tests.exact import exact
 from tests.helpers import Net, rows, sample, strided
 from tests.toys import Toy, check_toy, pooled
@@ -361,6 +362,14 @@ def test_convolutions_that_wrap_around(space):
     conv = partial((nn.Conv1d, nn.Conv2d, nn.Conv3d)[space - 1], kernel_size=3, padding=1, padding_mode='circular')
     net = nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 6), nn.Sigmoid(), conv(6, 6, groups=6), conv(6, 2))
     exact(net, sample((2, 3, *[5] * space)), {'0': 8, '2': 6})
+
+
+@pytest.mark.parametrize('pad', [(3, 0), (0, 3), (4, 4)])
+def test_channels_that_are_padded_around_freeze(pad):
+    net = Net(lambda m, x: m.fc(F.pad(m.a(x).sigmoid(), pad, mode='circular')), a=nn.Linear(3, 12),
+              fc=nn.Linear(12 + sum(pad), 2))  # fmt: skip
+    found = comb(net.double(), sample((2, 5, 3)), trial=False)
+    assert not found.groups and any('copy with channels' in frozen.reason for frozen in found.frozen)
 
 
 def test_a_grouped_convolution_keeps_its_attributes_in_step():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -171,10 +172,36 @@ def test_an_empty_tensor_is_what_fills_it() -> None:
     assert {g.name for g in comb(model, (x,)).groups} == {'a', 'c'}
 
 
-def test_a_copy_into_a_part_of_a_tensor_or_into_a_picture_is_none_of_it() -> None:
-    def into_picture(x: Tensor) -> Tensor:
-        table = torch.arange(12.0).double()[:, None, None].expand(x.shape).clone()
-        return x.sigmoid() * table.narrow(0, 0, 2).copy_(x)
+def into_part(x: Tensor) -> Tensor:
+    table = x.new_zeros([int(size) for size in x.shape])
+    return torch.cat([x, table.narrow(1, 0, 12).narrow(2, 0, 2).copy_(x.narrow(2, 0, 2))], 2)
 
-    model, x = net(into_picture)
-    assert {g.name for g in comb(model, (x,)).groups} == {'a', 'c'}
+
+def beside_a_view(x: Tensor) -> Tensor:
+    table = x.new_empty([int(size) for size in x.shape])
+    head = table.narrow(1, 0, 4)
+    table.copy_(x)
+    return x * head.mean(1, keepdim=True)
+
+
+def into_a_view(x: Tensor) -> Tensor:
+    table = x.new_empty([math.prod(map(int, x.shape))])
+    table.view([int(size) for size in x.shape]).copy_(x)
+    return x * table.mean()
+
+
+@pytest.mark.parametrize('between', [into_part, beside_a_view, into_a_view])
+def test_a_copy_into_memory_that_others_see_is_no_new_tensor(between: Callable[[Tensor], Tensor]) -> None:
+    model, x = net(between)
+    found = comb(model, (x,), trial=False)
+    assert {g.name for g in found.groups} == {'a', 'c'}
+
+
+def test_a_copy_into_an_input_is_no_new_tensor() -> None:
+    class IntoInput(Net):
+        def forward(self, x: Tensor, state: Tensor) -> Tensor:
+            return super().forward(x) + state.copy_(self.b(self.a(x))).mean()
+
+    model, x = IntoInput(nn.Identity()).double().eval(), torch.randn(2, 3, 9, 9).double()
+    found = comb(model, (x, torch.zeros(2, 12, 5, 5).double()), trial=False)
+    assert {g.name for g in found.groups} == {'a', 'c'}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 
 import pytest
@@ -114,7 +115,12 @@ LIVE = {  # function of the channels that notices when one is gone, and that mas
     'norm over everything': lambda x: x * x.sigmoid().norm(),
     'unit length': lambda x: x + F.normalize(x.sigmoid()),
     'unit length in another order': lambda x: x + F.normalize(x.exp(), 1.0, 1),
-    'how many are not zero': lambda x: x * x.exp().count_nonzero(1).unsqueeze(1),
+    'unit length over two dimensions': lambda x: x + F.normalize(x.sigmoid(), dim=(1, 2)),
+    'smallest norm': lambda x: x * torch.linalg.vector_norm(x, -math.inf, 1, True),
+    'norm of a negative order': lambda x: x * (x + 0.1).norm(-1, 1, True),
+    'unit length by a negative order': lambda x: x + F.normalize(x + 0.1, -1.0),
+    'positions of the largest so far': lambda x: x * x.relu().cummax(3).indices.to(x).sum(1, keepdim=True),
+    'positions of medians': lambda x: x * x.relu().median(3, True).indices.to(x).sum(1, keepdim=True),
     'mean of numbers': lambda x: x * x.exp().nanmean(1, keepdim=True),
 }
 FROZEN = {  # function of the channels that notices when one is gone -> the reason

@@ -265,6 +265,16 @@ def test_distances_to_vectors_of_a_table(vectors):
     assert any('a distance over channels that are nowhere zero' in frozen.reason for frozen in found.frozen)
 
 
+def test_a_batch_of_distances_freezes():
+    net = Net(
+        lambda m, x: m.fc(torch.cdist(m.stem(x).mT[..., None], m.stem(x).mT[..., None]).mean((2, 3))),
+        stem=nn.Linear(3, 8),
+        fc=nn.Linear(8, 2),
+    )
+    found = comb(net.double(), sample((2, 5, 3)), trial=False)
+    assert not found.groups and any('a batch of distances' in frozen.reason for frozen in found.frozen)
+
+
 class Heads(nn.Module):
     """Attention with two heads, written with einops."""
 

@@ -74,16 +74,29 @@ class OnlyTraced(Dense):
 
 @pytest.mark.skipif(not HAS_NEW_EXPORTER, reason='there is one exporter')
 def test_what_torch_export_refuses_is_traced_and_that_is_said(tmp_path):
-    models = {'dense': OnlyTraced(), 'slim': Dense()}  # the second is written by the same
-    made = deploy(models, BATCHES, tmp_path / 'ok', runs=0, dynamic_size=True)
-    assert made.facts['exporter'] == 'TorchScript'
-    assert [each.exporter for each in made.models] == [Exporter.TORCHSCRIPT] * 2
-    assert str(made).endswith('torch.export cannot write this model, TorchScript can')
+    """All models of a report by one exporter, whichever of them is refused."""
+    for number, models in enumerate(
+        [{'dense': OnlyTraced(), 'slim': Dense()}, {'dense': Dense(), 'slim': OnlyTraced()}]
+    ):
+        made = deploy(models, BATCHES, tmp_path / f'{number}', runs=0, dynamic_size=True)
+        assert made.facts['exporter'] == 'TorchScript'
+        assert {producer(tmp_path / f'{number}' / f'{name}.onnx') for name in models} == {'TorchScript'}
+        assert str(made).endswith('torch.export cannot write these models, TorchScript can')
     plain = deploy({'dense': Dense()}, BATCHES, tmp_path / 'plain', runs=0)
-    assert plain.facts['exporter'] == 'torch.export' and 'cannot' not in str(plain)
-    with pytest.raises(DeployError, match='torch cannot export OnlyTraced'):
-        deploy(models, BATCHES, tmp_path / 'no', runs=0, exporter=Exporter.TORCH_EXPORT)
-    assert not list((tmp_path / 'no').iterdir())
+    assert plain.facts['exporter'] == producer(tmp_path / 'plain' / 'dense.onnx') == 'torch.export'
+    assert 'cannot' not in str(plain)
+
+
+def producer(path):
+    """Tell the exporters' files apart: TorchScript's names nodes by modules."""
+    return 'TorchScript' if any(node.name.startswith('/') for node in onnx.load(path).graph.node) else 'torch.export'
+
+
+@pytest.mark.skipif(not HAS_NEW_EXPORTER, reason='there is one exporter')
+def test_an_exporter_that_is_asked_for_is_the_only_one(tmp_path):
+    with pytest.raises(DeployError, match='torch cannot export OnlyTraced') as error:
+        deploy({'dense': OnlyTraced()}, BATCHES, tmp_path, runs=0, exporter=Exporter.TORCH_EXPORT)
+    assert 'By TorchScript' not in str(error.value) and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize('kind', [Positions, Baked])

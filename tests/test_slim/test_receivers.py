@@ -10,11 +10,12 @@ from torch import nn
 
 from mmcpd.comb import comb
 from mmcpd.slim import slim
+from mmcpd.slim.compare import compare
 from mmcpd.slim.methods import Reads, methods_of, reads_of
 from mmcpd.slim.places import raised_at
 from mmcpd.slim.trial import random_keep
 from tests.exact import exact
-from tests.helpers import sample
+from tests.helpers import randomise_, sample
 
 
 def twice(function):
@@ -87,13 +88,86 @@ class Fused(Layers):
 
 
 def test_what_methods_read_is_theirs():
-    assert reads_of((lambda m, x: m.conv(x.data)).__code__) == Reads(frozenset({'conv'}), frozenset({'data'}))
+    code = (lambda m, x: m.conv(x.data)).__code__
+    assert reads_of(code, 'm') == Reads(frozenset({'conv'}), frozenset({'data'}))
+    assert reads_of(code) == Reads(frozenset(), frozenset({'conv', 'data'}))
     assert 'width' in methods_of(Fused)['fuse'].own
     assert 'width' in methods_of(Inner)['between'].own  # in a function inside it
     model = Fused().double()
     found = comb(model, sample((2, 3, 7, 7)))
     keep = random_keep(found, 0.5, 0)
     assert slim(model, found, keep).fuse().numel() == int(keep['a'].sum())
+
+
+class Block(nn.Module):
+    """Reads its width where no operation on channels sees it: in a loop."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.width = nn.Conv2d(3, 12, 3), 12
+
+    def features(self, x):
+        for _ in range(self.width):
+            x = x * 1.01
+        return self.conv(x)
+
+    def forward(self, x):
+        return self.features(x)
+
+
+class ByStatic(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block, self.fc = Block(), nn.Conv2d(12, 2, 1)
+
+    @staticmethod
+    def through(block, x):
+        for _ in range(block.width):
+            x = x * 1.01
+        return block(x)
+
+    def forward(self, x):
+        return self.fc(self.through(self.block, x).relu())
+
+
+class ByForward(ByStatic):
+    def features(self, x):
+        return self.fc(self.block.features(x).relu())
+
+    def forward(self, x):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ('kind', 'forward'),
+    [(ByStatic, None), (ByForward, lambda model, x: model.features(x)), (ByForward, lambda self, x: self.features(x))],
+)
+def test_what_a_forward_or_a_static_method_calls_is_run(kind, forward):
+    """A number that a loop counts to stays, whoever calls the method with the loop."""
+    model, x = randomise_(kind()), sample((2, 3, 7, 7))
+    found = comb(model, (x,), forward=forward, trial=False)
+    keep = random_keep(found, 0.5, 0, awkward=True)
+    assert compare(model, found, keep) < 1e-12
+    assert slim(model, found, keep).block.width == 12
+
+
+def _another_name(m, x):
+    return m.b(m.a(x).softmax(1))
+
+
+class Assigned(Layers):
+    forward = _another_name
+
+
+class AnyNumber(Layers):
+    def forward(*given):
+        return given[0].b(given[0].a(given[1]).softmax(1))
+
+
+def test_a_statistic_of_nobody_freezes():
+    exact(Assigned(), sample((2, 3, 7, 7)), {'a': 8})
+    found = comb(AnyNumber().double(), sample((2, 3, 7, 7)), trial=False)
+    assert not found.groups
 
 
 class Raising(Layers):

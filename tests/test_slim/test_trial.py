@@ -16,7 +16,7 @@ from mmcpd.errors import SlimError
 from mmcpd.modes import InDouble
 from mmcpd.slim.compare import compare, difference, moved_by_rounding
 from mmcpd.slim.fault_search import Fault, search
-from mmcpd.slim.trial import Outcome, in_double, random_keep, trial_of
+from mmcpd.slim.trial import Outcome, in_double, random_keep, trial_of, unexplained
 from tests.helpers import Net, check_equal, gap, masked, randomise_, sample
 
 X = sample((2, 5, 3))
@@ -186,6 +186,32 @@ def test_what_rounding_does_not_explain_is_one_beside_it(gradients):
     model = randomise_(Chaotic(wrong=True))
     found = comb(model, X, trial=False)
     assert set(trial_of(model, found, gradients=gradients).faults) == {'odd'}
+
+
+class TwoOutputs(Chaotic):
+    """A chaotic output, right, beside a calm one that is wrong by some 1e-4."""
+
+    def forward(self, x):
+        calm = self.odd(self.plain(x).tanh())
+        return super().forward(x), self.fc(calm * (1 + 1e-3 / calm.shape[-1]))
+
+
+@pytest.mark.parametrize('gradients', [False, True])
+def test_chaos_of_one_output_does_not_excuse_another(gradients):
+    model = randomise_(TwoOutputs())
+    found = comb(model, X, trial=False)
+    assert 1e-5 < compare(model, found, random_keep(found, 0.5, 0)) < 1e-2
+    assert set(trial_of(model, found, gradients=gradients).faults) == {'odd'}
+
+
+def test_unexplained():
+    def never():
+        raise AssertionError('asked without need')
+
+    assert unexplained([], 1e-9, never) == unexplained([1e-9, 1e-12], 1e-9, never) == 0
+    assert unexplained([2e-2, 1e-4], 1e-9, never) == 2e-2
+    assert unexplained([1e-6, 1e-4], 1e-9, lambda: [1e-6, 0.9e-6]) == 1e-4
+    assert unexplained([1e-6, 1e-4], 1e-9, lambda: [1e-6, 1.1e-6]) == 0
 
 
 def test_weights_are_put_back_after_their_last_bits_were_moved():

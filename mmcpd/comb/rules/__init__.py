@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any
+
 import torch
 
 from ...errors import CombError
@@ -33,9 +36,25 @@ def apply(run: Run, call: Call) -> None:
         if operation.rule not in MOVEMENTS and run.cursor.function not in (ATTENTION, MULTI_HEAD):
             run.reads(inputs, weights=operation.rule not in PRODUCTS)
         operation.rule(run, call)
-    elif any(hasattr(tensor, INPUT) for tensor in inputs):
+        return
+    if is_view(call.func):
+        for out in call.outputs():
+            run.storages.note_view(out)
+    if any(hasattr(tensor, INPUT) for tensor in inputs):
         for out in call.outputs():
             setattr(out, INPUT, True)
+
+
+@lru_cache(maxsize=4096)
+def is_view(func: Any) -> bool:
+    """Say whether an operator's output lies in the memory of its input, which it does not write.
+
+    Example:
+        >>> is_view(torch.ops.aten.slice.Tensor), is_view(torch.ops.aten.add_.Tensor)
+        (True, False)
+    """
+    aliases = [value.alias_info for value in func._schema.returns]
+    return any(alias is not None and not alias.is_write for alias in aliases)
 
 
 def check_strict(record: Record) -> None:

@@ -10,7 +10,7 @@ from ..atoms import Axis
 from ..trace import AXES, INPUT, Call, Run
 
 MULTI_HEAD = 'multi_head_attention_forward'  # which scales its queries inside
-PADDING = 'pad'  # makes an empty tensor where it wraps around, and fills it part by part
+PADDING = 'pad'  # makes an empty tensor where it wraps around, and fills it part by part with all other dimensions
 WIDENING = ('_pad_packed_sequence', MULTI_HEAD, PADDING)
 Rule = Callable[[Run, Call], None]
 ZeroRule = Callable[[Call, Sequence[Axis], int], bool]
@@ -85,10 +85,10 @@ def _zero_number(value: object) -> bool:
 
 # -- rules -------------------------------------------------------------------------------------------------------------
 def copied(run: Run, call: Call) -> None:
-    # copy_(self, src): an empty tensor becomes what fills it, whatever its sizes were computed with
+    # copy_(self, src): an empty tensor, which nobody has a view of, becomes what fills it, whatever made its sizes
     into, source = call.named['self'], call.named['src']
-    whole = into.shape == source.shape and into.nbytes == into.untyped_storage().nbytes()
-    if whole and not any(run.axes(into)) and not hasattr(into, INPUT):
+    bare = not any(run.axes(into)) and not hasattr(into, INPUT)
+    if bare and into.shape == source.shape and not run.storages.has_views(into):
         run.set(call.out, run.axes(source))
     else:
         meet(run, call)
@@ -156,7 +156,9 @@ def fresh(run: Run, call: Call) -> None:
     """
     if run.cursor.function in WIDENING and isinstance(call.out, Tensor):
         zero = call.named.get('fill_value', 0) == 0 and run.cursor.function != PADDING
-        run.set(call.out, [run.new_axis(size, zero) if size > 1 else None for size in call.out.shape])
+        sizes, padded = call.out.shape, run.cursor.padded
+        wide = [size > 1 and number < len(sizes) - padded for number, size in enumerate(sizes)]
+        run.set(call.out, [run.new_axis(n, zero) if new else None for n, new in zip(sizes, wide, strict=True)])
 
 
 def same(run: Run, call: Call) -> None:

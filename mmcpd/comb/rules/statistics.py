@@ -32,6 +32,12 @@ def reduction(safe: bool = False, zero: bool = True, last: bool = False) -> Rule
     return rule
 
 
+def norm(run: Run, call: Call) -> None:
+    # linalg_vector_norm(self, ord, dim, keepdim), norm(self, p, dim, keepdim): zeros count where the order is negative
+    order = call.named.get('ord', call.named.get('p'))
+    _over_dims(run, call, not isinstance(order, int | float) or order >= 0, True, False)
+
+
 def _over_dims(run: Run, call: Call, safe: bool, zero: bool, last: bool) -> None:
     source = call.named.get('self', call.tensors()[0])
     dims = call.named.get('dim', -1 if last else ())  # the schema leaves defaults out
@@ -47,7 +53,9 @@ def _over_dims(run: Run, call: Call, safe: bool, zero: bool, last: bool) -> None
                 run.over_kept(axis, d - source.dim(), len(axis), call.op)
         else:
             kept.append(axis and Axis(axis.atoms, axis.zero and zero, axis.weight, axis.full))
-    for out in call.outputs():
+    for number, out in enumerate(call.outputs()):
+        if number and out.dtype != source.dtype:  # positions
+            kept = [axis and axis.activation(False) for axis in kept]
         if out.dim() == source.dim():  # keepdim, or a scan
             rest = iter(kept)
             run.set(out, [None if d in dims else next(rest) for d in range(source.dim())])

@@ -47,7 +47,7 @@ from .recurrent import fused_cell, packed
 from .regions import cell_pool, chosen, deformable, region_pool, unpool
 from .scattering import index_put, scatter
 from .spectra import as_complex, as_real, fourier
-from .statistics import batch_norm, group_norm, layer_norm, reduction, softmax, weight_norm
+from .statistics import batch_norm, group_norm, layer_norm, norm, reduction, softmax, weight_norm
 
 
 @dataclass(frozen=True)
@@ -145,8 +145,8 @@ OPERATIONS: dict[str, Operation] = {
     '_scaled_dot_product_cudnn_attention': op(attention, counted=True),
     '_scaled_dot_product_fused_attention_overrideable': op(attention, counted=True),
     # -- statistics
-    'sum': op(reduction(safe=True)), 'linalg_vector_norm': op(reduction(safe=True)),
-    'norm': op(reduction(safe=True)), 'count_nonzero': op(reduction(safe=True)), 'mean': plain(reduction()),
+    'sum': op(reduction(safe=True)), 'linalg_vector_norm': op(norm), 'norm': op(norm),
+    'count_nonzero': op(reduction(safe=True)), 'mean': plain(reduction()),
     'amax': op(reduction()), 'amin': op(reduction()), 'max': op(reduction()), 'min': op(reduction()),
     'var': op(reduction()), 'std': op(reduction()), 'var_mean': op(reduction()),
     'std_mean': op(reduction()), 'cumsum': op(reduction()), 'median': op(reduction()),
