@@ -215,7 +215,7 @@ MUTANTS: tuple[Mutant, ...] = (
            'np.divmod(pairs[0] * table.size + pairs[1], table.size)'),
     Mutant('statistic-place', _TRACE, 'test_comb/test_movement.py::test_offsets_and_unequal_steps_freeze',
            'a statistic that masking cannot take over the kept channels freezes them',
-           'if function in REDUCTIONS | SOFTMAXES or (function in LAST_DIMENSION and dim == -1):', 'if True:'),
+           'if known and code_place()[0] is not None:', 'if code_place()[0] is not None:'),
     Mutant('scaled-once', _FIXING, 'test_slim/test_slimming.py::test_a_slim_model_can_be_combed_and_slimmed_again',
            'a query takes up its scale once',
            'for scale in {scale.query.tobytes(): scale for scale in folding}.values():',

@@ -17,9 +17,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant('mask-scatter', _MASK,
            'test_comb/test_pointwise.py::test_a_statistic_over_channels_is_one_over_those_that_stay',
            'a softmax over the kept channels is put back where they are',
-           'y.new_zeros(input.shape).index_copy(*scatter, y) if softmax and scatter else y',
-           'F.pad(y, [0] * (2 * (-1 - scatter[0])) + [0, input.shape[scatter[0]] - len(scatter[1])])'
-           ' if softmax and scatter else y'),
+           'y = y.new_zeros(shape).index_copy(d, kept, y)',
+           'y = F.pad(y, [0] * (2 * (-1 - d)) + [0, shape[d] - len(kept)])'),
     Mutant('mask-scatter-norm', _MASK,
            'test_slim/test_mask.py::test_outputs_and_gradients_in_training_mode_are_those_of_the_slim_model',
            'a norm over the kept channels is put back where they are',

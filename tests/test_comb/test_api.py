@@ -183,30 +183,30 @@ class Odd(nn.Module):
     def __init__(self):
         super().__init__()
         self.a, self.inner, self.b, self.fc = nn.Linear(3, 6), nn.Module(), nn.Linear(6, 5), nn.Linear(5, 2)
-        self.distance = Distance()
+        self.histogram = Histogram()
 
     def forward(self, x):
-        return self.fc(self.b(self.a(x)).tanh() + self.distance(self.a(x)).mean())
+        return self.fc(self.b(self.a(x)).tanh() + self.histogram(self.a(x)).mean())
 
 
-class Distance(nn.Module):
+class Histogram(nn.Module):
     def forward(self, x):
-        return torch.cdist(x, x)
+        return torch.histc(x, 4)
 
 
 def test_an_unknown_operation_freezes_and_is_reported():
     model = randomise_(Odd())
     found = comb(model, sample((2, 4, 3)))
     ((op, where),) = found.unsupported
-    assert where == 'distance'
+    assert where == 'histogram'
     assert {g.name: g.units for g in found.groups} == {'b': 5}
     frozen = {f.reason for f in found.frozen if f.tensor == 'a.weight' and f.dim == 0}
-    assert frozen == {f'no rule for {op} in distance'}
-    assert f'no rule for {op} in distance (x1)' in str(found)
+    assert frozen == {f'no rule for {op} in histogram'}
+    assert f'no rule for {op} in histogram (x1)' in str(found)
 
 
 def test_strict_names_operation_and_module():
-    with pytest.raises(CombError, match=r'no rule for \w+ in distance \(x1\).*strict=False'):
+    with pytest.raises(CombError, match=r'no rule for \w+ in histogram \(x1\).*strict=False'):
         comb(randomise_(Odd()), sample((2, 4, 3)), strict=True)
 
 
