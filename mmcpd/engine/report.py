@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from mmcpd.coupling import Coupling, Keep, aligned
 
 # Quantity -> name, unit and its sign.
 ROWS = {'macs': ('MACs', 1e6, ' M'), 'params': ('parameters', 1e6, ' M'), 'memory': ('activations', 2**20, ' MiB')}
+NO_OBJECT, COCO = -1, re.compile(r'(^|[/_])m?A[PR]([@_ ]|$)')  # a value, and the names of metrics that have it
 
 
 def costs(coupling: Coupling, keep: Keep) -> dict[str, int]:
@@ -28,13 +30,19 @@ def costs(coupling: Coupling, keep: Keep) -> dict[str, int]:
 def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     """Return the metrics that are numbers; names of classes, tables and missing values are no part of a comparison.
 
+    COCO's metrics are -1 where the data have no object of that size: such a precision or recall is missing too.
+
     Example:
-        >>> numbers({'mIoU': torch.tensor(71.5), 'worst_class': 'c3', 'per_class': [70.0, 73.0], 'mDice': None})
+        >>> numbers({'mIoU': torch.tensor(71.5), 'worst_class': 'c3', 'mDice': None, 'coco/bbox_mAP_l': -1.0})
         {'mIoU': 71.5}
     """
     single = {name: value.item() if hasattr(value, 'item') and np.ndim(value) == 0 else value
               for name, value in metrics.items()}  # fmt: skip
-    return {name: float(value) for name, value in single.items() if isinstance(value, int | float)}
+    return {
+        name: float(value)
+        for name, value in single.items()
+        if isinstance(value, int | float) and not (value == NO_OBJECT and COCO.search(name))
+    }
 
 
 def comparison(dense: Mapping[str, Any], small: Mapping[str, Any]) -> str:

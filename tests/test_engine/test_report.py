@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 from torch import nn
 
 from mmcpd.comb import comb
 from mmcpd.engine.plan import _frozen
-from mmcpd.engine.report import comparison, costs
+from mmcpd.engine.report import comparison, costs, numbers
 from tests.helpers import sample
 
 
@@ -19,6 +20,16 @@ def test_the_table_compares_costs_and_metrics():
     assert rows['units'] == ['8', '2', '25.0%']
     assert rows['top1'] == ['90.00', '89.00', '-1.00']
     assert rows['new'] == ['-', '1.00']
+
+
+@pytest.mark.parametrize('name', ['coco/bbox_mAP_l', 'segm_mAP', 'coco/AR_s@1000', 'AR@100', 'coco/AP', 'AP_75'])
+def test_a_precision_of_no_object_is_none(name):
+    assert numbers({name: -1, 'x': 2}) == {'x': 2.0}
+    assert numbers({name: 0.0}) == {name: 0.0} and numbers({name: -0.5}) == {name: -0.5}
+
+
+def test_a_loss_may_be_minus_one():
+    assert numbers({'loss': -1.0, 'gAP': -1, 'MAPE': -1}) == {'loss': -1.0, 'gAP': -1.0, 'MAPE': -1.0}
 
 
 def test_costs_are_plain_numbers_of_a_keep():
