@@ -39,7 +39,8 @@ class Hooked(Attends):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_load_state_dict_pre_hook(Hooked.before_loading)
+        if hasattr(self, 'register_load_state_dict_pre_hook'):  # since torch 2.5
+            self.register_load_state_dict_pre_hook(Hooked.before_loading)
         self._register_load_state_dict_pre_hook(self.before_loading)
 
     def before_loading(self, *_: object) -> None:
