@@ -80,7 +80,6 @@ DETECTORS: tuple[Family, ...] = (
     detector('detr', 'detr_r18_8xb2-500e_coco'),
     detector('dino', 'dino-4scale_r50_8xb2-12e_coco', model__num_queries=100),
     detector('double_heads', 'dh-faster-rcnn_r50_fpn_1x_coco'),
-    detector('dyhead', 'atss_r50_fpn_dyhead_1x_coco'),
     detector('dynamic_rcnn', 'dynamic-rcnn_r50_fpn_1x_coco'),
     detector('efficientnet', 'retinanet_effb3_fpn_8xb4-crop896-1x_coco'),
     detector('empirical_attention', 'faster-rcnn_r50-attn1111_fpn_1x_coco'),
@@ -154,6 +153,7 @@ DETECTORS_OUT: dict[str, str] = {
                      'strongsort'), _TRACK),
     'carafe': "needs carafe of mmcv's compiled operators, for which torchvision has no counterpart",
     'clrnet': 'finds lanes; its config is in Python and has data of its own',
+    'dyhead': "hands a deformable convolution offsets of another size than its output has, which torchvision's refuses",
     'misc': 'wraps models of Detectron2',
     'timm_example': 'needs timm, which has rows of its own',
 }  # fmt: skip

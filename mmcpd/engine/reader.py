@@ -53,6 +53,17 @@ def _statistic(kind: Any, name: Any) -> Any:
     return getattr(kind, name)
 
 
+def _encoded(text: str, encoding: str) -> bytes:
+    """Stand for `_codecs.encode`, by which pickles of protocol 2 hold bytes; torch 2.4 does not know it.
+
+    Raises:
+        pickle.UnpicklingError: Another encoding is asked for.
+    """
+    if encoding != 'latin1':
+        raise pickle.UnpicklingError(f'GLOBAL _codecs.encode to {encoding}')
+    return text.encode(encoding)
+
+
 def _safe_globals() -> list[Any]:
     """Return the globals that MMEngine's own training checkpoints need: logs, which hold arrays."""
     modules = ('numpy._core.multiarray', 'numpy.core.multiarray')  # NumPy 2's name, and the one before
@@ -68,6 +79,7 @@ def _safe_globals() -> list[Any]:
         *(_named(f'{module}._reconstruct', core) for module in modules),
         *(_named(f'{module}.scalar', scalar) for module in modules),
         _named('builtins.getattr', _statistic),
+        _named('_codecs.encode', _encoded),
     ]
 
 

@@ -182,3 +182,12 @@ def test_other_pickles_are_no_checkpoints(tmp_path: Path, ran: Path) -> None:
     with pytest.raises(SlimError):
         reader.load(path)
     assert not ran.exists()
+
+
+def test_bytes_are_read_where_torch_does_not_know_how_pickle_writes_them(tmp_path: Path) -> None:
+    """A pickle of protocol 2 calls `_codecs.encode` for them, which torch 2.4 refuses."""
+    path = tmp_path / 'a.pth'
+    torch.save({'state_dict': {}, 'meta': {'state': b'\xff\x00'}}, path)
+    assert read_checkpoint(path)['meta'] == {'state': b'\xff\x00'}
+    with pytest.raises(pickle.UnpicklingError, match=r'_codecs\.encode to zip'):
+        reader._encoded('', 'zip')
