@@ -13,7 +13,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -129,7 +129,10 @@ def main() -> None:
             for which, how in boxes.items():
                 for kind, context in runs.items():
                     operators.calls.clear()
-                    with replaced(passes, 'fixed_proposals', how), replaced(zoo_mmdet, 'followed', context):
+                    with (
+                        mock.patch.object(passes, 'fixed_proposals', how),
+                        mock.patch.object(zoo_mmdet, 'followed', context),
+                    ):
                         gaps = [f'{compare(model, found, keep):.0e}']
                         try:
                             gaps.append(f'{compare(twin, replace(found, example=example), keep):.0e}')
@@ -137,11 +140,6 @@ def main() -> None:
                             gaps.append(f'not run: {error}')
                     assert bool(operators.calls) == (kind == 'compiled'), operators.calls
                     print(f'{name}, {seed}: {which}, {kind}: {", ".join(gaps)}', flush=True)
-
-
-def replaced(module: ModuleType, name: str, value: object) -> AbstractContextManager[object]:
-    """Let another object have a name in a module."""
-    return mock.patch.object(module, name, value)
 
 
 if __name__ == '__main__':

@@ -253,8 +253,10 @@ def unexplained(gaps: list[float], tolerance: float, moved: Callable[[], list[fl
         1e-08
     """
     worst = max(gaps, default=0.0)
-    if worst <= tolerance or worst >= LARGE:
-        return worst if worst > tolerance else 0.0
+    if worst <= tolerance:
+        return 0.0
+    if worst >= LARGE:
+        return worst
     pairs = zip(gaps, moved(), strict=True)
     return max((gap for gap, by in pairs if gap > max(tolerance, ROUNDING * by)), default=0.0)
 

@@ -258,9 +258,7 @@ def test_what_methods_read_is_found_in_byte_code() -> None:
     reads = reads_of(outer.__code__)
     assert {'method', 'deep'} <= reads.own and {'shape', 'attribute'} <= reads.others and 'set_here' not in reads.own
     methods = Methods(Branching(in_channels=1, out_channels=1).modules(), lambda model, x: model(x))
-    assert methods.run_reads(Branching, 'out_channels') and not methods.run_reads(
-        Unclear if False else Branching, 'width'
-    )
+    assert methods.run_reads(Branching, 'out_channels') and not methods.run_reads(Branching, 'width')
     assert methods.later(Branching, 'in_channels') == 'fuse' and methods.later(Branching, 'out_channels') is None
     called = Methods(Branching(in_channels=1, out_channels=1).modules(), lambda model, x: model.fuse())
     assert called.later(Branching, 'in_channels') is None

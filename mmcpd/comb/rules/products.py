@@ -287,6 +287,4 @@ def distances(run: Run, call: Call) -> None:
         run.freeze(left, f'a distance over channels that are nowhere zero in {run.where}')
     for axes in sides:
         run.freeze_each(axes[:-2], 'a batch of distances')
-    points = (call.named['x1'].shape[-2], *call.named['x2'].shape[-2:])
-    run.cost((*call.out.shape[:-2], *points), (*[None] * (call.out.dim() - 2), *(axes[-2] for axes in sides), left))
     run.set(call.out, (*[None] * (call.out.dim() - 2), *(axes[-2] and axes[-2].activation(False) for axes in sides)))

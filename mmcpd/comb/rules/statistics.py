@@ -35,7 +35,8 @@ def reduction(safe: bool = False, zero: bool = True, last: bool = False) -> Rule
 def norm(run: Run, call: Call) -> None:
     # linalg_vector_norm(self, ord, dim, keepdim), norm(self, p, dim, keepdim): zeros count where the order is negative
     order = call.named.get('ord', call.named.get('p'))
-    _over_dims(run, call, not isinstance(order, int | float) or order >= 0, True, False)
+    safe = not isinstance(order, int | float) or order >= 0
+    _over_dims(run, call, safe=safe, zero=True, last=False)
 
 
 def _over_dims(run: Run, call: Call, safe: bool, zero: bool, last: bool) -> None:
