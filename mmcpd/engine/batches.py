@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+from mmengine.dataset import InfiniteSampler
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from mmcpd.engine.plain_states import Place, Plain, plain_states, set_plain_states
@@ -39,6 +40,10 @@ class Batches:
         self._passes = self._drawn = self._to_skip = 0
         self._start: Plain | None = None  # as the pass shall begin, or did
         self._states: Plain | None = None  # of the checkpoint, until they are set
+        for sampler in self._samplers():
+            if isinstance(sampler, InfiniteSampler):
+                # Versions of MMEngine before 0.10.8 had an iterator made, and workers drew: its end ends this stream.
+                sampler.indices = sampler._indices_of_rank()
 
     @property
     def place(self) -> Place:
@@ -104,11 +109,13 @@ class Batches:
 
     def _set_epoch(self) -> None:
         """Tell the sampler the pass, which is its seed in MMEngine's `DefaultSampler`."""
-        samplers: tuple[Any, ...] = self._loader.sampler, getattr(self._loader.batch_sampler, 'sampler', None)
-        for sampler in samplers:
+        for sampler in self._samplers():
             if hasattr(sampler, 'set_epoch'):
                 sampler.set_epoch(self._passes)
                 return
+
+    def _samplers(self) -> tuple[Any, ...]:
+        return self._loader.sampler, getattr(self._loader.batch_sampler, 'sampler', None)
 
     def _skipping_sampler(self) -> Any:
         """Return the sampler that passes over indices by itself, if a batch has a fixed number of them."""

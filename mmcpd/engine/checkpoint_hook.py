@@ -8,10 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import mmengine
 from mmengine.dist import all_gather_object, get_rank, get_world_size, is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook as PlainCheckpointHook
 from mmengine.runner import Runner
+from mmengine.utils import digit_version
 
 from mmcpd.engine.batches import Batches, reseed
 from mmcpd.engine.latest import newest_whole, numbered
@@ -134,10 +136,10 @@ class CheckpointHook(PlainCheckpointHook):
         loop = runner.train_loop
         batches = getattr(loop, 'dataloader_iterator', None)
         if type(batches).__name__ == '_InfiniteDataloaderIterator':
-            # Versions before 0.10.8 draw and drop; others call `skip_iter`.
             forward = getattr(loop, 'fast_forward_on_resume', False)
-            discarded = 0 if forward or hasattr(batches, 'skip_iter') else runner.iter
-            loop.dataloader_iterator = Batches(loop.dataloader, discarded)
+            # Versions before 0.10.3 begin anew, those before 0.10.8 draw and drop, others call `skip_iter`.
+            drops = digit_version(mmengine.__version__) >= digit_version('0.10.3') and not hasattr(batches, 'skip_iter')
+            loop.dataloader_iterator = Batches(loop.dataloader, runner.iter if drops and not forward else 0)
             if own is not None:
                 place = Place(**own['place']) if own['place'] is not None and not forward else None
                 loop.dataloader_iterator.resume(place, own['states'])

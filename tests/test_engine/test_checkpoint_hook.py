@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import pathlib
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,8 @@ def break_off(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
     monkeypatch.setattr('builtins.open', opened)
     monkeypatch.setattr('io.open', opened)
+    if hasattr(pathlib, '_NormalAccessor'):  # Python 3.10's paths keep the function
+        monkeypatch.setattr(pathlib._NormalAccessor, 'open', opened)
 
 
 class Broken:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.dataset import InfiniteSampler
 from torch.utils.data import DataLoader, TensorDataset
 
 from mmcpd.engine.batches import Batches
@@ -126,3 +127,20 @@ def test_a_loop_of_before_skip_iter_draws_and_drops():
     again.resume(place, states)
     assert [next(again) for _ in drawn] == [None] * 4
     assert str([next(again) for _ in expected]) == str(expected)
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_an_iterator_that_the_loop_made_before_does_not_end_the_stream(workers):
+    data = TensorDataset(torch.arange(12))
+
+    def loader() -> DataLoader:
+        return DataLoader(data, sampler=InfiniteSampler(data, seed=0), batch_size=2, num_workers=workers)
+
+    expected = next(iter(loader()))
+    begun = loader()
+    eager = iter(begun)
+    next(eager)
+    del eager
+    with pytest.raises(StopIteration):
+        next(iter(begun))
+    assert torch.equal(next(Batches(begun))[0], expected[0])
