@@ -25,7 +25,7 @@ from mmcpd.errors import first_line
 NAME = 'mmcv._ext'
 ADVICE = 'install mmcv with compiled operators for this version of torch, or choose a config that does not need it'
 # The modules of mmcv whose operators combing can only follow through torchvision.
-FOLLOWED = ('nms', 'roi_align', 'roi_pool', 'deform_conv', 'modulated_deform_conv', 'multi_scale_deform_attn', 'focal_loss')  # noqa: E501  # fmt: skip
+FOLLOWED = ('nms', 'roi_align', 'roi_pool', 'deform_conv', 'modulated_deform_conv', 'multi_scale_deform_attn', 'focal_loss', 'masked_conv')  # noqa: E501  # fmt: skip
 Operator: TypeAlias = Callable[..., Tensor | None]
 Kind = TypeVar('Kind', bound=Operator)
 OPERATORS: dict[str, Operator] = {}
@@ -157,6 +157,23 @@ def deform_conv_backward_parameters(
 ) -> None:
     none = x.new_zeros(0)
     fill_gradients(lambda w: _deformed(x, w, offset, none, none, given=given), [grad_weight], gradient, [grad_weight])
+
+
+# -- masked convolutions: the places of one picture (1, C, H, W) that a mask names, with stride 1 ---------------------
+@operator
+def masked_im2col_forward(
+    x: Tensor, rows: Tensor, columns: Tensor, patches: Tensor, *, kernel_h: int, kernel_w: int, pad_h: int, pad_w: int
+) -> None:
+    width = x.shape[3] + 2 * pad_w - kernel_w + 1
+    found = F.unfold(x, (kernel_h, kernel_w), padding=(pad_h, pad_w))[0]
+    patches.copy_(found.index_select(1, rows * width + columns))
+
+
+@operator
+def masked_col2im_forward(
+    values: Tensor, rows: Tensor, columns: Tensor, output: Tensor, *, height: int, width: int, channels: int
+) -> None:
+    output[0][:, rows, columns] = values
 
 
 # -- what mmcv computes by itself on the CPU only ----------------------------------------------------------------------

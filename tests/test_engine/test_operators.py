@@ -140,6 +140,33 @@ def test_channels_pass_through_a_deformable_convolution(kind, parts):
         exact(net, sample((2, 3, 9, 9)), {'0': 8 // parts, '2': 12})
 
 
+class MaskedNet(nn.Module):
+    """Convolve only where a picture is bright, as the heads of guided anchoring do at inference."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(12, 2, 1)
+        self.masked = ops.MaskedConv2d(8, 12, 3, padding=1)
+
+    def forward(self, x):
+        return self.last(self.masked(self.first(x).relu(), x.mean(1) > 0.2).relu())
+
+
+@pytest.mark.parametrize('padding', [0, 1])
+def test_a_masked_convolution_is_a_plain_one_where_the_mask_is(padding):
+    torch.manual_seed(0)
+    conv = ops.MaskedConv2d(3, 4, (2 * padding + 1, 2 * padding + 1), padding=padding).double()
+    x, mask = torch.randn(1, 3, 5, 7).double(), torch.rand(1, 5, 7) > 0.5
+    with torch.no_grad():
+        torch.testing.assert_close(conv(x, mask), conv(x) * mask)
+        assert conv(x, torch.zeros_like(mask)).eq(0).all()
+
+
+def test_channels_pass_through_a_masked_convolution():
+    with followed():
+        exact(MaskedNet(), sample((1, 3, 9, 9)), {'first': 8, 'masked': 12})
+
+
 @stood_in
 def test_deformable_attention_of_a_gpu_is_that_of_the_cpu():
     from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction, multi_scale_deformable_attn_pytorch
