@@ -169,7 +169,8 @@ class Twice(Block):
 
 class Sum(Block):
     def build(self, rng: Random, c: int, h: int, w: int) -> None:
-        self.weight, self.gains = nn.Parameter(torch.rand(width(rng), c)), nn.Buffer(torch.rand(c, 1, 1))
+        self.weight = nn.Parameter(torch.rand(width(rng), c))
+        self.register_buffer('gains', torch.rand(c, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.einsum('nchw,dc->ndhw', self.act(x * self.gains), self.weight)

@@ -42,8 +42,8 @@ REQUIREMENTS: dict[str, tuple[Requirement, ...]] = {
     'openmmlab': (
         Requirement('mmengine', ('onedl-mmengine', 'mmengine'), '0.10.0', '0.10.12'),
         Requirement('mmcv', ('onedl-mmcv', 'mmcv', 'mmcv-lite'), '2.0.0', '2.3.6'),
-        Requirement('mmpretrain', ('onedl-mmpretrain', 'mmpretrain'), '1.0.0', '1.3.6'),
-        Requirement('mmseg', ('onedl-mmsegmentation', 'mmsegmentation'), '1.0.0', '1.4.2'),
+        Requirement('mmpretrain', ('onedl-mmpretrain', 'mmpretrain'), '1.0.1', '1.3.6'),
+        Requirement('mmseg', ('onedl-mmsegmentation', 'mmsegmentation'), '1.2.2', '1.4.2'),
     ),
     'detection': (
         Requirement('mmdet', ('onedl-mmdetection', 'mmdet'), '3.0.0', '3.5.1'),

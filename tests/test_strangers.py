@@ -79,7 +79,7 @@ BLAMES = ('not installed', 'Failed to', 'make sure the registry', 'Traceback')
 
 def run(folder: Path, *command: object) -> str:
     """Run Python in a folder that is not the project's, and return what it says."""
-    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'}
     done = subprocess.run(
         [sys.executable, *map(str, command)], cwd=folder, env=environment, capture_output=True, text=True
     )

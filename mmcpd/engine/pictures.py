@@ -136,7 +136,7 @@ class PictureFolder:
         file = str(self.files[index])
         try:
             sample = self.transform({'img_path': file, 'seg_fields': []})
-        except (OSError, AssertionError, ValueError, cv2.error) as error:
+        except (OSError, AssertionError, AttributeError, ValueError, cv2.error) as error:  # mmcv 2.0's is the third
             raise ValueError(f'{file} cannot be read as a picture: {error}') from error
         if sample is None:
             raise ValueError(f'{file} cannot be read as a picture: a transform of the test pipeline drops it')

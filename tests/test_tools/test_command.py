@@ -70,7 +70,7 @@ def test_a_module_runs_as_the_command_does(tiny):
         capture_output=True,
         text=True,
         cwd=tiny.parent,
-        env={**os.environ, 'PYTHONPATH': str(ROOT)},
+        env={**os.environ, 'PYTHONPATH': str(ROOT), 'PYTHONWARNINGS': 'ignore'},
     )
     assert (done.returncode, done.stderr) == (1, 'error: checkpoint: there is no checkpoint none.pth\n')
 
