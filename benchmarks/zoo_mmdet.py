@@ -12,13 +12,14 @@ from typing import Any
 from torch import Tensor, nn
 
 import mmcpd.engine  # noqa: F401  (before mmdet: it stands in for mmcv's compiled operators)
-from benchmarks.zoo_configured import Configured, dotted
+from benchmarks.zoo_configured import Configured, config_root, dotted
 from benchmarks.zoo_family import Deployed, Family
 from mmcpd.engine.operators import followed
 from mmcpd.engine.passes import Pass, deployed_pass
 from mmcpd.engine.samples import detector_sample, made_up, resized
 from mmcpd.nested import tensors_in
 
+TEACHER = 'gfl/gfl_r101_fpn_ms-2x_coco.py'  # named from the folder of mmdet's sources in the config of `ld`
 PROPOSALS = 50  # enough for each level of a pyramid
 
 
@@ -47,7 +48,7 @@ class Detector(Configured):
 
     def smaller(self, model: dict[str, Any]) -> dict[str, Any]:
         stages = model.get('test_cfg') or {}
-        if 'rpn' in stages:
+        if stages.get('rpn'):
             stages['rpn']['max_per_img'] = PROPOSALS
         return model
 
@@ -101,7 +102,7 @@ DETECTORS: tuple[Family, ...] = (
     detector('hrnet', 'faster-rcnn_hrnetv2p-w18-1x_coco'),
     detector('htc', 'htc_r50_fpn_1x_coco'),
     detector('lad', 'lad_r50-paa-r101_fpn_2xb8_coco_1x'),
-    detector('ld', 'ld_r18-gflv1-r101_fpn_1x_coco'),
+    detector('ld', 'ld_r18-gflv1-r101_fpn_1x_coco', model__teacher_config=str(config_root('mmdet') / TEACHER)),
     detector('libra_rcnn', 'libra-faster-rcnn_r50_fpn_1x_coco'),
     detector('mask2former', 'mask2former_r50_8xb2-lsj-50e_coco'),
     detector('mask_rcnn', 'mask-rcnn_r50_fpn_1x_coco'),

@@ -115,6 +115,12 @@ def test_deformable_convolutions_without_offsets_are_plain_ones_and_have_gradien
 
 
 @stood_in
+def test_offsets_that_are_no_numbers_do_not_end_the_process():
+    x, weight = torch.full((1, 2, 9, 9), torch.nan), torch.ones(3, 2, 3, 3)
+    assert ops.deform_conv2d(x, torch.full((1, 18, 7, 7), torch.nan), weight).isnan().all()
+
+
+@stood_in
 @pytest.mark.parametrize('weighted', [False, True])
 def test_the_focal_loss_is_that_of_its_definition(weighted):
     logits = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)

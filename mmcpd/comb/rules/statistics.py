@@ -100,8 +100,10 @@ def _affine(
 
 
 def batch_norm(run: Run, call: Call) -> None:
-    # native_batch_norm(input (N, C, ...), weight, bias, running_mean, running_var, ...)
-    x = call.named['input']
+    # native_batch_norm(input (N, C, ...), weight, bias, running_mean, running_var, training, momentum, eps)
+    x, epsilon = call.named['input'], call.named.get('eps', call.named.get('epsilon'))
+    if epsilon == 0 and call.named.get('running_var') is not None:
+        run.never_zero(call.named['running_var'])
     axes, named = run.axes(x), call.named
     affine = [(named.get(n), Role.AFFINE) for n in ('weight', 'bias')]
     statistics = [(named.get(n), Role.STATISTIC) for n in ('running_mean', 'running_var')]
