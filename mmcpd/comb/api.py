@@ -98,8 +98,9 @@ def comb(
         record = observed(policy := policy._replace(whole_heads=whole))
     if narrowed := coupled_by_groups(record):
         record = observed(policy := policy._replace(narrowed=narrowed))
-    while record.divisors > policy.divisors:
-        record = observed(policy := policy._replace(divisors=frozenset(record.divisors)))
+    while record.divisors > policy.divisors or record.pictures > policy.pictures:
+        policy = policy._replace(divisors=frozenset(record.divisors), pictures=frozenset(record.pictures))
+        record = observed(policy)
     if strict:
         check_strict(record)
     couple_conflicts_(model, record, example)

@@ -44,6 +44,7 @@ def observe(model: nn.Module, example: Example, policy: Policy) -> Record:
                 run.set(tensor, [axis and replace(axis, zero=zero) for axis in run.record.table.add(name, tensor)])
                 marked.append(tensor)
         run.real, run.record.divisors = run.record.table.size, set(policy.divisors)
+        run.record.pictures = set(policy.pictures)
         marked += _hold_plain(model, run)
         with (
             evaluating(model),

@@ -33,6 +33,7 @@ class Policy(NamedTuple):
     narrowed: frozenset[str] = frozenset()  # paths of the grouped convolutions that lose channels inside each group
     leave_unused: bool = False  # whether the channels go that a layer which never ran may use
     divisors: frozenset[str] = frozenset()  # parameters and buffers that are not zero where masked
+    pictures: frozenset[str] = frozenset()  # weights whose rows a view lays out as channels of pictures
 
 
 @dataclass
@@ -149,6 +150,13 @@ class Run:
         for axis in axes:
             self.freeze(axis, f'{what} in {self.where}')
 
+    def freeze_space(self, axes: Sequence[Axis | None]) -> None:
+        """Freeze spatial dimensions; what a view laid out along one is noted, for a run that takes its channels."""
+        for axis in axes:
+            if axis is not None and not axis.weight and axis.full is not None:
+                self.record.pictures |= self.held(axis.all_atoms())
+        self.freeze_each(axes, 'a spatial dimension')
+
     def freeze_all(self, tensor: Tensor, reason: str) -> None:
         for axis in self.axes(tensor):
             self.freeze(axis, reason)
@@ -206,13 +214,13 @@ class Run:
         """
         for axis in self.axes(tensor):
             if axis is not None and axis.zero and axis.weight:
-                names = self._held(axis)
+                names = self.held(axis.all_atoms())
                 if all(self.record.table.is_vector(name) for name in names):
                     self.record.divisors |= names
 
-    def _held(self, axis: Axis) -> frozenset[str]:
-        """Return the names of the parameters and buffers that the atoms of an axis belong to."""
-        rows, atoms = self.record.table.rows, axis.all_atoms()
+    def held(self, atoms: np.ndarray) -> frozenset[str]:
+        """Return the names of the parameters and buffers that atoms belong to."""
+        rows = self.record.table.rows
         held = atoms[(atoms >= 0) & (atoms < self.real)]
         return frozenset(rows[bisect_right(rows, atom, key=lambda row: row.start) - 1].tensor for atom in held)
 

@@ -304,6 +304,10 @@ def windows(x):
 
 MOVED = {
     'pixel shuffle': moved(lambda x: F.pixel_shuffle(x, 2), 2, 2, rows(2, 4), rows(2)),
+    'pixel shuffle by hand, of unknown width': moved(
+        lambda x: x.reshape(len(x), -1, 4, 1, 4, 4).permute(0, 1, 4, 2, 5, 3).reshape(len(x), -1, 16, 4),
+        2, 2, rows(2, 4), rows(2),
+    ),
     'pixel unshuffle': moved(lambda x: F.pixel_unshuffle(x, 2), 32, 8, rows(8), rows(8, 4)),
     'space to channels by slices': moved(
         lambda x: torch.cat([x[..., ::2, ::2], x[..., 1::2, ::2], x[..., ::2, 1::2], x[..., 1::2, 1::2]], 1),
@@ -386,11 +390,6 @@ def test_data_movement(name):
 
 
 AMBIGUOUS = {  # a rectangle whose last dimension is not the one that could go
-    'pixel shuffle by hand': (
-        lambda x: x.reshape(len(x), -1, 4, 1, 4, 4).permute(0, 1, 4, 2, 5, 3).reshape(len(x), -1, 16, 4),
-        2,
-        'a spatial dimension in mix',
-    ),
     'sum over fours of channels': (lambda x: x.unflatten(1, (-1, 4)).sum(2), 2, 'a trial failed'),
 }
 
@@ -401,6 +400,41 @@ def test_a_rectangle_of_which_nothing_can_go_freezes(name):
     toy = moved(move, into, 0, [], [])
     toy.groups, toy.members, toy.frozen, toy.trial = {'mix': 5}, {}, {'stem.weight:0': reason}, True
     check_toy(toy)
+
+
+DRAWN = {  # what takes the pictures that a linear layer draws: 7 channels of 8 x 8 places
+    'a convolution': lambda m, y: y,
+    'two views': lambda m, y: y.flatten(1).relu().view(-1, m.channels, 4, 16),
+    'in two dimensions of channels': lambda m, y: y.view(-1, m.channels, 64).view(-1, m.channels, 8, 8),
+    'enlarged': lambda m, y: F.interpolate(y, scale_factor=2, mode='bilinear'),
+    'enlarged by the nearest': lambda m, y: F.interpolate(y, scale_factor=2),
+    'pooled': lambda m, y: F.max_pool2d(y, 2),
+    'pooled to a size': lambda m, y: F.adaptive_avg_pool2d(y, (3, 5)),
+    'picked by a grid': lambda m, y: F.grid_sample(
+        y, torch.linspace(-1, 1, 24).view(1, 3, 4, 2).expand(len(y), -1, -1, -1).to(y)
+    ),
+    'normalised': lambda m, y: F.group_norm(y, 1),
+    'windows': lambda m, y: F.fold(F.unfold(y, 2, stride=2), (8, 8), 2, stride=2),
+}
+
+
+@pytest.mark.parametrize('name', DRAWN)
+def test_channels_of_a_picture_that_a_linear_layer_draws(name):
+    net = Net(
+        lambda m, x: m.fc(pooled(m.mix(DRAWN[name](m, m.draw(x).relu().view(-1, m.channels, 8, 8))).tanh())),
+        draw=nn.Linear(5, 7 * 64),
+        mix=nn.Conv2d(7, 5, 3, padding=1),
+        fc=nn.Linear(5, 2),
+        channels=7,
+    )
+    exact(net, sample((3, 5)), {'draw': 7, 'mix': 5})
+
+
+def test_positions_of_a_picture_that_is_no_channel_stay():
+    net = Net(lambda m, x: m.fc(pooled(m.mix(m.draw(x).view(-1, 1, 8, 8)).tanh())),
+              draw=nn.Linear(5, 64), mix=nn.Conv2d(1, 5, 3), fc=nn.Linear(5, 2))  # fmt: skip
+    found = exact(net, sample((3, 5)), {'mix': 5})
+    assert any('a spatial dimension in mix' in why for why in found.reasons())
 
 
 UNEQUAL = {  # of 8 channels, what takes them by an offset or in steps that others do not fill

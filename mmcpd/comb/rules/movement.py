@@ -154,6 +154,8 @@ def _carrier(run: Run, call: Call, varying: list[int], labels: Tensor) -> int:
     """Choose the dimension that keeps the atoms of a rectangle."""
     if 'pixel_shuffle' in call.op:
         return varying[0]
+    if run.policy.pictures and run.held(labels.numpy()) & run.policy.pictures:
+        return next((d for d in varying if _distinct(labels, d)), varying[-1])
     whole = run.policy.whole_heads
     if whole is not None and len(varying) > 1:
         known = labels[labels >= 0].numpy()
@@ -221,7 +223,7 @@ def im2col(run: Run, call: Call) -> None:
     # im2col(self, kernel_size, dilation, padding, stride): (N, C, H, W) -> (N, C * k, L)
     source = call.named['self']
     batch, channel, *space = run.axes(source)
-    run.freeze_each(space, 'a spatial dimension')
+    run.freeze_space(space)
     taps = call.out.shape[-2] // source.shape[1]
     out = channel and Axis(np.repeat(channel.atoms, taps), channel.zero)
     run.set(call.out, (batch, out, None))

@@ -20,7 +20,7 @@ def pool(space: int) -> Rule:
 
     def rule(run: Run, call: Call) -> None:
         axes = run.axes(call.tensors()[0])
-        run.freeze_each(axes[-space:], 'a spatial dimension')
+        run.freeze_space(axes[-space:])
         for out in call.outputs():
             run.set(out, (*axes[:-space], *[None] * space))
 
@@ -30,7 +30,7 @@ def pool(space: int) -> Rule:
 def grid_sample(run: Run, call: Call) -> None:
     # grid_sampler_2d(input (N, C, H, W), grid (N, h, w, 2), ...)
     axes = run.axes(call.named['input'])
-    run.freeze_each(axes[2:], 'a spatial dimension')
+    run.freeze_space(axes[2:])
     run.freeze_all(call.named['grid'], f'a sampling grid in {run.where}')
     run.set(call.out, (*axes[:2], *[None] * (call.out.dim() - 2)))
 
@@ -58,7 +58,7 @@ def convolution(run: Run, call: Call) -> None:
     x_axes, w_axes = run.axes(x), run.axes(weight)
     lead = x_axes[: x.dim() - (weight.dim() - 2)]
     channel = lead[-1]
-    run.freeze_each(x_axes[len(lead) :], 'a spatial dimension')
+    run.freeze_space(x_axes[len(lead) :])
     for axis in w_axes[2:]:
         run.freeze(axis, KERNEL)
     into, out = (w_axes[0], w_axes[1]) if transposed else (w_axes[1], w_axes[0])

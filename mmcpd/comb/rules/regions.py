@@ -46,7 +46,7 @@ def unpool(run: Run, call: Call) -> None:
     source, indices = call.named['self'], call.named['indices']
     space = 3 if call.op == 'max_unpool3d' else 2
     axes = run.axes(source)
-    run.freeze_each(axes[-space:], 'a spatial dimension')
+    run.freeze_space(axes[-space:])
     for axis, own in zip(axes[:-space], run.axes(indices)[:-space], strict=True):
         if axis is not None or own is not None:
             run.equate(axis, own, call.op)
