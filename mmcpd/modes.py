@@ -22,6 +22,7 @@ WIDE = {
     **dict.fromkeys((torch.complex64, torch.complex32), torch.complex128),
 }
 NARROWING = (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16)
+OF_ONE_TYPE = (F.grid_sample, torch.cdist, torch.matmul, torch.bmm, torch.mm)  # torch does not promote their tensors
 DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 
 
@@ -126,8 +127,10 @@ class _Widened(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in NARROWING:
             return args[0].double()
-        if func is F.grid_sample and len(args) > 1:
-            args = (args[0], args[1].type_as(args[0]), *args[2:])
+        if func in OF_ONE_TYPE:
+            args = tuple(a.double() if isinstance(a, torch.Tensor) and a.dtype in WIDE else a for a in args)
+        if func is torch.Tensor.__setitem__ and isinstance(args[2], torch.Tensor) and args[2].dtype in WIDE:
+            args = (*args[:2], args[2].to(args[0].dtype))
         if any(value in WIDE for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype)):
             args = tuple(_wide(value) for value in args)
             kwargs = {name: _wide(value) for name, value in kwargs.items()}

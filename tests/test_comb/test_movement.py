@@ -411,7 +411,7 @@ DRAWN = {  # what takes the pictures that a linear layer draws: 7 channels of 8 
     'pooled': lambda m, y: F.max_pool2d(y, 2),
     'pooled to a size': lambda m, y: F.adaptive_avg_pool2d(y, (3, 5)),
     'picked by a grid': lambda m, y: F.grid_sample(
-        y, torch.linspace(-1, 1, 24).view(1, 3, 4, 2).expand(len(y), -1, -1, -1).to(y)
+        y, torch.linspace(-1, 1, 24).view(1, 3, 4, 2).expand(len(y), -1, -1, -1).to(y), align_corners=False
     ),
     'normalised': lambda m, y: F.group_norm(y, 1),
     'windows': lambda m, y: F.fold(F.unfold(y, 2, stride=2), (8, 8), 2, stride=2),

@@ -130,6 +130,21 @@ def test_what_runs_in_double_computes_in_it_and_leaves_the_default_type_alone():
     assert torch.get_default_dtype() == torch.float32
 
 
+def test_what_a_forward_finds_elsewhere_in_float32_meets_float64():
+    boxes = torch.rand(3, 6)  # as the targets of a detector, which are no tensors of the model
+
+    class Meets(Wrong):
+        def forward(self, x):
+            x = self.plain(x).flatten(0, -2)
+            x = torch.cat([x, torch.cdist(x, boxes) + torch.matmul(x, boxes.T) + torch.mm(x, boxes.T)], 1)
+            x[:3, :6] = boxes
+            return x
+
+    model = Meets()
+    twin, example = in_double(model, comb(model, X.float(), trial=False).example)
+    assert example.run(twin).dtype == torch.float64
+
+
 def test_a_result_that_differs_is_frozen():
     model = randomise_(Wrong())
     found = comb(model, X)
