@@ -24,12 +24,14 @@ def fixed_proposals(model: nn.Module) -> Iterator[list[Any]]:
     """Let the first stage of a two-stage detector hand over fixed boxes, as many as it does at most when testing.
 
     Yields a list that receives the maps of the first stage, one entry for each time it runs. A model without such a
-    stage is left as it is, and so is one whose first stage learns its boxes (Sparse R-CNN).
+    stage is left as it is. One whose first stage learns its boxes (Sparse R-CNN) keeps them, but each level of a
+    pyramid gets some: a level that no box falls into would be coupled to nothing, and boxes of other pictures do.
     """
     maps: list[Any] = []
     first = cast(Any, getattr(model, 'rpn_head', None))
     if not hasattr(first, 'predict_by_feat') or not hasattr(model, 'roi_head'):
-        yield maps
+        with _dealt_out(model):
+            yield maps
         return
 
     def predict(features: Sequence[Tensor], samples: Sequence[Any], **_: object) -> list[InstanceData]:
@@ -44,6 +46,19 @@ def fixed_proposals(model: nn.Module) -> Iterator[list[Any]]:
         yield maps
     finally:
         del first.predict
+
+
+@contextmanager
+def _dealt_out(model: nn.Module) -> Iterator[None]:
+    """Deal boxes out to the levels of pyramids one after the other, instead of by their sizes."""
+    pooling: list[Any] = [module for module in model.modules() if hasattr(module, 'map_roi_levels')]
+    for module in pooling:
+        module.map_roi_levels = lambda rois, levels: torch.arange(len(rois), device=rois.device) % levels
+    try:
+        yield
+    finally:
+        for module in pooling:
+            del module.map_roi_levels
 
 
 def spread_boxes(number: int, height: int, width: int) -> Tensor:

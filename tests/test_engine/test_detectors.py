@@ -10,11 +10,14 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.logging import MMLogger, print_log
+from torch import nn
 
 import mmcpd.engine  # noqa: F401 - lets mmdet be imported
+from mmcpd.comb import comb
 from mmcpd.engine.build import build_dense
 from mmcpd.engine.combing import comb_by_config
 from mmcpd.engine.examples import example_data, example_inputs, picture_of
+from mmcpd.engine.operators import followed
 from mmcpd.engine.passes import DEPLOYED, TESTING, TRAINING, runs
 from mmcpd.engine.proposals import fixed_proposals, spread_boxes
 from mmcpd.engine.samples import Samples, made_up
@@ -26,6 +29,7 @@ from mmcpd.slim.trial import in_double, random_keep, randomised
 
 pytest.importorskip('mmdet', reason='mmdet is not installed')
 
+from mmdet.models import SingleRoIExtractor
 from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 
@@ -221,6 +225,32 @@ def test_a_model_without_two_stages_is_left_as_it_is():
     with fixed_proposals(model) as maps:
         assert not hasattr(model.rpn_head, 'predict')
     assert maps == []
+
+
+class LearnedBoxes(nn.Module):
+    """Pool from the level that fits a box, as Sparse R-CNN and QueryInst do; all of its boxes fit the first."""
+
+    def __init__(self):
+        super().__init__()
+        pool = dict(type='RoIAlign', output_size=3, sampling_ratio=2)
+        self.fine, self.coarse = nn.Conv2d(3, 6, 1), nn.Conv2d(3, 6, 2, stride=2)
+        self.roi_head = SingleRoIExtractor(pool, out_channels=6, featmap_strides=[1, 2])
+        self.head = nn.Conv2d(6, 2, 3)
+
+    def forward(self, x):
+        boxes = torch.tensor([[0, 1, 1, 5, 5], [0, 2, 2, 9, 8], [0, 0, 1, 7, 7]]).to(x)
+        return self.head(self.roi_head([self.fine(x), self.coarse(x)], boxes))
+
+
+def test_levels_that_no_learned_box_falls_into_are_coupled_too():
+    model, x = LearnedBoxes().double(), torch.randn(1, 3, 16, 16).double()
+    with followed():
+        alone = comb(model, x, trial=False)
+        found = comb(model, x, forward=DEPLOYED, trial=False)
+        assert [(g.name, len(g.members)) for g in found.groups] == [('fine', 5)], 'with the bias of each, and the head'
+        assert all('coarse.weight' not in {m.tensor for m in g.members} for g in alone.groups if g.name == 'fine')
+        assert compare(model, found, random_keep(found, 0.5, 0)) < 1e-12
+    assert 'map_roi_levels' not in vars(model.roi_head)
 
 
 def test_reading_data_keeps_the_log_visible(capsys):
