@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.metadata
 import json
 import os
 import platform
@@ -35,14 +34,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 
 from benchmarks.user_configs_own import HOOK, OWN, RECIPE, write_own
 from benchmarks.user_configs_report import write_report
+from mmcpd.compat import REQUIREMENTS, installed
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / 'benchmarks' / 'results' / 'user_configs.json'
 TABLE = ROOT / 'docs' / 'configs.md'
 PACKAGES = ('mmpretrain', 'mmseg')
-VERSIONS = ('torch', 'onedl-mmengine', 'onedl-mmpretrain', 'onedl-mmsegmentation', 'onnxruntime')
 NOT_OURS = 'Error; --debug shows where)'  # the end of a line that some other package's exception is
 SECONDS = 600  # for one command
+VERSIONS = ('torch', 'mmengine', 'mmpretrain', 'mmseg', 'onnxruntime')
 Row = dict[str, Any]
 
 
@@ -232,7 +232,9 @@ def verdict(row: Row) -> str:
 
 def versions() -> dict[str, str]:
     """Return what ran."""
-    return {'python': platform.python_version(), **{name: importlib.metadata.version(name) for name in VERSIONS}}
+    named = [each for part in ('pure', 'openmmlab', 'deploy') for each in REQUIREMENTS[part]]
+    found = [installed(each.distributions) for each in named if each.module in VERSIONS]
+    return {'python': platform.python_version(), **dict(pair for pair in found if pair is not None)}
 
 
 if __name__ == '__main__':

@@ -7,6 +7,7 @@ not, each with the reason.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,7 +20,6 @@ from mmcpd.engine.passes import Pass, deployed_pass
 from mmcpd.engine.samples import detector_sample, made_up, resized
 from mmcpd.nested import tensors_in
 
-TEACHER = 'gfl/gfl_r101_fpn_ms-2x_coco.py'  # named from the folder of mmdet's sources in the config of `ld`
 PROPOSALS = 50  # enough for each level of a pyramid
 
 
@@ -50,6 +50,8 @@ class Detector(Configured):
         stages = model.get('test_cfg') or {}
         if stages.get('rpn'):
             stages['rpn']['max_per_img'] = PROPOSALS
+        if 'teacher_config' in model:  # named from the folder of mmdet's sources
+            model['teacher_config'] = str(config_root('mmdet') / Path(model['teacher_config']).relative_to('configs'))
         return model
 
 
@@ -102,7 +104,7 @@ DETECTORS: tuple[Family, ...] = (
     detector('hrnet', 'faster-rcnn_hrnetv2p-w18-1x_coco'),
     detector('htc', 'htc_r50_fpn_1x_coco'),
     detector('lad', 'lad_r50-paa-r101_fpn_2xb8_coco_1x'),
-    detector('ld', 'ld_r18-gflv1-r101_fpn_1x_coco', model__teacher_config=str(config_root('mmdet') / TEACHER)),
+    detector('ld', 'ld_r18-gflv1-r101_fpn_1x_coco'),
     detector('libra_rcnn', 'libra-faster-rcnn_r50_fpn_1x_coco'),
     detector('mask2former', 'mask2former_r50_8xb2-lsj-50e_coco'),
     detector('mask_rcnn', 'mask-rcnn_r50_fpn_1x_coco'),

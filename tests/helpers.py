@@ -18,7 +18,7 @@ from torch.multiprocessing import start_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmcpd.compat import release
+from mmcpd.compat import installed, release
 from mmcpd.coupling import Coupling, Group, Keep
 from mmcpd.nested import tensors_in
 from mmcpd.slim import mask_, restructure_, slim, structure
@@ -28,6 +28,7 @@ from mmcpd.slim.trial import random_keep
 
 aten = torch.ops.aten
 TORCH_2_5 = release(torch.__version__) >= (2, 5)
+not_beside_lite = pytest.mark.skipif(installed(('mmcv-lite',)) is not None, reason='mmseg imports mmcv.ops by itself')
 EXACT = 1e-9  # float64, relative
 CONTROL = 1e-5  # what a wrong index must exceed
 DETECTORS = ('detr_', 'fcos_', 'retinanet_', 'rtmdet_')

@@ -125,7 +125,7 @@ def test_one_of_classification_and_segmentation_will_do(monkeypatch, absent):
 
 def test_what_is_there_may_not_be_too_old(monkeypatch):
     pretend(monkeypatch, {**OPENMMLAB, 'mmsegmentation': '0.30.0'})
-    with pytest.raises(ImportError, match=r'mmsegmentation 0\.30\.0 is too old \(needs >= 1\.0\.0\)'):
+    with pytest.raises(ImportError, match=r'mmsegmentation 0\.30\.0 is too old \(needs >= 1\.2\.2\)'):
         compat.require('openmmlab')
 
 

@@ -18,6 +18,7 @@ from benchmarks.zoo_uses import in_training
 from mmcpd.comb import comb
 from mmcpd.slim import slim
 from mmcpd.slim.trial import in_double, random_keep
+from tests.helpers import TORCH_2_5
 
 
 def classifier(width, neck=True, head='LinearClsHead', **backbone):
@@ -169,8 +170,10 @@ def test_the_cost_is_what_the_slimmed_model_costs(case, exact):
 
 
 @torch.no_grad()
-def test_the_slimmed_model_exports(case):
+def test_the_slimmed_model_exports(request, case):
     model, x, found, keep = case
+    if not TORCH_2_5 and request.node.callspec.params['case'] == 'vit_upernet':
+        pytest.skip('torch 2.4 exports no pooling to sizes that are no factors of the input')
     assert parity(slim(model, found, keep), (x,))['error_parity'] < 1e-3
 
 

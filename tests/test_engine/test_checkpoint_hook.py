@@ -134,7 +134,7 @@ def break_off(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr('builtins.open', opened)
     monkeypatch.setattr('io.open', opened)
     if hasattr(pathlib, '_NormalAccessor'):  # Python 3.10's paths keep the function
-        monkeypatch.setattr(pathlib._NormalAccessor, 'open', opened)
+        monkeypatch.setattr(pathlib._NormalAccessor, 'open', staticmethod(opened))
 
 
 class Broken:

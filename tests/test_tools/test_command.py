@@ -70,9 +70,14 @@ def test_a_module_runs_as_the_command_does(tiny):
         capture_output=True,
         text=True,
         cwd=tiny.parent,
-        env={**os.environ, 'PYTHONPATH': str(ROOT), 'PYTHONWARNINGS': 'ignore'},
+        env={**os.environ, 'PYTHONPATH': str(ROOT)},
     )
-    assert (done.returncode, done.stderr) == (1, 'error: checkpoint: there is no checkpoint none.pth\n')
+    said = [
+        line for line in done.stderr.splitlines() if 'zero_optimizer' not in line and 'torch.distributed' not in line
+    ]
+    assert (done.returncode, said) == (1, ['error: checkpoint: there is no checkpoint none.pth']), (
+        'MMEngine 0.10.0 warns'
+    )
 
 
 @pytest.mark.parametrize('name', COMMANDS)

@@ -19,7 +19,6 @@ from mmpretrain.models import GlobalAveragePooling
 
 from mmcpd.cli import export_code as command
 from mmcpd.cli.common import run
-from mmcpd.compat import installed
 from mmcpd.engine.build import build_dense
 from mmcpd.engine.checkpoints import load_slim
 from mmcpd.engine.export_code import export_code
@@ -28,7 +27,7 @@ from mmcpd.engine.tensor_file import write_tensors
 from mmcpd.errors import SlimError
 from mmcpd.models.cifar_resnet import CIFARResNet
 from mmcpd.slim.mask import named_tensors
-from tests.helpers import randomise_
+from tests.helpers import not_beside_lite, randomise_
 from tests.test_engine.test_checkpoints import SIZE, config, vit
 from tests.test_engine.test_slim_model import cut, swin, whole
 
@@ -183,9 +182,6 @@ def strange(tmp_path, monkeypatch):
 
 
 MODELS = {'beit': beit, 'resnet50': resnet50, 'vit': vit, 'swin': swin, 'segmentor': segmentor, 'segformer': segformer}
-LITE = pytest.mark.skipif(
-    installed(('mmcv-lite',)) is not None, reason='mmcv-lite: without mmcpd, mmseg is not imported'
-)
 REWRITTEN, REPLACED = ('beit', 'strange'), ('segformer',)  # sizes in methods; modules in place of others
 
 
@@ -197,7 +193,7 @@ def slimmed(cfg, folder: Path):
 
 
 @pytest.mark.filterwarnings('ignore:slimming cannot tell')  # mmseg's aug_test
-@pytest.mark.parametrize('name', [pytest.param(n, marks=LITE) if n.startswith('seg') else n for n in MODELS])
+@pytest.mark.parametrize('name', [pytest.param(n, marks=not_beside_lite) if n.startswith('seg') else n for n in MODELS])
 def test_it_computes_the_same_without_mmcpd(name, tmp_path):
     exported(name, MODELS[name](), tmp_path)
 
