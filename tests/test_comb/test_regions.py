@@ -223,3 +223,10 @@ def test_each_name_is_an_operator_without_a_row():
     assert not UNTAGGED & OPERATIONS.keys()
     unknown = {name for name in UNTAGGED if not hasattr(torch.ops.aten, name)}
     assert not unknown
+
+
+def test_channels_of_a_picture_that_a_linear_layer_draws_are_pooled_by_boxes():
+    boxes = [torch.tensor([[1.0, 2.0, 6.0, 7.0]]).double()] * 3
+    net = Net(lambda m, x: m.fc(m.mix(roi_align(m.draw(x).relu().view(-1, m.channels, 8, 8), boxes, 3)).flatten(1)),
+              draw=nn.Linear(5, 7 * 64), mix=nn.Conv2d(7, 5, 3), fc=nn.Linear(5, 2), channels=7)  # fmt: skip
+    exact(net, sample((3, 5)), {'draw': 7, 'mix': 5})

@@ -10,7 +10,8 @@ from .products import convolution
 def region_pool(run: Run, call: Call) -> None:
     # roi_align(input (N, C, H, W), rois (K, 5), ...), roi_pool(...): (K, C, h, w), and where the largest was
     axes = run.axes(call.named['input'])
-    run.freeze_each((axes[0], *axes[2:]), 'a batch or a spatial dimension')
+    run.freeze_each(axes[:1], 'a batch')
+    run.freeze_space(axes[2:])
     run.freeze_all(call.named['rois'], f'boxes in {run.where}')
     for out in call.outputs():
         run.set(out, (None, axes[1], None, None))
@@ -19,7 +20,8 @@ def region_pool(run: Run, call: Call) -> None:
 def cell_pool(run: Run, call: Call) -> None:
     # ps_roi_align(input (N, C * h * w, H, W), rois, ...): (K, C, h, w); each cell of a box has channels of its own
     axes = run.axes(call.named['input'])
-    run.freeze_each((axes[0], *axes[2:]), 'a batch or a spatial dimension')
+    run.freeze_each(axes[:1], 'a batch')
+    run.freeze_space(axes[2:])
     run.freeze_all(call.named['rois'], f'boxes in {run.where}')
     channel, shape = axes[1], call.outputs()[0].shape
     if channel is not None:
