@@ -52,7 +52,7 @@ MUTANTS: tuple[Mutant, ...] = (
            '        run.tie(channel.atoms.reshape(groups, -1).T)\n', '        pass\n'),
     Mutant('pool-space', _PRODUCTS, 'test_comb/test_claims.py::test_channels_where_a_pooling_looks_for_space_stay',
            'channels that lie where a pooling looks for space stay',
-           "run.freeze_space(axes[-space:])", 'pass'),
+           "run.freeze_space(x, space)", 'pass'),
     Mutant('embedding-entries', _PRODUCTS,
            'test_comb/test_claims.py::test_the_entries_of_an_embedding_stay_where_a_product_sums_over_them',
            'the entries of an embedding stay, whatever else reads them',

@@ -15,14 +15,19 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
-from .nested import tensors_in
+from .nested import map_tensors, tensors_in
 
 WIDE = {
     **dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float64),
     **dict.fromkeys((torch.complex64, torch.complex32), torch.complex128),
 }
 NARROWING = (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16)
-OF_ONE_TYPE = (F.grid_sample, torch.cdist, torch.matmul, torch.bmm, torch.mm)  # torch does not promote their tensors
+_PRODUCTS = ('matmul', 'bmm', 'mm', 'mv', 'addmm', 'baddbmm')
+OF_ONE_TYPE = {  # torch does not promote their tensors
+    *(F.grid_sample, F.linear, F.bilinear, F.conv1d, F.conv2d, F.conv3d, torch.cdist, torch.einsum, torch.dot),
+    *(getattr(space, name) for space in (torch, torch.Tensor) for name in _PRODUCTS),
+    *(torch.Tensor.__matmul__, torch.Tensor.__rmatmul__, torch.Tensor.dot),
+}
 DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 
 
@@ -77,8 +82,9 @@ class _WithoutDropout(TorchFunctionMode):
 class InDouble:
     """Run a forward so that it computes in float64 throughout, whatever narrower type is written into it.
 
-    `x.float()`, `dtype=torch.float32` and the default type of new tensors name float64 inside, and `grid_sample` takes
-    places of another type than its picture. The model and its inputs are in float64 before.
+    `x.float()`, `dtype=torch.float32` and the default type of new tensors name float64 inside, and functions that torch
+    promotes nothing for (products, `cdist`, `grid_sample`, what is written into a tensor) take narrower operands, which
+    a forward finds outside of the model. The model and its inputs are in float64 before.
 
     Example:
         >>> InDouble(lambda model, x: model(x.float() + torch.zeros(2)))(nn.Linear(2, 2).double(), torch.ones(2)).dtype
@@ -127,14 +133,18 @@ class _Widened(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in NARROWING:
             return args[0].double()
-        if func in OF_ONE_TYPE:
-            args = tuple(a.double() if isinstance(a, torch.Tensor) and a.dtype in WIDE else a for a in args)
-        if func is torch.Tensor.__setitem__ and isinstance(args[2], torch.Tensor) and args[2].dtype in WIDE:
+        if func in OF_ONE_TYPE and 'out' not in kwargs:
+            args, kwargs = map_tensors((args, kwargs), _widened)
+        if func is torch.Tensor.__setitem__ and isinstance(args[2], torch.Tensor) and args[2].is_floating_point():
             args = (*args[:2], args[2].to(args[0].dtype))
         if any(value in WIDE for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype)):
             args = tuple(_wide(value) for value in args)
             kwargs = {name: _wide(value) for name, value in kwargs.items()}
         return func(*args, **kwargs)
+
+
+def _widened(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(WIDE.get(tensor.dtype, tensor.dtype))
 
 
 def _wide(value: Any) -> Any:

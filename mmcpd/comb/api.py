@@ -98,8 +98,8 @@ def comb(
         record = observed(policy := policy._replace(whole_heads=whole))
     if narrowed := coupled_by_groups(record):
         record = observed(policy := policy._replace(narrowed=narrowed))
-    while record.divisors > policy.divisors or record.pictures > policy.pictures:
-        policy = policy._replace(divisors=frozenset(record.divisors), pictures=frozenset(record.pictures))
+    while record.divisors > policy.divisors or _more_pictures(record, policy):
+        policy = policy._replace(divisors=frozenset(record.divisors), pictures=record.pictures)
         record = observed(policy)
     if strict:
         check_strict(record)
@@ -109,6 +109,10 @@ def comb(
     tried = trial_of(model, found, gradients=gradients_are_due(model, record)) if due else Outcome({})
     found = grouped(tried.faults) if tried.faults else found
     return replace(found, untried=tried.untried)
+
+
+def _more_pictures(record: Record, policy: Policy) -> bool:
+    return int((record.pictures > 0).sum()) > (0 if policy.pictures is None else int((policy.pictures > 0).sum()))
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -44,7 +45,7 @@ def observe(model: nn.Module, example: Example, policy: Policy) -> Record:
                 run.set(tensor, [axis and replace(axis, zero=zero) for axis in run.record.table.add(name, tensor)])
                 marked.append(tensor)
         run.real, run.record.divisors = run.record.table.size, set(policy.divisors)
-        run.record.pictures = set(policy.pictures)
+        run.record.pictures = np.zeros(run.real, np.int64) if policy.pictures is None else policy.pictures.copy()
         marked += _hold_plain(model, run)
         with (
             evaluating(model),

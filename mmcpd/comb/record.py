@@ -94,7 +94,7 @@ class Record:
     gates: list[np.ndarray] = field(default_factory=list)  # producers' rows at products of two activations
     directions: list[np.ndarray] = field(default_factory=list)  # rows that are divided by their norm
     divisors: set[str] = field(default_factory=set)  # vectors whose zeros a forward would divide by
-    pictures: set[str] = field(default_factory=set)  # weights whose rows a view lays out as pictures
+    pictures: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # see `Policy`
     summed: list[np.ndarray] = field(default_factory=list)  # what a product or a statistic goes over
     batched: list[np.ndarray] = field(default_factory=list)  # channels of products of activations, head by head
     grouped: list[GroupedConvolution] = field(default_factory=list)

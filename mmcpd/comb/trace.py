@@ -33,7 +33,7 @@ class Policy(NamedTuple):
     narrowed: frozenset[str] = frozenset()  # paths of the grouped convolutions that lose channels inside each group
     leave_unused: bool = False  # whether the channels go that a layer which never ran may use
     divisors: frozenset[str] = frozenset()  # parameters and buffers that are not zero where masked
-    pictures: frozenset[str] = frozenset()  # weights whose rows a view lays out as channels of pictures
+    pictures: np.ndarray | None = None  # `(atoms,)` int: of those that a view lays out as pictures, how many channels
 
 
 @dataclass
@@ -150,11 +150,13 @@ class Run:
         for axis in axes:
             self.freeze(axis, f'{what} in {self.where}')
 
-    def freeze_space(self, axes: Sequence[Axis | None]) -> None:
-        """Freeze spatial dimensions; what a view laid out along one is noted, for a run that takes its channels."""
+    def freeze_space(self, x: Tensor, space: int) -> None:
+        """Freeze the last dimensions; what a view laid out along one is noted, for a run that takes its channels."""
+        axes = self.axes(x)[x.dim() - space :]
         for axis in axes:
-            if axis is not None and not axis.weight and axis.full is not None:
-                self.record.pictures |= self.held(axis.all_atoms())
+            if axis is not None and not axis.weight and axis.full is not None and x.dim() > space:
+                atoms = axis.all_atoms()
+                self.record.pictures[atoms[(atoms >= 0) & (atoms < self.real)]] = x.shape[-space - 1]
         self.freeze_each(axes, 'a spatial dimension')
 
     def freeze_all(self, tensor: Tensor, reason: str) -> None:
@@ -214,13 +216,13 @@ class Run:
         """
         for axis in self.axes(tensor):
             if axis is not None and axis.zero and axis.weight:
-                names = self.held(axis.all_atoms())
+                names = self._held(axis)
                 if all(self.record.table.is_vector(name) for name in names):
                     self.record.divisors |= names
 
-    def held(self, atoms: np.ndarray) -> frozenset[str]:
-        """Return the names of the parameters and buffers that atoms belong to."""
-        rows = self.record.table.rows
+    def _held(self, axis: Axis) -> frozenset[str]:
+        """Return the names of the parameters and buffers that the atoms of an axis belong to."""
+        rows, atoms = self.record.table.rows, axis.all_atoms()
         held = atoms[(atoms >= 0) & (atoms < self.real)]
         return frozenset(rows[bisect_right(rows, atom, key=lambda row: row.start) - 1].tensor for atom in held)
 

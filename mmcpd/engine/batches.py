@@ -40,9 +40,9 @@ class Batches:
         self._passes = self._drawn = self._to_skip = 0
         self._start: Plain | None = None  # as the pass shall begin, or did
         self._states: Plain | None = None  # of the checkpoint, until they are set
-        for sampler in self._samplers():
-            if isinstance(sampler, InfiniteSampler):
-                # Versions of MMEngine before 0.10.8 had an iterator made, and workers drew: its end ends this stream.
+        for sampler in samplers_of(self._loader):
+            if isinstance(sampler, InfiniteSampler) and not hasattr(sampler, 'skip'):
+                # Such versions of MMEngine had an iterator made, and workers drew: its end ends this stream.
                 sampler.indices = sampler._indices_of_rank()
 
     @property
@@ -109,13 +109,10 @@ class Batches:
 
     def _set_epoch(self) -> None:
         """Tell the sampler the pass, which is its seed in MMEngine's `DefaultSampler`."""
-        for sampler in self._samplers():
+        for sampler in samplers_of(self._loader):
             if hasattr(sampler, 'set_epoch'):
                 sampler.set_epoch(self._passes)
                 return
-
-    def _samplers(self) -> tuple[Any, ...]:
-        return self._loader.sampler, getattr(self._loader.batch_sampler, 'sampler', None)
 
     def _skipping_sampler(self) -> Any:
         """Return the sampler that passes over indices by itself, if a batch has a fixed number of them."""
@@ -124,12 +121,17 @@ class Batches:
         return sampler if self._loader.batch_size and hasattr(sampler, 'skip') else None
 
 
+def samplers_of(loader: DataLoader) -> tuple[Any, ...]:
+    """Return what draws the indices of a loader, of which only one is its own."""
+    return loader.sampler, getattr(loader.batch_sampler, 'sampler', None)
+
+
 def reseed(loader: DataLoader, built: int | None, resumed: int | None) -> None:
     """Give samplers and workers the seed of the run that is resumed, where they have the one they were built with.
 
     Where a config says no seed, MMEngine draws one; it reads that of the run that is resumed after the loader is built.
     """
-    for sampler in (loader.sampler, getattr(loader.batch_sampler, 'sampler', None)):
+    for sampler in samplers_of(loader):
         if getattr(sampler, 'seed', None) == built:
             setattr(sampler, 'seed', resumed)  # noqa: B010 - torch's samplers have none
     begin = loader.worker_init_fn

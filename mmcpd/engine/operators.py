@@ -112,7 +112,7 @@ def _deformed(
     bias = bias if bias.numel() else x.new_zeros(weight.shape[0])
     groups = (given['group'], given['deformable_group'])
     factors = mask if mask.numel() else x.new_zeros(len(x), 1)
-    offset = offset.nan_to_num(0.0, torch.inf, -torch.inf)  # torchvision would read anywhere in memory
+    offset = offset.nan_to_num(torch.inf, torch.inf, -torch.inf)  # at nan torchvision reads anywhere in memory
     return vision().deform_conv2d(x, weight, offset, factors, bias, *numbers, *groups, mask.numel() > 0)
 
 

@@ -52,13 +52,16 @@ def fixed_proposals(model: nn.Module) -> Iterator[list[Any]]:
 def _dealt_out(model: nn.Module) -> Iterator[None]:
     """Deal boxes out to the levels of pyramids one after the other, instead of by their sizes."""
     pooling: list[Any] = [module for module in model.modules() if hasattr(module, 'map_roi_levels')]
+    before = [vars(module).get('map_roi_levels') for module in pooling]
     for module in pooling:
         module.map_roi_levels = lambda rois, levels: torch.arange(len(rois), device=rois.device) % levels
     try:
         yield
     finally:
-        for module in pooling:
+        for module, own in zip(pooling, before, strict=True):
             del module.map_roi_levels
+            if own is not None:
+                module.map_roi_levels = own
 
 
 def spread_boxes(number: int, height: int, width: int) -> Tensor:

@@ -84,8 +84,10 @@ class SlimMultiheadAttention(nn.Module):
         else:
             dropout = self.dropout if self.training else 0.0
             causal = is_causal and mask is None
-            q = q * (self.scale * int(q.shape[-1]) ** 0.5)  # torch 2.4 cannot export a scale of its own
-            out = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
+            scale: float | None = self.scale
+            if torch.onnx.is_in_onnx_export():  # torch 2.4 cannot export a scale of its own
+                q, scale = q * (self.scale * int(q.shape[-1]) ** 0.5), None
+            out = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=scale)
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         return (out if self.batch_first else out.transpose(0, 1)), probabilities
 

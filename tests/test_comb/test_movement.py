@@ -430,6 +430,27 @@ def test_channels_of_a_picture_that_a_linear_layer_draws(name):
     exact(net, sample((3, 5)), {'draw': 7, 'mix': 5})
 
 
+def test_channels_of_each_of_several_frames_go_not_frames():
+    net = Net(
+        lambda m, x: m.fc(
+            m.mix(m.draw(x).view(-1, 4, m.channels, 8, 8).flatten(0, 1)).unflatten(0, (-1, 4)).mean((1, 3, 4))
+        ),
+        draw=nn.Linear(5, 4 * 7 * 64), mix=nn.Conv2d(7, 5, 3), fc=nn.Linear(5, 2), channels=7,
+    )  # fmt: skip
+    exact(net, sample((3, 5)), {'draw': 7, 'mix': 5})
+
+
+def test_what_else_a_layer_makes_beside_a_picture_is_as_it_was():
+    def run(m, x):
+        q, k, picture = m.make(x).split([16, 16, m.channels * 64], 1)
+        q, k = q.view(-1, 2, 8), k.view(-1, 2, 8)
+        return m.fc(m.mix(picture.view(-1, m.channels, 8, 8)).mean((2, 3))) * (q @ k.mT).sum((1, 2))[:, None]
+
+    net = Net(run, make=nn.Linear(5, 32 + 7 * 64), mix=nn.Conv2d(7, 5, 3), fc=nn.Linear(5, 2), channels=7)
+    found = comb(randomise_(net), sample((3, 5)), trial=False)
+    assert sorted(g.units for g in found.groups) == [5, 7, 8]
+
+
 def test_positions_of_a_picture_that_is_no_channel_stay():
     net = Net(lambda m, x: m.fc(pooled(m.mix(m.draw(x).view(-1, 1, 8, 8)).tanh())),
               draw=nn.Linear(5, 64), mix=nn.Conv2d(1, 5, 3), fc=nn.Linear(5, 2))  # fmt: skip

@@ -12,6 +12,7 @@ from torch import nn
 from mmcpd.comb import comb
 from mmcpd.slim import restructure_, slim, structure
 from mmcpd.slim.attention import SlimMultiheadAttention, replacement
+from mmcpd.slim.compare import compare
 from mmcpd.slim.trial import random_keep
 from tests.helpers import Net, check_equal, gap, randomise_, sample
 
@@ -162,3 +163,20 @@ def test_a_subclass_of_the_attention_is_not_replaced():
 
     assert replacement(Mine(8, 2)) is None
     assert replacement(nn.MultiheadAttention(8, 2)) == 'MultiheadAttention'
+
+
+def test_a_slimmed_attention_is_combed_and_slimmed_again():
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.m, self.fc = nn.MultiheadAttention(12, 3, batch_first=True), nn.Linear(12, 2)
+
+        def forward(self, x):
+            return self.fc(self.m(x, x, x, need_weights=False)[0])
+
+    model, x = randomise_(Attends()), sample((2, 5, 12))
+    first = comb(model, x, trial=False)
+    small = slim(model, first, random_keep(first, 0.5, 0))
+    again = comb(small, x, trial=False)
+    assert [g.units for g in again.groups] == [2, 2, 6], 'queries with keys, values, and what goes out'
+    assert compare(small, again, random_keep(again, 0.5, 0)) < 1e-12

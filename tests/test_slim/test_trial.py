@@ -136,9 +136,15 @@ def test_what_a_forward_finds_elsewhere_in_float32_meets_float64():
     class Meets(Wrong):
         def forward(self, x):
             x = self.plain(x).flatten(0, -2)
-            x = torch.cat([x, torch.cdist(x, boxes) + torch.matmul(x, boxes.T) + torch.mm(x, boxes.T)], 1)
+            x = torch.cat([x, torch.cdist(x, boxes) + torch.matmul(x, other=boxes.T) + torch.mm(x, boxes.T)], 1)
+            x = torch.cat([x, x[:, :6] @ boxes.T + x[:, :6].matmul(boxes.T) + F.linear(boxes[:1], x[:3, :6])], 1)
+            x = torch.cat([x, torch.einsum('ni,bi->nb', x[:, :6], boxes)], 1)
             x[:3, :6] = boxes
-            return x
+            kept = boxes.clone()
+            kept[:1] = x[:1, :6]
+            spectrum = torch.fft.fft(boxes)
+            assert (spectrum @ spectrum.mT).is_complex()
+            return x + kept.sum()
 
     model = Meets()
     twin, example = in_double(model, comb(model, X.float(), trial=False).example)

@@ -154,13 +154,11 @@ def _carrier(run: Run, call: Call, varying: list[int], labels: Tensor) -> int:
     """Choose the dimension that keeps the atoms of a rectangle."""
     if 'pixel_shuffle' in call.op:
         return varying[0]
-    if run.policy.pictures and run.held(labels.numpy()) & run.policy.pictures:
-        return next((d for d in varying if _distinct(labels, d)), varying[-1])
-    whole = run.policy.whole_heads
-    if whole is not None and len(varying) > 1:
-        known = labels[labels >= 0].numpy()
-        if bool((known < len(whole)).all() and whole[known].all()):
-            return varying[-2]
+    if (channels := _noted(run.policy.pictures, labels)) is not None and len(channels):
+        wide = [d for d in varying if _distinct(labels, d)] or varying[-1:]
+        return next((d for d in wide if labels.shape[d] == channels[0]), wide[0])
+    if len(varying) > 1 and _noted(run.policy.whole_heads, labels) is not None:
+        return varying[-2]
     if varying[-1] in run.cursor.pairs:
         wider = (d for d in varying[-2::-1] if d not in run.cursor.pairs and _distinct(labels, d))
         return next(wider, varying[-1])
@@ -169,6 +167,15 @@ def _carrier(run: Run, call: Call, varying: list[int], labels: Tensor) -> int:
         own = (d for d in varying[-2::-1] if labels.shape[d] in widths and _distinct(labels, d))
         return next(own, varying[-1])
     return varying[-1]
+
+
+def _noted(notes: np.ndarray | None, labels: Tensor) -> np.ndarray | None:
+    """Return what an earlier run noted of the atoms at these positions, or None if it did not of all."""
+    if notes is None:
+        return None
+    known = labels[labels >= 0].numpy()
+    found: np.ndarray | None = notes[known] if bool((known < len(notes)).all()) else None
+    return found if found is not None and bool(found.all()) else None
 
 
 def _distinct(labels: Tensor, dim: int) -> bool:
@@ -223,7 +230,7 @@ def im2col(run: Run, call: Call) -> None:
     # im2col(self, kernel_size, dilation, padding, stride): (N, C, H, W) -> (N, C * k, L)
     source = call.named['self']
     batch, channel, *space = run.axes(source)
-    run.freeze_space(space)
+    run.freeze_space(source, len(space))
     taps = call.out.shape[-2] // source.shape[1]
     out = channel and Axis(np.repeat(channel.atoms, taps), channel.zero)
     run.set(call.out, (batch, out, None))

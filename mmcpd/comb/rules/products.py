@@ -19,8 +19,9 @@ def pool(space: int) -> Rule:
     """Return the rule of an operation that pools the last `space` dimensions; channels stay."""
 
     def rule(run: Run, call: Call) -> None:
-        axes = run.axes(call.tensors()[0])
-        run.freeze_space(axes[-space:])
+        x = call.tensors()[0]
+        axes = run.axes(x)
+        run.freeze_space(x, space)
         for out in call.outputs():
             run.set(out, (*axes[:-space], *[None] * space))
 
@@ -29,8 +30,9 @@ def pool(space: int) -> Rule:
 
 def grid_sample(run: Run, call: Call) -> None:
     # grid_sampler_2d(input (N, C, H, W), grid (N, h, w, 2), ...)
-    axes = run.axes(call.named['input'])
-    run.freeze_space(axes[2:])
+    x = call.named['input']
+    axes = run.axes(x)
+    run.freeze_space(x, x.dim() - 2)
     run.freeze_all(call.named['grid'], f'a sampling grid in {run.where}')
     run.set(call.out, (*axes[:2], *[None] * (call.out.dim() - 2)))
 
@@ -58,7 +60,7 @@ def convolution(run: Run, call: Call) -> None:
     x_axes, w_axes = run.axes(x), run.axes(weight)
     lead = x_axes[: x.dim() - (weight.dim() - 2)]
     channel = lead[-1]
-    run.freeze_space(x_axes[len(lead) :])
+    run.freeze_space(x, x.dim() - len(lead))
     for axis in w_axes[2:]:
         run.freeze(axis, KERNEL)
     into, out = (w_axes[0], w_axes[1]) if transposed else (w_axes[1], w_axes[0])

@@ -11,7 +11,7 @@ def region_pool(run: Run, call: Call) -> None:
     # roi_align(input (N, C, H, W), rois (K, 5), ...), roi_pool(...): (K, C, h, w), and where the largest was
     axes = run.axes(call.named['input'])
     run.freeze_each(axes[:1], 'a batch')
-    run.freeze_space(axes[2:])
+    run.freeze_space(call.named['input'], 2)
     run.freeze_all(call.named['rois'], f'boxes in {run.where}')
     for out in call.outputs():
         run.set(out, (None, axes[1], None, None))
@@ -21,7 +21,7 @@ def cell_pool(run: Run, call: Call) -> None:
     # ps_roi_align(input (N, C * h * w, H, W), rois, ...): (K, C, h, w); each cell of a box has channels of its own
     axes = run.axes(call.named['input'])
     run.freeze_each(axes[:1], 'a batch')
-    run.freeze_space(axes[2:])
+    run.freeze_space(call.named['input'], 2)
     run.freeze_all(call.named['rois'], f'boxes in {run.where}')
     channel, shape = axes[1], call.outputs()[0].shape
     if channel is not None:
@@ -48,7 +48,7 @@ def unpool(run: Run, call: Call) -> None:
     source, indices = call.named['self'], call.named['indices']
     space = 3 if call.op == 'max_unpool3d' else 2
     axes = run.axes(source)
-    run.freeze_space(axes[-space:])
+    run.freeze_space(source, space)
     for axis, own in zip(axes[:-space], run.axes(indices)[:-space], strict=True):
         if axis is not None or own is not None:
             run.equate(axis, own, call.op)

@@ -157,7 +157,7 @@ def group_norm(run: Run, call: Call) -> None:
         if groups > 1:  # the same channel of each group stays or goes, so that the groups stay equally wide
             run.tie(channel.atoms.reshape(groups, -1).T)
         run.statistic(channel, 1 - x.dim(), len(channel))
-    run.freeze_space(axes[2:])
+    run.freeze_space(x, x.dim() - 2)
     run.set(call.out[0], (axes[0], channel and channel.activation(True), *axes[2:]))
 
 
