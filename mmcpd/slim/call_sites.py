@@ -18,7 +18,7 @@ import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from dis import opname
+from dis import opmap, opname
 from functools import lru_cache
 from itertools import islice
 from types import CellType, CodeType, FrameType, FunctionType, SimpleNamespace
@@ -36,6 +36,7 @@ from .size_functions import author_of, called_functions, callers_of, codes
 
 _OURS, _TORCH = ('mmcpd.comb.', 'mmcpd.slim.', 'mmcpd.modes.'), ('torch.',)
 _CALLING = ('torch.nn.modules.module.',)  # which runs the forward of every module
+_CACHE = opmap.get('CACHE', -1)  # what lies between an instruction and the next since Python 3.11
 INFER = -1  # let torch work out the size
 _NODES = (ast.Call, ast.BinOp, ast.AugAssign, ast.Subscript)
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef)  # a lambda has no name to be compiled under
@@ -68,7 +69,7 @@ def spot(index: int, count: int) -> Spot | None:
         if not _of(frame, _OURS):
             # The module whose method runs in the nearest frame: no hook sees a call like `head.forward(x)`.
             module = next((module for f in _frames(frame) if (module := _module(f)) is not None), None)
-            return Spot(module, frame.f_code, frame.f_lasti, index, count)
+            return Spot(module, frame.f_code, _instruction(frame), index, count)
     return None
 
 
@@ -81,10 +82,22 @@ def code_place(path: str = '') -> tuple[nn.Module | None, CodePlace]:
     for frame in _frames(sys._getframe(1)):
         module = _module(frame)
         if module is not None and not _of(frame, _CALLING):
-            return module, CodePlace(path, _qualified_name(frame.f_code), (frame.f_lasti, *inward))
+            return module, CodePlace(path, _qualified_name(frame.f_code), (_instruction(frame), *inward))
         if not _of(frame, _TORCH) and not _of(frame, _OURS):
-            inward.insert(0, frame.f_lasti)
+            inward.insert(0, _instruction(frame))
     return None, CodePlace(path, '', tuple(inward))
+
+
+def _instruction(frame: FrameType) -> int:
+    """Return where the instruction begins that a frame is at.
+
+    While a function of Python is called, a frame of Python 3.12 is at the end of the call's inline cache, and while one
+    of C is, at the call: what observes a run may stand in for the one by the other.
+    """
+    place, code = frame.f_lasti, frame.f_code.co_code
+    while place > 0 and code[place] == _CACHE:
+        place -= 2
+    return place
 
 
 def in_own_function() -> bool:
