@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from mmengine.logging import MMLogger
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = """
@@ -63,6 +64,7 @@ def tool(monkeypatch, capfd, tmp_path):
 
     def run(name: str, *arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, 'argv', [f'tools/{name}.py', *map(str, arguments)])
+        MMLogger._instance_dict.clear()  # two runs that begin within one second have one name, and would share a log
         with pytest.raises(SystemExit) as stop:
             runpy.run_path(str(ROOT / 'tools' / f'{name}.py'), run_name='__main__')
         out, err = capfd.readouterr()
