@@ -97,6 +97,13 @@ def timed(call: Callable[[], Any], most: int = 5, budget: float = 10.0) -> float
     return statistics.median(times)
 
 
+def _without_paths(text: str) -> str:
+    """Take the folders of this machine out of a text."""
+    for folder in (sysconfig.get_path('purelib'), str(ROOT)):
+        text = text.replace(f'{folder}{os.sep}', '')
+    return text
+
+
 @contextmanager
 def stage(row: Row, name: str) -> Iterator[None]:
     """Time a stage, and turn an exception into a result: its last frames say where."""
@@ -105,9 +112,8 @@ def stage(row: Row, name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # noqa: BLE001 - a sweep reports whatever a model raises, and goes on
-        row['error'] = f'{name}: {type(error).__name__}: {str(error)[:600]}'
-        text = traceback.format_exc().replace(f'{sysconfig.get_path("purelib")}{os.sep}', '')
-        row['traceback'] = text.replace(f'{ROOT}{os.sep}', '').splitlines()[-14:]
+        row['error'] = f'{name}: {type(error).__name__}: {_without_paths(str(error))[:600]}'
+        row['traceback'] = _without_paths(traceback.format_exc()).splitlines()[-14:]
     gc.collect()  # copies of models hold each other
     row['seconds'] = round(row.get('seconds', 0) + time.perf_counter() - start, 2)
 
