@@ -253,18 +253,13 @@ def test_levels_that_no_learned_box_falls_into_are_coupled_too():
     assert 'map_roi_levels' not in vars(model.roi_head)
 
 
-def test_reading_data_keeps_the_log_visible(capsys):
+def test_reading_data_keeps_the_log_visible(capsys, monkeypatch):
     """COCO's reader prints, which is hidden; a log that is made meanwhile must not write there for good."""
     name = f'log-{id(capsys)}'
     data = dict(type='CocoDataset', data_root='nowhere/', ann_file='none.json')
-    before = dict(MMLogger._instance_dict)
-    MMLogger._instance_dict.clear()
-    try:
-        assert Samples.of_config(Config(dict(default_scope='mmdet', test_dataloader=dict(dataset=data)))) is None
-        print_log(name, 'current')
-    finally:
-        MMLogger._instance_dict.clear()
-        MMLogger._instance_dict.update(before)
+    monkeypatch.setattr(MMLogger, '_instance_dict', {})
+    assert Samples.of_config(Config(dict(default_scope='mmdet', test_dataloader=dict(dataset=data)))) is None
+    print_log(name, 'current')
     out = capsys.readouterr().out
     assert name in out
     assert 'loading annotations' not in out

@@ -59,16 +59,26 @@ def pruning(tiny) -> Path:
 
 @pytest.fixture
 def tool(monkeypatch, capfd, tmp_path):
-    """Return `run(name, *arguments) -> (exit status, stdout, stderr)`."""
+    """Give `run(name, *arguments) -> (exit status, stdout, stderr)`."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(MMLogger, '_instance_dict', {})  # those of other tests write to an output that is closed
 
     def run(name: str, *arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, 'argv', [f'tools/{name}.py', *map(str, arguments)])
-        MMLogger._instance_dict.clear()  # two runs that begin within one second have one name, and would share a log
+        forget_loggers()  # two runs that begin within one second have one name, and would share a log
         with pytest.raises(SystemExit) as stop:
             runpy.run_path(str(ROOT / 'tools' / f'{name}.py'), run_name='__main__')
         out, err = capfd.readouterr()
         code = stop.value.code
         return code if isinstance(code, int) else int(bool(code)), out, err
 
-    return run
+    yield run
+    forget_loggers()
+
+
+def forget_loggers() -> None:
+    """Close the logs of the runs so far; what is logged next begins a new one."""
+    for logger in MMLogger._instance_dict.values():
+        for handler in logger.handlers:
+            handler.close()
+    MMLogger._instance_dict.clear()
