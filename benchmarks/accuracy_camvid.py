@@ -1,7 +1,8 @@
-"""CamVid in the accuracy tables: a MobileNetV2 segmentor that is trained once, then pruned with little or no training.
+"""CamVid in the accuracy tables: a segmentor that is trained once, then pruned with little or no training.
 
-Model, pictures and dense training are those of `configs/cpd/camvid_mobilenetv2_prune.py`: the 1200 dense iterations
-with which that config begins, at 180x240, from ImageNet weights.
+Pictures and dense training are those of `configs/cpd/camvid_mobilenetv2_prune.py`: the 1200 iterations with which that
+config begins, at 180x240. `camvid` has its MobileNetV2, from ImageNet weights; `camvid_seaformer` a SeaFormer-T that
+knows nothing before.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS, DefaultScope
 from mmengine.runner import Runner
@@ -31,12 +32,12 @@ IGNORED = 255
 class CamVidTask(Task):
     """A segmentor of road scenes; held out are the validation pictures, tested on are the 233 test pictures."""
 
+    name: str
     metric: ClassVar[str] = 'mIoU'
     classifier: ClassVar[str] = 'decode_head.conv_seg'
     data: Path
-    weights: Path  # of MobileNetV2 on ImageNet
+    weights: Path | None  # of MobileNetV2 on ImageNet; without, the model is a SeaFormer-T
     work_dir: Path
-    name: str = 'camvid'
     shares: tuple[float, ...] = (0.75, 0.5)
     trained_share: float = 0.5
     budgets: tuple[int, ...] = (0,)
@@ -51,18 +52,20 @@ class CamVidTask(Task):
         cfg = Config.fromfile(CONFIGS / 'camvid_mobilenetv2_prune.py')
         cfg.model = cfg.model.student  # Config.update would merge the two
         cfg.default_hooks.pop('prune')
-        # These ImageNet weights were trained with TensorFlow's padding.
-        cfg.model.backbone.conv_cfg = dict(type='Conv2dAdaptivePadding')
-        cfg.model.backbone.init_cfg.checkpoint = str(self.weights)
+        if self.weights is None:
+            cfg.model = seaformer(cfg.model)
+        else:  # ImageNet weights that were trained with TensorFlow's padding
+            cfg.model.backbone.conv_cfg = dict(type='Conv2dAdaptivePadding')
+            cfg.model.backbone.init_cfg.checkpoint = str(self.weights)
         for name in ('train', 'val', 'test'):
             cfg[f'{name}_dataloader'].dataset.data_root = str(self.data)
             cfg[f'{name}_dataloader'].update(num_workers=0, persistent_workers=False)
         return cfg
 
     def dense(self) -> nn.Module:
-        file = self.work_dir / 'camvid_dense.pth'
+        file = self.work_dir / f'{self.name}_dense.pth'
         if not file.is_file():
-            train_dense(self.config(), self.work_dir / 'camvid', file)
+            train_dense(self.config(), self.work_dir / self.name, file)
         cfg = self.config()
         cfg.model.backbone.init_cfg = None
         model = build_dense(cfg)
@@ -119,6 +122,14 @@ class CamVidTask(Task):
                 labels = [sample.gt_sem_seg.data.squeeze(0).long() for sample in data['data_samples']]
                 batches.append(Batch(data['inputs'], torch.stack(labels)))
         return batches
+
+
+def seaformer(other: ConfigDict) -> ConfigDict:
+    """Return the SeaFormer-T of the embedded scenes, which starts from nothing, for the pictures of another model."""
+    model = Config.fromfile(CONFIGS.parent / '_base_' / 'models' / 'seaformer_scenes.py').model
+    model.data_preprocessor = other.data_preprocessor
+    model.decode_head.num_classes = other.decode_head.num_classes
+    return model
 
 
 def build_scenes(config: Any) -> Any:

@@ -25,6 +25,11 @@ class Case:
     seed: int
     rate: float  # of learning; 0 where nothing is trained
 
+    @classmethod
+    def of(cls, row: Row) -> Case:
+        """Return what a row measures."""
+        return cls(**{name: row[name] for name in cls.__dataclass_fields__})
+
     def matches(self, row: Row) -> bool:
         return all(row[name] == value for name, value in asdict(self).items())
 
@@ -44,7 +49,7 @@ class Store:
 
     def add(self, kind: str, row: Row) -> None:
         """Add a row, in place of an older one of the same case."""
-        case = Case(**{name: row[name] for name in Case.__dataclass_fields__})
+        case = Case.of(row)
         with self._locked():
             found = json.loads(self.file.read_text()) if self.file.is_file() else {}
             found[kind] = [old for old in found.get(kind, []) if not case.matches(old)] + [row]
