@@ -48,18 +48,23 @@ def renewed_by(kind: type) -> dict[str, str]:
         {'table': 'Positions.forward'}
     """
     found: dict[str, str] = {}
-    waiting, seen = ['forward'], {'forward'}
+    waiting = [(kind, 'forward')]  # the first class to look into, and the name of a method
+    seen = set(waiting)
     while waiting:
-        name = waiting.pop()
-        if (tree := _method(kind, name)) is None or not tree.args.args:
+        start, name = waiting.pop()
+        owner, tree = _method(kind, start, name)
+        if tree is None or not tree.args.args:
             continue
         own = tree.args.args[0].arg
         for attribute, values in _assignments(tree, own):
             if not any(_computed_from(value, attribute, own, locals_of(tree)) for value in values):
-                found.setdefault(attribute, f'{kind.__name__}.{name}')
-        called = {_attribute(node.func, own) for node in ast.walk(tree) if isinstance(node, ast.Call)} - {None}
-        waiting += sorted(str(method) for method in called - seen)
-        seen |= {str(method) for method in called}
+                found.setdefault(attribute, f'{owner.__name__}.{name}')
+        functions = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        called = {(kind, method) for node in functions if (method := _attribute(node, own)) is not None}
+        parent = kind.__mro__[kind.__mro__.index(owner) + 1]
+        called |= {(parent, node.attr) for node in functions if isinstance(node, ast.Attribute) and _of_super(node)}
+        waiting += sorted(called - seen, key=lambda each: each[1])
+        seen |= called
     return found
 
 
@@ -89,15 +94,16 @@ def _computed_from(value: ast.expr, attribute: str, own: str, names: Mapping[str
     return False
 
 
-def _method(kind: type[nn.Module], name: str) -> ast.FunctionDef | None:
-    method = getattr(kind, name, None)
-    if method is None or str(getattr(method, '__module__', '')).startswith('torch.'):
-        return None
+def _method(kind: type[nn.Module], start: type, name: str) -> tuple[type, ast.FunctionDef | None]:
+    """Return the first class that has a method, from `start` on in the order of `kind`, and the method's code."""
+    owner = next((each for each in kind.__mro__[kind.__mro__.index(start) :] if name in vars(each)), object)
+    if owner is object or owner.__module__.startswith('torch.'):
+        return owner, None
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(method)))).body[0]
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(vars(owner)[name])))).body[0]
     except (OSError, TypeError, SyntaxError):
-        return None
-    return tree if isinstance(tree, ast.FunctionDef) else None
+        return owner, None
+    return owner, tree if isinstance(tree, ast.FunctionDef) else None
 
 
 def _assignments(tree: ast.FunctionDef, own: str) -> Iterator[tuple[str, list[ast.expr]]]:
@@ -116,6 +122,12 @@ def _attribute(node: ast.AST, own: str) -> str | None:
     """Return the name of an attribute of `own`, or None for anything else."""
     of_own = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == own
     return node.attr if isinstance(node, ast.Attribute) and of_own else None
+
+
+def _of_super(node: ast.Attribute) -> bool:
+    """Say whether a node is an attribute of `super()`."""
+    call = node.value.func if isinstance(node.value, ast.Call) else None
+    return isinstance(call, ast.Name) and call.id == 'super'
 
 
 def _is_stored(node: ast.AST) -> bool:

@@ -162,3 +162,41 @@ def test_methods_that_call_each_other_and_code_that_cannot_be_read_end():
     namespace: dict[str, object] = {'Module': nn.Module}
     exec('class Typed(Module):\n    def forward(self, x):\n        self.x = x', namespace)
     assert renewed_by(namespace['Typed']) == {}
+
+
+class Grandparent(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        if len(self.table) < x.shape[1]:
+            self.table = self.made(x.shape[1])
+        return self.fc(self.stem(x) + self.table[: x.shape[1]])
+
+
+class Parent(Grandparent):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.fc = nn.Linear(3, 8), nn.Linear(8, 2)
+        self.register_buffer('table', torch.randn(TOKENS, 8, generator=torch.Generator().manual_seed(0)))
+
+    def made(self, tokens: int) -> Tensor:
+        return torch.zeros(tokens, 8)
+
+
+class Child(Parent):
+    """It changes what happens before, as subclasses of positions do, and leaves the rest to its parents."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + 1)
+
+
+class Elsewhere(Parent):
+    """A method of the same name that its parent's forward never reaches."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.stem(x) + self.table)
+
+
+def test_what_the_forward_of_a_parent_makes_anew_is_found():
+    assert renewed_by(Child) == {'table': 'Grandparent.forward'}
+    assert renewed_by(Elsewhere) == {}
+    assert comb(randomise_(Child()), sample((2, TOKENS, 3))).groups == ()
+    exact(Elsewhere().double(), sample((2, TOKENS, 3)), {'stem': 8})
