@@ -29,6 +29,11 @@ OF_ONE_TYPE = {  # torch does not promote their tensors
     *(torch.Tensor.__matmul__, torch.Tensor.__rmatmul__, torch.Tensor.dot),
 }
 DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
+DRAWS: Mapping[Any, tuple[int, str, object]] = {  # where an argument says that a function draws, and what says no
+    F.scaled_dot_product_attention: (4, 'dropout_p', 0.0),
+    F.multi_head_attention_forward: (10, 'dropout_p', 0.0),
+    F.rrelu: (3, 'training', False),
+}
 
 
 @contextmanager
@@ -63,8 +68,9 @@ def as_trained(model: nn.Module) -> Iterator[nn.Module]:
         before = model.training
         model.train()
         for module in model.modules():
-            fixed = isinstance(module, _NormBase | nn.MultiheadAttention) or 'drop' in type(module).__name__.lower()
-            module.training = module.training and not fixed
+            draws = isinstance(module, nn.MultiheadAttention) or (isinstance(module, nn.RNNBase) and module.dropout > 0)
+            fixed = isinstance(module, _NormBase) or 'drop' in type(module).__name__.lower()
+            module.training = module.training and not draws and not fixed
         try:
             yield model
         finally:
@@ -72,10 +78,18 @@ def as_trained(model: nn.Module) -> Iterator[nn.Module]:
 
 
 class _WithoutDropout(TorchFunctionMode):
-    """Let the functions that drop activations return them as they are."""
+    """Let the functions that drop activations return them as they are, and those that draw otherwise not draw."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return args[0] if func in DROPOUTS and args else func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func in DROPOUTS:
+            return args[0] if args else kwargs['input']
+        if func in DRAWS:
+            place, name, value = DRAWS[func]
+            positional = len(args) > place
+            args = (*args[:place], value, *args[place + 1 :]) if positional else args
+            kwargs = kwargs if positional else kwargs | {name: value}
+        return func(*args, **kwargs)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from ..errors import CombError, first_line
 from ..fixes import Fixes
 from ..slim.attention import replacement
 from ..slim.copying import restored
+from ..slim.plain_tensors import plain_tensors, register_plain_, unregister_
 from ..slim.trial import FAILURES, Outcome, trial_of
 from .conflicts import couple_conflicts_
 from .grouping import coupled_by_groups, group, heads_of
@@ -47,7 +48,8 @@ def comb(
     whole heads go, it runs once more, and where slimming takes more than slicing a trial follows.
 
     Args:
-        model: it is run in eval mode without gradients, and left as it was.
+        model: it is run in eval mode without gradients, and left as it was, but that plain tensors in attributes which
+            meet channels that can go become buffers outside of the state dict, so that they can be cut.
         inputs: one input, or a tuple of the arguments; a batch of one is enough.
         forward: `callable(model, *inputs)`; the default calls the model.
         also: further passes, called alike, that must work on the slim model too but do not count in its cost: side
@@ -90,6 +92,12 @@ def comb(
         return replace(group(model, record, example, ignore, faults), caches=tuple(caches))
 
     record = observed(policy := Policy())
+    if plain := record.plain & plain_tensors(model).keys():
+        register_plain_(model, plain)
+        record = observed(policy)
+        if frozen := plain - record.table.free_tensors(plain):
+            unregister_(model, frozen)
+            record = observed(policy)
     if record.unused and newly_read(model, example, trained := Trained(example.forward), record.unread):
         example = replace(example, also=(*example.also, trained))
         record = observed(policy)

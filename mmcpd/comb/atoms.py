@@ -8,6 +8,7 @@ at once and returns the connected components.
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -118,6 +119,18 @@ class AtomTable:
         if not self.reasons or self.reasons[-1] != reason:
             self.reasons.append(reason)
         self._frozen.append((atoms, len(self.reasons) - 1))
+
+    def free_tensors(self, names: Set[str]) -> set[str]:
+        """Return which of some tensors share an atom with any other tensor that is not frozen."""
+        component, why = self.solve()
+        parts = {row: component[row.start : row.start + row.size] for row in self.rows}
+        elsewhere = np.concatenate([np.empty(0, np.int64), *(p for row, p in parts.items() if row.tensor not in names)])
+        free = np.setdiff1d(elsewhere, np.flatnonzero(why >= 0))
+        return {row.tensor for row, part in parts.items() if row.tensor in names and np.isin(part, free).any()}
+
+    def says(self, reason: str) -> bool:
+        """Say whether any atom is frozen for a reason."""
+        return any(len(atoms) and self.reasons[number] == reason for atoms, number in self._frozen)
 
     def resolve_(self, stands: np.ndarray, size: int) -> None:
         """Let `stands[atom]` stand for each atom in all equations, of `size` atoms then; `FIXED` says nothing."""

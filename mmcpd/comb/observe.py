@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,13 +18,16 @@ from ..errors import CombError
 from ..nested import named_tensors_in, tensors_in
 from ..slim.compare import evaluating
 from ..slim.mask import named_tensors
+from ..slim.references import plain_attributes
 from .fresh import resolve_
 from .record import Note, Record
-from .renewed import freeze_renewed_
+from .renewed import RENEWED, freeze_renewed_, renewed_by
 from .rules import apply
 from .size_arguments import observing_sizes
 from .trace import AXES, INPUT, Call, Cursor, Policy, Run
 from .unused import Ran, Unused
+
+PLAIN = '{} is neither a parameter nor a buffer: `register_buffer` lets it be cut'
 
 
 def observe(model: nn.Module, example: Example, policy: Policy) -> Record:
@@ -46,7 +49,8 @@ def observe(model: nn.Module, example: Example, policy: Policy) -> Record:
                 marked.append(tensor)
         run.real, run.record.divisors = run.record.table.size, set(policy.divisors)
         run.record.pictures = np.zeros(run.real, np.int64) if policy.pictures is None else policy.pictures.copy()
-        marked += _hold_plain(model, run)
+        plain = _mark_plain(model, run)
+        marked += [each.tensor for each in plain]
         with (
             evaluating(model),
             _module_paths(model, run),
@@ -68,7 +72,11 @@ def observe(model: nn.Module, example: Example, policy: Policy) -> Record:
         if not policy.leave_unused:
             unused.freeze_(run.record.table)
             freeze_renewed_(model, run.record.table)
+        for each in plain:  # what else freezes their channels is the better reason
+            run.freeze_all(each.tensor, each.reason)
         resolve_(run.record, run.real)
+        said = (each for each in plain if run.record.table.says(each.reason))
+        run.record.plain = frozenset(each.name for each in said if each.reason == PLAIN.format(each.name))
     finally:
         for tensor in marked + given:
             for name in (AXES, INPUT):
@@ -192,17 +200,25 @@ def _own_backwards(run: Run) -> Iterator[None]:
         function.apply = apply
 
 
-def _hold_plain(model: nn.Module, run: Run) -> list[Tensor]:
-    """Freeze the channels of tensors that modules hold beside parameters and buffers, and return these tensors."""
-    held: list[Tensor] = []
+class _Plain(NamedTuple):
+    """A tensor that a module holds beside parameters and buffers, and why its channels freeze."""
+
+    name: str
+    tensor: Tensor
+    reason: str
+
+
+def _mark_plain(model: nn.Module, run: Run) -> list[_Plain]:
+    """Give axes to the tensors that modules hold beside parameters and buffers."""
+    held: list[_Plain] = []
     for path, module in model.named_modules():
-        own = {name: value for name, value in vars(module).items() if not name.startswith('_')}
-        for name, tensor in named_tensors_in(own).items():
+        renewed = {} if run.policy.leave_unused else renewed_by(module.__class__)
+        for name, tensor in named_tensors_in(plain_attributes(module)).items():
             if tensor.dim() and not hasattr(tensor, AXES):
-                reason = f'{path}.{name} is neither a parameter nor a buffer: `register_buffer` lets it be cut'
+                full = f'{path}.{name}'.lstrip('.')
+                reason = RENEWED.format(renewed[name]) if name in renewed else PLAIN.format(full)
+                held.append(_Plain(full, tensor, reason))
                 run.set(tensor, [run.new_axis(size, False) if size > 1 else None for size in tensor.shape])
-                run.freeze_all(tensor, reason.lstrip('.'))
-                held.append(tensor)
     return held
 
 

@@ -103,6 +103,7 @@ class Record:
     notes: set[Note] = field(default_factory=set)
     unsupported: Counter[OperationAt] = field(default_factory=Counter)
     unread: frozenset[str] = frozenset()  # parameters and buffers that no operation read
+    plain: frozenset[str] = frozenset()  # tensors beside these two that channels met
     unused: tuple[str, ...] = ()  # layers that never ran, and single tensors that nothing read
     _numbers: dict[bytes, int] = field(default_factory=dict)
 

@@ -17,7 +17,7 @@ from torch import nn
 from .atoms import AtomTable
 
 FACTS = ('device', 'dtype')
-REASON = "{} makes it anew for another size of the input, as wide as before; if it never will, say `unused='leave'`"
+RENEWED = "{} makes it anew for another size of the input, as wide as before; if it never will, say `unused='leave'`"
 
 
 def freeze_renewed_(model: nn.Module, table: AtomTable) -> None:
@@ -29,7 +29,7 @@ def freeze_renewed_(model: nn.Module, table: AtomTable) -> None:
         found |= {f'{path}.{name}'.lstrip('.'): renewed[name] for name in held & renewed.keys()}
     for row in table.rows:
         if row.tensor in found:
-            table.freeze(np.arange(row.start, row.start + row.size), REASON.format(found[row.tensor]))
+            table.freeze(np.arange(row.start, row.start + row.size), RENEWED.format(found[row.tensor]))
 
 
 @cache

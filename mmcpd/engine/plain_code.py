@@ -21,6 +21,7 @@ from mmcpd.names import in_short
 from mmcpd.slim import attention
 from mmcpd.slim.call_sites import Rewrite, rewrites_of
 from mmcpd.slim.mask import named_tensors
+from mmcpd.slim.plain_tensors import plain_tensors
 from mmcpd.slim.references import detached_references
 from mmcpd.version import __version__
 
@@ -124,7 +125,7 @@ def plain_code(cfg: Config, plan: Mapping[str, Any], small: nn.Module, stem: str
         f'MODEL = {_shown(model)}\n# Shapes and attributes that differ from those of the dense model.\n',
         f'SHAPES = {_shown(shapes)}\nATTRIBUTES = {_shown(_attributes(small, plan["attributes"]))}\n',
         *(f'\n\n{text.strip()}\n' for text in (*(_replacements() if kinds else ()), *subclasses)),
-        BUILD, *_added(plan), RESIZE, *_shared(plan), *_replaced(kinds),
+        BUILD, *_registered(dense, plan), *_added(plan), RESIZE, *_shared(plan), *_replaced(kinds),
     ]  # fmt: skip
     if plan['attributes']:
         parts.append(
@@ -239,6 +240,16 @@ def _rewritten(small: nn.Module, rewritten: Mapping[str, Any]) -> tuple[list[str
 
 def _key(small: nn.Module, path: str, entries: Any) -> tuple[type, tuple[Any, ...]]:
     return type(small.get_submodule(path)).__bases__[0], tuple(map(tuple, entries))
+
+
+def _registered(dense: nn.Module, plan: Mapping[str, Any]) -> list[str]:
+    """Return the lines that make buffers of plain tensors which were cut."""
+    lines = []
+    for name in plain_tensors(dense).keys() & plan['tensors'].keys():
+        path, _, local = name.rpartition('.')
+        lines.append(f'    del model.get_submodule({path!r}).{local}\n')
+        lines.append(f'    model.get_submodule({path!r}).register_buffer({local!r}, values[{name!r}], False)\n')
+    return lines
 
 
 def _added(plan: Mapping[str, Any]) -> list[str]:

@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from ..coupling import Coupling, Keep
 from ..names import look_up
 from ..slim.mask import Masker, named_tensors
+from ..slim.plain_tensors import register_plain_
 from .agree import Agreement
 from .finite import Missing, check_finite
 from .importance import Closure, averaged, build_importance
@@ -216,6 +217,7 @@ class Pruner:
         Raises:
             ValueError: it is no copy of the model.
         """
+        register_plain_(copy, self.coupling.tensors)
         found = named_tensors(copy)
         for name, info in self.coupling.tensors.items():
             if name not in found or found[name].shape != info.shape:

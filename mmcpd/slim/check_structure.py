@@ -18,6 +18,7 @@ from ..random_state import seeded
 from .attention import REPLACEMENTS
 from .call_sites import INFER, Rewrite, rewrite_
 from .noted_rows import are_rows
+from .plain_tensors import plain_tensors
 from .replace_sizes import is_place
 from .weights import all_tensors, is_extra_state, own_tensors
 
@@ -54,10 +55,11 @@ def _named(name: object) -> str:
 
 @dataclass(frozen=True)
 class _Dense:
-    """The modules and tensors of a dense model, by name."""
+    """The modules and tensors of a dense model, by name; of the tensors, those that are buffers once they are cut."""
 
     modules: Mapping[str, nn.Module]
     tensors: Mapping[str, Tensor]
+    plain: Mapping[str, Tensor]
 
     def module(self, path: str) -> nn.Module:
         if path not in self.modules:
@@ -87,7 +89,7 @@ def check_structure(model: nn.Module, plan: Mapping[str, Any]) -> None:
     for key, entries in plan.items():
         if type(entries) is not dict or not all(type(name) is str for name in entries):
             raise SlimError(f'{key} of the structure is {_short(entries)}, and no table by name')
-    dense = _Dense(dict(model.named_modules()), all_tensors(model))
+    dense = _Dense(dict(model.named_modules()), all_tensors(model), plain_tensors(model))
     _check_added(dense, plan['added'], plan['tensors'])
     _check_tensors(dense, plan['tensors'], plan['added'])
     _check_rows(dense, plan['rows'], plan['tensors'])
@@ -107,7 +109,7 @@ def _check_tensors(dense: _Dense, shapes: Mapping[str, Any], added: Mapping[str,
     for name, shape in shapes.items():
         if type(shape) is not list or len(shape) > DIMS or not all(type(n) is int and n >= 0 for n in shape):
             raise SlimError(f'{_named(name)} is {_short(shape)} in the structure, which is no shape')
-        tensor = dense.tensors.get(name)
+        tensor = dense.tensors.get(name, dense.plain.get(name))
         if name in added or (tensor is not None and is_lazy(tensor)):
             made += math.prod(shape)
             if made > MADE:
@@ -127,9 +129,10 @@ def _contains(have: Sequence[int], shape: Sequence[int]) -> bool:
 def _check_rows(dense: _Dense, rows: Mapping[str, Any], shapes: Mapping[str, Any]) -> None:
     for name, dims in rows.items():
         path, _, local = name.rpartition('.')
-        if name not in shapes or local not in dense.module(path)._non_persistent_buffers_set:
+        cut = local in dense.module(path)._non_persistent_buffers_set or name in dense.plain
+        if name not in shapes or not cut:
             raise SlimError(f'{_named(name)} is no buffer outside of the state dict that is cut: another model')
-        have, shape = dense.tensors[name].shape, shapes[name]
+        have, shape = {**dense.plain, **dense.tensors}[name].shape, shapes[name]
         if type(dims) is not list or len(dims) != len(shape) or not all(map(are_rows, dims, shape, have)):
             raise SlimError(f'{name} keeps the rows {_short(dims)} in the structure: another model')
 

@@ -18,6 +18,7 @@ from ..errors import SlimError
 from ..fixes import CodePlace
 from .call_sites import code_place
 from .copying import forget_, writable_
+from .plain_tensors import register_plain_
 
 # Functions that may run over only the kept channels: their result is then what it is in the slimmed model. SOFTMAXES
 # keep the channels. They take `(input, dim, ...)`, those of norms `(input, order, dim, ...)`: dim is an
@@ -190,6 +191,7 @@ class Masker:
     """
 
     def __init__(self, model: nn.Module, coupling: Coupling) -> None:
+        register_plain_(model, coupling.tensors)
         self.model, self.coupling = model, coupling
         self._flat: Tensor | None = None
         self._rows: list[MaskedRows] = []

@@ -20,6 +20,7 @@ from .copying import copied, discarding
 from .mask import kept_rows, named_tensors, unmask_statistics_
 from .methods import Methods
 from .noted_rows import note_rows_
+from .plain_tensors import plain_tensors, register_plain_
 from .references import Replaced, refer_
 from .shape_attributes import Layer, Shapes, described, followed, integers, local_shapes
 from .size_expressions import evaluate, leaves, read_attribute, show, solve, write_attribute
@@ -78,7 +79,7 @@ def _sliced(model: nn.Module, coupling: Coupling, keep: Keep) -> nn.Module:
     """Copy a model with the kept rows; what goes is never copied, and shared tensors stay shared."""
     kept = kept_rows(coupling, keep)
     memo: dict[int, Any] = {}
-    tensors = named_tensors(model)
+    tensors = {**plain_tensors(model), **named_tensors(model)}
     for name, dims in kept.items():
         tensor = tensors[name]
         value = tensor.detach()
@@ -86,6 +87,7 @@ def _sliced(model: nn.Module, coupling: Coupling, keep: Keep) -> nn.Module:
             value = value.index_select(dim, rows.nonzero().flatten().to(value.device))
         memo[id(tensor)] = as_tensor_of(tensor, value)
     small = copied(model, memo, coupling.caches)
+    register_plain_(small, kept)
     unmask_statistics_(small)
     note_rows_(small, kept)
     return small

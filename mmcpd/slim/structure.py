@@ -15,6 +15,7 @@ from .call_sites import Rewrite, rewrite_, rewrites_of
 from .check_structure import DTYPES, check_structure, largest_made, may_become
 from .mask import named_tensors
 from .noted_rows import Rows, noted_rows, set_noted_rows_
+from .plain_tensors import plain_tensors, register_plain_
 from .references import Replaced, refer_
 from .slimming import replace_module
 from .weights import Slots, all_tensors, is_extra_state, own_tensors, weights
@@ -63,13 +64,15 @@ def structure(model: nn.Module, small: nn.Module) -> dict[str, Any]:
             attributes[path] = changes
         if rewrites_of(other):
             rewritten[path] = [[*r.place, r.number] for r in rewrites_of(other)]
-    old, kept = all_tensors(model), {n for n, value in weights(small).items() if not is_extra_state(n)}
+    old, plain = all_tensors(model), plain_tensors(model)
+    kept = {n for n, value in weights(small).items() if not is_extra_state(n)}
     tensors: dict[str, list[int]] = {}
     added: dict[str, Any] = {}
     for name, tensor in named_tensors(small).items():
         if name not in old and name in kept:
             added[name] = {'parameter': isinstance(tensor, nn.Parameter), 'dtype': str(tensor.dtype)}
-        if name in added or (name in old and (is_lazy(old[name]) or old[name].shape != tensor.shape)):
+        before = old.get(name, plain.get(name))
+        if name in added or (before is not None and (is_lazy(before) or before.shape != tensor.shape)):
             tensors[name] = list(tensor.shape)
     rows = {name: found for name in tensors if name not in kept and (found := _rows_of(small, name)) is not None}
     first = {tensor: name for name, tensor in named_tensors(small).items()}
@@ -112,6 +115,7 @@ def restructure_(model: nn.Module, plan: Mapping[str, Any]) -> nn.Module:
         4
     """
     check_structure(model, plan)
+    register_plain_(model, plan['tensors'])
     for name, entry in plan['added'].items():
         _add_(model, name, plan['tensors'][name], **entry)
     modules, tensors, slots = dict(model.named_modules()), all_tensors(model), Slots(model)

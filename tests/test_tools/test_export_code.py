@@ -160,9 +160,11 @@ class Strange(BaseModel):
         self.stem, self.attn, self.fc = nn.Conv2d(3, dim, 8, 8), Attention(dim), nn.Linear(dim, 5)
         self.tied = nn.Linear(dim, dim)
         self.also = self.tied
+        self.wide, self.table, self.narrow = nn.Linear(dim, 16), torch.linspace(-1, 1, 16), nn.Linear(16, dim)
 
     def forward(self, inputs, data_samples=None, mode='tensor'):
         x = self.stem(F.pad(inputs, (0, 0, 0, 0))).flatten(2).mT
+        x = x + self.narrow(self.wide(x) + self.table)
         x = self.also(self.tied(x + self.attn(x)))
         return self.fc((self.attn.bend(x) + x).mean(1))
 """
@@ -170,7 +172,7 @@ class Strange(BaseModel):
 
 @pytest.fixture
 def strange(tmp_path, monkeypatch):
-    """A model of a file of the user's own: super(), private names, decorators, functions, a tied layer."""
+    """A model of a file of the user's own: super(), private names, decorators, a tied layer, a plain tensor."""
     (tmp_path / 'strange_net.py').write_text(STRANGE)
     monkeypatch.syspath_prepend(tmp_path)
     importlib.import_module('strange_net')
@@ -202,6 +204,7 @@ def test_methods_of_a_user_s_own_file_are_written_as_they_mean(strange, tmp_path
     text = exported('strange', strange, tmp_path)
     assert 'import strange_net' in text and 'super(OfAttention, self).bend' in text and '@noted' in text
     assert 'self._Base__gain' in text and 'def merge(' in text
+    assert "register_buffer('table', values['table'], False)" in text
 
 
 def exported(name, cfg, tmp_path) -> str:
