@@ -26,8 +26,8 @@ from mmcpd.prune import shares
 from mmcpd.slim import mask_, slim
 from mmcpd.slim.compare import compare
 from tests.helpers import EXACT, on_two_processes, randomise_, rotated
-from tests.test_engine.test_distillers import classifier, segmentor
-from tests.test_engine.test_hooks import Watch, config, hook_of, runner_of, train  # noqa: F401
+from tests.test_engine.distilled_models import classifier, segmentor
+from tests.test_engine.tiny_runs import config, hook_of, train
 
 torch.set_num_threads(1)
 AT_ONCE = {'default_hooks.prune': {'_delete_': True, 'type': 'mmcpd.PruneHook', 'at_once': True, 'pictures': 32}}
@@ -177,7 +177,7 @@ UNLABELLED = {
 
 
 @pytest.mark.parametrize('begin', [0, 4])
-def test_a_run_that_prunes_at_once(runner_of, tmp_path, begin):  # noqa: F811
+def test_a_run_that_prunes_at_once(runner_of, tmp_path, begin):
     change = {**AT_ONCE, 'prune.begin': begin, **(UNLABELLED if begin == 0 else {})}
     runner = runner_of(**change, epochs=3)
     watch = train(runner)
@@ -205,7 +205,7 @@ def test_a_run_that_prunes_at_once(runner_of, tmp_path, begin):  # noqa: F811
         assert text in log, text
 
 
-def test_what_goes_is_what_the_function_chooses(runner_of, monkeypatch):  # noqa: F811
+def test_what_goes_is_what_the_function_chooses(runner_of, monkeypatch):
     """The hook looks at training pictures that are not augmented, and the loss decides about the softmax."""
     runner = runner_of(**AT_ONCE, epochs=1, **{'prune.seed': 3})
     found = []
@@ -247,7 +247,7 @@ class Stop(Hook):
     ('begin', 'stop', 'optimizer'),
     [(4, 1, ADAM), *(pytest.param(b, s, SGD, marks=pytest.mark.slow) for b, s in ((0, 1), (4, 2)))],
 )
-def test_a_resumed_run_chooses_and_refits_once(runner_of, tmp_path, monkeypatch, begin, stop, optimizer):  # noqa: F811
+def test_a_resumed_run_chooses_and_refits_once(runner_of, tmp_path, monkeypatch, begin, stop, optimizer):
     change = {**AT_ONCE, 'prune.begin': begin, 'epochs': 3}
     change['optim_wrapper.optimizer'] = {'_delete_': True, **optimizer}
     whole = runner_of('whole', **change)
@@ -289,7 +289,7 @@ VIT = {
 
 
 @pytest.mark.parametrize('at_once', [True, False])
-def test_heads_are_rotated_before_the_teacher_is_taken(runner_of, tmp_path, at_once):  # noqa: F811
+def test_heads_are_rotated_before_the_teacher_is_taken(runner_of, tmp_path, at_once):
     student = {'_delete_': True, **VIT}
     options = {'begin': 4, 'rotate': True, **({'at_once': True, 'pictures': 32} if at_once else {'end': 8})}
     change = {'model.student': student, 'default_hooks.prune': {'type': 'mmcpd.PruneHook', '_delete_': True, **options}}
@@ -334,7 +334,7 @@ def test_heads_are_rotated_before_the_teacher_is_taken(runner_of, tmp_path, at_o
     assert 'rotated 4 heads of 2 attentions' in next((tmp_path / 'run').glob('*/*.log')).read_text()
 
 
-def test_gauss_newton_scores_while_the_model_trains(runner_of):  # noqa: F811
+def test_gauss_newton_scores_while_the_model_trains(runner_of):
     watch = train(runner_of(epochs=3, **{'prune.importance': 'gauss_newton', 'prune.end': 10}))
     assert len(set(watch.left)) > 3 and watch.left[-1] <= 0.5
 

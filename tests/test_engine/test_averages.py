@@ -16,9 +16,7 @@ from mmcpd.engine.slim_file import read_slim
 from mmcpd.engine.wrappers import bare_model
 from mmcpd.slim.compare import compare
 from mmcpd.slim.mask import kept_rows, named_tensors
-from tests.test_engine.test_hooks import config, hook_of, runner_of, train  # noqa: F401
-
-X = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+from tests.test_engine.tiny_runs import X, config, hook_of, train
 
 
 @MODELS.register_module()
@@ -68,7 +66,7 @@ class Look(Hook):
 
 @pytest.mark.parametrize('kind', KINDS, ids=str)
 @pytest.mark.parametrize('last', [False, True], ids=['before PruneHook', 'after PruneHook'])
-def test_the_average_is_masked_validated_and_slimmed(runner_of, tmp_path, kind, last):  # noqa: F811
+def test_the_average_is_masked_validated_and_slimmed(runner_of, tmp_path, kind, last):
     runner = runner_of(custom_hooks=[{**kind, 'priority': 'LOW' if last else 'HIGH'}])
     look = Look()
     runner.register_hook(look)
@@ -92,7 +90,7 @@ def test_the_average_is_masked_validated_and_slimmed(runner_of, tmp_path, kind, 
     assert all(torch.equal(once[name], again[name]) for name in once)
 
 
-def test_the_source_is_slimmed_where_only_the_source_is_validated(runner_of, tmp_path):  # noqa: F811
+def test_the_source_is_slimmed_where_only_the_source_is_validated(runner_of, tmp_path):
     kind = {'type': 'mmpretrain.EMAHook', 'momentum': 0.2, 'evaluate_on_ema': False, 'evaluate_on_origin': True}
     runner = runner_of(custom_hooks=[kind])
     train(runner)
@@ -101,7 +99,7 @@ def test_the_source_is_slimmed_where_only_the_source_is_validated(runner_of, tmp
     assert (small(X) - averaged(runner)(X)).abs().max() > 1e-4
 
 
-def test_the_average_teaches_and_is_the_dense_model(runner_of, tmp_path):  # noqa: F811
+def test_the_average_teaches_and_is_the_dense_model(runner_of, tmp_path):
     seen = {}
 
     class Keep(Hook):
@@ -123,7 +121,7 @@ def test_the_average_teaches_and_is_the_dense_model(runner_of, tmp_path):  # noq
 
 
 @pytest.mark.parametrize('begin', [0, 4])
-def test_at_once_goes_on_from_the_pruned_average(runner_of, tmp_path, begin):  # noqa: F811
+def test_at_once_goes_on_from_the_pruned_average(runner_of, tmp_path, begin):
     train(runner_of('dense', distil=False, epochs=1, **{'prune.begin': 3, 'prune.end': 4}))
     seen = {}
 
@@ -150,7 +148,7 @@ def test_at_once_goes_on_from_the_pruned_average(runner_of, tmp_path, begin):  #
 
 @pytest.mark.parametrize('buffers', [False, True])
 @pytest.mark.parametrize('stop', [1, 2])
-def test_a_resumed_run_ends_with_the_same_weights_and_average(runner_of, tmp_path, stop, buffers):  # noqa: F811
+def test_a_resumed_run_ends_with_the_same_weights_and_average(runner_of, tmp_path, stop, buffers):
     change = {'custom_hooks': [{'type': 'EMAHook', 'momentum': 0.2, 'update_buffers': buffers}]}
 
     class Stop(Hook):
@@ -175,7 +173,7 @@ def test_a_resumed_run_ends_with_the_same_weights_and_average(runner_of, tmp_pat
     assert all(torch.equal(once[name], again[name]) for name in once)
 
 
-def test_an_average_of_something_else_is_refused_before_training(runner_of):  # noqa: F811
+def test_an_average_of_something_else_is_refused_before_training(runner_of):
     class Other(Hook):
         def before_run(self, runner):
             self.average = MODELS.build(
@@ -189,7 +187,7 @@ def test_an_average_of_something_else_is_refused_before_training(runner_of):  # 
     assert runner.iter == 0
 
 
-def test_an_average_that_was_not_begun_is_the_model(runner_of, tmp_path):  # noqa: F811
+def test_an_average_that_was_not_begun_is_the_model(runner_of, tmp_path):
     """EMAHook copies the model before its weights are initialised or loaded, and averages from the first step on."""
     seen = {}
 

@@ -12,9 +12,7 @@ from mmengine.hooks import Hook
 from mmcpd.engine.slim_file import read_slim
 from mmcpd.engine.stage import check_target
 from mmcpd.errors import NotFiniteError, PruneError, TargetError
-from tests.test_engine.test_hooks import hook_of, runner_of
-
-__all__ = ['runner_of']
+from tests.test_engine.tiny_runs import hook_of
 
 
 class At(Hook):

@@ -19,7 +19,7 @@ from mmcpd.engine.latency import LatencyTarget, picture_exported
 from mmcpd.engine.preview import Scored, preview
 from mmcpd.engine.pruning_state import pruning_state
 from mmcpd.errors import PruneError, SlimError
-from tests.test_engine.test_hooks import hook_of, runner_of  # noqa: F401
+from tests.test_engine.tiny_runs import hook_of
 
 NO_LOSS = {'distil': False, 'prune.threads': 1}
 TARGET = {'_delete_': True, 'latency': 0.6}
@@ -50,7 +50,7 @@ def clock(monkeypatch, tmp_path):
     return clock
 
 
-def test_a_run_reaches_its_latency_and_a_resumed_one_keeps_its_times(runner_of, clock, tmp_path, monkeypatch):  # noqa: F811
+def test_a_run_reaches_its_latency_and_a_resumed_one_keeps_its_times(runner_of, clock, tmp_path, monkeypatch):
     runner = runner_of('whole', **{'prune.target': TARGET, **NO_LOSS})
     runner.train()
     hook = hook_of(runner)

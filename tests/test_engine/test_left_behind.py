@@ -9,9 +9,7 @@ from torch.nn.utils import prune
 
 from mmcpd.engine.build import build_dense
 from mmcpd.engine.slim_file import read_slim
-from tests.test_engine.test_hooks import config, runner_of
-
-__all__ = ['runner_of']
+from tests.test_engine.tiny_runs import config
 
 
 def keep_last_input(module: nn.Module, inputs: tuple) -> None:

@@ -24,7 +24,7 @@ from mmcpd.engine.checkpoints import load_slim
 from mmcpd.engine.slim_file import read_slim
 from mmcpd.slim import restructure_
 
-from .test_hooks import config
+from .tiny_runs import config
 
 torch.set_num_threads(1)
 MODEL = """

@@ -29,7 +29,7 @@ from mmcpd.slim import mask_, slim
 from mmcpd.slim.compare import compare
 from mmcpd.slim.trial import random_keep
 
-from .test_hooks import config, hook_of, runner_of, train  # noqa: F401
+from .tiny_runs import config, hook_of, train
 
 torch.set_num_threads(1)
 
@@ -160,7 +160,7 @@ def test_the_functions_of_training_leave_modes_and_samples_as_they_were():
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_a_whole_run_of_a_model_with_more_than_one_forward(runner_of, tmp_path, kind):  # noqa: F811
+def test_a_whole_run_of_a_model_with_more_than_one_forward(runner_of, tmp_path, kind):
     change = {
         'model': {'_delete_': True, 'type': kind},
         'model.data_preprocessor': {'type': 'mmpretrain.ClsDataPreprocessor'},
@@ -176,7 +176,7 @@ def test_a_whole_run_of_a_model_with_more_than_one_forward(runner_of, tmp_path, 
         torch.testing.assert_close(value, small.state_dict()[name])
 
 
-def test_parts_that_never_ran_are_named(runner_of, tmp_path):  # noqa: F811
+def test_parts_that_never_ran_are_named(runner_of, tmp_path):
     runner = runner_of(distil=False, **{'model.neck': {'_delete_': True, 'type': 'Idle'}})
     train(runner)
     assert 'neither testing nor training ran these, so they stay as they are: neck.idle' in log_of(tmp_path)
@@ -234,7 +234,7 @@ class Spoil(Hook):
         fc.register_forward_hook(lambda m, i, out: out.flip(1))
 
 
-def test_what_a_file_cannot_hold_leaves_no_slim_file_and_a_checkpoint_to_go_on_with(runner_of, tmp_path):  # noqa: F811
+def test_what_a_file_cannot_hold_leaves_no_slim_file_and_a_checkpoint_to_go_on_with(runner_of, tmp_path):
     runner = runner_of(custom_hooks=[{'type': 'Spoil'}], distil=False)
     train(runner)
     hook, work = hook_of(runner), tmp_path / 'run'
@@ -264,7 +264,7 @@ class Talkative(BaseMetric):
         return {'share': np.float32(0.5), 'worst_class': 'c3', 'missing': None, 'per_class': np.arange(3)}
 
 
-def test_metrics_and_metainfo_of_any_kind_end_in_a_slim_file(runner_of, tmp_path):  # noqa: F811
+def test_metrics_and_metainfo_of_any_kind_end_in_a_slim_file(runner_of, tmp_path):
     runner = runner_of(val_evaluator={'_delete_': True, 'type': 'Talkative'}, distil=False)
     palette = np.array([[1, 2, 3]])
     runner.train_loop.dataloader.dataset._metainfo = {'classes': ('a', 'b'), 'palette': palette, 'draw': print}

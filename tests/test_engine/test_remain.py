@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mmcpd.engine.slim_file import read_slim
-from tests.test_engine.test_hooks import hook_of, runner_of  # noqa: F401 - a fixture
+from tests.test_engine.tiny_runs import hook_of
 
 EVERY = {'begin': 0.25, 'end': 0.75, 'interval': 2}
 AT_ONCE = {'at_once': True, 'begin': 0.25, 'pictures': 32}
@@ -13,7 +13,7 @@ LATE = 'backbone.layer4.*'
 
 
 @pytest.mark.parametrize('way', [EVERY, AT_ONCE], ids=['one by one', 'at once'])
-def test_a_run_leaves_the_share_of_what_fits(runner_of, tmp_path, way):  # noqa: F811
+def test_a_run_leaves_the_share_of_what_fits(runner_of, tmp_path, way):
     counts = {}
     for share in (None, 0.9):
         remain = {} if share is None else {'remain': {LATE: share}}

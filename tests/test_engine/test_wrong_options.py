@@ -12,7 +12,7 @@ from mmcpd.cli.checks import check_hooks
 from mmcpd.engine.distillers import Distiller
 from mmcpd.engine.loss_configs import LOSSES, LossConfig
 from mmcpd.prune import IMPORTANCES, build_importance, check_importance
-from tests.test_engine.test_hooks import STUDENT
+from tests.test_engine.tiny_runs import STUDENT
 
 NAN, INF = float('nan'), float('inf')
 # Option of PruneHook -> wrong values; {'at_once': True} goes with those of pruning at once.
