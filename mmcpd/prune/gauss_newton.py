@@ -51,7 +51,7 @@ class GaussNewton(Importance):
 
     def check(self, model: nn.Module, example: Example | None = None) -> None:
         if example is not None:
-            self.layouts = find_layouts(model, self.gates, example, 'gauss_newton')
+            self.layouts = find_layouts(model, self.gates, example, 'gauss_newton', tables=True)
             self._warn()
 
     def _warn(self) -> None:
@@ -70,10 +70,9 @@ class GaussNewton(Importance):
             raise ValueError("importance 'gauss_newton' reads outputs: give accumulate() a closure that yields them")
         taps = SampleTaps(self.gates, model, self.layouts)
         with scoring(model, self.gates), taps:
-            found = [self._squares(taps, outputs) for outputs in closure() or ()]
+            found = [self._squares(model, taps, outputs) for outputs in closure() or ()]
         if not found:
             raise ValueError("importance 'gauss_newton' got no outputs: the closure yields those of each batch")
-        taps.calls.check('gauss_newton')
         self.add(torch.stack(found).sum(0))
 
     def reset(self) -> None:
@@ -87,26 +86,30 @@ class GaussNewton(Importance):
         super().load_state_dict(state)
         self._moments = state['moments'].cpu().clone()
 
-    def _squares(self, taps: SampleTaps, outputs: object) -> Tensor:
+    def _squares(self, model: nn.Module, taps: SampleTaps, outputs: object) -> Tensor:
         """Return the squares of one batch, (units,), summed over its samples."""
-        found = [t for t in tensors_in(outputs) if t.is_floating_point()]
-        scales = self._scales(found)
-        pairs = [(z, scale) for z, scale in zip(found, scales, strict=True) if z.requires_grad]
+        floating = [t for t in tensors_in(outputs) if t.is_floating_point()]
+        scales = self._scales(floating)
+        pairs = [(z, scale) for z, scale in zip(floating, scales, strict=True) if z.requires_grad]
         if not pairs:
             raise ValueError('the closure yields no tensor with a gradient: run the model inside it, undetached')
         total = torch.zeros((), device=pairs[0][0].device)
+        tables = {cut: model.get_parameter(cut.tensor) for cut in taps.calls.unseen()}
         for draw in range(self.draws):
             directions = [self._direction(z) * scale for z, scale in pairs]
-            torch.autograd.grad(
+            _, *gradients = torch.autograd.grad(
                 [z for z, _ in pairs],
-                [taps.anchor],
+                [taps.anchor, *tables.values()],
                 directions,
                 retain_graph=draw + 1 < self.draws,
                 allow_unused=True,
             )
-            gradient = taps.pop()
-            if gradient is not None:
-                total = total + gradient.square().sum(0) / self.draws
+            for cut, gradient in zip(tables, gradients, strict=True):
+                if gradient is not None:
+                    taps.receive_table(cut, gradient)
+            found = taps.pop()
+            if found is not None:
+                total = total + found.square().sum(0) / self.draws
         return total.expand(self.gates.units)
 
     def _direction(self, z: Tensor) -> Tensor:

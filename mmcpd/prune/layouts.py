@@ -36,6 +36,7 @@ class Layout:
 
 FIRST = Layout(0)
 CONSTANT = Layout(None, reason='its activations are the same for all inputs')
+TABLE = Layout(None, reason='no linear layer and no convolution is called with rows of it')
 MIXED = Layout(None, reason='samples of a batch change one another there, or lie in more than one dimension')
 Seen = dict[Cut, list[Tensor]]  # the activations of each cut, summed over channels
 
@@ -55,22 +56,27 @@ def scoring(model: nn.Module, gates: Gates) -> Iterator[None]:
         yield
 
 
-def find_layouts(model: nn.Module, gates: Gates, example: Example, importance: str) -> dict[Cut, Layout]:
+def find_layouts(
+    model: nn.Module, gates: Gates, example: Example, importance: str, *, tables: bool = False
+) -> dict[Cut, Layout]:
     """Return for each cut where samples lie, or why they cannot be told apart.
 
     The example runs once as it is, and three times with two of it in a batch: as they are, and with either changed.
     What changes with the first alone belongs to it. Nothing of the kind is found where activations do not depend on the
-    input (a table of positions), or the model takes no larger batch.
+    input (a table of positions), or the model takes no larger batch. With `tables` a tensor of the cut may be used by
+    no layer, as positions are that are added.
 
     Raises:
-        ValueError: a tensor of the cut was used by no layer.
+        ValueError: a tensor of the cut was used by no layer, and may not.
         torch.OutOfMemoryError: a batch of two examples does not fit: comb with a smaller example.
     """
     calls = CutCalls(gates, model)
     batch = next((len(t) for t in tensors_in(example.inputs) if t.dim()), 1)
     with scoring(model, gates):
         _run(model, calls, example)
-        calls.check(importance)
+        if not tables:
+            calls.check(importance)
+        beside = dict.fromkeys(calls.unseen(), TABLE)
         try:
             plain, *changed = (_run(model, calls, example, partial(_doubled, which)) for which in (None, 0, 1))
         except torch.cuda.OutOfMemoryError:
@@ -78,8 +84,9 @@ def find_layouts(model: nn.Module, gates: Gates, example: Example, importance: s
         except _REFUSALS as error:
             text = first_line(error)
             why = f'the model takes no batch of twice its example ({type(error).__name__}: {text})'
-            return dict.fromkeys(calls.seen, Layout(None, reason=why))
-    return {cut: _common([_layout(batch, *each) for each in _together(cut, plain, *changed)]) for cut in calls.seen}
+            return dict.fromkeys(calls.seen, Layout(None, reason=why)) | beside
+    each = {cut: [_layout(batch, *runs) for runs in _together(cut, plain, *changed)] for cut in calls.seen}
+    return {cut: _common(layouts) for cut, layouts in each.items()} | beside
 
 
 def _run(model: nn.Module, calls: CutCalls, example: Example, change: Callable[[Tensor], Tensor] | None = None) -> Seen:

@@ -18,8 +18,8 @@ from torch.utils.hooks import RemovableHandle
 
 from ..layer_calls import LayerCall, LayerCalls
 from .cut_calls import CutCalls, CutPlace, refusal
-from .gates import Cut, Gates
-from .layouts import FIRST, Layout
+from .gates import Cut, Gates, row_dot
+from .layouts import FIRST, TABLE, Layout
 
 _CHUNK = 1 << 20  # elements of a product at a time, one sample at least
 
@@ -85,8 +85,8 @@ class SampleTaps:
             all taps and computes no gradient of a weight.
 
     Args:
-        layouts: where samples lie in the activations of each cut; where they cannot be told apart the batch counts as
-            one sample. Without an entry they lie along the first dimension.
+        layouts: where samples lie in the activations of each cut; where they cannot be told apart, and where no call
+            shows them, the batch counts as one sample. Without an entry they lie along the first dimension.
     """
 
     def __init__(self, gates: Gates, model: nn.Module, layouts: Mapping[Cut, Layout] | None = None) -> None:
@@ -145,6 +145,11 @@ class SampleTaps:
             found = F.pad(found, (place.start, beyond))
         before = self._batch.get(place.cut)
         self._batch[place.cut] = found if before is None else before + found
+
+    def receive_table(self, cut: Cut, gradient: Tensor) -> None:
+        """Add the gradient of a tensor that no call shows, of its shape: that of the batch as a whole."""
+        self.layouts = {**self.layouts, cut: TABLE}
+        self._batch[cut] = row_dot(self.model.get_parameter(cut.tensor).detach(), gradient, cut.dim).unsqueeze(0)
 
     def pop(self) -> Tensor | None:
         """Return dL/dm of the batch seen last, (N, units), and forget it; None where nothing was seen.

@@ -124,13 +124,59 @@ def test_any_output_counts_by_its_spread():
     assert not torch.allclose(score(only_map, comb(only_map, x), [x])['a'], found[0], rtol=0.1)
 
 
-def test_what_no_layer_reads_is_refused_with_its_group():
+def attention():
+    """Return an attention that adds a table to its queries."""
+    parts = {'q': nn.Linear(3, 6), 'k': nn.Linear(3, 6), 'v': nn.Linear(3, 4)}
+    net = Net(lambda m, x: ((m.q(x) + m.table) @ m.k(x).transpose(1, 2)).softmax(-1) @ m.v(x), **parts)
+    net.table = nn.Parameter(torch.randn(1, 5, 6))
+    x = torch.randn(4, 5, 3).double()
+    return net.double(), comb(net, x), x
+
+
+def gated(net, x, gates, cut=('q.weight', 'q.bias', 'table')):
+    """Run it with gates (6,) on the units of `q`, in the tensors of `cut`."""
+    own = {name: net.get_parameter(name).detach() for name in cut}
+    changed = {name: t * (gates[:, None] if name == 'q.weight' else gates) for name, t in own.items()}
+    return torch.func.functional_call(net, changed, x)
+
+
+def test_what_no_layer_reads_counts_with_what_layers_read():
+    net, coupling, x = attention()
+    assert {member.tensor for member in coupling.groups[0].cut} == {'table', 'q.weight', 'q.bias'}
+    with pytest.warns(UserWarning, match="one sample where 'table' is used: no linear layer"):
+        found = score(net, coupling, [x[:1]])
+    z = net(x[:1]).detach()
+    r = drawn(z, torch.Generator().manual_seed(0)) / z.std(correction=0)
+    gates = torch.ones(6).double().requires_grad_()
+    (whole,) = torch.autograd.grad((r * gated(net, x[:1], gates)).sum(), gates)
+    (without,) = torch.autograd.grad((r * gated(net, x[:1], gates, ('q.weight', 'q.bias'))).sum(), gates)
+    torch.testing.assert_close(found['q'].double(), whole.square(), rtol=1e-5, atol=0)
+    assert not torch.allclose(without.square(), whole.square(), rtol=0.1)
+
+
+@pytest.mark.filterwarnings('ignore:gauss_newton counts each batch')
+def test_a_batch_that_counts_as_one_sample_is_right_in_the_mean():
+    net, coupling, x = attention()
+    jacobian = torch.autograd.functional.jacobian(lambda gates: gated(net, x, gates), torch.ones(6).double())
+    expected = (jacobian / net(x).detach().std(correction=0)).square().sum((0, 1, 2))
+    found = score(net, coupling, [x], importance={'type': 'gauss_newton', 'draws': 2000})
+    torch.testing.assert_close(found['q'], expected, rtol=0.15, atol=0)
+    assert not torch.allclose(score(net, coupling, [x])['q'], expected, rtol=0.15)
+
+
+def test_what_no_layer_reads_is_refused_with_its_group_where_samples_must_be_told_apart():
     net = Net(lambda m, x: m.a(x).relu() @ m.b.weight.T, a=nn.Linear(3, 6), b=nn.Linear(6, 4)).double()
     x = torch.randn(2, 3).double()
     coupling = comb(net, x)
-    for importance in ('gauss_newton', 'group_fisher'):
-        with pytest.raises(ValueError, match=rf"{importance} cannot score 'b\.weight'.*ignore=\['a'\] of comb"):
-            build_importance(importance, coupling.groups).check(net, coupling.example)
+    with pytest.raises(ValueError, match=r"group_fisher cannot score 'b\.weight'.*ignore=\['a'\] of comb"):
+        build_importance('group_fisher', coupling.groups).check(net, coupling.example)
+    with pytest.warns(UserWarning, match=r"'b\.weight' is used"):
+        found = score(net, coupling, [x[:1]])
+    z = net(x[:1])
+    r = drawn(z, torch.Generator().manual_seed(0)) / z.detach().std(correction=0)
+    (gradient,) = torch.autograd.grad((r * z).sum(), net.b.weight)
+    expected = (gradient * net.b.weight).sum(0).square().detach()
+    torch.testing.assert_close(found['a'].double(), expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(
