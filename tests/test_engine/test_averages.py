@@ -9,6 +9,7 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.model import BaseAveragedModel
 from mmengine.registry import MODELS
+from torch import nn
 
 from mmcpd.engine.checkpoints import load_slim
 from mmcpd.engine.saving import slim_checkpoint
@@ -25,6 +26,18 @@ class Remembers(BaseAveragedModel):
 
     def avg_func(self, averaged_param, source_param, steps):
         averaged_param.mul_(1.01).add_(source_param, alpha=0.001)
+
+
+@MODELS.register_module()
+class Shifted(nn.Module):
+    """A neck that adds a plain tensor, which is a buffer from the moment on when the run is combed."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.shift = torch.linspace(-1, 1, channels)
+
+    def forward(self, x):
+        return (x[-1].mean((2, 3)) + self.shift,)
 
 
 KINDS = [
@@ -88,6 +101,18 @@ def test_the_average_is_masked_validated_and_slimmed(runner_of, tmp_path, kind, 
     slim_checkpoint(config(tmp_path / 'run'), tmp_path / 'run' / 'epoch_4.pth', later)
     once, again = (read_slim(path)['state_dict'] for path in (tmp_path / 'run' / 'slim.pth', later))
     assert all(torch.equal(once[name], again[name]) for name in once)
+
+
+def test_an_average_has_plain_tensors_too(runner_of, tmp_path):
+    """MMEngine copies the buffers of the model into the average in their order."""
+    neck = {'_delete_': True, 'type': 'mmengine.Shifted', 'channels': 64}
+    runner = runner_of(custom_hooks=[{'type': 'EMAHook', 'momentum': 0.2}], **{'model.student.neck': neck})
+    train(runner)
+    pruner, average = hook_of(runner).pruner, averaged(runner)
+    assert 'neck.shift' in dict(average.named_buffers()) and removed(average, pruner) == 0
+    small = load_slim(runner.cfg, tmp_path / 'run' / 'slim.pth')
+    assert len(small.neck.shift) < 64
+    torch.testing.assert_close(small(X), average(X), rtol=1e-4, atol=1e-5)
 
 
 def test_the_source_is_slimmed_where_only_the_source_is_validated(runner_of, tmp_path):
