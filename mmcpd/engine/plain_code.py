@@ -245,7 +245,7 @@ def _key(small: nn.Module, path: str, entries: Any) -> tuple[type, tuple[Any, ..
 def _registered(dense: nn.Module, plan: Mapping[str, Any]) -> list[str]:
     """Return the lines that make buffers of plain tensors which were cut."""
     lines = []
-    for name in plain_tensors(dense).keys() & plan['tensors'].keys():
+    for name in sorted(plain_tensors(dense).keys() & plan['tensors'].keys()):
         path, _, local = name.rpartition('.')
         lines.append(f'    del model.get_submodule({path!r}).{local}\n')
         lines.append(f'    model.get_submodule({path!r}).register_buffer({local!r}, values[{name!r}], False)\n')
