@@ -121,8 +121,8 @@ def setting(rows: Sequence[Row]) -> str:
     recipes = {chosen: {(row['recipe'], row['table']) for row in trained if bool(row.get('rate_chosen')) is chosen}
                for chosen in (True, False)}  # fmt: skip
     guessed = sorted(f'{recipe} ({table})' for recipe, table in recipes[False] - recipes[True])
-    rates = 'Learning rates are chosen for each recipe by one run of as many iterations (ResNet-56: 80), on '
-    rates += 'training pictures that nothing else here sees (the dense nets were trained on them too)'
+    rates = 'Learning rates are chosen for each recipe by one run of as many iterations (3 epochs: 240, ResNet-56: '
+    rates += '80), on training pictures that nothing else here sees (the dense nets were trained on them too)'
     rates += f', but these have the default: {", ".join(guessed)}.' if guessed else '.'
     return (
         'Mean ± standard deviation over seeds (how many). Every recipe starts from the same dense weights and sees '

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+_PLAIN = frozenset((bool, int, float, str, type(None)))
+
 
 def tensors_in(value: Any) -> list[Tensor]:
     """Return all tensors in nested tuples, lists, dictionaries and plain objects, data classes among them.
@@ -36,7 +38,8 @@ def _visit(part: Any, path: str, found: dict[str, Tensor], seen: set[int]) -> No
     elif id(part) not in seen and (children := _children(part)) is not None:
         seen.add(id(part))
         for name, child in children:
-            _visit(child, f'{path}.{name}' if path else str(name), found, seen)
+            if type(child) not in _PLAIN:  # most of a configuration is
+                _visit(child, f'{path}.{name}' if path else str(name), found, seen)
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..fixes import Attr, Input
 from ..slim.replace_sizes import LEFT, RIGHT
+from ..slim.shape_attributes import are_sizes
 from .fresh import FACTORIES, factory
 from .rules.pointwise import MULTI_HEAD
 from .size_equations import HANDLERS, in_order, pairs_of
@@ -132,7 +133,7 @@ def observing_sizes(model: nn.Module, run: Run) -> Iterator[None]:
                 if type(value) is int:
                     kept.append((vars(module), name, value))
                     vars(module)[name] = TracedInt.of(value, Attr(path, name), run)
-                elif type(value) in (list, tuple) and value and all(type(v) is int for v in value):
+                elif are_sizes(value):
                     kept.append((vars(module), name, value))
                     sizes = (TracedInt.of(v, Attr(path, f'{name}[{i}]'), run) for i, v in enumerate(value))
                     vars(module)[name] = type(value)(sizes)

@@ -178,7 +178,7 @@ class _Snapshot:
     def _noted(self, name: str, value: object) -> bool:
         """Say whether a forward noted something plain: the size that its cache is for."""
         old = self.attributes.get(name, _MISSING)
-        return _is_plain(value) and (old is _MISSING or (_is_plain(old) and bool(value != old)))
+        return value is not old and _is_plain(value) and (old is _MISSING or (_is_plain(old) and bool(value != old)))
 
     def _is_cache(self, name: str, read: set[int]) -> bool:
         old = self.contents.get(name, self.attributes.get(name, _MISSING))

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 MOST_DIMENSIONS = 5  # a small `dim` may be the number of a dimension
+MOST_SIZES = 1000  # in one list
 Shapes = dict[str, tuple[int, ...]]  # of the module's own tensors, by their local names
 
 
@@ -106,13 +107,23 @@ class Layer(NamedTuple):
         return cls(integers(old), integers(new), [SizePair(*pair) for each in pairs for pair in each])
 
 
+def are_sizes(value: object) -> bool:
+    """Say whether an attribute may hold sizes, one for each of some blocks or dimensions: more are a table of indices.
+
+    Example:
+        >>> are_sizes([64, 128]), are_sizes(list(range(5000))), are_sizes([64, None])
+        (True, False, False)
+    """
+    return type(value) in (list, tuple) and 0 < len(value) <= MOST_SIZES and all(type(each) is int for each in value)
+
+
 def integers(module: nn.Module) -> dict[str, int]:
     """Return the integer attributes of a module by name, and those in lists and tuples as `name[i]`."""
     found: dict[str, int] = {}
     for name, value in vars(module).items():
         if type(value) is int:
             found[name] = value
-        elif type(value) in (list, tuple) and all(type(item) is int for item in value):
+        elif are_sizes(value):
             found |= {f'{name}[{i}]': item for i, item in enumerate(value)}
     return found
 

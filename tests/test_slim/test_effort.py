@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
+from mmcpd import nested
 from mmcpd.comb import comb
 from mmcpd.coupling import Example
-from mmcpd.slim import mask_, slim
+from mmcpd.slim import mask_, slim, slimming
 from mmcpd.slim.call_sites import Rewrite, rewrite_, rewrites_of
 from mmcpd.slim.compare import compare, gap_between
 from mmcpd.slim.copying import copied, restored
@@ -133,3 +135,34 @@ def test_random_weights_do_not_depend_on_the_order_in_memory():
     plain, other = randomised(model), randomised(last)
     assert plain[0].weight.stride() != other[0].weight.stride()
     assert torch.equal(plain[0].weight, other[0].weight) and not torch.equal(plain[0].weight, model[0].weight)
+
+
+class Configured(Blocks):
+    """Each of its modules keeps the configuration of the whole, as models of some libraries do, and a long table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = SimpleNamespace(labels={number: str(number) for number in range(5000)})
+        for module in self.modules():
+            module.config, module.table = config, list(range(5000))
+
+
+def test_what_modules_keep_beside_tensors_is_not_looked_through_entry_by_entry(monkeypatch):
+    seen: Counter[str] = Counter()
+
+    def counted(name: str, function):
+        def call(*args):
+            seen[name] += 1
+            return function(*args)
+
+        return call
+
+    monkeypatch.setattr(nested, '_visit', counted('entries', nested._visit))
+    monkeypatch.setattr(slimming, 'followed', counted('integers', slimming.followed))
+    model = Configured().double().eval()
+    found = comb(model, TOKENS)
+    slim(model, found, random_keep(found, 0.5, 0))
+    assert 0 < seen['entries'] < 5000 and seen['integers'] < 100, seen
+    monkeypatch.setattr(nested, '_PLAIN', frozenset())
+    comb(model, TOKENS)
+    assert seen['entries'] > 100_000, 'the control'
