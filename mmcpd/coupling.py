@@ -293,8 +293,8 @@ class Coupling:
             rows[member.tensor, member.dim] += member.index.numel()
         prunable = total = 0
         for name, info in self.tensors.items():
-            if info.is_parameter:
-                size = int(np.prod(info.shape, dtype=np.int64))
+            size = int(np.prod(info.shape, dtype=np.int64))
+            if info.is_parameter and size:  # tokens of which a configuration asks for none hold nothing
                 fixed = np.prod([1 - rows[name, dim] / n for dim, n in enumerate(info.shape)])
                 total += size
                 prunable += round(size * (1 - float(fixed)))

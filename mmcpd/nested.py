@@ -9,7 +9,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-_PLAIN = frozenset((bool, int, float, str, type(None)))
+_PLAIN = (
+    int,
+    float,
+    str,
+    bytes,
+    type(None),
+)  # they hold nothing; their subclasses may have attributes, which are notes
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -38,7 +44,7 @@ def _visit(part: Any, path: str, found: dict[str, Tensor], seen: set[int]) -> No
     elif id(part) not in seen and (children := _children(part)) is not None:
         seen.add(id(part))
         for name, child in children:
-            if type(child) not in _PLAIN:  # most of a configuration is
+            if not isinstance(child, _PLAIN):  # most of a configuration is
                 _visit(child, f'{path}.{name}' if path else str(name), found, seen)
 
 
@@ -71,5 +77,5 @@ def _children(value: Any) -> Iterable[tuple[Any, Any]] | None:
         return value.items()
     if isinstance(value, (list, tuple)):
         return enumerate(value)
-    opaque = callable(value) or isinstance(value, nn.Module | ModuleType)
+    opaque = callable(value) or isinstance(value, (nn.Module, ModuleType, *_PLAIN))
     return None if opaque or not hasattr(value, '__dict__') else sorted(vars(value).items())

@@ -68,7 +68,7 @@ def randomise_(model: nn.Module, seed: int = 0) -> nn.Module:
         if 'var' in name:
             tensor.copy_(noise + 0.5)
         elif tensor.dim() > 1:
-            tensor.copy_((noise - 0.5) * (12 / tensor[0].numel()) ** 0.5)
+            tensor.copy_((noise - 0.5) * (12 / max(1, tensor[:1].numel())) ** 0.5)
         else:
             tensor.copy_(noise + 0.3)
     return model.eval()

@@ -36,6 +36,18 @@ def test_attributes_are_in_alphabetical_order_and_the_rest_as_it_stands():
     assert changed.b == -1 and left.b == 1
 
 
+class Noted(int):
+    """A number that remembers something, as the sizes do which combing follows."""
+
+
+def test_what_a_number_or_a_text_remembers_is_not_looked_into():
+    number = Noted(3)
+    number.origin = {'table': torch.ones(1)}
+    values = {'size': [number], 'scale': torch.ones(2)}
+    assert list(named_tensors_in(values)) == ['scale']
+    assert map_tensors(values, torch.neg)['size'][0] is number and number.origin['table'] == 1
+
+
 def test_samples_of_a_detector_have_one_order_in_every_process():
     pytest.importorskip('mmdet')
     runs = [

@@ -107,14 +107,15 @@ class Layer(NamedTuple):
         return cls(integers(old), integers(new), [SizePair(*pair) for each in pairs for pair in each])
 
 
-def are_sizes(value: object) -> bool:
+def are_sizes(value: Any) -> bool:
     """Say whether an attribute may hold sizes, one for each of some blocks or dimensions: more are a table of indices.
 
     Example:
         >>> are_sizes([64, 128]), are_sizes(list(range(5000))), are_sizes([64, None])
         (True, False, False)
     """
-    return type(value) in (list, tuple) and 0 < len(value) <= MOST_SIZES and all(type(each) is int for each in value)
+    is_list = type(value) in (list, tuple)
+    return is_list and 0 < len(value) <= MOST_SIZES and all(type(each) is int for each in value)
 
 
 def integers(module: nn.Module) -> dict[str, int]:

@@ -8,6 +8,7 @@ from torch import nn
 
 from mmcpd.comb import comb
 from mmcpd.slim import slim
+from mmcpd.slim.trial import random_keep
 from tests.exact import exact
 from tests.helpers import Net, randomise_, rows, sample, strided
 from tests.toys import Toy, check_toy, pooled
@@ -257,3 +258,28 @@ def test_two_tensors_couple(meet):
         {'a': {**out('a', 4), **out('b', 4), 'fc.weight:1': rows(4)}},
     )
     check_toy(toy)
+
+
+def with_tokens(batch: int) -> tuple[Net, torch.Tensor]:
+    """Return a net that puts its tokens, of which there are none, before those of the input."""
+
+    def run(m, x):
+        x = torch.cat([m.tokens.expand(len(x), -1, -1), m.a(x)], 1)
+        return m.b(m.norm(x).relu())
+
+    net = Net(run, a=nn.Linear(3, 8), norm=nn.LayerNorm(8), b=nn.Linear(8, 2))
+    net.tokens = nn.Parameter(torch.zeros(1, 0, 8))
+    return net.double(), torch.randn(batch, 5, 3, generator=torch.Generator().manual_seed(0)).double()
+
+
+def test_tokens_of_which_there_are_none_are_as_wide_as_the_others():
+    net, x = with_tokens(2)
+    found = exact(net, x, {'a': 8})
+    assert slim(net, found, random_keep(found, 0.5, 0)).tokens.shape == (1, 0, 4)
+    assert found.prunable() == (8 * 3 + 8 + 2 * 8 + 8 * 2, 8 * 3 + 8 + 2 * 8 + 8 * 2 + 2)
+
+
+def test_where_two_dimensions_of_nothing_look_alike_it_freezes():
+    net, x = with_tokens(8)
+    found = comb(net, x)
+    assert not found.groups and any('a tensor without elements (expand)' in reason for reason in found.reasons())

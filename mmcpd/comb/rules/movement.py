@@ -22,6 +22,9 @@ def movement(run: Run, call: Call) -> None:
     for dim, axis in enumerate(run.axes(source)):
         if axis is None:
             continue
+        if not source.numel():
+            _carry_empty(run, call, axis, axes)
+            continue
         if _picks(call, dim):
             run.freeze(axis, f'picked by a fixed index ({call.op}) in {run.where}')
             continue
@@ -34,6 +37,16 @@ def movement(run: Run, call: Call) -> None:
         _index(run, call, index)
     for out, found in zip(outs, axes, strict=True):
         run.set(out, tuple(found))
+
+
+def _carry_empty(run: Run, call: Call, axis: Axis, axes: list[list[Axis | None]]) -> None:
+    """Give an axis of a tensor without elements, as of no tokens, to the one dimension of its size in each output."""
+    for out, found in zip(call.outputs(), axes, strict=True):
+        wide = [d for d, size in enumerate(out.shape) if size == len(axis) and found[d] is None]
+        if len(wide) == 1:
+            found[wide[0]] = axis
+        else:
+            run.freeze(axis, f'a tensor without elements ({call.op}) in {run.where}')
 
 
 def _index(run: Run, call: Call, index: Tensor) -> None:
@@ -194,7 +207,7 @@ def channel_shuffle(run: Run, call: Call) -> None:
 
 def cat(run: Run, call: Call) -> None:
     # cat(tensors, dim=0), stack(tensors, dim=0)
-    tensors: list[Tensor] = [t for t in call.named['tensors'] if t.numel()]
+    tensors: list[Tensor] = [t for t in call.named['tensors'] if t.numel() or t.dim() == call.out.dim()]
     dim = call.named.get('dim', 0) % call.out.dim()
     rows = [list(run.axes(tensor)) for tensor in tensors]
     for axes in rows if call.op == 'stack' else ():
