@@ -116,7 +116,9 @@ def setting(rows: Sequence[Row]) -> str:
     """Say how the numbers came about, with versions, seeds and dates."""
     seeds = sorted({row['seed'] for row in rows})
     dates = sorted({row['date'] for row in rows})
-    versions = ', '.join(f'{name} {version}' for name, version in sorted(rows[-1]['versions'].items()))
+    names = sorted({name for row in rows for name in row['versions']})
+    found = {name: sorted({row['versions'][name] for row in rows if name in row['versions']}) for name in names}
+    versions = ', '.join(f'{name} {" and ".join(each)}' for name, each in found.items())
     trained = [row for row in rows if row['iterations'] and 'error' not in row]
     recipes = {chosen: {(row['recipe'], row['table']) for row in trained if bool(row.get('rate_chosen')) is chosen}
                for chosen in (True, False)}  # fmt: skip
