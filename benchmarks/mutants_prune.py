@@ -56,7 +56,7 @@ MUTANTS: tuple[Mutant, ...] = (
     # -- the score without training
     Mutant('gauss-newton-samples', _GAUSS_NEWTON, _GAUSS_NEWTON_TEST,
            'a sample is squared before samples are added',
-           'gradient.square().sum(0)', 'gradient.sum(0).square()'),
+           'found.square().sum(0)', 'found.sum(0).square()'),
     Mutant('gauss-newton-spread', _GAUSS_NEWTON, _GAUSS_NEWTON_TEST,
            'each output is divided by its standard deviation',
            'torch.where(spread > 0, 1 / spread, 1)', 'torch.ones_like(spread)'),
