@@ -16,7 +16,8 @@ def runner_of(tmp_path):
 
     def build(name='run', **changes):
         cfg = config(tmp_path / name, **changes)
-        cfg.experiment_name += f'_{len(made)}'
+        # Runs of one name that begin within one second share a log: those of other tests too.
+        cfg.experiment_name += f'_{tmp_path.name}_{len(made)}'
         made.append(Runner.from_cfg(cfg))
         return made[-1]
 
