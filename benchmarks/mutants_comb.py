@@ -174,7 +174,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant('cat-zero', _MOVEMENT,
            'test_comb/test_claims.py::test_one_part_that_is_not_zero_is_seen_by_a_sum_over_all_parts',
            'of what is concatenated one part that is not zero makes none zero',
-           'zero = all(a is not None and a.zero for a in column)', 'zero = True'),
+           'zero = all(a is not None and a.zero for t, a in zip(tensors, column, strict=True) if t.shape[d])',
+           'zero = True'),
     # -- statistics
     Mutant('sum-of-zeros', _STATISTICS,
            'test_comb/test_pointwise.py::test_a_statistic_over_channels_is_one_over_those_that_stay',

@@ -57,7 +57,7 @@ MUTANTS: tuple[Mutant, ...] = (
            "F.scaled_dot_product_attention: (4, 'dropout_p', 0.0),", ''),
     Mutant('recurrent-draws', 'mmcpd/modes.py', 'test_modes.py',
            'as in training, a recurrent layer drops nothing',
-           '(isinstance(module, nn.RNNBase) and module.dropout > 0)', 'False'),
+           'draws = isinstance(module, nn.RNNBase) and module.dropout > 0', 'draws = False'),
     # -- slimming
     Mutant('plain-cut', _SLIMMING, 'test_slim/test_plain_tensors.py::test_copies_that_were_made_before_follow',
            'a copy that was made before combing is slimmed, and stays as it is',

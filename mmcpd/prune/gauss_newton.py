@@ -51,7 +51,7 @@ class GaussNewton(Importance):
 
     def check(self, model: nn.Module, example: Example | None = None) -> None:
         if example is not None:
-            self.layouts = find_layouts(model, self.gates, example, 'gauss_newton', tables=True)
+            self.layouts = find_layouts(model, self.gates, example)
             self._warn()
 
     def _warn(self) -> None:

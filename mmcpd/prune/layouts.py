@@ -56,26 +56,21 @@ def scoring(model: nn.Module, gates: Gates) -> Iterator[None]:
         yield
 
 
-def find_layouts(
-    model: nn.Module, gates: Gates, example: Example, importance: str, *, tables: bool = False
-) -> dict[Cut, Layout]:
+def find_layouts(model: nn.Module, gates: Gates, example: Example) -> dict[Cut, Layout]:
     """Return for each cut where samples lie, or why they cannot be told apart.
 
     The example runs once as it is, and three times with two of it in a batch: as they are, and with either changed.
     What changes with the first alone belongs to it. Nothing of the kind is found where activations do not depend on the
-    input (a table of positions), or the model takes no larger batch. With `tables` a tensor of the cut may be used by
-    no layer, as positions are that are added.
+    input (a table of positions), where no layer uses a tensor of the cut (positions that are added), or where the model
+    takes no larger batch.
 
     Raises:
-        ValueError: a tensor of the cut was used by no layer, and may not.
         torch.OutOfMemoryError: a batch of two examples does not fit: comb with a smaller example.
     """
     calls = CutCalls(gates, model)
     batch = next((len(t) for t in tensors_in(example.inputs) if t.dim()), 1)
     with scoring(model, gates):
         _run(model, calls, example)
-        if not tables:
-            calls.check(importance)
         beside = dict.fromkeys(calls.unseen(), TABLE)
         try:
             plain, *changed = (_run(model, calls, example, partial(_doubled, which)) for which in (None, 0, 1))

@@ -116,7 +116,7 @@ class GroupFisher(Importance):
     def check(self, model: nn.Module, example: Example | None = None) -> None:
         super().check(model)
         if example is not None:
-            self.layouts = find_layouts(model, self.gates, example, 'group_fisher')
+            self.layouts = find_layouts(model, self.gates, example)
             for cut, layout in ((cut, layout) for cut, layout in self.layouts.items() if layout.dim is None):
                 why = f"group_fisher cannot tell samples apart where '{cut.tensor}' is used: {layout.reason}"
                 raise refusal(self.gates, cut, f"{why}; 'gauss_newton' can do without")

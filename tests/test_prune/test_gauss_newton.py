@@ -168,7 +168,10 @@ def test_what_no_layer_reads_is_refused_with_its_group_where_samples_must_be_tol
     net = Net(lambda m, x: m.a(x).relu() @ m.b.weight.T, a=nn.Linear(3, 6), b=nn.Linear(6, 4)).double()
     x = torch.randn(2, 3).double()
     coupling = comb(net, x)
-    with pytest.raises(ValueError, match=r"group_fisher cannot score 'b\.weight'.*ignore=\['a'\] of comb"):
+    message = (
+        r"group_fisher cannot tell samples apart where 'b\.weight' is used: no linear layer.*ignore=\['a'\] of comb"
+    )
+    with pytest.raises(ValueError, match=message):
         build_importance('group_fisher', coupling.groups).check(net, coupling.example)
     with pytest.warns(UserWarning, match=r"'b\.weight' is used"):
         found = score(net, coupling, [x[:1]])

@@ -22,15 +22,15 @@ from tests.test_prune.layer_nets import TokensFirst
 def test_where_samples_lie():
     net, coupling, _, _ = built(TokensFirst)
     gates = build_importance('gauss_newton', coupling.groups).gates
-    found = {cut.tensor: layout for cut, layout in find_layouts(net, gates, coupling.example, 'x').items()}
+    found = {cut.tensor: layout for cut, layout in find_layouts(net, gates, coupling.example).items()}
     assert found == {'b.weight': Layout(1), 'c.weight': Layout(0, inner=True)}
     net, coupling, _, _ = built(ConvBNReLU)
     gates = build_importance('gauss_newton', coupling.groups).gates
-    assert set(find_layouts(net, gates, coupling.example, 'x').values()) == {FIRST}
+    assert set(find_layouts(net, gates, coupling.example).values()) == {FIRST}
 
 
 def layouts_of(net, coupling):
-    return find_layouts(net, build_importance('gauss_newton', coupling.groups).gates, coupling.example, 'x')
+    return find_layouts(net, build_importance('gauss_newton', coupling.groups).gates, coupling.example)
 
 
 def test_samples_that_change_one_another_are_counted_as_one_and_that_is_said():

@@ -207,7 +207,7 @@ def channel_shuffle(run: Run, call: Call) -> None:
 
 def cat(run: Run, call: Call) -> None:
     # cat(tensors, dim=0), stack(tensors, dim=0)
-    tensors: list[Tensor] = [t for t in call.named['tensors'] if t.numel() or t.dim() == call.out.dim()]
+    tensors: list[Tensor] = [t for t in call.named['tensors'] if t.numel() or any(run.axes(t))]
     dim = call.named.get('dim', 0) % call.out.dim()
     rows = [list(run.axes(tensor)) for tensor in tensors]
     for axes in rows if call.op == 'stack' else ():
@@ -223,7 +223,7 @@ def cat(run: Run, call: Call) -> None:
                 axis.atoms if axis is not None else np.full(tensor.shape[d], FIXED)
                 for tensor, axis in zip(tensors, column, strict=True)
             ]
-            zero = all(a is not None and a.zero for a in column)
+            zero = all(a is not None and a.zero for t, a in zip(tensors, column, strict=True) if t.shape[d])
             result.append(Axis(np.concatenate(parts), zero, all(a.weight for a in known)))
         else:
             for axis in column:
