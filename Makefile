@@ -34,8 +34,13 @@ $(STAMP): setup.py mmcpd/compat.py
 	$(BIN)/python -c 'import mmcpd.engine'
 	touch $@
 
+# OneDL's mmcv goes before torch: beside it, it compiles operators for minutes, and against the newest in vain.
+.venv-middle/.env-stamp .venv-newest/.env-stamp: before_torch = onedl-mmcv
+
 .venv-%/.env-stamp: requirements/%.txt setup.py mmcpd/compat.py
 	test -x .venv-$*/bin/python || $($*_PYTHON) -m venv .venv-$*
+	$(if $(before_torch),.venv-$*/bin/python -m pip install --quiet setuptools wheel packaging)
+	$(if $(before_torch),.venv-$*/bin/python -m pip install --quiet --no-build-isolation --no-deps $(before_torch))
 	.venv-$*/bin/python -m pip install --quiet --requirement $<
 	.venv-$*/bin/python -m pip install --quiet --no-deps --editable .
 	$(call headless,.venv-$*/bin/python)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from mmcpd.prune import Pruner, Schedule, normalize, score, select
 from mmcpd.slim import mask_, slim
 from mmcpd.slim.compare import compare
 from mmcpd.slim.mask import MaskedForward
-from mmcpd.slim.trial import random_keep
+from mmcpd.slim.trial import in_double, random_keep
 from tests.fake_device import DEVICE, Device, OnDevice, moved
 from tests.helpers import EXACT, check_equal, gap, randomise_
 
@@ -157,7 +158,8 @@ def test_pruning_with_mixed_precision_on_cuda(importance):
         scaler.update()
         pruner.step()
     assert pruner.left()['macs'] <= 0.5
-    assert compare(model.double(), coupling, pruner.keep) < EXACT
+    twin, example = in_double(model, coupling.example)
+    assert compare(twin, replace(coupling, example=example), pruner.keep) < EXACT
 
 
 @on_cuda
