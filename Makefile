@@ -12,7 +12,7 @@ middle_PYTHON ?= python3.12
 newest_PYTHON ?= python3.13
 PARTS  ?= tests
 
-.PHONY: help env demo test test-oldest test-middle test-newest lint mutants chaos fuzz zoo docs clean
+.PHONY: help env demo test test-cuda test-oldest test-middle test-newest lint mutants chaos fuzz zoo docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -55,6 +55,9 @@ demo: env ## train, comb, prune with distillation, fine-tune, slim, test, export
 
 test: env ## run the tests, the slow ones left out
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m 'not slow'
+
+test-cuda: env ## run those that need a GPU, on it
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cuda
 
 test-oldest test-middle test-newest: test-%: .venv-%/.env-stamp ## the same in .venv-NAME, on other versions (docs/versions.md)
 	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n $(JOBS) -m 'not slow' $(PARTS)

@@ -154,6 +154,24 @@ def imported(module: str) -> ModuleType | None:
         return None
 
 
+def leave_out_multimodal() -> None:
+    """Let MMPretrain be imported beside transformers 5, which lacks what its multimodal models are made of.
+
+    It asks for 4.28 or newer, and beside 5 its import ends in an error, whichever model is wanted. Its own switch leaves
+    them out; a config that names one is told so.
+    """
+    transformers = installed(('transformers',))
+    if transformers is None or release(transformers[1]) < (5,) or 'mmpretrain.models' in sys.modules:
+        return
+    with suppress(ImportError, AttributeError):
+        dependency = importlib.import_module('mmpretrain.utils.dependency')
+        if dependency.WITH_MULTIMODAL:
+            dependency.WITH_MULTIMODAL = False
+            logging.getLogger('mmcpd').warning(
+                f'transformers {transformers[1]} is too new for the multimodal models of mmpretrain: they are left out'
+            )
+
+
 def extras() -> dict[str, list[str]]:
     """Return pip's extras, one for each part that is not a hard dependency."""
     return {part: [pip_requirement(each) for each in needed] for part, needed in REQUIREMENTS.items() if part != 'pure'}

@@ -1,9 +1,22 @@
-"""What every test has: no garbage collected over what is loaded, and no report that it does not ask for."""
+"""What every test has: no GPU and no report that it does not ask for, and no garbage collected over what is loaded."""
 
 import gc
+import os
 import sys
 
 import pytest
+import torch
+
+
+def pytest_configure(config):
+    """Hide GPUs from all but `-m cuda`: most tests hold tensors on the CPU, or compare runs bit by bit."""
+    if config.option.markexpr != 'cuda':
+        os.environ['CUDA_VISIBLE_DEVICES'] = ''
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker('cuda') and not torch.cuda.is_available():
+        pytest.skip('there is no CUDA device, or it is hidden: make test-cuda')
 
 
 def pytest_collection_finish():

@@ -22,7 +22,6 @@ from tests.helpers import EXACT, check_equal, gap, randomise_
 emulated = pytest.mark.skipif(
     not hasattr(torch._C, '_ensureCUDADeviceGuardSet'), reason='torch 2.4 asks CUDA for the device that is emulated'
 )
-on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no CUDA device')
 
 
 class Positions(nn.Module):
@@ -124,14 +123,14 @@ def test_scores_of_a_device_without_float64_are_widened_on_the_cpu():
 
 
 # -- with a CUDA device ------------------------------------------------------------------------------------------------
-@on_cuda
+@pytest.mark.cuda
 def test_combing_masking_and_slimming_on_cuda():
     model, x = randomise_(Positions()).cuda(), inputs().cuda()
     coupling = comb(model, x)
     check_equal(model, coupling)
 
 
-@on_cuda
+@pytest.mark.cuda
 @pytest.mark.parametrize('importance', ['hessian', 'curvature', 'group_fisher', 'magnitude'])
 def test_pruning_with_mixed_precision_on_cuda(importance):
     torch.manual_seed(0)
@@ -162,7 +161,7 @@ def test_pruning_with_mixed_precision_on_cuda(importance):
     assert compare(twin, replace(coupling, example=example), pruner.keep) < EXACT
 
 
-@on_cuda
+@pytest.mark.cuda
 def test_one_process_with_nccl(tmp_path):
     torch.distributed.init_process_group('nccl', init_method=f'file://{tmp_path}/meet', rank=0, world_size=1)
     try:

@@ -6,10 +6,12 @@ from MMPretrain's `ResNet`: each exists where that package can be imported.
 
 from __future__ import annotations
 
-from mmcpd.compat import imported
+from mmcpd.compat import imported, leave_out_multimodal
 from mmcpd.models.seaformer import SeaFormer
 
 __all__ = ['SeaFormer']
+
+leave_out_multimodal()  # before anything imports mmpretrain
 
 if imported('mmseg.models') is not None:
     from mmcpd.models.light_head import LightHead

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..slim.trial import double
 from .ledger import FREE, ZERO, Ledger, Position, Space
 from .report import HeadKind, SkippedHeads
 
@@ -133,10 +132,13 @@ def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def rotated(tensors: Mapping[str, Tensor], heads: Iterable[Head]) -> dict[str, Tensor]:
-    """Return the new values, in float64, of the parameters that these heads write."""
+    """Return the new values, in float64 on the CPU, of the parameters that these heads write.
+
+    Matrices of a head's width are decomposed faster there than on a GPU, and some devices have no float64.
+    """
     heads = tuple(heads)
     names = {name for head in heads for name in head.names}
-    values = {name: double(tensors[name].detach()).clone() for name in names}
+    values = {name: tensors[name].detach().cpu().double().clone() for name in names}
     for head in heads:
         left, right = balanced(head.left.matrix(values), head.right.matrix(values))
         head.left.write_(values, left)

@@ -90,3 +90,36 @@ def test_a_process_alone_leaves_as_always():
     with pytest.raises(SystemExit) as error:
         compat.leave(3)
     assert error.value.code == 3
+
+
+NEW_TRANSFORMERS = r"""
+import importlib.metadata, sys
+real = importlib.metadata.version, importlib.metadata.distribution
+class Found(importlib.metadata.Distribution):
+    def read_text(self, filename):
+        return 'Name: transformers\nVersion: 5.1.0\n' if filename == 'METADATA' else None
+    def locate_file(self, path):
+        return path
+importlib.metadata.distribution = lambda name: Found() if name == 'transformers' else real[1](name)
+importlib.metadata.version = lambda name: '5.1.0' if name == 'transformers' else real[0](name)
+"""
+
+
+def run_beside_new_transformers(code):
+    """Run code where transformers 5.1 is installed, whose modules lack what MMPretrain imports."""
+    done = subprocess.run([sys.executable, '-c', NEW_TRANSFORMERS + code], capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_transformers_that_are_too_new_leave_classifiers_as_they_are():
+    code, said = run_beside_new_transformers('import mmpretrain.models')
+    assert code == 1 and "No module named 'transformers'" in said, 'MMPretrain no longer asks for them'
+    code, said = run_beside_new_transformers(
+        'import mmcpd.engine\n'
+        'from mmpretrain.registry import MODELS\n'
+        "assert MODELS.build(dict(type='ResNet', depth=18)).depth == 18\n"
+        "MODELS.build(dict(type='BlipCaption'))"
+    )
+    assert 'transformers 5.1.0 is too new for the multimodal models of mmpretrain: they are left out' in said
+    assert code == 1 and said.rstrip().splitlines()[-1].startswith('ImportError: ')
+    assert 'requires extra multi-modal dependencies' in said

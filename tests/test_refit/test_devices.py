@@ -16,8 +16,6 @@ from mmcpd.slim import slim
 from mmcpd.slim.compare import compare
 from tests.helpers import CONTROL, EXACT, gap, randomise_, sample
 
-CUDA = pytest.param('cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no CUDA device'))
-
 
 class Net(nn.Module):
     """Convolutions with norms around a sum, a depthwise and a transposed one, attention, and a table of positions."""
@@ -66,7 +64,7 @@ def pruned(device):
     return keep, small(batches[0]).detach().cpu()
 
 
-@pytest.mark.parametrize('device', ['cpu', CUDA])
+@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.cuda)])
 def test_the_chain_runs_on_a_device(device):
     keep, out = pruned(device)
     expected_keep, expected = pruned('cpu')

@@ -17,7 +17,6 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason='the processes would use the GPUs, by nccl')
 def test_two_processes_on_a_cpu_prune_as_one(pruning, tmp_path):
     environment = {**os.environ, 'PYTHON': sys.executable, 'PORT': '29611', 'OMP_NUM_THREADS': '1'}
     command = [str(ROOT / 'tools' / 'dist_train.sh'), str(pruning), '2', '--work-dir', 'w']

@@ -107,6 +107,18 @@ def test_pictures_from_any_folder(tool, tiny, dense, tmp_path):
     assert load_slim(tiny, tmp_path / 'o' / 'slim.pth')
 
 
+@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.cuda)])
+def test_it_prunes_and_distils_on_a_device(tool, tiny, dense, tmp_path, device):
+    arguments = ('--target', 'macs=0.5', *SMALL, '--distill', 3, '--device', device)
+    code, _, err = tool('prune', tiny, dense, *arguments, '--out', 'a')
+    assert code == 0, err
+    assert all(tensor.device.type == 'cpu' for tensor in read_slim(tmp_path / 'a' / 'slim.pth')['state_dict'].values())
+    found = json.loads((tmp_path / 'a' / 'prune.json').read_text())
+    assert found['slim']['macs'] <= 0.5 * found['dense']['macs']
+    code, _, err = tool('deploy', tiny, tmp_path / 'a' / 'slim.pth', '--runs', 20)
+    assert code == 0, err
+
+
 def test_a_slim_model_is_pruned_further(tool, tiny, dense, tmp_path):
     assert tool('prune', tiny, dense, '--target', 'macs=0.6', *SMALL, '--no-validate', '--out', 'a')[0] == 0
     code, _, err = tool('prune', tiny, tmp_path / 'a' / 'slim.pth', '--target', 'macs=0.5', *SMALL, '--out', 'b')
