@@ -157,8 +157,8 @@ def imported(module: str) -> ModuleType | None:
 def leave_out_multimodal() -> None:
     """Let MMPretrain be imported beside transformers 5, which lacks what its multimodal models are made of.
 
-    It asks for 4.28 or newer, and beside 5 its import ends in an error, whichever model is wanted. Its own switch leaves
-    them out; a config that names one is told so.
+    It asks for 4.28 or newer, and beside 5 its import ends in an error, whichever model is wanted. Its own switch
+    leaves them out; a config that names one is told so.
     """
     transformers = installed(('transformers',))
     if transformers is None or release(transformers[1]) < (5,) or 'mmpretrain.models' in sys.modules:
