@@ -18,6 +18,8 @@ from mmcpd.cli.common import UserError, one_line
 from mmcpd.engine.compat import mend_scopes
 from mmcpd.names import near
 
+# MMEngine's default hooks, which None leaves out of a run.
+OWN_HOOKS = ('runtime_info', 'timer', 'sampler_seed', 'logger', 'param_scheduler', 'checkpoint')
 INSTALL = 'install that package (mmcpd: pip install -e . in its checkout)'
 
 
@@ -50,6 +52,9 @@ def read_config(args: argparse.Namespace) -> Config:
             cfg.merge_from_dict(args.cfg_options)
         except (AttributeError, KeyError, TypeError) as error:
             raise UserError(f'--cfg-options does not fit {args.config}: {one_line(error)}') from error
+    hooks = cfg.get('default_hooks')
+    if isinstance(hooks, dict):  # None leaves any hook out, which MMEngine understands of its own alone
+        cfg.default_hooks = {name: hook for name, hook in hooks.items() if hook is not None or name in OWN_HOOKS}
     return cfg
 
 

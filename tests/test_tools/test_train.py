@@ -110,6 +110,16 @@ def save(weights: dict, path: Path) -> Path:
     return path
 
 
+def test_the_hook_is_left_out_by_one_option(tool, pruning, tmp_path):
+    options = ('default_hooks.prune=None', 'default_hooks.timer=None', 'train_cfg.max_epochs=1')
+    code, _, err = tool('train', pruning, '--work-dir', 'w', '--cfg-options', *options)
+    assert code == 0, err
+    assert (tmp_path / 'w' / 'epoch_1.pth').is_file() and not (tmp_path / 'w' / 'slim.pth').exists()
+    log = next((tmp_path / 'w').glob('*/*.log')).read_text()
+    assert 'IterTimerHook' not in log and 'PruneHook' not in log and 'loss_distill' not in log
+    assert 'dense' not in {path.stem for path in (tmp_path / 'w').iterdir()}
+
+
 def test_mixed_precision_without_an_accelerator(tool, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr('mmengine.device.get_device', lambda: 'cpu')
     code, _, err = tool('train', tiny, '--amp')
