@@ -163,10 +163,10 @@ def leave_out_multimodal() -> None:
     transformers = installed(('transformers',))
     if transformers is None or release(transformers[1]) < (5,) or 'mmpretrain.models' in sys.modules:
         return
-    with suppress(ImportError, AttributeError):
-        dependency = importlib.import_module('mmpretrain.utils.dependency')
-        if dependency.WITH_MULTIMODAL:
-            dependency.WITH_MULTIMODAL = False
+    with suppress(ImportError, KeyError):
+        switches = vars(importlib.import_module('mmpretrain.utils.dependency'))
+        if switches['WITH_MULTIMODAL']:
+            switches['WITH_MULTIMODAL'] = False
             logging.getLogger('mmcpd').warning(
                 f'transformers {transformers[1]} is too new for the multimodal models of mmpretrain: they are left out'
             )

@@ -39,3 +39,11 @@ class TargetError(RuntimeError):
 
 class DeployError(RuntimeError):
     """A model cannot be exported, or the exported one does not compute the same."""
+
+
+class OpsetError(DeployError):
+    """A model has operators that the opset asked for lacks; `needed` is the oldest one that has them all."""
+
+    def __init__(self, message: str, needed: int) -> None:
+        super().__init__(message)
+        self.needed = needed

@@ -34,6 +34,7 @@ from mmcpd.engine.build import build_dense
 from mmcpd.engine.checkpoints import load_dense, load_slim, read_checkpoint, removed_units
 from mmcpd.engine.detections import detections, predictions, why_no_boxes
 from mmcpd.engine.examples import data_batches, example_inputs, random_batches
+from mmcpd.engine.operators import followed
 from mmcpd.engine.pictures import pictures
 from mmcpd.engine.samples import pass_on_pictures
 from mmcpd.engine.slim_file import read_slim
@@ -45,7 +46,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add('checkpoint', help='a slim.pth')
     add('--out', type=Path, help="folder, or the slim model's file (.onnx); default: the checkpoint's folder")
-    add('--opset', type=int, default=18, help='ONNX operator set; default 18')
+    add('--opset', type=int, help="ONNX operator set; default 18, or the first with the model's operators")
     add('--exporter', type=Exporter, choices=list(Exporter), help='default: torch.export from opset 18')
     add('--shape', type=int, nargs=2, metavar=('H', 'W'), help="size of the input; default: the config's")
     add('--batch', type=int, default=1, help='batch size of the measurement; default 1')
@@ -153,25 +154,26 @@ def main(args: argparse.Namespace) -> None:
     calibration = calibration_pictures(cfg, slim, args)
     print(f'inputs: {source}; dense weights: {weights}')
     facts = {'config': args.config, 'checkpoint': args.checkpoint, 'dense_weights': weights}
-    report = deploy(
-        models,
-        whole.taken(batches),
-        folder,
-        opset=args.opset,
-        dynamic_batch=not args.batch_static,
-        forward=whole.forward,
-        check=_check_boxes if args.boxes else check_parity,
-        runs=0 if args.no_bench else args.runs,
-        time_limit=args.time_limit,
-        threads=args.threads,
-        progress=ProgressLine('measuring', 'rounds'),
-        facts={**facts, 'inputs': source, 'seed': 0, 'calibration': sum(map(len, calibration))},
-        dynamic_size=args.size_dynamic,
-        exporter=args.exporter,
-        metadata={each: {**whole.facts, 'kept': kept(each, models, args.checkpoint)} for each in models},
-        calibration=whole.taken(calibration),
-        waiting=waiting,
-    )
+    with followed():
+        report = deploy(
+            models,
+            whole.taken(batches),
+            folder,
+            opset=args.opset,
+            dynamic_batch=not args.batch_static,
+            forward=whole.forward,
+            check=_check_boxes if args.boxes else check_parity,
+            runs=0 if args.no_bench else args.runs,
+            time_limit=args.time_limit,
+            threads=args.threads,
+            progress=ProgressLine('measuring', 'rounds'),
+            facts={**facts, 'inputs': source, 'seed': 0, 'calibration': sum(map(len, calibration))},
+            dynamic_size=args.size_dynamic,
+            exporter=args.exporter,
+            metadata={each: {**whole.facts, 'kept': kept(each, models, args.checkpoint)} for each in models},
+            calibration=whole.taken(calibration),
+            waiting=waiting,
+        )
     written = [f'{folder}/{each.file}' for each in report.models]
     print(f'\n{report}\n\nwrote {", ".join(written)} and {folder}/latency.json')
 

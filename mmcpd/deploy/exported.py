@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from mmcpd.deploy.int8 import quantize
 from mmcpd.deploy.onnx import NEW_EXPORTER, Exporter, Forward, Inputs, as_tuple, drawing_nodes, evaluated, export_onnx
-from mmcpd.deploy.parity import Parity, check_parity
-from mmcpd.errors import DeployError, first_line
+from mmcpd.deploy.parity import RUN_ERRORS, Parity, check_parity
+from mmcpd.errors import DeployError, OpsetError, first_line
 
 Check = Callable[[Path, nn.Module, list[Any], Forward | None], Parity]
 Waiting = Callable[[str], AbstractContextManager[object]]
@@ -64,7 +64,7 @@ class Export:
         try:
             parity = self._attempt(model, path, batches)
         except DeployError as error:
-            if not self.dynamic_batch:
+            if not self.dynamic_batch or isinstance(error, OpsetError):
                 raise
             size = _size(batches[0])
             batches, how = [_rows(batch, 0, size) for batch in batches], replace(self, dynamic_batch=False)
@@ -134,7 +134,10 @@ class Export:
                 exporter=self.exporter,
                 metadata=self.metadata.get(path.stem),
             )
-            parity = self.check(path, model, batches, self.forward)
+            try:
+                parity = self.check(path, model, batches, self.forward)
+            except RUN_ERRORS as error:
+                raise DeployError(f'{path.name}: ONNX Runtime does not load it: {first_line(error)}') from error
         if not parity.ok:
             raise DeployError(
                 f'{path.stem}: the ONNX file is not what the model computes {self._why(path, parity, batches)}'

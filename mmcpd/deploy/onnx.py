@@ -8,8 +8,10 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import onnx
@@ -21,7 +23,7 @@ from torch.utils import _pytree as pytree
 from mmcpd.compat import StrEnum
 from mmcpd.deploy.drawn import Fixed
 from mmcpd.deploy.metadata import write_metadata
-from mmcpd.errors import DeployError
+from mmcpd.errors import DeployError, OpsetError
 from mmcpd.files import whole, why_unwritten
 from mmcpd.modes import modes_kept
 
@@ -78,6 +80,7 @@ def export_onnx(
 
     Raises:
         DeployError: torch cannot export the model or not at this opset, or onnx refuses the result.
+        OpsetError: an operator of the model is not in this opset.
         ValueError: The model has 2 GB of weights or more.
 
     Example:
@@ -114,9 +117,7 @@ def default_exporter(opset: int) -> Exporter:
 
 def drawing_nodes(path: str | os.PathLike) -> list[str]:
     """Return the operators of an ONNX file that draw random numbers, each once."""
-    written = onnx.load(path)
-    parts = (*_graphs(written.graph), *(each for function in written.functions for each in _graphs(function)))
-    nodes = [node for part in parts for node in part.node]
+    nodes = [node for part in _parts(onnx.load(path)) for node in part.node]
     return sorted({node.op_type for node in nodes if node.op_type.startswith(RANDOM)})
 
 
@@ -192,10 +193,16 @@ def _export(
 def _without_traces(path: Path) -> None:
     """Take out what torch's exporter notes on nodes and values: source files of this machine, some 2 kB a node."""
     written = onnx.load(path)
-    for part in (*_graphs(written.graph), *(each for function in written.functions for each in _graphs(function))):
+    for part in _parts(written):
         for each in (*part.node, *part.value_info):
             del each.metadata_props[:]
     onnx.save(written, path)
+
+
+def _parts(written: Any) -> Iterator[Any]:
+    """Yield the graph and the functions of a file, and the graphs inside of their nodes."""
+    for part in (written.graph, *written.functions):
+        yield from _graphs(part)
 
 
 def _graphs(part: Any) -> Iterator[Any]:
@@ -211,10 +218,24 @@ def _check(unfinished: Path, path: Path, opset: int) -> None:
     version = next(entry.version for entry in written.opset_import if entry.domain in ('', 'ai.onnx'))
     if version != opset:
         raise DeployError(f'{path}: torch wrote opset {version} where {opset} was asked for; ask for {version}')
+    names = {node.op_type for part in _parts(written) for node in part.node if node.domain in ('', 'ai.onnx')}
+    needed, name = max((_opsets_of_operators().get(name, 0), name) for name in names)
+    if needed > opset:
+        raise OpsetError(f'{path.name}: {name} is in ONNX from opset {needed} on: ask for {needed}', needed)
     try:
         onnx.checker.check_model(written, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise DeployError(f'{path}: onnx refuses what torch exported: {str(error).splitlines()[0]}') from error
+
+
+@cache
+def _opsets_of_operators() -> dict[str, int]:
+    """Return the first opset that has an operator, by its name."""
+    first: dict[str, int] = {}
+    for schema in onnx.defs.get_all_schemas_with_history():
+        if schema.domain == '':
+            first[schema.name] = min(schema.since_version, first.get(schema.name, schema.since_version))
+    return first
 
 
 def as_tuple(inputs: Inputs) -> tuple[Tensor, ...]:
@@ -246,12 +267,13 @@ def evaluated(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def quiet(*names: str) -> Iterator[None]:
-    """Let these loggers speak of errors only."""
+    """Let these loggers speak of errors only, and TorchScript's exporter not print the graph that it gave up on."""
     levels = {logger: logger.level for logger in map(logging.getLogger, names)}
     for logger in levels:
         logger.setLevel(logging.ERROR)
     try:
-        yield
+        with patch.object(torch._C, '_jit_onnx_log', lambda *_: None):
+            yield
     finally:
         for logger, level in levels.items():
             logger.setLevel(level)

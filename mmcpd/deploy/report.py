@@ -22,7 +22,7 @@ from mmcpd.deploy.exported import Check, Export, Exported, Waiting
 from mmcpd.deploy.latency import Latency, Progress, cpu_name, measure_latency, usable_cores
 from mmcpd.deploy.onnx import NEW_EXPORTER, Exporter, Forward, Inputs, default_exporter
 from mmcpd.deploy.parity import SAME, check_parity
-from mmcpd.errors import DeployError
+from mmcpd.errors import DeployError, OpsetError
 from mmcpd.files import write_json
 from mmcpd.version import __version__
 
@@ -68,7 +68,7 @@ def deploy(
     models: Mapping[str, nn.Module],
     batches: list[Inputs],
     out: str | os.PathLike,
-    opset: int = NEW_EXPORTER,
+    opset: int | None = None,
     dynamic_batch: bool = True,
     forward: Forward | None = None,
     runs: int = 1000,
@@ -92,8 +92,9 @@ def deploy(
     Files appear in the folder `out`, which is made if it is not there, when all of them have passed.
 
     `opset`, `dynamic_batch`, `forward`, `dynamic_size` and `exporter` are as in `export_onnx`, `metadata` that of each
-    model by its name. Where no exporter is asked for and the one over torch.export refuses a model, TorchScript's
-    writes all of them, and the report says so. With a dynamic size files are compared on larger pictures too. With
+    model by its name. Where no opset is asked for it is 18, or the first one that has a model's operators. Where no
+    exporter is asked for and the one over torch.export refuses a model, TorchScript's writes all of them, and the
+    report says so. With a dynamic size files are compared on larger pictures too. With
     `calibration`, batches like the others, `out/<name>-int8.onnx` lies beside each file, quantised; its parity is shown
     and refuses nothing. What takes long runs in `waiting(what)`, a context. `time_limit`, `threads` and `progress` are
     as in `measure_latency`, with `runs` rounds (0: nothing is measured). `facts` is what else should stand in the
@@ -111,16 +112,17 @@ def deploy(
     """
     if not models or not batches:
         raise ValueError(f'nothing to deploy: {len(models)} models, {len(batches)} batches')
-    how = Export(opset, dynamic_batch, forward, check, dynamic_size, exporter, metadata or {}, calibration, waiting)
-    wished = exporter or default_exporter(opset)
+    first = NEW_EXPORTER if opset is None else opset
+    how = Export(first, dynamic_batch, forward, check, dynamic_size, exporter, metadata or {}, calibration, waiting)
+    wished = exporter or default_exporter(first)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out) as folder:
         used, made = wished, list[Exported]()
         try:
-            made = how.all_files(models, Path(folder), batches)
+            how, made = _by_an_opset(how, models, Path(folder), batches, chosen=opset is not None)
         except DeployError as error:
-            if exporter is not None or wished is Exporter.TORCHSCRIPT:
+            if exporter is not None or wished is Exporter.TORCHSCRIPT or isinstance(error, OpsetError):
                 raise
             used = Exporter.TORCHSCRIPT  # for all models, or their times could not be compared
             try:
@@ -133,7 +135,7 @@ def deploy(
             times = measure_latency(paths, batches[0], runs, time_limit, threads=threads, progress=progress)
         circumstances = {
             **environment(),
-            'opset': opset,
+            'opset': how.opset,
             'exporter': used.value,
             'exporter_wished': wished.value,
             'dynamic_batch': dynamic_batch,
@@ -146,6 +148,19 @@ def deploy(
             os.replace(Path(folder) / entry.file, out / entry.file)
     report.to_json(out / 'latency.json')
     return report
+
+
+def _by_an_opset(
+    how: Export, models: Mapping[str, nn.Module], folder: Path, batches: list[Inputs], *, chosen: bool
+) -> tuple[Export, list[Exported]]:
+    """Export all models; where nobody chose the opset, by the first one that has their operators."""
+    try:
+        return how, how.all_files(models, folder, batches)
+    except OpsetError as error:
+        if chosen:
+            raise
+        how = replace(how, opset=error.needed)
+        return how, how.all_files(models, folder, batches)
 
 
 def environment() -> dict[str, Any]:

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from mmcpd.engine.operators import vision
 from mmcpd.engine.samples import detector_sample
+from mmcpd.errors import DeployError
 
 NOTHING = -1  # the label of a place that no detection takes
 CHOICE = 'filter_scores_and_topk'  # what mmdet's heads call by a name in their own module
@@ -29,6 +30,8 @@ NMS_KEYS = ('type', 'iou_threshold', 'class_agnostic', 'split_thr')
 def why_no_boxes(model: nn.Module) -> str | None:
     """Return why no boxes can be exported of a model, or None where they can be."""
     head = cast(Any, getattr(model, 'bbox_head', None))
+    if any(getattr(part, 'mask_head', None) is not None for part in (model, head)):
+        return 'it finds masks as well, which are not exported'
     if not hasattr(head, 'predict_by_feat') or hasattr(model, 'roi_head'):
         return 'its boxes are not those of one dense head'
     nms = (head.test_cfg or {}).get('nms') or {}
@@ -91,6 +94,8 @@ def _selected(
     results: InstanceData, cfg: Any, rescale: bool = False, with_nms: bool = True, img_meta: Any = None
 ) -> InstanceData:
     """Return the best boxes (K, 4) after nms, with their scores and labels."""
+    if 'labels' not in results:
+        raise DeployError('no boxes can be exported: the head chooses them before they have labels; leave --boxes out')
     boxes, scores, labels = results.bboxes, results.scores, results.labels
     shown = scores > cfg.get('score_thr', 0)
     if 'score_factors' in results:
@@ -115,9 +120,18 @@ def _uncovered(boxes: Tensor, scores: Tensor, labels: Tensor, cfg: Any) -> Tenso
 
 
 class _Unfiltered(TorchFunctionMode):
-    """Let `x[mask]` return all rows of x; the threshold is applied by `_selected`."""
+    """Let `x[mask]` return all rows of x, those that the mask leaves out as -1: scores below any threshold."""
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.bool:
-            return args[0]
+        if func is Tensor.__getitem__ and (mask := _mask(args[1])) is not None:
+            rows = args[0]
+            left_out = ~mask.reshape(*mask.shape, *[1] * (rows.dim() - mask.dim()))
+            return rows.masked_fill(left_out, False if rows.dtype == torch.bool else -1)
         return func(*args, **(kwargs or {}))
+
+
+def _mask(index: Any) -> Tensor | None:
+    """Return the mask of `x[mask]` and of `x[mask, :]`."""
+    first, rest = (index[0], index[1:]) if isinstance(index, tuple) and index else (index, ())
+    found = isinstance(first, Tensor) and first.dtype == torch.bool and all(each == slice(None) for each in rest)
+    return first if found else None

@@ -295,7 +295,7 @@ def stand_in() -> None:
 
 @contextmanager
 def followed() -> Iterator[None]:
-    """Run mmcv's operators by torchvision's, which combing has rules for, whatever mmcv was compiled with."""
+    """Run mmcv's operators by torchvision's, which combing has rules for and ONNX operators, whatever mmcv has."""
     loaded = [sys.modules[name] for name in (f'mmcv.ops.{part}' for part in FOLLOWED) if name in sys.modules]
     before = {module: module.ext_module for module in loaded if hasattr(module, 'ext_module')}
     try:

@@ -13,6 +13,7 @@ from torch import nn
 from mmcpd.deploy import check_detections, check_parity, deploy, export_onnx
 from mmcpd.engine.build import build_dense
 from mmcpd.engine.combing import comb_by_config
+from mmcpd.engine.operators import followed
 from mmcpd.engine.passes import DEPLOYED
 from mmcpd.engine.samples import WithSample, pass_on_pictures
 from mmcpd.errors import DeployError
@@ -22,7 +23,7 @@ from mmcpd.slim.trial import random_keep
 pytest.importorskip('mmdet', reason='mmdet is not installed')
 
 from mmcpd.engine.detections import NOTHING, detections, predictions, why_no_boxes
-from tests.test_engine.test_detectors import detr, retinanet, two_stages
+from tests.test_engine.test_detectors import ANCHORS, CODER, detr, retinanet, two_stages
 
 TESTING = dict(nms_pre=50, score_thr=0.05, min_bbox_size=0, nms=dict(type='nms', iou_threshold=0.5), max_per_img=30)
 LEVELS = dict(norm_cfg=dict(type='BN'), num_classes=3, in_channels=16, feat_channels=16, stacked_convs=1)
@@ -68,8 +69,41 @@ def pooled_maxima():
     return {**with_head('CenterNet', head, testing), 'backbone': backbone, 'neck': neck}
 
 
+def objectness_first():
+    """A mask of the objectness takes rows before any score is looked at."""
+    sizes = [[(10, 13), (16, 30)], [(30, 61), (62, 45)], [(59, 90), (80, 70)]]
+    head = dict(type='YOLOV3Head', num_classes=3, in_channels=[16] * 3, out_channels=[16] * 3,
+                featmap_strides=[8, 16, 32], norm_cfg=dict(type='BN'), bbox_coder=dict(type='YOLOBBoxCoder'),
+                anchor_generator=dict(type='YOLOAnchorGenerator', base_sizes=sizes, strides=[8, 16, 32]))  # fmt: skip
+    return with_head('YOLOV3', head, {**TESTING, 'conf_thr': 0.45, 'nms_pre': 20})
+
+
+def deformed():
+    """Deformable convolutions, which ONNX has from opset 19 on."""
+    grid = dict(type='AnchorGenerator', ratios=[1.0], octave_base_scale=8, scales_per_octave=1, strides=[8, 16, 32])
+    head = dict(type='TOODHead', anchor_type='anchor_free', anchor_generator=grid, norm_cfg=dict(type='BN'),
+                num_classes=3, in_channels=16, feat_channels=16, stacked_convs=2, num_dcn=1,
+                bbox_coder=dict(type='DeltaXYWHBBoxCoder'))  # fmt: skip
+    return with_head('TOOD', head)
+
+
+def regions():
+    """Proposals have no classes."""
+    head = dict(type='RPNHead', in_channels=16, feat_channels=16, anchor_generator=ANCHORS, bbox_coder=CODER)
+    return {**with_head('RPN', None, dict(rpn=TESTING)), 'rpn_head': head}
+
+
+def masks():
+    """An RTMDet that finds masks as well."""
+    head = dict(type='RTMDetInsHead', num_classes=3, in_channels=16, feat_channels=16, stacked_convs=1,
+                anchor_generator=dict(type='MlvlPointGenerator', offset=0, strides=[8, 16, 32]),
+                bbox_coder=dict(type='DistancePointBBoxCoder'), loss_cls=dict(type='QualityFocalLoss'),
+                loss_mask=dict(type='DiceLoss'), norm_cfg=dict(type='BN'))  # fmt: skip
+    return with_head('RTMDet', head)
+
+
 KINDS = {each.__name__: each for each in (anchors, points, distributions, one_nms_for_all, boolean_masks,
-                                          pooled_maxima, detr)}  # fmt: skip
+                                          pooled_maxima, objectness_first, detr)}  # fmt: skip
 
 
 def made(model):
@@ -177,7 +211,11 @@ def soft_nms():
 
 @pytest.mark.parametrize(
     ('model', 'says'),
-    [(two_stages, 'its boxes are not those of one dense head'), (soft_nms, "its nms has type='soft_nms'")],
+    [
+        (two_stages, 'its boxes are not those of one dense head'),
+        (soft_nms, "its nms has type='soft_nms'"),
+        (masks, 'it finds masks as well'),
+    ],
 )
 def test_what_cannot_be_exported_says_why(model, says):
     assert says in str(why_no_boxes(made(model())))
@@ -185,6 +223,24 @@ def test_what_cannot_be_exported_says_why(model, says):
 
 def test_what_can_be_exported_has_nothing_to_say():
     assert [why_no_boxes(made(kind())) for kind in KINDS.values()] == [None] * len(KINDS)
+
+
+def test_boxes_that_have_no_labels_are_refused(tmp_path):
+    model, pictures = made(regions()), torch.rand(1, 3, 64, 96)
+    with pytest.raises(DeployError, match='chooses them before they have labels'):
+        deploy({'net': model}, [pictures], tmp_path, dynamic_batch=False, forward=detections, runs=0, check=check)
+    assert not list(tmp_path.iterdir())
+
+
+def test_deformable_convolutions_are_exported_by_the_first_opset_that_has_them(tmp_path):
+    model, pictures = made(deformed()), torch.rand(1, 3, 64, 96)
+    options = dict(dynamic_batch=False, forward=detections, runs=0, check=check)
+    with followed():
+        report = deploy({'net': model}, [pictures], tmp_path, **options)
+        assert report.models[0].parity.ok and report.facts['opset'] == 19
+        with pytest.raises(DeployError, match=r'DeformConv is in ONNX from opset 19 on: ask for 19$'):
+            deploy({'net': model}, [pictures], tmp_path, 18, **options)
+    assert 'DeformConv' in {node.op_type for node in onnx.load(tmp_path / 'net.onnx').graph.node}
 
 
 def test_a_file_that_finds_something_else_is_refused(tmp_path, monkeypatch):
