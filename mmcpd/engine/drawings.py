@@ -81,7 +81,7 @@ def veiled(picture: np.ndarray, pixels: np.ndarray, palette: np.ndarray) -> np.n
 
 
 def boxed(picture: np.ndarray, boxes: Boxes, names: Sequence[str], palette: np.ndarray) -> np.ndarray:
-    """Draw the boxes that are sure enough, with their classes, onto a picture `(H, W, 3)`.
+    """Draw the boxes that are sure enough onto a picture `(H, W, 3)`, their classes on plates of the same colour.
 
     Example:
         >>> boxes = Boxes(np.array([[1.0, 1, 6, 6]]), np.array([0]), np.array([0.9]))
@@ -90,12 +90,31 @@ def boxed(picture: np.ndarray, boxes: Boxes, names: Sequence[str], palette: np.n
     """
     image = Image.fromarray(picture)
     draw = ImageDraw.Draw(image)
+    plates = []
     for (left, top, right, bottom), label, score in zip(boxes.corners, boxes.labels, boxes.scores, strict=True):
         if score >= SURE and right >= left and bottom >= top:
             colour = tuple(int(value) for value in palette[int(label) % len(palette)])
             draw.rectangle((left, top, right, bottom), outline=colour, width=max(1, max(image.size) // 160))
-            draw.text((left + 2, top + 1), class_name(names, int(label)), fill=colour)
+            plates.append((left, top, class_name(names, int(label)), colour))
+    for left, top, name, colour in plates:  # above all boxes
+        _, _, width, height = draw.textbbox((0, 0), name)
+        x = max(0, min(left, image.width - width - 5))
+        y = top - height - 3 if top > height + 3 else top  # over the box, where there is room
+        draw.rectangle((x, y, x + width + 4, y + height + 2), fill=colour)
+        draw.text((x + 2, y), name, fill=readable_on(colour))
     return np.asarray(image)
+
+
+def readable_on(colour: Sequence[int]) -> str:
+    """Return black or white, whichever has more contrast to a colour: at least 4.5, by WCAG 2's relative luminance.
+
+    Example:
+        >>> readable_on((255, 255, 0)), readable_on((0, 0, 160))
+        ('black', 'white')
+    """
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (value / 255 for value in colour)]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return 'black' if luminance > 0.179 else 'white'  # where both have a contrast of 4.6
 
 
 def enlarged(picture: np.ndarray) -> tuple[np.ndarray, float]:

@@ -21,7 +21,7 @@ from mmcpd.engine import run_report
 from mmcpd.engine.build import build_dense
 from mmcpd.engine.class_scores import Boxes, confusion, overlaps, precisions
 from mmcpd.engine.course import course
-from mmcpd.engine.drawings import as_picture
+from mmcpd.engine.drawings import as_picture, boxed, colours, readable_on
 from mmcpd.engine.predicted import Classifying, Detecting, Segmenting, compare_predictions
 from mmcpd.errors import SlimError
 from tests.helpers import on_two_processes
@@ -247,6 +247,32 @@ def test_pixels_and_boxes_are_scored_and_drawn():
     assert boxed.scores(1)[1].scores.tolist() == [100.0]
     views = boxed.draw(np.zeros((8, 8, 3), np.uint8), ['cat'], *detected)
     assert views[0].source != views[2].source == views[3].source
+
+
+def test_the_class_of_a_box_is_read_on_a_plate_inside_of_the_picture():
+    palette = colours(2)
+    paper = np.broadcast_to(palette[:1], (80, 120, 3)).astype(np.uint8)  # as bright as the box itself
+    corners = np.array([[30.0, 30, 60, 60], [100.0, 5, 119, 40]])
+    drawn = boxed(paper, Boxes(corners, np.array([0, 1]), np.array([0.9, 0.8])), ['cat', 'elephant'], palette)
+    over, inside = drawn[15:29, 30:60], drawn[5:20, 60:120]
+    letters = [(part != palette[which]).any(2) for part, which in ((over, 0), (inside, 1))]
+    assert all(0.05 < each.mean() < 0.6 for each in letters), 'letters that are not of the colour of their plate'
+    for which in (0, 1):
+        dark = readable_on(palette[which]) == 'black'
+        part = over if which == 0 else inside
+        assert part[letters[which]].astype(int).mean() < 160 if dark else part[letters[which]].mean() > 95
+    alone = boxed(paper, Boxes(corners[:1], np.array([0]), np.array([0.1])), ['cat'], palette)
+    assert np.array_equal(alone, paper), 'one that is not sure'
+
+
+@pytest.mark.parametrize('colour', [tuple(each) for each in colours(40).tolist()])
+def test_letters_have_a_contrast_of_four_and_a_half(colour):
+    def luminance(rgb):
+        parts = [v / 255 / 12.92 if v / 255 <= 0.04045 else ((v / 255 + 0.055) / 1.055) ** 2.4 for v in rgb]
+        return float(np.dot(parts, (0.2126, 0.7152, 0.0722)))
+
+    ratio = (luminance(colour) + 0.05) / 0.05
+    assert max(ratio, 21 / ratio) == (ratio if readable_on(colour) == 'black' else 21 / ratio) > 4.5
 
 
 def test_boxes_of_people_have_no_classes_and_turned_ones_no_corners():
