@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from html import escape
 
@@ -69,10 +70,15 @@ def report_page(report: RunReport) -> str:
         parts += _section('What is frozen, and why', f'<div class="long">{_cells(rows)}</div>')
     parts += _repeat(report)
     if report.missing:
-        sentences = ''.join(f'<li>{escape(sentence)}</li>' for sentence in report.missing)
+        sentences = ''.join(f'<li>{_marked(sentence)}</li>' for sentence in report.missing)
         parts += _section('What is not in this report', f'<ul>{sentences}</ul>')
     style = STYLE + MORE_STYLE
     return '\n'.join([HEAD.format(title=escape(report.title), style=style), *parts, '</body>', '</html>', ''])
+
+
+def _marked(sentence: str) -> str:
+    """Return a sentence as HTML, what stands between backticks as code."""
+    return re.sub('`(.+?)`', r'<code>\1</code>', escape(sentence))
 
 
 def _section(title: str, content: str) -> list[str]:

@@ -136,6 +136,11 @@ def test_what_a_run_has_not_is_left_out():
     assert 'What is not in this report' in left
 
 
+def test_commands_in_sentences_are_code():
+    made = report_page(full_report(missing=['`mmcpd <x>` measures it, `mmcpd report` shows it.']))
+    assert '<li><code>mmcpd &lt;x&gt;</code> measures it, <code>mmcpd report</code> shows it.</li>' in made
+
+
 def test_a_report_is_json():
     assert json.loads(json.dumps(asdict(full_report())))['streams'] == []
 
