@@ -73,10 +73,12 @@ class Device(TorchDispatchMode):
     def __enter__(self) -> Device:
         torch._C._ensureCUDADeviceGuardSet()  # as torch's own fake tensors do
         self._start, torch.cuda._lazy_init = torch.cuda._lazy_init, lambda: None
+        self._cudnn, torch.backends.cudnn.enabled = torch.backends.cudnn.enabled, False  # whose norms run nowhere here
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         torch.cuda._lazy_init = self._start
+        torch.backends.cudnn.enabled = self._cudnn
         super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
 
 from mmcpd.comb import comb
 from mmcpd.prune import Pruner, Schedule, normalize, score, select
@@ -17,7 +18,7 @@ from mmcpd.slim.compare import compare
 from mmcpd.slim.mask import MaskedForward
 from mmcpd.slim.trial import in_double, random_keep
 from tests.fake_device import DEVICE, Device, OnDevice, moved
-from tests.helpers import EXACT, check_equal, gap, randomise_
+from tests.helpers import CONTROL, EXACT, check_equal, gap, randomise_
 
 emulated = pytest.mark.skipif(
     not hasattr(torch._C, '_ensureCUDADeviceGuardSet'), reason='torch 2.4 asks CUDA for the device that is emulated'
@@ -42,6 +43,37 @@ class Positions(nn.Module):
         x = self.norm(x.index_select(1, self.order)).masked_fill(self.off[:, None], 0.0)
         x = self.groups(self.q(x).relu().mT).mT
         return self.fc2(x[:, self.order[:2]]).mean(1)
+
+
+class Attends(nn.Module):
+    """A forward that divides by the square root of its own width, so that slimming scales rows of the queries."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.proj, self.fc = nn.Linear(6, 24), nn.Linear(8, 6), nn.Linear(6, 5)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.fc(x.mean(1))
+
+
+class Gated(nn.Module):
+    """Convolutions with norms of batches and of groups, a gate per channel, a weight norm, and a packed attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv1d(4, 12, 3, padding=1), nn.BatchNorm1d(12)
+        self.gate, self.groups = nn.Conv1d(12, 12, 1), nn.GroupNorm(3, 12)
+        self.depth = nn.Conv1d(12, 12, 3, padding=1, groups=12)
+        self.back = weight_norm(nn.Conv1d(12, 8, 1))
+        self.attention, self.fc = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.bn(self.conv(x)).relu()
+        x = self.groups(self.depth(x * self.gate(x.mean(2, keepdim=True)).sigmoid()))
+        x = self.back(x).mT
+        return self.fc((x + self.attention(x, x, x, need_weights=False)[0]).mean(1))
 
 
 def inputs():
@@ -79,6 +111,23 @@ def test_a_model_whose_index_is_on_another_device_is_combed_there_as_on_the_cpu(
     assert not all(bool(kept.all()) for kept in chosen.values())
     mask_(model, coupling, keep)
     assert gap(model(x), out) < EXACT
+
+
+@emulated
+@pytest.mark.parametrize('net', [Attends, Gated])
+def test_nothing_of_ours_stays_on_the_cpu(net):
+    model, x = randomise_(net()), inputs()
+    coupling = comb(model, x)
+    assert coupling.groups
+    keep = random_keep(coupling, 0.5, 0)
+    with Device():
+        there, y = moved(copy.deepcopy(model)), OnDevice(x)
+        found = comb(there, y)
+        assert [(g.name, g.units) for g in found.groups] == [(g.name, g.units) for g in coupling.groups]
+        assert not [frozen for frozen in found.frozen if 'trial' in frozen.reason]
+        assert compare(there, found, keep) < EXACT
+        turned = {name: kept.roll(1) for name, kept in keep.items()}
+        assert compare(there, found, keep, slim(there, found, turned)) > CONTROL
 
 
 @emulated

@@ -134,8 +134,8 @@ def _fold_scales_(model: nn.Module, coupling: Coupling, keep: Keep, replaced: Ma
         for rows in scale.rows:
             size = coupling.tensors[rows.tensor].shape[rows.dim]
             alive = kept.get(rows.tensor, {}).get(rows.dim, torch.ones(size, dtype=torch.bool))
-            place = torch.isin(alive.nonzero().flatten(), torch.tensor(rows.index)).nonzero().flatten()
             tensor = tensors[rows.tensor]
+            place = torch.isin(alive.nonzero().flatten(), torch.tensor(rows.index)).nonzero().flatten().to(tensor.device)
             tensor.index_copy_(rows.dim, place, tensor.index_select(rows.dim, place) * factor)
 
 
