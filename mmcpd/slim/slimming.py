@@ -135,7 +135,8 @@ def _fold_scales_(model: nn.Module, coupling: Coupling, keep: Keep, replaced: Ma
             size = coupling.tensors[rows.tensor].shape[rows.dim]
             alive = kept.get(rows.tensor, {}).get(rows.dim, torch.ones(size, dtype=torch.bool))
             tensor = tensors[rows.tensor]
-            place = torch.isin(alive.nonzero().flatten(), torch.tensor(rows.index)).nonzero().flatten().to(tensor.device)
+            found = torch.isin(alive.nonzero().flatten(), torch.tensor(rows.index))
+            place = found.nonzero().flatten().to(tensor.device)
             tensor.index_copy_(rows.dim, place, tensor.index_select(rows.dim, place) * factor)
 
 
