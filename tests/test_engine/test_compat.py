@@ -83,7 +83,8 @@ def test_a_process_of_a_gloo_group_leaves_without_finalisation(tmp_path, status)
         f'leave({status})\n'
     )
     done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True)
-    assert (done.returncode, done.stdout.split()) == (status, ['handled']), done.stderr
+    said = [line for line in done.stdout.splitlines() if not line.startswith('[Gloo]')]  # torch 2.9 tells of its peers
+    assert (done.returncode, said) == (status, ['handled']), done.stderr
 
 
 def test_a_process_alone_leaves_as_always():
