@@ -219,7 +219,7 @@ def _check(unfinished: Path, path: Path, opset: int) -> None:
     if version != opset:
         raise DeployError(f'{path}: torch wrote opset {version} where {opset} was asked for; ask for {version}')
     names = {node.op_type for part in _parts(written) for node in part.node if node.domain in ('', 'ai.onnx')}
-    needed, name = max((_opsets_of_operators().get(name, 0), name) for name in names)
+    needed, name = max(((_opsets_of_operators().get(name, 0), name) for name in names), default=(0, ''))
     if needed > opset:
         raise OpsetError(f'{path.name}: {name} is in ONNX from opset {needed} on: ask for {needed}', needed)
     try:

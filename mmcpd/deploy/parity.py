@@ -16,7 +16,8 @@ from mmcpd.random_state import seeded
 
 LABELS = 1e-3  # share of the labels that may differ: where two scores are equal but for rounding
 SAME = "the model's outputs are the same for all inputs"
-RUN_ERRORS = (ort_errors.Fail, ort_errors.InvalidArgument, ort_errors.RuntimeException)
+RUN_ERRORS = (ort_errors.Fail, ort_errors.InvalidArgument, ort_errors.InvalidGraph, ort_errors.NotImplemented,
+              ort_errors.RuntimeException)  # fmt: skip
 
 
 @dataclass(frozen=True)

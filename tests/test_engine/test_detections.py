@@ -75,7 +75,7 @@ def objectness_first():
     head = dict(type='YOLOV3Head', num_classes=3, in_channels=[16] * 3, out_channels=[16] * 3,
                 featmap_strides=[8, 16, 32], norm_cfg=dict(type='BN'), bbox_coder=dict(type='YOLOBBoxCoder'),
                 anchor_generator=dict(type='YOLOAnchorGenerator', base_sizes=sizes, strides=[8, 16, 32]))  # fmt: skip
-    return with_head('YOLOV3', head, {**TESTING, 'conf_thr': 0.45, 'nms_pre': 20})
+    return with_head('YOLOV3', head, {**TESTING, 'conf_thr': 0.5, 'nms_pre': 500})
 
 
 def deformed():
