@@ -95,10 +95,10 @@ def deploy(
     model by its name. Where no opset is asked for it is 18, or the first one that has a model's operators. Where no
     exporter is asked for and the one over torch.export refuses a model, TorchScript's writes all of them, and the
     report says so. With a dynamic size files are compared on larger pictures too. With `calibration`, batches like the
-    others, `out/<name>-int8.onnx` lies beside each file, quantised; its parity is shown and refuses nothing. What takes long runs in `waiting(what)`, a context. `time_limit`, `threads` and `progress` are
-    as in `measure_latency`, with `runs` rounds (0: nothing is measured). `facts` is what else should stand in the
-    report, e.g. the config and where the inputs come from. `check(path, model, batches, forward)` compares a file with
-    a model.
+    others, `out/<name>-int8.onnx` lies beside each file, quantised; its parity is shown and refuses nothing. What takes
+    long runs in `waiting(what)`, a context. `time_limit`, `threads` and `progress` are as in `measure_latency`, with
+    `runs` rounds (0: nothing is measured). `facts` is what else should stand in the report, e.g. the config and where
+    the inputs come from. `check(path, model, batches, forward)` compares a file with a model.
 
     Raises:
         DeployError: A model cannot be exported, or its file computes something else.
