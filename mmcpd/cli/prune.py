@@ -24,7 +24,7 @@ import shlex
 import sys
 import tempfile
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ from mmcpd.engine.pictures import pictures
 from mmcpd.engine.predicted import PICTURES
 from mmcpd.engine.report import comparison, costs
 from mmcpd.engine.run_report import report_line
+from mmcpd.engine.samples import WithSample, pass_on_pictures
 from mmcpd.engine.saving import Proof, cut_checked, loadable, save_proved
 from mmcpd.engine.stage import check_target, stage_meta
 from mmcpd.files import whole, write_json
@@ -133,13 +134,17 @@ def prepare(cfg: Config, request: Request) -> Dense:
             cfg, module, request.pictures, folder=request.images, shape=shape, seed=request.seed, progress=progress
         )
     metrics = _metrics(module, cfg, request, stages, 'dense')
+    picture = batches[0][:1].to(request.device)
+    forward = pass_on_pictures(module, picture)
     rotated = None
     if request.rotate:
         with stages('rotate'):
-            rotated = str(rotate_(module, batches[0][:1].to(request.device)))
+            rotated = str(rotate_(module, picture, forward=forward))
             print(rotated)
     with stages('comb'):
         coupling = comb_by_config(module, cfg, input_shape=shape)
+    if isinstance(forward, WithSample):  # pictures are scored, refitted and taught on as they come, without samples
+        coupling = replace(coupling, example=replace(coupling.example, inputs=(picture,), forward=forward))
     print(f'{len(coupling.groups)} groups, {coupling.units} units')
     if any(LATENCY in target for target in request.targets):
         with stages('time layers', 'layers') as progress:
@@ -161,7 +166,8 @@ def slim_down(
         report['before_distillation'] = {'metrics': metrics}
         with stages('distil', 'iterations') as progress:
             teach_(
-                small, dense.model, cfg, request.distill, softmax=ends_in_softmax(dense.model), lr=request.lr,
+                small, dense.model, cfg, request.distill, softmax=ends_in_softmax(dense.model),
+                forward=dense.coupling.example.forward, lr=request.lr,
                 pictures=[batch.to(request.device) for batch in dense.batches] if request.images else None,
                 seed=request.seed, progress=progress,
             )  # fmt: skip

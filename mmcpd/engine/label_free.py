@@ -15,6 +15,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from mmcpd.compat import call
 from mmcpd.distill import KDLoss
 from mmcpd.engine.build import prunes
 from mmcpd.engine.wrappers import type_name
@@ -34,6 +35,7 @@ def teach_(
     iterations: int,
     *,
     softmax: bool,
+    forward: Callable[..., Any] = call,
     lr: float | None = None,
     pictures: Sequence[Tensor] | None = None,
     seed: int = 0,
@@ -46,6 +48,10 @@ def teach_(
     logits of classes (`softmax`) the first of them are compared by `KDLoss`, all others by their squared difference, as
     a share of the teacher's variance.
 
+    Both run by `forward(model, inputs)` as they are deployed; only the student's innermost modules train (norms,
+    dropout, stochastic depth). A head may give out something else while it trains, boxes in units of their stride say,
+    which the teacher's could not be compared with.
+
     It trains on the config's training data, whose labels are not read, or on `pictures`: preprocessed batches (N, C, H,
     W), each picture flipped at random.
 
@@ -57,12 +63,14 @@ def teach_(
     schedule = CosineAnnealingLR(optimizer.optimizer, iterations)
     batches = _from_pictures(pictures, seed) if pictures is not None else _from_config(student, cfg, seed)
     student.train()
+    for module in student.modules():
+        module.training = module.training and not any(module.children())
     with seeded(seed):  # augmentation, dropout
         for done, (_, inputs) in enumerate(zip(range(iterations), batches, strict=False), 1):
             with evaluating(teacher):
-                wanted = tensors_in(teacher(inputs))
+                wanted = tensors_in(forward(teacher, inputs))
             with optimizer.optim_context(student):
-                loss = difference(tensors_in(student(inputs)), wanted, softmax)
+                loss = difference(tensors_in(forward(student, inputs)), wanted, softmax)
             if not torch.isfinite(loss):
                 rate = optimizer.optimizer.param_groups[0]['initial_lr']
                 raise ValueError(

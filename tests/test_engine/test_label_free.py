@@ -115,3 +115,44 @@ def test_the_difference_is_of_every_output():
     assert difference(outputs, wanted, softmax=True) == pytest.approx(float(kd + share))
     first = (outputs[0] - wanted[0]).square().mean() / wanted[0].var()
     assert difference(outputs, wanted, softmax=False) == pytest.approx(float(first + share))
+
+
+class Strides(nn.Module):
+    """A head that gives out boxes in pixels, and in units of a stride while it trains, as FCOS does."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.drop = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.1)
+        self.seen = []
+
+    def forward(self, inputs):
+        self.seen.append((self.training, self.conv.training, self.bn.training, self.drop.training))
+        out = self.drop(self.bn(self.conv(inputs)))
+        return out if self.training else 8 * out
+
+
+@pytest.mark.parametrize('frozen', [False, True])
+def test_a_head_that_gives_out_something_else_while_it_trains_is_taught_as_deployed(cfg, frozen):
+    torch.manual_seed(0)
+    teacher, pages, passed = Strides(), torch.rand(16, 3, 8, 8), []
+    for _ in range(50):  # the statistics of its norm
+        teacher(pages)
+    student = copy.deepcopy(teacher.eval())
+    student.bn.weight.data *= 0.8
+    if frozen:  # as backbones with `norm_eval` keep their norms
+        student.train = lambda mode=True: (nn.Module.train(student, mode), student.bn.eval())[0]
+
+    def forward(model, inputs):
+        passed.append(model)
+        return model(inputs)
+
+    def distance():
+        with torch.no_grad():
+            return float(difference([student.eval()(pages)], [teacher(pages)], softmax=False))
+
+    before, student.seen = distance(), []
+    cfg.optim_wrapper.optimizer = dict(type='Adam', lr=0.01)
+    teach_(student, teacher, cfg, 100, softmax=False, forward=forward, lr=0.01, pictures=[pages])
+    assert set(student.seen) == {(False, True, not frozen, True)}
+    assert set(map(id, passed)) == {id(student), id(teacher)}
+    assert distance() < 0.5 * before and not any(module.training for module in student.modules() if not frozen)

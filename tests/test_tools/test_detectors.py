@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 
+import cv2
+import numpy as np
 import onnx
 import pytest
 import torch
 from mmengine.config import Config
 
 from mmcpd.engine.build import build_dense
+from mmcpd.engine.checkpoints import load_slim
 from mmcpd.engine.combing import comb_by_config
 from mmcpd.engine.slim_file import save_slim
 from mmcpd.slim import slim, structure
@@ -38,6 +41,28 @@ def test_detectors_are_combed_at_the_size_of_their_pipeline(tool, tmp_path, name
     assert 'backbone.layer1.0.conv1' in out
     assert 'loading annotations' not in out
     assert json.loads(file.read_text())['groups'][0]['name'] == 'backbone.conv1'
+
+
+@pytest.mark.filterwarnings('ignore:gauss_newton counts each batch as one sample')
+@pytest.mark.parametrize('name', ['retinanet', 'detr'])
+def test_detectors_are_pruned_at_once_and_taught_by_pictures_alone(tool, tmp_path, name):
+    config = write(tmp_path, name, RESIZE, dict(type='PackDetInputs'))
+    with config.open('a') as file:
+        file.write("optim_wrapper = dict(optimizer=dict(type='SGD', lr=0.001))\n")
+    torch.manual_seed(0)
+    torch.save({'state_dict': build_dense(Config.fromfile(config)).state_dict()}, tmp_path / 'dense.pth')
+    (tmp_path / 'pictures').mkdir()
+    for number in range(4):
+        drawn = np.random.default_rng(number).integers(0, 255, (64, 96, 3), np.uint8)
+        cv2.imwrite(str(tmp_path / 'pictures' / f'{number}.png'), drawn)
+    options = ('--target', 'macs=0.7', '--images', tmp_path / 'pictures', '--distill', 2, '--no-validate')
+    code, out, err = tool('prune', config, tmp_path / 'dense.pth', *options, '--out', tmp_path / 'out')
+    assert code == 0, err
+    found = json.loads((tmp_path / 'out' / 'prune.json').read_text())
+    assert found['slim']['macs'] <= 0.7 * found['dense']['macs']
+    assert 'layers refitted' in out and ('rotated' in out) == (name == 'detr' or 'rotated 0' in out)
+    small = load_slim(config, tmp_path / 'out' / 'slim.pth')
+    assert sum(parameter.numel() for parameter in small.parameters()) == found['slim']['params']
 
 
 def test_a_detector_of_unknown_size_says_which_option_gives_it(tool, tmp_path):
