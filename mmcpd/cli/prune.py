@@ -24,7 +24,7 @@ import shlex
 import sys
 import tempfile
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ from mmcpd.engine.pictures import pictures
 from mmcpd.engine.predicted import PICTURES
 from mmcpd.engine.report import comparison, costs
 from mmcpd.engine.run_report import report_line
-from mmcpd.engine.samples import WithSample, pass_on_pictures
+from mmcpd.engine.samples import on_pictures, pass_on_pictures
 from mmcpd.engine.saving import Proof, cut_checked, loadable, save_proved
 from mmcpd.engine.stage import check_target, stage_meta
 from mmcpd.files import whole, write_json
@@ -135,16 +135,14 @@ def prepare(cfg: Config, request: Request) -> Dense:
         )
     metrics = _metrics(module, cfg, request, stages, 'dense')
     picture = batches[0][:1].to(request.device)
-    forward = pass_on_pictures(module, picture)
     rotated = None
     if request.rotate:
         with stages('rotate'):
-            rotated = str(rotate_(module, picture, forward=forward))
+            rotated = str(rotate_(module, picture, forward=pass_on_pictures(module, picture)))
             print(rotated)
     with stages('comb'):
         coupling = comb_by_config(module, cfg, input_shape=shape)
-    if isinstance(forward, WithSample):  # pictures are scored, refitted and taught on as they come, without samples
-        coupling = replace(coupling, example=replace(coupling.example, inputs=(picture,), forward=forward))
+    coupling = on_pictures(coupling, module, picture)
     print(f'{len(coupling.groups)} groups, {coupling.units} units')
     if any(LATENCY in target for target in request.targets):
         with stages('time layers', 'layers') as progress:

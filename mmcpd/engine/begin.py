@@ -12,6 +12,7 @@ from mmengine.dist import broadcast_object_list, is_main_process
 from mmcpd.engine.at_once import prune_at_once, take_over_
 from mmcpd.engine.combing import shape_combed
 from mmcpd.engine.pictures import pictures as draw_pictures
+from mmcpd.engine.samples import on_pictures
 from mmcpd.prune import Pruner
 from mmcpd.rotate import rotate_
 from mmcpd.slim.copying import copied
@@ -47,7 +48,7 @@ def prune_at_once_in_training_(pruner: Pruner, cfg: Config, how: AtOnce, folder:
     batches = draw_pictures(cfg, model, how.pictures, shape=shape_combed(coupling), seed=how.seed)
     pruned = prune_at_once(
         model,
-        coupling,
+        on_pictures(coupling, model, batches[0][:1].to(next(model.parameters()).device)),
         batches,
         pruner.schedule.target,
         importance=how.importance,

@@ -7,7 +7,7 @@ import io
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -21,6 +21,7 @@ from mmengine.structures import InstanceData, PixelData
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from mmcpd.coupling import Coupling
 from mmcpd.engine.build import datasets
 from mmcpd.engine.passes import DEPLOYED, TRAINING, Pass, runs
 from mmcpd.errors import first_line
@@ -120,6 +121,18 @@ def pass_on_pictures(model: nn.Module, pictures: Tensor) -> Pass | WithSample:
         f"a file is exported of forward(pictures, mode='tensor'), which {type(model).__name__} does not run ({why}): "
         f"give the forward's other arguments a default, and let mode 'tensor' return the logits"
     )
+
+
+def on_pictures(coupling: Coupling, model: nn.Module, picture: Tensor) -> Coupling:
+    """Return what was combed with an example of a picture (1, C, H, W) alone: a sample a model asks for is made up.
+
+    Raises:
+        ValueError: as `pass_on_pictures`.
+    """
+    forward = pass_on_pictures(model, picture)
+    if not isinstance(forward, WithSample):
+        return coupling
+    return replace(coupling, example=replace(coupling.example, inputs=(picture,), forward=forward))
 
 
 def _usual_samples(model: nn.Module, picture: Tensor) -> Iterator[Any]:

@@ -14,14 +14,16 @@ from torch import nn
 
 import mmcpd.engine  # noqa: F401 - lets mmdet be imported
 from mmcpd.comb import comb
+from mmcpd.engine.at_once import prune_at_once
 from mmcpd.engine.build import build_dense
 from mmcpd.engine.combing import comb_by_config
 from mmcpd.engine.examples import example_data, example_inputs, picture_of
 from mmcpd.engine.operators import followed
 from mmcpd.engine.passes import DEPLOYED, TESTING, TRAINING, runs
 from mmcpd.engine.proposals import fixed_proposals, spread_boxes
-from mmcpd.engine.samples import Samples, made_up
+from mmcpd.engine.samples import Samples, made_up, on_pictures
 from mmcpd.modes import InDouble
+from mmcpd.nested import tensors_in
 from mmcpd.slim import slim
 from mmcpd.slim.compare import compare, difference, evaluating
 from mmcpd.slim.mask import mask_
@@ -263,3 +265,20 @@ def test_reading_data_keeps_the_log_visible(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert name in out
     assert 'loading annotations' not in out
+
+
+@pytest.mark.filterwarnings('ignore:gauss_newton counts each batch as one sample')
+def test_pictures_alone_are_enough_to_prune_what_asks_for_samples():
+    cfg = Config(dict(model=detr(), default_scope='mmdet'))
+    torch.manual_seed(0)
+    model, pictures = build_dense(cfg).eval(), torch.rand(3, 3, 64, 96)
+    combed = comb_by_config(model, cfg, input_shape=(3, 64, 96))
+    with pytest.raises((AttributeError, TypeError, AssertionError)):
+        combed.example.run(model, pictures)
+    alone = on_pictures(combed, model, pictures[:1])
+    assert 3 in tensors_in(alone.example.run(model, pictures))[-1].shape[:2]
+    pruned = prune_at_once(model, alone, [pictures], {'macs': 0.7})
+    assert pruned.left['macs'] <= 0.7 and pruned.refitted is not None
+    net = build_dense(Config(dict(model=retinanet(), default_scope='mmdet'))).eval()
+    plain = comb_by_config(net, Config(dict(model=retinanet(), default_scope='mmdet')), input_shape=(3, 64, 96))
+    assert on_pictures(plain, net, pictures[:1]) is plain
