@@ -51,7 +51,7 @@ from mmcpd.engine.pictures import pictures
 from mmcpd.engine.predicted import PICTURES
 from mmcpd.engine.report import comparison, costs
 from mmcpd.engine.run_report import report_line
-from mmcpd.engine.samples import on_pictures, pass_on_pictures
+from mmcpd.engine.samples import on_pictures
 from mmcpd.engine.saving import Proof, cut_checked, loadable, save_proved
 from mmcpd.engine.stage import check_target, stage_meta
 from mmcpd.files import whole, write_json
@@ -65,7 +65,7 @@ SLIM, REPORT, COUPLING, REFIT = 'slim.pth', 'prune.json', 'coupling.txt', 'refit
 
 @dataclass(frozen=True, eq=False)
 class Dense:
-    """What all targets start from: the dense model, rotated and combed."""
+    """What all targets start from: the dense model, combed and rotated."""
 
     model: BaseModel
     coupling: Coupling
@@ -122,7 +122,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def prepare(cfg: Config, request: Request) -> Dense:
-    """Load the dense model and pictures, measure it, rotate its heads and comb it."""
+    """Load the dense model and pictures, measure it, comb it and rotate its heads."""
     stages = Stages()
     with tempfile.TemporaryDirectory() as folder:
         path = loadable(cfg, request.checkpoint, Path(folder))  # a pruned training checkpoint is slimmed first
@@ -135,15 +135,14 @@ def prepare(cfg: Config, request: Request) -> Dense:
         )
     metrics = _metrics(module, cfg, request, stages, 'dense')
     picture = batches[0][:1].to(request.device)
+    with stages('comb'):
+        coupling = on_pictures(comb_by_config(module, cfg, input_shape=shape), module, picture)
+    print(f'{len(coupling.groups)} groups, {coupling.units} units')
     rotated = None
     if request.rotate:
         with stages('rotate'):
-            rotated = str(rotate_(module, picture, forward=pass_on_pictures(module, picture)))
+            rotated = str(rotate_(module, picture, forward=coupling.example.forward))
             print(rotated)
-    with stages('comb'):
-        coupling = comb_by_config(module, cfg, input_shape=shape)
-    coupling = on_pictures(coupling, module, picture)
-    print(f'{len(coupling.groups)} groups, {coupling.units} units')
     if any(LATENCY in target for target in request.targets):
         with stages('time layers', 'layers') as progress:
             times = measured_times(module, coupling, request.threads, progress)

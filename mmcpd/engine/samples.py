@@ -118,7 +118,7 @@ def pass_on_pictures(model: nn.Module, pictures: Tensor) -> Pass | WithSample:
         if runs(model, pictures, with_sample) is None:
             return with_sample
     raise ValueError(
-        f"a file is exported of forward(pictures, mode='tensor'), which {type(model).__name__} does not run ({why}): "
+        f"what is deployed is forward(pictures, mode='tensor'), which {type(model).__name__} does not run ({why}): "
         f"give the forward's other arguments a default, and let mode 'tensor' return the logits"
     )
 
@@ -129,9 +129,9 @@ def on_pictures(coupling: Coupling, model: nn.Module, picture: Tensor) -> Coupli
     Raises:
         ValueError: as `pass_on_pictures`.
     """
-    forward = pass_on_pictures(model, picture)
-    if not isinstance(forward, WithSample):
+    if runs(model, picture, coupling.example.forward) is None:
         return coupling
+    forward = pass_on_pictures(model, picture)
     return replace(coupling, example=replace(coupling.example, inputs=(picture,), forward=forward))
 
 
