@@ -27,10 +27,9 @@ from mmcpd.slim import mask_, slim
 from mmcpd.slim.compare import compare
 from tests.helpers import EXACT, on_two_processes, randomise_, rotated
 from tests.test_engine.distilled_models import classifier, segmentor
-from tests.test_engine.tiny_runs import config, hook_of, train
+from tests.test_engine.tiny_runs import AT_ONCE, config, hook_of, train
 
 torch.set_num_threads(1)
-AT_ONCE = {'default_hooks.prune': {'_delete_': True, 'type': 'mmcpd.PruneHook', 'at_once': True, 'pictures': 32}}
 
 
 class Net(nn.Module):

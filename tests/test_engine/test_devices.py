@@ -16,10 +16,9 @@ from mmcpd.slim import slim
 from mmcpd.slim.compare import compare
 from mmcpd.slim.trial import in_double
 from tests.helpers import CONTROL, EXACT, gap
-from tests.test_engine.tiny_runs import X, config, hook_of, train
+from tests.test_engine.tiny_runs import AT_ONCE, X, config, hook_of, train
 
 CUDA = pytest.mark.cuda
-AT_ONCE = {'default_hooks.prune': {'_delete_': True, 'type': 'mmcpd.PruneHook', 'at_once': True, 'pictures': 32}}
 
 
 @pytest.mark.parametrize('changes', [{'prune.importance': 'hessian'}, {'prune.importance': 'group_fisher'}, AT_ONCE])
@@ -40,7 +39,7 @@ def test_a_run_ends_in_the_slim_model_of_the_masked_one(device, wrapper, changes
     assert next(masked.parameters()).device.type == device
 
     path = tmp_path / 'run' / 'slim.pth'
-    assert all(tensor.device.type == 'cpu' for tensor in tensors_in(read_slim(path)['state_dict']))
+    assert {tensor.device.type for tensor in tensors_in(read_slim(path)['state_dict'])} == {'cpu'}
     small = load_slim(runner.cfg, path)
     assert gap(masked.cpu()(X), small(X)) < 1e-5
 

@@ -14,6 +14,8 @@ from tests.helpers import TORCH_2_5
 
 torch.set_num_threads(1)
 EPOCH = 4  # iterations
+# What `config` takes for units that go all at once.
+AT_ONCE = {'default_hooks.prune': {'_delete_': True, 'type': 'mmcpd.PruneHook', 'at_once': True, 'pictures': 32}}
 STUDENT = {
     'type': 'ImageClassifier',
     'backbone': {'type': 'ResNet', 'depth': 18, 'base_channels': 8, 'stem_channels': 8},
