@@ -38,13 +38,13 @@ def test_a_run_ends_in_the_slim_model_of_the_masked_one(device, wrapper, changes
     masked, pruner = bare_model(runner.model).eval(), hook_of(runner).pruner
     assert next(masked.parameters()).device.type == device
 
-    path = tmp_path / 'run' / 'slim.pth'
-    assert {tensor.device.type for tensor in tensors_in(read_slim(path)['state_dict'])} == {'cpu'}
-    small = load_slim(runner.cfg, path)
-    assert gap(masked.cpu()(X), small(X)) < 1e-5
-
     twin, example = in_double(masked, pruner.coupling.example)
     coupling = replace(pruner.coupling, example=example)
     assert compare(twin, coupling, pruner.keep) < EXACT
     turned = {name: kept.roll(1) for name, kept in pruner.keep.items()}
     assert compare(twin, coupling, pruner.keep, slim(twin, coupling, turned)) > CONTROL
+
+    path = tmp_path / 'run' / 'slim.pth'
+    assert {tensor.device.type for tensor in tensors_in(read_slim(path)['state_dict'])} == {'cpu'}
+    small = load_slim(runner.cfg, path)
+    assert gap(masked.cpu()(X), small(X)) < 1e-5
