@@ -5,6 +5,7 @@
     python benchmarks/accuracy.py resnet20 --choose-lr         # tries each rate on held-out training pictures
     python benchmarks/accuracy.py resnet20 --list              # the rows, and which are done
     python benchmarks/accuracy.py vit --latency                # the pruned models in ONNX Runtime, beside the dense one
+    python benchmarks/accuracy.py resnet56 --device cuda --shares 0.47 --budgets 35100   # 100 epochs
     python benchmarks/accuracy.py report                       # into docs/results.md and README.md
 
 Rows go to `benchmarks/results/accuracy_TABLE.json` as they come; a row that is there is not run again. CIFAR-10 is
@@ -57,6 +58,7 @@ class Runner:
     def __init__(self, task: Task) -> None:
         self.task = task
         self.teacher = task.dense()
+        self.device = task.example().device
         self.dense_macs = macs(self.teacher, task.example())
         self._pruned: tuple[Case, Pruned, float] | None = None
 
@@ -73,7 +75,8 @@ class Runner:
 
     def run(self, recipe: Recipe, case: Case, *, held_out: bool = False) -> Row:
         """Prune, train and score; with `held_out`, on the held-out training pictures instead of the test pictures."""
-        row: Row = {**asdict(case), 'learning': recipe.learning.words if case.iterations else '', **circumstances()}
+        row: Row = {**asdict(case), 'learning': recipe.learning.words if case.iterations else ''}
+        row |= circumstances(self.device)
         start = time.perf_counter()
         try:
             found, seconds = self.pruned(recipe, case)
@@ -96,10 +99,11 @@ class Runner:
         return row | {name: self.task.evaluate(model, held_out=held_out)}
 
 
-def circumstances() -> Row:
+def circumstances(device: torch.device) -> Row:
     """Say under what a number was measured."""
     return {
         'date': datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type,
         'threads': torch.get_num_threads(),
         'python': platform.python_version(),
         'versions': {name: importlib.metadata.version(name) for name in PACKAGES},
@@ -107,9 +111,16 @@ def circumstances() -> Row:
 
 
 def cases(
-    task: Task, store: Store, seeds: Sequence[int], names: Sequence[str], budgets: Sequence[int]
+    task: Task,
+    store: Store,
+    seeds: Sequence[int],
+    names: Sequence[str],
+    budgets: Sequence[int],
+    shares: Sequence[float] = (),
 ) -> Iterator[Case]:
     """Yield the cases of a table recipe by recipe and seed by seed, so that budgets share a pruned model.
+
+    Shares of the MACs that are given are all trained; of the task's own it says which one is.
 
     Raises:
         ValueError: a recipe that there is not.
@@ -118,12 +129,12 @@ def cases(
         recipe = look_up(EVERY, name, 'recipe')
         if recipe.tables and task.name not in recipe.tables:
             continue
-        for share in task.shares if name != 'dense' else (1.0,):
+        for share in (shares or task.shares) if name != 'dense' else (1.0,):
             for seed in seeds if name != 'dense' else seeds[:1]:
                 for iterations in budgets if name != 'dense' else (0,):
                     if iterations == 0 and (recipe.in_loop or recipe.learns_only):
                         continue
-                    if iterations and share != task.trained_share:
+                    if iterations and share != task.trained_share and not shares:
                         continue
                     case = Case(task.name, name, share, iterations, seed, task.default_rate if iterations else 0.0)
                     rate = store.rate(case, task.tried_for(iterations)) if iterations else None
@@ -175,7 +186,7 @@ def measure_latency(runner: Runner, store: Store, wanted: Sequence[Case], runs: 
         models = {'dense': runner.teacher, 'pruned': found.model.eval()}
         with tempfile.TemporaryDirectory() as folder:
             report = deploy(models, [(runner.task.example(),)], folder, dynamic_batch=False, runs=runs, threads=1)
-        row = {**asdict(case), **circumstances(), 'latency': [asdict(each) for each in report.latency]}
+        row = {**asdict(case), **circumstances(runner.device), 'latency': [asdict(each) for each in report.latency]}
         store.add('latency', row)
         print(f'{case.recipe}: {report.latency[-1].ratio:.3f} of the dense latency', flush=True)
 
@@ -196,7 +207,7 @@ def build_task(args: argparse.Namespace) -> Task:
         weights = args.weights / 'mobilenet_v2_in1k.pth' if args.table == 'camvid' else None
         return CamVidTask(args.table, args.data / 'camvid', weights, args.work_dir)
     data = load_cifar(args.data / 'cifar10', args.work_dir / 'cifar10.pt')
-    return cifar_task(args.table, data, args.weights)
+    return cifar_task(args.table, data.to(args.device), args.weights)
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -211,6 +222,8 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help='recipes, and variants by name; all recipes if left out',
     )
     parser.add_argument('--budgets', type=int, nargs='+', help="iterations; the table's own if left out")
+    parser.add_argument('--shares', type=float, nargs='+', default=[], help="of the MACs; the table's own if left out")
+    parser.add_argument('--device', default='cpu', help='where CIFAR-10 is trained on')
     parser.add_argument('--choose-lr', action='store_true', help='try learning rates on held-out pictures first')
     parser.add_argument('--rates', type=float, nargs='+', help="those to try; the table's own if left out")
     parser.add_argument('--rate', type=float, help='train at this rate, whatever was chosen')
@@ -234,17 +247,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', '1')))
     store = Store(args.results / f'accuracy_{args.table}.json')
     task = build_task(args)
-    budgets = args.budgets or task.budgets
+    chosen = task, store, args.seeds, args.rows, args.budgets or task.budgets, args.shares
     if args.list:
-        for case in cases(task, store, args.seeds, args.rows, budgets):
+        for case in cases(*chosen):
             print('done' if store.has('rows', case) else '    ', case)
         return
     runner = Runner(task)
     with DefaultScope.overwrite_default_scope('mmseg' if args.table.startswith('camvid') else 'mmpretrain'):
         if args.choose_lr:
-            wanted = list(cases(task, store, args.seeds, args.rows, budgets))
+            wanted = list(cases(*chosen))
             choose_rates(runner, store, wanted, args.rates or task.rates)
-        wanted = list(cases(task, store, args.seeds, args.rows, budgets))
+        wanted = list(cases(*chosen))
         if args.latency:
             measure_latency(runner, store, [case for case in wanted if case.seed == args.seeds[0]])
         else:

@@ -48,6 +48,9 @@ class Pictures:
     def take(self, which: Tensor) -> Pictures:
         return Pictures(self.images[which], self.labels[which])
 
+    def to(self, device: str) -> Pictures:
+        return Pictures(self.images.to(device), self.labels.to(device))
+
 
 @dataclass(frozen=True)
 class Split:
@@ -56,6 +59,9 @@ class Split:
     train: Pictures
     held_out: Pictures
     test: Pictures
+
+    def to(self, device: str) -> Split:
+        return Split(*(part.to(device) for part in (self.train, self.held_out, self.test)))
 
 
 class Task(ABC):
@@ -129,7 +135,7 @@ class Task(ABC):
 
 def normalised(images: Tensor) -> Tensor:
     """Map uint8 pictures (N, 3, H, W) to what the models were trained on."""
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
+    mean, std = (torch.tensor(values, device=images.device).view(1, 3, 1, 1) for values in (MEAN, STD))
     return (images.float() / 255 - mean) / std
 
 
@@ -140,8 +146,8 @@ def cropped_and_flipped(images: Tensor, generator: torch.Generator) -> Tensor:
     top, left = (torch.randint(2 * PAD + 1, (n, 1), generator=generator) for _ in range(2))
     rows, columns = (offset + torch.arange(size) for offset in (top, left))  # (N, S)
     flip = torch.rand(n, 1, generator=generator) < 0.5
-    columns = torch.where(flip, columns.flip(1), columns)
-    number = torch.arange(n).view(n, 1, 1)
+    rows, columns = (each.to(images.device) for each in (rows, torch.where(flip, columns.flip(1), columns)))
+    number = torch.arange(n, device=images.device).view(n, 1, 1)
     return padded[number, :, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2).contiguous()
 
 
@@ -199,7 +205,7 @@ class CifarTask(Task):
         model = build_dense(CONFIGS / f'{self.name}_prune_cifar10.py')
         stored = torch.load(self.weights, weights_only=True)
         model.load_state_dict(stored.get('state_dict', stored))
-        return model.eval()
+        return model.to(self.data.train.images.device).eval()
 
     def example(self) -> Tensor:
         return normalised(self.data.train.images[:1])

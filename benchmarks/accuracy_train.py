@@ -65,16 +65,17 @@ def train(
     optimizer = task.optimizer(model, rate)
     pruner = in_loop(model, optimizer, iterations) if in_loop else None
     model.train()
+    device = next(model.parameters()).device.type
     for iteration, (images, labels) in zip(range(iterations), task.stream(seed), strict=False):
         for group in optimizer.param_groups:
             group['lr'] = rate * (1 + math.cos(math.pi * iteration / iterations)) / 2
         images = images.contiguous(memory_format=torch.channels_last)  # 1.6 times as fast on a CPU
         optimizer.zero_grad()
-        with torch.autocast('cpu', torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16):
             outputs = model(images).float()
         loss = learning.label_weight * task.losses(outputs, labels).mean() if learning.label_weight else 0
         if distillation is not None:
-            with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+            with torch.no_grad(), torch.autocast(device, torch.bfloat16):
                 targets = teacher(images).float()
             loss = loss + distillation(outputs, targets)
         loss.backward()

@@ -53,6 +53,7 @@ class TinyTask(CifarTask):
     def dense(self):
         torch.manual_seed(0)
         model = Tiny()
+        model.to(self.data.train.images.device)
         reestimate_(model, [batch.images for batch in self.plain(16, 0)])
         return model.eval()
 
@@ -108,7 +109,7 @@ def test_a_row_says_what_was_measured(task, tmp_path):
     assert case.matches(row) and not replace(case, seed=7).matches(row)
     assert row['pictures_trained'] == 2 * 8 and row['pictures_to_prune'] == 0
     assert 0.4 < row['macs'] <= 0.5 and 0 <= row['test'] <= 100
-    assert row['versions']['torch_pruning'] and row['date'] and 'held_out' not in row
+    assert row['versions']['torch_pruning'] and row['date'] and row['device'] == 'cpu' and 'held_out' not in row
 
 
 def test_rows_of_two_writers_are_both_kept(tmp_path):
@@ -145,6 +146,21 @@ def test_without_a_trial_the_default_rate_is_used(task, tmp_path):
 
 
 # -- the loop ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.cuda)])
+@pytest.mark.parametrize('name', ['mmcpd', 'mmcpd in training', 'Torch-Pruning Taylor in our loop'])
+def test_a_run_ends_at_the_target_where_its_pictures_are(task, name, device):
+    there = replace(task, data=task.data.to(device))
+    row = accuracy.Runner(there).run(RECIPES[name], Case('resnet20', name, 0.5, 48, 0, 0.01))
+    assert 0.35 < row['macs'] <= 0.5 and 0 <= row['test'] <= 100
+    assert row['device'] == ('cpu' if device == 'cpu' else torch.cuda.get_device_name())
+
+
+def test_shares_that_are_asked_for_are_trained_all(task, tmp_path):
+    store = Store(tmp_path / 'a.json')
+    found = accuracy.cases(task, store, [0], ['magnitude at once'], [0, 2], [0.7, 0.3])
+    assert [(case.share, case.iterations) for case in found] == [(0.7, 0), (0.7, 2), (0.3, 0), (0.3, 2)]
+
+
 @pytest.mark.parametrize('learning', [Learning(), Learning(0, 4), Learning(1, 4)])
 def test_training_is_repeatable_and_depends_on_the_seed(task, learning):
     first, again, other = (
