@@ -119,7 +119,7 @@ def setting(rows: Sequence[Row]) -> str:
     names = sorted({name for row in rows for name in row['versions']})
     found = {name: sorted({row['versions'][name] for row in rows if name in row['versions']}) for name in names}
     versions = ', '.join(f'{name} {" and ".join(each)}' for name, each in found.items())
-    devices = sorted({row.get('device', 'cpu') for row in rows})
+    devices = ' and '.join(sorted({row.get('device', 'cpu') for row in rows}))
     trained = [row for row in rows if row['iterations'] and 'error' not in row]
     recipes = {chosen: {(row['recipe'], row['table']) for row in trained if bool(row.get('rate_chosen')) is chosen}
                for chosen in (True, False)}  # fmt: skip
@@ -135,7 +135,8 @@ def setting(rows: Sequence[Row]) -> str:
         f'{rates} Where nothing is trained and nothing refitted, batch norm is re-estimated on 1,000 augmented '
         f'training pictures. Torch-Pruning ranks globally and {HOW}. '
         f'It was lent: {"; ".join(LENT)}. '
-        f'Seeds {", ".join(map(str, seeds))}; {" to ".join(dict.fromkeys((dates[0], dates[-1])))}; on {" and ".join(devices)}; {versions}. '
+        f'Seeds {", ".join(map(str, seeds))}; {" to ".join(dict.fromkeys((dates[0], dates[-1])))}; on {devices}; '
+        f'{versions}. '
         'Command: `python benchmarks/accuracy.py TABLE --choose-lr`.'
     )
 

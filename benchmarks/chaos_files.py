@@ -79,9 +79,21 @@ class OwnAttention(nn.Module):
         return self.proj((q @ k.mT / 4).softmax(-1).matmul(v).transpose(1, 2).reshape(B, N, C))
 
 
+class Waves(nn.Module):
+    """Positions (1, tokens, width) that no weight has."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = torch.arange(x.shape[1], dtype=x.dtype)
+        return (places[:, None] * torch.arange(1, self.width + 1)).sin()[None]
+
+
 @MODELS.register_module()
 class Chaos(BaseModel):
-    """A model with a lazy layer, a table made in the first forward, an attention to replace and one to rewrite."""
+    """A model with a lazy layer, a table made in the first forward, an attention to replace, one to rewrite, waves."""
 
     def __init__(self, width: int = 8, data_preprocessor: Any = None) -> None:
         super().__init__(data_preprocessor)
@@ -89,6 +101,7 @@ class Chaos(BaseModel):
         self.attention = nn.MultiheadAttention(width, 2, batch_first=True)
         self.own, self.wide = OwnAttention(width, 2), nn.Linear(width, 4 * width)
         self.fc, self.more = nn.Linear(4 * width, 3), nn.Linear(4 * width, 3)
+        self.waves = Waves(width)
         self.register_buffer('gains', torch.ones(width, 1, 1), persistent=False)
 
     def forward(self, inputs: Tensor, data_samples: Any = None, mode: str = 'tensor') -> Tensor:
@@ -96,6 +109,7 @@ class Chaos(BaseModel):
         if 'table' not in self._buffers:
             self.register_buffer('table', torch.rand(x.shape[1], 1, 1))
         x = (x * self.table).flatten(2).mT
+        x = x + self.waves(x)
         x = self.attention(x, x, x, need_weights=False)[0]
         x = self.wide(self.own(x)).relu().mean(1)
         return self.fc(x) + self.more(x)

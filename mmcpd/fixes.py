@@ -120,6 +120,15 @@ class Equality:
 
 
 @dataclass(frozen=True)
+class ComputedChannels:
+    """A module without a weight whose output has channels, as an encoding of positions: it gives out the kept ones."""
+
+    module: str  # its path
+    dim: int  # of its output
+    width: int  # of the dense model
+
+
+@dataclass(frozen=True)
 class Fixes:
     """What slimming does beyond slicing."""
 
@@ -129,3 +138,4 @@ class Fixes:
     constants: tuple[SizeRule, ...] = ()  # widths that a forward computes with, to stay as in the dense model
     equalities: tuple[Equality, ...] = ()  # that must hold afterwards
     unmasked: tuple[Unmasked, ...] = ()  # rows that masking leaves as they are, since a forward divides by them
+    computed: tuple[ComputedChannels, ...] = ()  # channels that no weight has

@@ -15,9 +15,11 @@ from ..coupling import Cache, Coupling, Example, arguments
 from ..errors import CombError, first_line
 from ..fixes import Fixes
 from ..slim.attention import replacement
+from ..slim.computed import CHANNELS, give_all_, give_kept_
 from ..slim.copying import restored
 from ..slim.plain_tensors import plain_tensors, register_plain_, unregister_
 from ..slim.trial import FAILURES, Outcome, trial_of
+from .computed import computed_in
 from .conflicts import couple_conflicts_
 from .grouping import coupled_by_groups, group, heads_of
 from .observe import observe
@@ -49,7 +51,8 @@ def comb(
 
     Args:
         model: it is run in eval mode without gradients, and left as it was, but that plain tensors in attributes which
-            meet channels that can go become buffers outside of the state dict, so that they can be cut.
+            meet channels that can go become buffers outside of the state dict, so that they can be cut, and that
+            modules which compute such channels without a weight get a buffer with those that they give out.
         inputs: one input, or a tuple of the arguments; a batch of one is enough.
         forward: `callable(model, *inputs)`; the default calls the model.
         also: further passes, called alike, that must work on the slim model too but do not count in its cost: side
@@ -92,11 +95,15 @@ def comb(
         return replace(group(model, record, example, ignore, faults), caches=tuple(caches))
 
     record = observed(policy := Policy())
-    if plain := record.plain & plain_tensors(model).keys():
+    plain = record.plain & plain_tensors(model).keys()
+    computed = {f'{each.module}.{CHANNELS}': each for each in computed_in(record)}
+    if buffers := plain | computed.keys():
         register_plain_(model, plain)
+        give_kept_(model, computed.values())
         record = observed(policy)
-        if frozen := plain - record.table.free_tensors(plain):
-            unregister_(model, frozen)
+        if frozen := buffers - record.table.free_tensors(buffers):
+            unregister_(model, frozen & plain)
+            give_all_(model, [computed[name].module for name in frozen & computed.keys()])
             record = observed(policy)
     if record.unused and newly_read(model, example, trained := Trained(example.forward), record.unread):
         example = replace(example, also=(*example.also, trained))

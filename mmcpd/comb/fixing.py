@@ -10,6 +10,7 @@ from torch import nn
 from ..fixes import Attr, CallSite, Fixes, Live, QueryScale, Rows, SizeRule, Statistic, Unmasked
 from ..slim.attention import replacement
 from ..slim.call_sites import call_site
+from ..slim.computed import computed_channels
 from ..slim.places import place_name
 from ..slim.size_expressions import leaves
 from .atoms import FIXED, Row
@@ -35,6 +36,7 @@ def fixes_of(model: nn.Module, record: Record, rows: Lookup, live: Sequence[bool
         constants=tuple(rule for rule in _sizes(model, _constants(record), live) if rule.site is not None),
         equalities=tuple(dict.fromkeys(record.equalities)),
         unmasked=tuple(Unmasked(row.tensor, row.dim) for row in _unmasked(record)),
+        computed=computed_channels(model),
     )
 
 

@@ -19,6 +19,7 @@ from ..nested import named_tensors_in, tensors_in
 from ..slim.compare import evaluating
 from ..slim.mask import named_tensors
 from ..slim.references import plain_attributes
+from .computed import note_computed_
 from .fresh import resolve_
 from .record import Note, Record
 from .renewed import RENEWED, freeze_renewed_, renewed_by
@@ -149,14 +150,16 @@ def _module_paths(model: nn.Module, run: Run) -> Iterator[None]:
                 cursor.widths.append(_widths(run, inputs))
                 _meet(run, name, [inputs, named])
 
-            def leave(_m: nn.Module, _i: Any, out: Any, name: str = name) -> None:
+            def leave(m: nn.Module, inputs: Any, named: Any, out: Any, name: str = name) -> None:
                 cursor.path.pop()
                 cursor.widths.pop()
                 cursor.widths[-1].update(_widths(run, out))
                 _meet(run, name, out)
+                with torch._C.DisableTorchFunction():
+                    note_computed_(run, name, m, [inputs, named], out)
 
             stack.callback(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True).remove)
-            stack.callback(module.register_forward_hook(leave, always_call=True).remove)
+            stack.callback(module.register_forward_hook(leave, with_kwargs=True, always_call=True).remove)
         yield
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from ..compat import StrEnum
 from ..cost import Term
 from ..coupling import OperationAt, Role
-from ..fixes import Equality, Expression, Live
+from ..fixes import ComputedChannels, Equality, Expression, Live
 from ..slim.call_sites import Spot
 from ..slim.mask import Site
 from .atoms import AtomTable
@@ -104,6 +104,8 @@ class Record:
     unsupported: Counter[OperationAt] = field(default_factory=Counter)
     unread: frozenset[str] = frozenset()  # parameters and buffers that no operation read
     plain: frozenset[str] = frozenset()  # tensors beside these two that channels met
+    foreign: set[int] = field(default_factory=set)  # numbers of channels that met as many which no layer produces
+    computed: dict[str, set[ComputedChannels]] = field(default_factory=dict)  # by modules without a weight
     unused: tuple[str, ...] = ()  # layers that never ran, and single tensors that nothing read
     _numbers: dict[bytes, int] = field(default_factory=dict)
 

@@ -17,7 +17,7 @@ from ..coupling import OperationAt, Role
 from ..fixes import CodePlace, Live
 from ..slim.call_sites import Spot, code_place, in_own_function
 from ..slim.mask import LAST_DIMENSION, REDUCTIONS, SOFTMAXES, Site
-from .atoms import Axes, Axis
+from .atoms import Axes, Axis, Row
 from .record import BiasRows, Note, Record, RoleOf, ScaledQuery, SeenStatistic
 from .storages import Storages
 from .unused import Ran
@@ -123,6 +123,7 @@ class Run:
         elif left is not None and right is not None:
             self.record.table.equate(left.atoms, right.atoms, f'{what} with a fixed position in {self.where}')
         else:
+            self.record.foreign.update(len(axis) for axis in (left, right) if axis is not None)
             self.freeze(left or right, f'{what} with channels that no layer produces in {self.where}')
 
     def new_axis(self, size: int, zero: bool) -> Axis:
@@ -138,9 +139,18 @@ class Run:
 
     def depth(self, axis: Axis) -> int:
         """Return the dimension of the parameter that the atoms of an axis come from; positions lie behind channels."""
+        row = self._row(axis)
+        return 0 if row is None else row.dim
+
+    def tensor_of(self, axis: Axis) -> str:
+        """Return the name of the parameter or buffer that the last of an axis's atoms comes from, '' of others."""
+        row = self._row(axis)
+        return '' if row is None else row.tensor
+
+    def _row(self, axis: Axis) -> Row | None:
         rows, atom = self.record.table.rows, int(axis.atoms.max())
         found = bisect_right(rows, atom, key=lambda row: row.start) - 1
-        return rows[found].dim if 0 <= atom < self.real else 0
+        return rows[found] if 0 <= atom < self.real else None
 
     def freeze(self, axis: Axis | None, reason: str) -> None:
         if axis is not None:

@@ -20,6 +20,7 @@ from mmcpd.errors import SlimError
 from mmcpd.names import in_short
 from mmcpd.slim import attention
 from mmcpd.slim.call_sites import Rewrite, rewrites_of
+from mmcpd.slim.computed import CHANNELS
 from mmcpd.slim.mask import named_tensors
 from mmcpd.slim.plain_tensors import plain_tensors
 from mmcpd.slim.references import detached_references
@@ -125,7 +126,7 @@ def plain_code(cfg: Config, plan: Mapping[str, Any], small: nn.Module, stem: str
         f'MODEL = {_shown(model)}\n# Shapes and attributes that differ from those of the dense model.\n',
         f'SHAPES = {_shown(shapes)}\nATTRIBUTES = {_shown(_attributes(small, plan["attributes"]))}\n',
         *(f'\n\n{text.strip()}\n' for text in (*(_replacements() if kinds else ()), *subclasses)),
-        BUILD, *_registered(dense, plan), *_added(plan), RESIZE, *_shared(plan), *_replaced(kinds),
+        BUILD, *_registered(dense, plan), *_computed(plan), *_added(plan), RESIZE, *_shared(plan), *_replaced(kinds),
     ]  # fmt: skip
     if plan['attributes']:
         parts.append(
@@ -249,6 +250,17 @@ def _registered(dense: nn.Module, plan: Mapping[str, Any]) -> list[str]:
         path, _, local = name.rpartition('.')
         lines.append(f'    del model.get_submodule({path!r}).{local}\n')
         lines.append(f'    model.get_submodule({path!r}).register_buffer({local!r}, values[{name!r}], False)\n')
+    return lines
+
+
+def _computed(plan: Mapping[str, Any]) -> list[str]:
+    """Return the lines that let modules without a weight give out the kept ones of the channels that they compute."""
+    lines = []
+    for path, entry in plan['computed'].items():
+        kept = f'{path}.{CHANNELS}'
+        hook = f'lambda module, _, out: out.index_select({entry["dim"]}, module.{CHANNELS})'
+        lines.append(f'    model.get_submodule({path!r}).register_buffer({CHANNELS!r}, values[{kept!r}], False)\n')
+        lines.append(f'    model.get_submodule({path!r}).register_forward_hook({hook})\n')
     return lines
 
 

@@ -23,7 +23,7 @@ from mmcpd.files import whole
 from mmcpd.slim.weights import is_extra_state, weights
 from mmcpd.version import __version__
 
-VERSION = 3  # of the file; raise it whenever an older mmcpd could not read what is written
+VERSION = 4  # of the file; raise it whenever an older mmcpd could not read what is written
 
 
 def save_slim(path: PathLike, model: nn.Module, structure: Mapping[str, Any], meta: Mapping[str, Any]) -> None:

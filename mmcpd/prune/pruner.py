@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..coupling import Coupling, Keep
 from ..names import look_up
+from ..slim.computed import give_kept_
 from ..slim.mask import Masker, named_tensors
 from ..slim.plain_tensors import register_plain_
 from .agree import Agreement
@@ -218,6 +219,7 @@ class Pruner:
             ValueError: it is no copy of the model.
         """
         register_plain_(copy, self.coupling.tensors)
+        give_kept_(copy, self.coupling.fixes.computed)
         found = named_tensors(copy)
         for name, info in self.coupling.tensors.items():
             if name not in found or found[name].shape != info.shape:

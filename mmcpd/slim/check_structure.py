@@ -17,12 +17,13 @@ from ..errors import SlimError, first_line
 from ..random_state import seeded
 from .attention import REPLACEMENTS
 from .call_sites import INFER, Rewrite, rewrite_
+from .computed import all_channels
 from .noted_rows import are_rows
 from .plain_tensors import plain_tensors
 from .replace_sizes import is_place
 from .weights import all_tensors, is_extra_state, own_tensors
 
-KEYS = ('tensors', 'rows', 'added', 'shared', 'attributes', 'replaced', 'rewritten')
+KEYS = ('tensors', 'rows', 'added', 'shared', 'attributes', 'replaced', 'rewritten', 'computed')
 NOT_A_SIZE = ('training', 'init_cfg')  # whatever their types: modes, and where MMEngine reads other files from
 DTYPES = {
     str(dtype): dtype
@@ -36,6 +37,7 @@ NAME, TEXT, REWRITES, ADDED = 200, 2000, 1000, 10_000  # characters of a name an
 # Elements that first forwards may make, all tensors together: two lazy layers of a VGG-16 have 120 million. A file's
 # own tensors bound them further (`mmcpd.engine.slim_model.cut_to_`).
 MADE = 2**28
+COMPUTED = 2**16  # channels that a module computes without a weight
 
 _repr = reprlib.Repr()
 _repr.maxlist = _repr.maxtuple = 8
@@ -89,7 +91,8 @@ def check_structure(model: nn.Module, plan: Mapping[str, Any]) -> None:
     for key, entries in plan.items():
         if type(entries) is not dict or not all(type(name) is str for name in entries):
             raise SlimError(f'{key} of the structure is {_short(entries)}, and no table by name')
-    dense = _Dense(dict(model.named_modules()), all_tensors(model), plain_tensors(model))
+    modules = dict(model.named_modules())
+    dense = _Dense(modules, all_tensors(model), plain_tensors(model) | _channels(modules, plan['computed']))
     _check_added(dense, plan['added'], plan['tensors'])
     _check_tensors(dense, plan['tensors'], plan['added'])
     _check_rows(dense, plan['rows'], plan['tensors'])
@@ -104,6 +107,17 @@ def check_structure(model: nn.Module, plan: Mapping[str, Any]) -> None:
 
 
 # -- tensors -----------------------------------------------------------------------------------------------------------
+def _channels(modules: Mapping[str, nn.Module], computed: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the numbers of channels that modules without a tensor compute, by their buffers' names."""
+    for path, entry in computed.items():
+        if path not in modules or all_tensors(modules[path]):
+            raise SlimError(f'this model has no module {_short(path)} that computes channels: another model')
+        known = type(entry) is dict and set(entry) == {'dim', 'width'} and all(type(n) is int for n in entry.values())
+        if not known or not (0 <= entry['dim'] < DIMS and 1 <= entry['width'] <= COMPUTED):
+            raise SlimError(f'{_named(path)} computes the channels {_short(entry)} in the structure: another model')
+    return all_channels(computed)
+
+
 def _check_tensors(dense: _Dense, shapes: Mapping[str, Any], added: Mapping[str, Any]) -> None:
     made, seen = 0, dict[Tensor, list[int]]()
     for name, shape in shapes.items():

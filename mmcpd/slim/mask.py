@@ -17,6 +17,7 @@ from ..coupling import Coupling, Keep
 from ..errors import SlimError
 from ..fixes import CodePlace
 from .call_sites import code_place
+from .computed import give_kept_
 from .copying import forget_, writable_
 from .plain_tensors import register_plain_
 
@@ -192,6 +193,7 @@ class Masker:
 
     def __init__(self, model: nn.Module, coupling: Coupling) -> None:
         register_plain_(model, coupling.tensors)
+        give_kept_(model, coupling.fixes.computed)
         self.model, self.coupling = model, coupling
         self._flat: Tensor | None = None
         self._rows: list[MaskedRows] = []

@@ -31,8 +31,9 @@ _KEYWORDS = {
         'normalized_shape',
         'n',
         'm',
+        'end',
     ),
-    2: ('sizes', 'start'),
+    2: ('sizes', 'start', 'steps'),
     3: ('length', 'embed_dim_to_check'),
     6: ('groups',),
 }

@@ -16,6 +16,7 @@ from ..errors import SlimError
 from ..fixes import Attr, CallSite, Equality, Expression, Input, Live, SizeRule
 from .attention import REPLACEMENTS, replacement
 from .call_sites import INFER, Rewrite, rewritten
+from .computed import give_kept_
 from .copying import copied, discarding
 from .mask import kept_rows, named_tensors, unmask_statistics_
 from .methods import Methods
@@ -81,13 +82,19 @@ def _sliced(model: nn.Module, coupling: Coupling, keep: Keep) -> nn.Module:
     memo: dict[int, Any] = {}
     tensors = {**plain_tensors(model), **named_tensors(model)}
     for name, dims in kept.items():
-        tensor = tensors[name]
+        if (tensor := tensors.get(name)) is None:
+            continue  # a buffer that the copy gets below
         value = tensor.detach()
         for dim, rows in sorted(dims.items()):  # whole rows first: they lie together in memory
             value = value.index_select(dim, rows.nonzero().flatten().to(value.device))
         memo[id(tensor)] = as_tensor_of(tensor, value)
     small = copied(model, memo, coupling.caches)
     register_plain_(small, kept)
+    give_kept_(small, coupling.fixes.computed)
+    for name in kept.keys() - tensors.keys():
+        path, _, local = name.rpartition('.')
+        module, (live,) = small.get_submodule(path), kept[name].values()
+        setattr(module, local, module.get_buffer(local)[live])
     unmask_statistics_(small)
     note_rows_(small, kept)
     return small

@@ -10,9 +10,11 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from ..fixes import ComputedChannels
 from .attention import REPLACEMENTS
 from .call_sites import Rewrite, rewrite_, rewrites_of
 from .check_structure import DTYPES, check_structure, largest_made, may_become
+from .computed import all_channels, computed_channels, give_kept_
 from .mask import named_tensors
 from .noted_rows import Rows, noted_rows, set_noted_rows_
 from .plain_tensors import plain_tensors, register_plain_
@@ -33,8 +35,9 @@ def structure(model: nn.Module, small: nn.Module) -> dict[str, Any]:
         `tensors` (new shapes by name), `rows` (those kept of buffers that are not in the state dict, by name and
         dimension, null for all), `added` (kinds of the tensors that the dense model has not), `shared` (names of
         tensors that are another one, but not in the dense model), `attributes` (new values by module path and name),
-        `replaced` (kinds by module path, with the arguments of the replacement) and `rewritten` (sizes put into
-        methods, by module path). What both models share is named once.
+        `replaced` (kinds by module path, with the arguments of the replacement), `rewritten` (sizes put into methods,
+        by module path) and `computed` (dimension and width of channels that no weight has, by module path). What both
+        models share is named once.
 
     Example:
         >>> plan = structure(model, small)
@@ -64,7 +67,8 @@ def structure(model: nn.Module, small: nn.Module) -> dict[str, Any]:
             attributes[path] = changes
         if rewrites_of(other):
             rewritten[path] = [[*r.place, r.number] for r in rewrites_of(other)]
-    old, plain = all_tensors(model), plain_tensors(model)
+    computed = {each.module: {'dim': each.dim, 'width': each.width} for each in computed_channels(small)}
+    old, plain = all_tensors(model), plain_tensors(model) | all_channels(computed)
     kept = {n for n, value in weights(small).items() if not is_extra_state(n)}
     tensors: dict[str, list[int]] = {}
     added: dict[str, Any] = {}
@@ -80,7 +84,7 @@ def structure(model: nn.Module, small: nn.Module) -> dict[str, Any]:
     shared = {n: other for n, other in aliases.items() if n in old and old[n] is not old.get(other)}
     return {
         'tensors': tensors, 'rows': rows, 'added': added, 'shared': shared,
-        'attributes': attributes, 'replaced': replaced, 'rewritten': rewritten,
+        'attributes': attributes, 'replaced': replaced, 'rewritten': rewritten, 'computed': computed,
     }  # fmt: skip
 
 
@@ -116,6 +120,7 @@ def restructure_(model: nn.Module, plan: Mapping[str, Any]) -> nn.Module:
     """
     check_structure(model, plan)
     register_plain_(model, plan['tensors'])
+    give_kept_(model, [ComputedChannels(path, **entry) for path, entry in plan['computed'].items()])
     for name, entry in plan['added'].items():
         _add_(model, name, plan['tensors'][name], **entry)
     modules, tensors, slots = dict(model.named_modules()), all_tensors(model), Slots(model)

@@ -19,6 +19,7 @@ from mmcpd.engine.checkpoints import load_slim
 from mmcpd.engine.slim_file import checksum, read_slim, save_slim
 from mmcpd.engine.slim_model import cut_to_
 from mmcpd.errors import SlimError
+from mmcpd.slim.check_structure import KEYS
 from mmcpd.slim.weights import weights
 
 FUZZ = dict(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
@@ -154,7 +155,7 @@ class Picky(nn.Module):
 
 
 def test_what_a_model_raises_at_an_extra_state_is_one_line(tmp_path):
-    plan = {key: {} for key in ('tensors', 'added', 'shared', 'attributes', 'replaced', 'rewritten', 'rows')}
+    plan = {key: {} for key in KEYS}
     save_slim(tmp_path / 'slim.pth', Picky(), plan, {})
     content = torch.load(tmp_path / 'slim.pth', weights_only=True)
     assert cut_to_(Picky(), read_slim(tmp_path / 'slim.pth'), 'slim.pth').steps == 3

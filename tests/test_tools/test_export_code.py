@@ -153,18 +153,28 @@ class Attention(Base):
         return self.proj(y) * scale + x[..., :1]
 
 
+class Waves(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, x):
+        places, rates = torch.arange(x.shape[1]), torch.arange(1, self.dim + 1)
+        return (places[:, None] * rates).sin()[None]
+
+
 @MODELS.register_module()
 class Strange(BaseModel):
     def __init__(self, dim=12, data_preprocessor=None):
         super().__init__(data_preprocessor)
         self.stem, self.attn, self.fc = nn.Conv2d(3, dim, 8, 8), Attention(dim), nn.Linear(dim, 5)
         self.tied = nn.Linear(dim, dim)
-        self.also = self.tied
-        self.wide, self.table, self.narrow = nn.Linear(dim, 16), torch.linspace(-1, 1, 16), nn.Linear(16, dim)
+        self.also, self.waves = self.tied, Waves(20)
+        self.wide, self.table, self.narrow = nn.Linear(dim, 20), torch.linspace(-1, 1, 20), nn.Linear(20, dim)
 
     def forward(self, inputs, data_samples=None, mode='tensor'):
         x = self.stem(F.pad(inputs, (0, 0, 0, 0))).flatten(2).mT
-        x = x + self.narrow(self.wide(x) + self.table)
+        x = x + self.narrow(self.wide(x) + self.table + self.waves(x))
         x = self.also(self.tied(x + self.attn(x)))
         return self.fc((self.attn.bend(x) + x).mean(1))
 """
@@ -205,6 +215,7 @@ def test_methods_of_a_user_s_own_file_are_written_as_they_mean(strange, tmp_path
     assert 'import strange_net' in text and 'super(OfAttention, self).bend' in text and '@noted' in text
     assert 'self._Base__gain' in text and 'def merge(' in text
     assert "register_buffer('table', values['table'], False)" in text
+    assert 'out.index_select(2, module.kept_channels)' in text
 
 
 def exported(name, cfg, tmp_path) -> str:

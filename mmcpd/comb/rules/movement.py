@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ...nested import map_tensors
+from ...slim.computed import CHANNELS
 from ..atoms import FIXED, Axis, along
 from ..trace import Call, Run
 from .pointwise import MULTI_HEAD, same
@@ -21,6 +22,8 @@ def movement(run: Run, call: Call) -> None:
     axes: list[list[Axis | None]] = [[None] * out.dim() for out in outs]
     for dim, axis in enumerate(run.axes(source)):
         if axis is None:
+            if (kept := _kept(run, call, dim)) is not None:
+                axes[0][dim] = kept
             continue
         if not source.numel():
             _carry_empty(run, call, axis, axes)
@@ -49,8 +52,19 @@ def _carry_empty(run: Run, call: Call, axis: Axis, axes: list[list[Axis | None]]
             run.freeze(axis, f'a tensor without elements ({call.op}) in {run.where}')
 
 
+def _kept(run: Run, call: Call, dim: int) -> Axis | None:
+    """Return the axis of a buffer that says which computed channels are given out (see `mmcpd.slim.computed`)."""
+    if call.op != 'index_select' or dim != call.named['dim'] % call.out.dim():
+        return None
+    (axis,) = run.axes(call.named['index'])
+    computed = axis is not None and run.tensor_of(axis).rpartition('.')[2] == CHANNELS
+    return axis.activation(False) if axis is not None and computed else None
+
+
 def _index(run: Run, call: Call, index: Tensor) -> None:
     """Make an index equal to what it is gathered from in the other dimensions; others have no channels."""
+    if call.op == 'index_select' and _kept(run, call, call.named['dim'] % call.out.dim()) is not None:
+        return
     if call.op != 'gather':
         run.freeze_all(index, f'channels in an index ({call.op}) in {run.where}')
         return
