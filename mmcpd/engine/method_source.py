@@ -33,7 +33,7 @@ def subclass_source(kind: type, rewrites: Sequence[Rewrite], name: str) -> str:
         def flatten():
     """
     functions, called = functions_of(kind), called_by(kind)
-    names = sorted(callers_of(functions, [each.method for each in rewrites]))
+    names = sorted(callers_of(functions, [each.method for each in rewrites], called))
     imports: dict[str, str] = {'Dense': f'from {_home(kind)} import {kind.__name__} as Dense'}
     found: dict[str, Any] = {}
     outside: list[str] = []

@@ -285,7 +285,7 @@ def rewritten(kind: Any, rewrites: Iterable[Rewrite]) -> type:
 def _changed(kind: Any, rewrites: Sequence[Rewrite]) -> dict[str, Any]:
     """Return the methods of a class with these sizes in them, or in copies of the functions that they call."""
     called, functions = called_by(kind), functions_of(kind)
-    names = sorted(callers_of(functions, [r.method for r in rewrites]))
+    names = sorted(callers_of(functions, [r.method for r in rewrites], called))
     copies = {name: CellType() for name in names if name in called}
     changed: dict[str, Any] = {}
     for name in names:

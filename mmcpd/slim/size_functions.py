@@ -7,7 +7,7 @@ A copy of it takes its place in the methods that call it: under the same name, i
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -47,10 +47,13 @@ def author_of(raw: Any) -> FunctionType:
     return layers_of(raw, raw.__name__)[-1]
 
 
-def callers_of(functions: Mapping[str, FunctionType], names: Iterable[str]) -> set[str]:
-    """Return the names of these functions and of those that call them, also through others."""
+def callers_of(functions: Mapping[str, FunctionType], names: Iterable[str], plain: Collection[str]) -> set[str]:
+    """Return the names of these functions and of those that call them, also through others.
+
+    Only the `plain` ones are called by name; a method is found on its module, also when it is another one.
+    """
     found = set(names)
-    while more := {name for name, f in functions.items() if name not in found and _names(f.__code__) & found}:
+    while more := {n for n, f in functions.items() if n not in found and _names(f.__code__) & found & set(plain)}:
         found |= more
     return found
 
