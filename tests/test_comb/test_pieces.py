@@ -283,3 +283,66 @@ def test_where_two_dimensions_of_nothing_look_alike_it_freezes():
     net, x = with_tokens(8)
     found = comb(net, x)
     assert not found.groups and any('a tensor without elements (expand)' in reason for reason in found.reasons())
+
+
+# -- pieces of one channel ---------------------------------------------------------------------------------------------
+class Separable(nn.Module):
+    """Attention with one channel of queries, as MobileViTv2's."""
+
+    def __init__(self):
+        super().__init__()
+        self.width, self.qkv, self.proj, self.fc = 6, nn.Linear(3, 13), nn.Linear(6, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        query, key, value = self.qkv(x).split([1, self.width, self.width], -1)
+        context = (query.softmax(1) * key).sum(1, keepdim=True)
+        return self.fc(self.proj(value.relu() * context))
+
+
+class Gated(nn.Module):
+    """One of eight channels weighs what all of them make."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.mix, self.fc = nn.Linear(3, 8), nn.Linear(8, 4), nn.Linear(4, 2)
+
+    def gate(self, y):
+        return y[..., :1]
+
+    def forward(self, x):
+        y = self.stem(x)
+        return self.fc(self.mix(y.relu())) * self.gate(y)
+
+
+class InTheMiddle(Gated):
+    def gate(self, y):
+        return y[..., 5:6]
+
+
+class FromTheEnd(Gated):
+    def gate(self, y):
+        return y[..., -1:]
+
+
+class Narrowed(Gated):
+    def gate(self, y):
+        return y.narrow(-1, 3, 1)
+
+
+class ByNumber(Gated):
+    """An index says no bounds, so that what is in front of it has to stay."""
+
+    def gate(self, y):
+        return y[..., 3, None]
+
+
+ONE = {
+    Separable: {'qkv': 6, 'proj': 4},
+    **{kind: {'stem': 7, 'mix': 4} for kind in (Gated, InTheMiddle, FromTheEnd, Narrowed)},
+    ByNumber: {'mix': 4},
+}
+
+
+@pytest.mark.parametrize('kind', ONE)
+def test_a_piece_of_one_channel_freezes_no_other(kind):
+    exact(kind(), sample((2, 5, 3)), ONE[kind])

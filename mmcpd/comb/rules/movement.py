@@ -12,6 +12,7 @@ from ..atoms import FIXED, Axis, along
 from ..trace import Call, Run
 from .pointwise import MULTI_HEAD, same
 
+PIECES = ('slice', 'split_with_sizes')
 VIEWS = ('view', '_unsafe_view', '_reshape_alias')  # of labels with stride 0, which need a reshape
 
 
@@ -145,7 +146,9 @@ def place(run: Run, call: Call, axis: Axis, labels: Tensor, found: list[Axis | N
     """
     labels, varying = _varying(labels)
     if not varying:
-        run.freeze(axis, f'picked by a fixed index ({call.op}) in {run.where}')
+        # The bounds of a piece of one channel follow what is in front of it; an index stays.
+        picked = Axis(labels.flatten()[:1].numpy().astype(np.int64)) if call.op in PIECES else axis
+        run.freeze(picked, f'picked by a fixed index ({call.op}) in {run.where}')
         return
     keep = varying[0] if len(varying) == 1 else _carrier(run, call, _real(run, varying, labels), labels)
     columns = labels.movedim(keep, 0).reshape(labels.shape[keep], -1).numpy().astype(np.int64)
