@@ -57,9 +57,9 @@ def group(
 
 
 def coupled_by_groups(record: Record) -> frozenset[str]:
-    """Return the modules whose convolution groups are all coupled, as behind a channel shuffle.
+    """Return the modules whose convolution groups are all coupled, as behind a channel shuffle, or all frozen.
 
-    None of their groups can go whole; the same channel of each group can.
+    None of their groups can go whole; the same channel of each group may.
     """
     if not record.grouped:
         return frozenset()
@@ -67,7 +67,7 @@ def coupled_by_groups(record: Record) -> frozenset[str]:
     return frozenset(
         convolution.module
         for convolution, components in ((c, component[c.rows]) for c in record.grouped)
-        if (components == components[0]).all() and why[components[0]] < 0
+        if (components == components[0]).all() or (why[components] >= 0).all()
     )
 
 
