@@ -21,7 +21,7 @@ from ..slim.plain_tensors import plain_tensors, register_plain_, unregister_
 from ..slim.trial import FAILURES, Outcome, trial_of
 from .computed import computed_in
 from .conflicts import couple_conflicts_
-from .grouping import coupled_by_groups, group, heads_of
+from .grouping import coupled_by_groups, frozen_by_groups, group, heads_of
 from .observe import observe
 from .record import Note, Record
 from .rules import OPERATIONS, check_strict
@@ -113,6 +113,10 @@ def comb(
         record = observed(policy := policy._replace(whole_heads=whole))
     if narrowed := coupled_by_groups(record):
         record = observed(policy := policy._replace(narrowed=narrowed))
+    if frozen_groups := frozen_by_groups(record) - narrowed:
+        other = observed(wider := policy._replace(narrowed=narrowed | frozen_groups))
+        if group(model, other, example, ()).units > group(model, record, example, ()).units:
+            record, policy = other, wider
     while record.divisors > policy.divisors or _more_pictures(record, policy):
         policy = policy._replace(divisors=frozenset(record.divisors), pictures=record.pictures)
         record = observed(policy)

@@ -57,9 +57,9 @@ def group(
 
 
 def coupled_by_groups(record: Record) -> frozenset[str]:
-    """Return the modules whose convolution groups are all coupled, as behind a channel shuffle, or all frozen.
+    """Return the modules whose convolution groups are all coupled, as behind a channel shuffle.
 
-    None of their groups can go whole; the same channel of each group may.
+    None of their groups can go whole; the same channel of each group can.
     """
     if not record.grouped:
         return frozenset()
@@ -67,8 +67,16 @@ def coupled_by_groups(record: Record) -> frozenset[str]:
     return frozenset(
         convolution.module
         for convolution, components in ((c, component[c.rows]) for c in record.grouped)
-        if (components == components[0]).all() or (why[components] >= 0).all()
+        if (components == components[0]).all() and why[components[0]] < 0
     )
+
+
+def frozen_by_groups(record: Record) -> frozenset[str]:
+    """Return the modules whose convolution groups are all frozen: the same channel of each group may still go."""
+    if not record.grouped:
+        return frozenset()
+    component, why = record.table.solve()
+    return frozenset(c.module for c in record.grouped if (why[component[c.rows]] >= 0).all())
 
 
 def heads_of(record: Record) -> np.ndarray:

@@ -40,8 +40,18 @@ def padded(x, before: int, after: int):
 
 # -- products ----------------------------------------------------------------------------------------------------------
 def test_a_convolution_group_that_reads_padding_stays():
+    """No group can go whole, but of what the groups make the same channel of each can."""
     toy = net(lambda m, x: m.grouped(padded(x, 1, 1)), width=8, grouped=lambda: nn.Conv2d(8, 8, 1, groups=4))
-    toy.frozen = {'a.weight:0': 'a fixed position', 'grouped.weight:0': 'a fixed position'}
+    toy.groups = {'grouped': 2, 'b': 4}
+    toy.frozen = {'a.weight:0': 'a fixed position'}
+    check_toy(toy)
+
+
+def test_of_groups_that_read_padding_only_channels_that_are_none_go():
+    """Of the groups (padding, 0, 1, 2) and (3, 4, 5, padding) the second and the third channel of both may go."""
+    toy = net(lambda m, x: m.grouped(padded(x, 1, 1)), width=8, grouped=lambda: nn.Conv2d(8, 8, 1, groups=2))
+    toy.groups = {'a': 2, 'grouped': 4, 'b': 4}
+    toy.members = {'a': {'a.weight:0': [[0, 4], [1, 5]], 'a.bias:0': [[0, 4], [1, 5]], 'grouped.weight:1': [[1], [2]]}}
     check_toy(toy)
 
 

@@ -43,3 +43,30 @@ class MultiScale(nn.Module):
 @pytest.mark.parametrize(('dim', 'heads'), [(4, 2), (3, 4)])
 def test_heads_of_several_scales_become_narrower(dim, heads):
     exact(MultiScale(dim, heads), PICTURES, {'stem': 6, 'qkv': dim, 'proj': 5})
+
+
+class Positional(nn.Module):
+    """As ConViT's: a small layer makes one channel for each head of relative positions, and a gate mixes both."""
+
+    def __init__(self, dim: int = 8, heads: int = 2) -> None:
+        super().__init__()
+        self.heads, self.stem, self.fc = heads, nn.Linear(3, 6), nn.Linear(6, 2)
+        self.qk, self.v = nn.Linear(6, 2 * heads * dim), nn.Linear(6, heads * dim)
+        self.places, self.proj = nn.Linear(2, heads), nn.Linear(heads * dim, 6)
+        self.gate = nn.Parameter(torch.rand(heads))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        n, tokens, _ = x.shape
+        q, k = self.qk(x).reshape(n, tokens, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        near = torch.arange(tokens)[:, None] - torch.arange(tokens)
+        near = self.places(torch.stack([near, near**2], -1).to(x.dtype)[None]).permute(0, 3, 1, 2).softmax(-1)
+        gate = self.gate.sigmoid().view(1, -1, 1, 1)
+        mixed = (1 - gate) * (q @ k.mT * 0.3).softmax(-1) + gate * near
+        v = self.v(x).reshape(n, tokens, self.heads, -1).permute(0, 2, 1, 3)
+        return self.fc(x + self.proj((mixed @ v).transpose(1, 2).reshape(n, tokens, -1)))
+
+
+@pytest.mark.parametrize(('dim', 'heads'), [(8, 2), (3, 3)])
+def test_a_layer_with_a_channel_for_each_head_does_not_make_heads_the_channels(dim, heads):
+    exact(Positional(dim, heads), sample((2, 5, 3)), {'stem': 6, 'qk': dim, 'v': dim})

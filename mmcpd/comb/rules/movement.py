@@ -193,8 +193,9 @@ def _carrier(run: Run, call: Call, varying: list[int], labels: Tensor) -> int:
         wider = (d for d in varying[-2::-1] if d not in run.cursor.pairs and _distinct(labels, d))
         return next(wider, varying[-1])
     widths = run.cursor.widths[-1] if call.op in VIEWS and run.cursor.function != MULTI_HEAD else set[int]()
-    if labels.shape[varying[-1]] not in widths:  # `view(-1, C, 2 * k)`: C are the module's own channels
-        own = (d for d in varying[-2::-1] if labels.shape[d] in widths and _distinct(labels, d))
+    last = labels.shape[varying[-1]]
+    if last not in widths:  # `view(-1, C, 2 * k)`: C are the module's own channels; fewer than the last are its heads
+        own = (d for d in varying[-2::-1] if last < labels.shape[d] in widths and _distinct(labels, d))
         return next(own, varying[-1])
     return varying[-1]
 

@@ -122,7 +122,10 @@ def _inside(run: Run, x: Tensor, channel: Axis | None, weight: Axes, groups: int
         run.tie(rows.atoms.reshape(groups, -1).T)
     read, made = (rows, columns) if transposed else (columns, rows)
     if channel is not None:
-        run.tie(channel.atoms.reshape(groups, -1).T)
+        same = channel.atoms.reshape(groups, -1).T
+        run.tie(same)
+        padded = same[(same == FIXED).any(axis=1)]
+        run.freeze(Axis(padded.ravel()), f'a convolution group with a fixed position in {run.where}')
         each = Axis(channel.atoms[: len(channel) // groups], channel.zero)
         contract(run, each, read and Axis(read.atoms[: len(each)], weight=True), 'a convolution', x)
         run.role(read, Role.CONSUMER)
