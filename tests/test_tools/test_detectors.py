@@ -44,7 +44,7 @@ def test_detectors_are_combed_at_the_size_of_their_pipeline(tool, tmp_path, name
 
 
 @pytest.mark.filterwarnings('ignore:gauss_newton counts each batch as one sample')
-@pytest.mark.parametrize('name', ['retinanet', 'detr'])
+@pytest.mark.parametrize('name', ['retinanet', 'faster_rcnn', 'detr'])
 def test_detectors_are_pruned_at_once_and_taught_by_pictures_alone(tool, tmp_path, name):
     config = write(tmp_path, name, RESIZE, dict(type='PackDetInputs'))
     with config.open('a') as file:
