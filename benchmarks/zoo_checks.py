@@ -22,8 +22,9 @@ from torch import nn
 
 from benchmarks.zoo_family import Deployed
 from mmcpd.comb import comb
-from mmcpd.coupling import Coupling, Example, Keep, LayerKind
+from mmcpd.coupling import Coupling, Keep, LayerKind
 from mmcpd.errors import SlimError
+from mmcpd.example import Example
 from mmcpd.nested import tensors_in
 from mmcpd.slim import slim
 from mmcpd.slim.compare import compare, difference

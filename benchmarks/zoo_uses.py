@@ -21,8 +21,8 @@ from torch import nn
 from benchmarks.zoo_checks import MARK, ROOT, Row, Slimmed, called, gap, slimmed, stage
 from benchmarks.zoo_family import Family
 from mmcpd.comb import comb
-from mmcpd.coupling import Example
 from mmcpd.errors import first_line
+from mmcpd.example import Example
 from mmcpd.modes import InDouble, as_trained
 from mmcpd.nested import map_tensors, tensors_in
 from mmcpd.slim import restructure_, structure

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,10 +17,10 @@ from torch import Tensor
 
 from .compat import StrEnum
 from .cost import Cost, CostModel
+from .example import Cache, Example
 from .files import whole
 from .fixes import Attr, Fixes, Input, Live, Op
 from .names import in_short, near
-from .random_state import seeded
 
 Keep: TypeAlias = dict[str, Tensor]
 KERNEL = 'a kernel size'
@@ -104,46 +104,6 @@ class TensorInfo:
 
     shape: tuple[int, ...]
     is_parameter: bool
-
-
-@dataclass(frozen=True, eq=False)
-class Example:
-    """What a model was combed with: `forward(model, *inputs)`, whose cost counts, and passes `also` run in training."""
-
-    inputs: tuple[object, ...]
-    forward: Callable[..., object]
-    also: tuple[Callable[..., object], ...] = ()
-
-    def run(self, model: torch.nn.Module, *inputs: object) -> object:
-        """Run a model on the example, or on other inputs; what it draws at random is the same each time."""
-        return self._run(self.forward, model, inputs)
-
-    def run_also(self, model: torch.nn.Module) -> list[object]:
-        """Return the outputs of the further passes."""
-        return [self._run(each, model, ()) for each in self.also]
-
-    def run_all(self, model: torch.nn.Module) -> list[object]:
-        """Return the outputs of all passes, each from the same random numbers."""
-        return [self.run(model), *self.run_also(model)]
-
-    def _run(self, each: Callable[..., object], model: torch.nn.Module, inputs: tuple[object, ...]) -> object:
-        with seeded(0):
-            return each(model, *(inputs or self.inputs))
-
-
-def arguments(inputs: object) -> tuple[object, ...]:
-    """Return the arguments of a forward: a tuple is all of them, anything else is the only one."""
-    return inputs if isinstance(inputs, tuple) else (inputs,)
-
-
-@dataclass(frozen=True)
-class Cache:
-    """An attribute that a forward keeps a tensor on, or the size that it is for; the next forward makes it anew."""
-
-    module: str  # its path
-    name: str
-    missing: bool  # whether there was no such attribute before
-    before: object  # what stood there
 
 
 # -- a whole model -----------------------------------------------------------------------------------------------------

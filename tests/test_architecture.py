@@ -15,13 +15,14 @@ BOTTOM = {'errors', 'names', 'version', 'compat', 'progress', 'files', 'random_s
 ALLOWED = {
     'cost': BOTTOM,
     'fixes': BOTTOM,
-    'coupling': {'cost', 'fixes', *BOTTOM},
+    'example': BOTTOM,
+    'coupling': {'cost', 'fixes', 'example', *BOTTOM},
     'layer_calls': {'compat'},
-    'slim': {'coupling', 'cost', 'fixes', *BOTTOM},
-    'comb': {'slim', 'coupling', 'cost', 'fixes', *BOTTOM},
-    'prune': {'slim', 'coupling', 'cost', 'layer_calls', *BOTTOM},
-    'rotate': {'slim', 'coupling', 'layer_calls', *BOTTOM},
-    'refit': {'slim', 'coupling', 'layer_calls', *BOTTOM},
+    'slim': {'coupling', 'example', 'cost', 'fixes', *BOTTOM},
+    'comb': {'slim', 'coupling', 'example', 'cost', 'fixes', *BOTTOM},
+    'prune': {'slim', 'coupling', 'example', 'cost', 'layer_calls', *BOTTOM},
+    'rotate': {'slim', 'coupling', 'example', 'layer_calls', *BOTTOM},
+    'refit': {'slim', 'coupling', 'example', 'layer_calls', *BOTTOM},
     'distill': BOTTOM,
     'deploy': {'slim', 'coupling', 'cost', *BOTTOM},
     'report': {'coupling', 'cost', *BOTTOM},
@@ -40,6 +41,7 @@ ALLOWED = {
         'datasets',
         'registry',
         'coupling',
+        'example',
         'cost',
         'deploy',
         *BOTTOM,
@@ -49,7 +51,7 @@ ALLOWED = {
 }
 PURE = (
     'comb', 'slim', 'prune', 'rotate', 'refit', 'distill', 'report',
-    'layer_calls', 'coupling', 'cost', 'fixes', 'random_state', 'modes', 'nested',
+    'layer_calls', 'coupling', 'example', 'cost', 'fixes', 'random_state', 'modes', 'nested',
 )  # fmt: skip
 
 

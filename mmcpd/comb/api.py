@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..compat import call
-from ..coupling import Cache, Coupling, Example, arguments
+from ..coupling import Coupling
 from ..errors import CombError, first_line
+from ..example import Cache, Example, arguments
 from ..fixes import Fixes
 from ..slim.attention import replacement
 from ..slim.computed import CHANNELS, give_all_, give_kept_

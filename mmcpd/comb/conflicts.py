@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..coupling import Coupling, Example
+from ..coupling import Coupling
 from ..errors import SlimError
+from ..example import Example
 from ..fixes import Equality, Expression, Live
 from ..slim.attention import replacement
 from ..slim.mask import Site

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from ..cost import CostModel, Term
-from ..coupling import Coupling, Example, Frozen, Group, LayerKind, Member, Role, TensorInfo, Widths
+from ..coupling import Coupling, Frozen, Group, LayerKind, Member, Role, TensorInfo, Widths
+from ..example import Example
 from ..names import match
 from ..slim.mask import named_tensors
 from .fixing import fixes_of, freeze_unscaled

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..coupling import Example, Role
+from ..coupling import Role
 from ..errors import CombError
+from ..example import Example
 from ..nested import named_tensors_in, tensors_in
 from ..slim.compare import evaluating
 from ..slim.mask import named_tensors

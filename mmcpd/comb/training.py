@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..coupling import Example
+from ..example import Example
 from ..modes import as_trained
 from ..nested import tensors_in
 from ..slim.compare import evaluating

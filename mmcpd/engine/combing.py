@@ -12,13 +12,14 @@ from torch import nn
 
 from mmcpd.comb import comb
 from mmcpd.comb.training import newly_read, unread
-from mmcpd.coupling import Coupling, Example
+from mmcpd.coupling import Coupling
 from mmcpd.engine.build import hook_options
 from mmcpd.engine.examples import example_data, picture_of
 from mmcpd.engine.operators import followed
 from mmcpd.engine.passes import TESTING, TRAINING, Pass, deployed_pass, runs
 from mmcpd.engine.samples import Samples, has_boxes
 from mmcpd.engine.wrappers import bare_model
+from mmcpd.example import Example
 from mmcpd.names import in_short
 from mmcpd.nested import map_tensors
 from mmcpd.slim import slim

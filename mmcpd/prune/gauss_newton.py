@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..coupling import Example, Group
+from ..coupling import Group
+from ..example import Example
 from ..nested import tensors_in
 from .gates import Cut
 from .importance import Closure, Importance, register_importance

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..coupling import Example, Group
+from ..coupling import Group
+from ..example import Example
 from ..names import check_options, look_up
 from ..slim.trial import double
 from .gates import Gates

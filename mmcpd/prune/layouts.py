@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..coupling import Example
 from ..errors import first_line
+from ..example import Example
 from ..layer_calls import LayerCall, LayerCalls
 from ..nested import map_tensors, tensors_in
 from ..slim.compare import evaluating

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..coupling import Example, Group, Role
+from ..coupling import Group, Role
+from ..example import Example
 from ..names import look_up
 from .cut_calls import CutCalls, refusal
 from .gates import Cut, sum_except, untouched

@@ -8,8 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..coupling import Coupling, arguments
+from ..coupling import Coupling
 from ..errors import PruneError
+from ..example import arguments
 from .finite import check_finite
 from .importance import averaged, build_importance
 

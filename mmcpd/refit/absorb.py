@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..compat import call
-from ..coupling import arguments
+from ..example import arguments
 from ..layer_calls import storage
 from ..slim.compare import evaluating
 from ..slim.trial import double

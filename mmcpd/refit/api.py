@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..coupling import Coupling, arguments
+from ..coupling import Coupling
+from ..example import arguments
 from ..nested import tensors_in
 from ..slim.compare import evaluating
 from ..slim.copying import copied

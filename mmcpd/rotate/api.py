@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from torch import Tensor, nn
 
 from ..compat import call
-from ..coupling import Example, arguments
+from ..example import Example, arguments
 from ..slim.copying import restored
 from .heads import Head, plan, rotated
 from .observe import observe

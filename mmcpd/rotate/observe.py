@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from ..coupling import Example
+from ..example import Example
 from ..layer_calls import LayerCall, LayerCalls, LayerKind
 from ..nested import tensors_in
 from ..slim.compare import evaluating

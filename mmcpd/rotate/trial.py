@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..coupling import Example
 from ..errors import SlimError
+from ..example import Example
 from ..nested import map_tensors, tensors_in
 from ..slim.compare import difference, evaluating
 from ..slim.copying import discarding, restored

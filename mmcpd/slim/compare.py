@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..coupling import Coupling, Example, Keep
+from ..coupling import Coupling, Keep
 from ..errors import SlimError
+from ..example import Example
 from ..modes import modes_kept
 from ..nested import map_tensors, tensors_in
 from .copying import copied, discarding, restored

@@ -17,7 +17,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
-from ..coupling import Cache
+from ..example import Cache
 from ..modes import modes_kept
 from ..nested import tensors_in
 from .kept_values import values_kept

@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..coupling import Coupling, Example, Keep
+from ..coupling import Coupling, Keep
 from ..errors import CombError, SlimError, first_line
+from ..example import Example
 from ..modes import InDouble
 from ..nested import map_tensors, tensors_in
 from ..random_state import draws

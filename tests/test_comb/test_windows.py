@@ -12,7 +12,7 @@ from mmcpd.comb import comb
 from mmcpd.comb.observe import observe
 from mmcpd.comb.trace import Cursor, Policy, Run
 from mmcpd.comb.unused import Ran
-from mmcpd.coupling import Example
+from mmcpd.example import Example
 from tests.helpers import Net, check_equal, randomise_
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmcpd.coupling import Example
+from mmcpd.example import Example
 from mmcpd.rotate import rotate_
 from mmcpd.slim.trial import double, in_double, randomised
 

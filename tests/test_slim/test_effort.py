@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 from mmcpd import nested
 from mmcpd.comb import comb
-from mmcpd.coupling import Example
+from mmcpd.example import Example
 from mmcpd.slim import mask_, slim, slimming
 from mmcpd.slim.call_sites import Rewrite, rewrite_, rewrites_of
 from mmcpd.slim.compare import compare, gap_between

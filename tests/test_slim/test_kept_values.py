@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mmcpd.comb import comb
-from mmcpd.coupling import Example
+from mmcpd.example import Example
 from mmcpd.random_state import random_state
 from mmcpd.rotate import rotate_
 from mmcpd.slim import slim

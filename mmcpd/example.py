@@ -1,0 +1,50 @@
+"""What a model is combed with, and what its forwards leave on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from .random_state import seeded
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """What a model was combed with: `forward(model, *inputs)`, whose cost counts, and passes `also` run in training."""
+
+    inputs: tuple[object, ...]
+    forward: Callable[..., object]
+    also: tuple[Callable[..., object], ...] = ()
+
+    def run(self, model: torch.nn.Module, *inputs: object) -> object:
+        """Run a model on the example, or on other inputs; what it draws at random is the same each time."""
+        return self._run(self.forward, model, inputs)
+
+    def run_also(self, model: torch.nn.Module) -> list[object]:
+        """Return the outputs of the further passes."""
+        return [self._run(each, model, ()) for each in self.also]
+
+    def run_all(self, model: torch.nn.Module) -> list[object]:
+        """Return the outputs of all passes, each from the same random numbers."""
+        return [self.run(model), *self.run_also(model)]
+
+    def _run(self, each: Callable[..., object], model: torch.nn.Module, inputs: tuple[object, ...]) -> object:
+        with seeded(0):
+            return each(model, *(inputs or self.inputs))
+
+
+def arguments(inputs: object) -> tuple[object, ...]:
+    """Return the arguments of a forward: a tuple is all of them, anything else is the only one."""
+    return inputs if isinstance(inputs, tuple) else (inputs,)
+
+
+@dataclass(frozen=True)
+class Cache:
+    """An attribute that a forward keeps a tensor on, or the size that it is for; the next forward makes it anew."""
+
+    module: str  # its path
+    name: str
+    missing: bool  # whether there was no such attribute before
+    before: object  # what stood there
