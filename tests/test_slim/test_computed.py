@@ -260,7 +260,8 @@ class Outputs(Tokens):
     """The positions are added to what the model puts out."""
 
     def __init__(self) -> None:
-        super().__init__(Waves(2))
+        super().__init__(Waves(4))
+        self.fc = nn.Linear(8, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.stem(x)) + self.waves(x)
