@@ -16,10 +16,13 @@ def note_computed_(run: Run, path: str, module: nn.Module, given: object, out: o
     """Note which dimensions a module without a tensor puts out that are as long as none of its inputs'.
 
     Those that an input has are pictures, places and tokens, but for channels of layers: these would still be known, had
-    they come through. A module inside another one of that kind is part of it.
+    they come through. Of modules inside each other that compute as many channels the innermost counts.
     """
-    own = type(module).__module__.startswith('torch.nn')
-    if not path or own or not isinstance(out, Tensor) or next(_tensors_of(module), None) is not None:
+    of_torch = type(module).__module__.startswith('torch.nn')
+    if not path or of_torch or next(_tensors_of(module), None) is not None:
+        return
+    if not isinstance(out, Tensor):
+        run.record.computed[path] = set()
         return
     inputs = [pair for each in tensors_in(given) for pair in zip(each.shape, run.axes(each), strict=True)]
     sizes = {size for size, axis in inputs if axis is None}
@@ -29,8 +32,8 @@ def note_computed_(run: Run, path: str, module: nn.Module, given: object, out: o
         if axis is None and size > 1 and size not in sizes
     }
     computed = run.record.computed
-    for inner in [other for other in computed if other.startswith(f'{path}.')]:
-        del computed[inner]
+    inside = {each.width for other, its in computed.items() if other.startswith(f'{path}.') for each in its}
+    found = {each for each in found if each.width not in inside}
     computed[path] = computed.get(path, found) & found  # in all of its calls
 
 

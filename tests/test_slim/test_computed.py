@@ -80,6 +80,25 @@ class Tokens(nn.Module):
         return self.fc(x + positions)
 
 
+class Added(Tokens):
+    """A module without a tensor adds what one inside it computes."""
+
+    class Add(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Waves()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.inner(x)
+
+    def __init__(self) -> None:
+        super().__init__(self.Add())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.waves(self.stem(x))
+        return self.fc(self.norm(x + self.back(self.mix(x).relu())))
+
+
 class Levels(nn.Module):
     """Features of two levels under one encoding, each with an embedding of its level, as in Deformable DETR."""
 
@@ -125,6 +144,10 @@ def test_the_dense_model_computes_what_it_did():
     before = model(TOKENS)
     comb(model, TOKENS)
     assert computed_channels(model) and torch.equal(model(TOKENS), before)
+
+
+def test_the_module_that_computes_may_be_inside_one_that_adds():
+    assert exact(Added(), TOKENS, GROUPS).fixes.computed == (ComputedChannels('waves.inner', 2, WIDTH),)
 
 
 def test_levels_under_one_encoding():
