@@ -185,8 +185,8 @@ def test_an_ordinary_checkpoint_is_not_a_slim_one(tmp_path):
 def test_a_file_of_another_version_gets_one_line(written):
     cfg, *_, path = written
     content = torch.load(path, weights_only=True)
-    assert content['version'] == 3
-    for version in (2, None):
+    assert content['version'] == 4
+    for version in (3, None):
         torch.save({**content, 'version': version}, path)
         with pytest.raises(
             SlimError, match=rf'slim\.pth is a slim checkpoint of version {version}, .* cut it again'
