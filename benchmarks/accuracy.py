@@ -233,7 +233,10 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--weights', type=Path, default=Path('checkpoints'))
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/accuracy'))
     parser.add_argument('--results', type=Path, default=RESULTS, help='folder of the JSON files')
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.device != 'cpu' and args.table.startswith('camvid'):
+        parser.error('--device is for CIFAR-10; CamVid is trained on the CPU')
+    return args
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

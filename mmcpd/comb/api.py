@@ -16,7 +16,7 @@ from ..errors import CombError, first_line
 from ..example import Cache, Example, arguments
 from ..fixes import Fixes
 from ..slim.attention import replacement
-from ..slim.computed import CHANNELS, give_all_, give_kept_
+from ..slim.computed import buffer_name, give_all_, give_kept_
 from ..slim.copying import restored
 from ..slim.plain_tensors import plain_tensors, register_plain_, unregister_
 from ..slim.trial import FAILURES, Outcome, trial_of
@@ -97,7 +97,7 @@ def comb(
 
     record = observed(policy := Policy())
     plain = record.plain & plain_tensors(model).keys()
-    computed = {f'{each.module}.{CHANNELS}': each for each in computed_in(record)}
+    computed = {buffer_name(each.module): each for each in computed_in(record)}
     if buffers := plain | computed.keys():
         register_plain_(model, plain)
         give_kept_(model, computed.values())

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..fixes import ComputedChannels
 from ..nested import tensors_in
+from ..slim.computed import CHANNELS
 from .record import Record
 from .trace import Run
 
@@ -18,8 +19,8 @@ def note_computed_(run: Run, path: str, module: nn.Module, given: object, out: o
     Those that an input has are pictures, places and tokens, but for channels of layers: these would still be known, had
     they come through. Of modules inside each other that compute as many channels the innermost counts.
     """
-    of_torch = type(module).__module__.startswith('torch.nn')
-    if not path or of_torch or next(_tensors_of(module), None) is not None:
+    of_torch = f'{type(module).__module__}.'.startswith('torch.nn.')
+    if not path or of_torch or hasattr(module, CHANNELS) or next(_tensors_of(module), None) is not None:
         return
     if not isinstance(out, Tensor):
         run.record.computed[path] = set()

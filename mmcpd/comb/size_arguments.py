@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..fixes import Attr, Input
-from ..slim.replace_sizes import LEFT, RIGHT, argument
+from ..slim.replace_sizes import LEFT, RANGES, RIGHT, argument
 from ..slim.shape_attributes import are_sizes
 from .fresh import FACTORIES, factory
 from .rules.pointwise import MULTI_HEAD
@@ -54,7 +54,7 @@ class _Observe(TorchFunctionMode):
             for side, value in zip((LEFT, RIGHT), args, strict=False):
                 if isinstance(value, TracedInt):
                     value.as_number(side)
-        for position, keyword in enumerate(COUNTED.get(name, ())):  # as many numbers as before
+        for position, keyword in enumerate(RANGES.get(name, ())):  # as many numbers as before
             value = args[position] if position < len(args) else kwargs.get(keyword)
             if isinstance(value, TracedInt):
                 value.as_number(argument(position))
@@ -83,8 +83,6 @@ class _Observe(TorchFunctionMode):
 
 _SHAPE = Tensor.shape.__get__  # type: ignore[attr-defined]
 ARITHMETIC = set('tensor as_tensor new_tensor add add_ sub sub_ mul mul_ div div_ true_divide pow pow_'.split())
-_RANGE = ('start', 'end', 'steps')
-COUNTED = {'arange': _RANGE, 'linspace': _RANGE, 'logspace': _RANGE}  # they make numbers: by their arguments' places
 COUNTING = set('numel nelement'.split())
 RECURRENT = set('lstm gru rnn_tanh rnn_relu lstm_cell gru_cell'.split())
 LEAVING = set('numpy __array__ tolist __dlpack__'.split())  # what is made of the values is not seen

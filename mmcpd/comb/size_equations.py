@@ -32,6 +32,7 @@ PARAMETERS: dict[str, tuple[tuple[str, ...], ...]] = {
     'unflatten': (SOURCE, ('dim',), ('sizes',)),
     'chunk': (SOURCE, ('chunks',), ('dim',)),
     'tensor_split': (SOURCE, ('indices_or_sections', 'sections', 'indices', 'tensor_indices_or_sections'), ('dim',)),
+    **dict.fromkeys(('hsplit', 'vsplit', 'dsplit'), (SOURCE, ('sections', 'indices', 'indices_or_sections'))),
     'split': (SOURCE, ('split_size_or_sections', 'split_size', 'split_sizes'), ('dim',)),
     'split_with_sizes': (SOURCE, ('split_sizes',), ('dim',)),
     'narrow': (SOURCE, ('dim',), ('start',), ('length',)),
@@ -166,8 +167,27 @@ def _tie_pieces(run: Run, source: np.ndarray, lengths: Sequence[int]) -> None:
 
 @handles('chunk', 'tensor_split')  # chunk(chunks, dim=0)
 def _chunk(run: Run, args: Any, kwargs: Any, out: Sequence[Tensor]) -> None:
-    count, dim = args[1], args[2] if len(args) > 2 else 0
-    axis = run.axes(args[0])[dim]
+    _cut(run, args[0], args[1], args[2] if len(args) > 2 else 0, out)
+
+
+@handles('hsplit')
+def _hsplit(run: Run, args: Any, kwargs: Any, out: Sequence[Tensor]) -> None:
+    _cut(run, args[0], args[1], min(1, args[0].dim() - 1), out)
+
+
+@handles('vsplit')
+def _vsplit(run: Run, args: Any, kwargs: Any, out: Sequence[Tensor]) -> None:
+    _cut(run, args[0], args[1], 0, out)
+
+
+@handles('dsplit')
+def _dsplit(run: Run, args: Any, kwargs: Any, out: Sequence[Tensor]) -> None:
+    _cut(run, args[0], args[1], 2, out)
+
+
+def _cut(run: Run, source: Tensor, count: Any, dim: int, out: Sequence[Tensor]) -> None:
+    """Couple equal pieces position by position; pieces that begin at numbers freeze the dimension."""
+    axis = run.axes(source)[dim]
     if axis is None:
         return
     lengths = [t.shape[dim] for t in out]

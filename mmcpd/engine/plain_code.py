@@ -20,7 +20,7 @@ from mmcpd.errors import SlimError
 from mmcpd.names import in_short
 from mmcpd.slim import attention
 from mmcpd.slim.call_sites import Rewrite, rewrites_of
-from mmcpd.slim.computed import CHANNELS
+from mmcpd.slim.computed import CHANNELS, buffer_name
 from mmcpd.slim.mask import named_tensors
 from mmcpd.slim.plain_tensors import plain_tensors
 from mmcpd.slim.references import detached_references
@@ -257,7 +257,7 @@ def _computed(plan: Mapping[str, Any]) -> list[str]:
     """Return the lines that let modules without a weight give out the kept ones of the channels that they compute."""
     lines = []
     for path, entry in plan['computed'].items():
-        kept = f'{path}.{CHANNELS}'
+        kept = buffer_name(path)
         hook = f'lambda module, _, out: out.index_select({entry["dim"]}, module.{CHANNELS})'
         lines.append(f'    model.get_submodule({path!r}).register_buffer({CHANNELS!r}, values[{kept!r}], False)\n')
         lines.append(f'    model.get_submodule({path!r}).register_forward_hook({hook})\n')

@@ -92,7 +92,7 @@ def check_structure(model: nn.Module, plan: Mapping[str, Any]) -> None:
         if type(entries) is not dict or not all(type(name) is str for name in entries):
             raise SlimError(f'{key} of the structure is {_short(entries)}, and no table by name')
     modules = dict(model.named_modules())
-    dense = _Dense(modules, all_tensors(model), plain_tensors(model) | _channels(modules, plan['computed']))
+    dense = _Dense(modules, all_tensors(model), plain_tensors(model) | _checked_channels(modules, plan['computed']))
     _check_added(dense, plan['added'], plan['tensors'])
     _check_tensors(dense, plan['tensors'], plan['added'])
     _check_rows(dense, plan['rows'], plan['tensors'])
@@ -107,7 +107,7 @@ def check_structure(model: nn.Module, plan: Mapping[str, Any]) -> None:
 
 
 # -- tensors -----------------------------------------------------------------------------------------------------------
-def _channels(modules: Mapping[str, nn.Module], computed: Mapping[str, Any]) -> dict[str, Tensor]:
+def _checked_channels(modules: Mapping[str, nn.Module], computed: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the numbers of channels that modules without a tensor compute, by their buffers' names."""
     for path, entry in computed.items():
         if path not in modules or all_tensors(modules[path]):

@@ -17,6 +17,11 @@ from ..fixes import ComputedChannels
 CHANNELS = 'kept_channels'  # the buffer's name
 
 
+def buffer_name(path: str) -> str:
+    """Return the name of the buffer of the module at a path."""
+    return f'{path}.{CHANNELS}'
+
+
 class GiveKept:
     """A forward hook: of a module's output, only the channels whose numbers are in its buffer.
 
@@ -29,7 +34,7 @@ class GiveKept:
         self.dim, self.width = dim, width
 
     def __call__(self, module: nn.Module, _: Any, out: Tensor) -> Tensor:
-        return out.index_select(self.dim, module.get_buffer(CHANNELS))
+        return out.index_select(self.dim, module.get_buffer(CHANNELS).to(out.device))
 
 
 def computed_channels(model: nn.Module) -> tuple[ComputedChannels, ...]:
@@ -61,7 +66,7 @@ def give_kept_(model: nn.Module, found: Iterable[ComputedChannels]) -> None:
 
 def all_channels(computed: Mapping[str, Mapping[str, int]]) -> dict[str, Tensor]:
     """Return the buffers of modules that give out all channels, by name, for the entries of a structure."""
-    return {f'{path}.{CHANNELS}': torch.arange(entry['width']) for path, entry in computed.items()}
+    return {buffer_name(path): torch.arange(entry['width']) for path, entry in computed.items()}
 
 
 def give_all_(model: nn.Module, paths: Iterable[str]) -> None:

@@ -31,11 +31,18 @@ _KEYWORDS = {
         'normalized_shape',
         'n',
         'm',
-        'end',
     ),
-    2: ('sizes', 'start', 'steps'),
+    2: ('sizes', 'start'),
     3: ('length', 'embed_dim_to_check'),
     6: ('groups',),
+}
+
+
+# Functions of torch that make numbers, never methods: the names of their arguments, by number.
+RANGES = {
+    'arange': ('start', 'end', 'step'),
+    'linspace': ('start', 'end', 'steps'),
+    'logspace': ('start', 'end', 'steps'),
 }
 
 
@@ -133,7 +140,7 @@ def _put_into(sizes: list[ast.expr], index: int, count: int, number: int) -> boo
 
 def _positional(node: ast.Call, position: int) -> int | None:
     """Return which positional argument this is, or None where it is given by its name, or unknown."""
-    owner = node.func.value if isinstance(node.func, ast.Attribute) else None
+    owner = node.func.value if isinstance(node.func, ast.Attribute) and node.func.attr not in RANGES else None
     name = owner.id if isinstance(owner, ast.Name) else owner.attr if isinstance(owner, ast.Attribute) else ''
     position -= owner is not None and name not in _FUNCTIONS
     plain = not any(isinstance(a, ast.Starred) for a in node.args[: position + 1])
@@ -144,7 +151,13 @@ def _argument(node: ast.Call, position: int) -> ast.expr | None:
     place = _positional(node, position)
     if place is not None:
         return node.args[place]
-    return next((k.value for k in node.keywords if k.arg in _KEYWORDS.get(position, ())), None)
+    return next((k.value for k in node.keywords if k.arg in _names(node, position)), None)
+
+
+def _names(node: ast.Call, position: int) -> tuple[str, ...]:
+    """Return the names under which this argument may be given."""
+    function = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, 'id', '')
+    return RANGES[function][position : position + 1] if function in RANGES else _KEYWORDS.get(position, ())
 
 
 def _set_argument(node: ast.Call, position: int, value: ast.expr) -> bool:
@@ -153,7 +166,7 @@ def _set_argument(node: ast.Call, position: int, value: ast.expr) -> bool:
         node.args[place] = value
         return True
     for keyword in node.keywords:
-        if keyword.arg in _KEYWORDS.get(position, ()):
+        if keyword.arg in _names(node, position):
             keyword.value = value
             return True
     return False

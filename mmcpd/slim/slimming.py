@@ -16,7 +16,7 @@ from ..errors import SlimError
 from ..fixes import Attr, CallSite, Equality, Expression, Input, Live, SizeRule
 from .attention import REPLACEMENTS, replacement
 from .call_sites import INFER, Rewrite, rewritten
-from .computed import give_kept_
+from .computed import buffer_name, give_kept_
 from .copying import copied, discarding
 from .mask import kept_rows, named_tensors, unmask_statistics_
 from .methods import Methods
@@ -81,9 +81,12 @@ def _sliced(model: nn.Module, coupling: Coupling, keep: Keep) -> nn.Module:
     kept = kept_rows(coupling, keep)
     memo: dict[int, Any] = {}
     tensors = {**plain_tensors(model), **named_tensors(model)}
+    computed = {buffer_name(each.module) for each in coupling.fixes.computed}
+    late = (kept.keys() & computed) - tensors.keys()  # buffers that the copy gets
     for name, dims in kept.items():
-        if (tensor := tensors.get(name)) is None:
-            continue  # a buffer that the copy gets below
+        if name in late:
+            continue
+        tensor = tensors[name]
         value = tensor.detach()
         for dim, rows in sorted(dims.items()):  # whole rows first: they lie together in memory
             value = value.index_select(dim, rows.nonzero().flatten().to(value.device))
@@ -91,7 +94,7 @@ def _sliced(model: nn.Module, coupling: Coupling, keep: Keep) -> nn.Module:
     small = copied(model, memo, coupling.caches)
     register_plain_(small, kept)
     give_kept_(small, coupling.fixes.computed)
-    for name in kept.keys() - tensors.keys():
+    for name in late:
         path, _, local = name.rpartition('.')
         module, (live,) = small.get_submodule(path), kept[name].values()
         setattr(module, local, module.get_buffer(local)[live])

@@ -39,7 +39,7 @@ def padded(x, before: int, after: int):
 
 
 # -- products ----------------------------------------------------------------------------------------------------------
-def test_a_convolution_group_that_reads_padding_stays():
+def test_what_a_convolution_group_reads_beside_padding_stays():
     """No group can go whole, but of what the groups make the same channel of each can."""
     toy = net(lambda m, x: m.grouped(padded(x, 1, 1)), width=8, grouped=lambda: nn.Conv2d(8, 8, 1, groups=4))
     toy.groups = {'grouped': 2, 'b': 4}

@@ -346,3 +346,42 @@ ONE = {
 @pytest.mark.parametrize('kind', ONE)
 def test_a_piece_of_one_channel_freezes_no_other(kind):
     exact(kind(), sample((2, 5, 3)), ONE[kind])
+
+
+class CutAtNumbers(Gated):
+    def gate(self, y):
+        return torch.hsplit(y.mT, [3, 4])[1].mT
+
+
+class CutInThree(Gated):
+    def gate(self, y):
+        return y.mT.hsplit([3, 5])[1].mT[..., :2].sum(-1, keepdim=True)
+
+
+class CutDeep(Gated):
+    def gate(self, y):
+        return y.dsplit([3, 4])[1]
+
+
+class CutByAten(Gated):
+    def gate(self, y):
+        return torch.ops.aten.slice(y, 2, 3, 4)
+
+
+class ByScalar(Gated):
+    def gate(self, y):
+        return y.index_select(-1, torch.tensor(3))
+
+
+@pytest.mark.parametrize('kind', [CutAtNumbers, CutInThree, CutDeep, CutByAten, ByScalar])
+def test_pieces_whose_bounds_are_not_seen_freeze_all(kind):
+    exact(kind(), sample((2, 5, 3)), {'mix': 4})
+
+
+def test_equal_pieces_are_coupled_whatever_cuts_them():
+    class Halves(Gated):
+        def forward(self, x):
+            left, right = self.stem(x).dsplit(2)
+            return self.fc(self.mix(torch.cat([left.relu(), right.sigmoid() * left], -1)))
+
+    exact(Halves(), sample((2, 5, 3)), {'stem': 4, 'mix': 4})

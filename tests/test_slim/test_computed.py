@@ -20,6 +20,7 @@ from mmcpd.slim.trial import random_keep
 from tests.exact import exact
 from tests.helpers import randomise_
 
+other = torch  # another name of it
 WIDTH = 8
 TOKENS = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0)).double()
 PICTURES = torch.randn(2, 3, 6, 10, generator=torch.Generator().manual_seed(0)).double()
@@ -191,7 +192,33 @@ class Named(Counted):
         return x[..., :1] * torch.arange(start=0, end=y.shape[-1]).to(x.dtype)
 
 
-@pytest.mark.parametrize('kind', [Counted, Keyword, End, Named])
+class Backward(Counted):
+    def numbers(self, x: Tensor, y: Tensor) -> Tensor:
+        return x[..., :1] * torch.linspace(start=y.shape[-1], end=0, steps=8).to(x.dtype)
+
+
+class AllNamed(Counted):
+    def numbers(self, x: Tensor, y: Tensor) -> Tensor:
+        w = y.shape[-1]
+        return x[..., :1] * torch.linspace(start=0, end=w, steps=w).to(x.dtype)
+
+
+class Behind(Counted):
+    def numbers(self, x: Tensor, y: Tensor) -> Tensor:
+        return x[..., :1] * torch.arange(start=y.shape[-1], end=2 * y.shape[-1]).to(x.dtype)
+
+
+class Step(Counted):
+    def numbers(self, x: Tensor, y: Tensor) -> Tensor:
+        return x[..., :1] * torch.arange(0, 64, step=y.shape[-1]).to(x.dtype)
+
+
+class Aliased(Counted):
+    def numbers(self, x: Tensor, y: Tensor) -> Tensor:
+        return x[..., :1] * other.arange(0, y.shape[-1]).to(x.dtype)
+
+
+@pytest.mark.parametrize('kind', [Counted, Keyword, End, Named, Backward, AllNamed, Behind, Step, Aliased])
 def test_numbers_that_are_counted_by_a_width_stay_as_many(kind):
     model = kind()
     found = exact(model, TOKENS, {'stem': 8})
@@ -302,6 +329,13 @@ class Apart(Tokens):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.stem(x)).mean() + self.waves(x).mean()
+
+
+def test_a_module_that_has_something_of_that_name_is_left_alone():
+    model = Tokens().double()
+    model.waves.kept_channels = 'all'
+    found = comb(model, TOKENS)
+    assert [group.name for group in found.groups] == ['mix'] and model.waves.kept_channels == 'all'
 
 
 @pytest.mark.parametrize('kind', [Outputs, Many, Apart])

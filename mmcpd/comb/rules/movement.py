@@ -13,6 +13,7 @@ from ..trace import Call, Run
 from .pointwise import MULTI_HEAD, same
 
 PIECES = ('slice', 'split_with_sizes')
+BOUNDED = set('__getitem__ __setitem__ narrow split split_with_sizes'.split())  # functions whose bounds are seen
 VIEWS = ('view', '_unsafe_view', '_reshape_alias')  # of labels with stride 0, which need a reshape
 
 
@@ -21,9 +22,10 @@ def movement(run: Run, call: Call) -> None:
     source = call.tensors()[0]
     outs = call.outputs()
     axes: list[list[Axis | None]] = [[None] * out.dim() for out in outs]
+    kept = _kept(run, call)
     for dim, axis in enumerate(run.axes(source)):
         if axis is None:
-            if (kept := _kept(run, call, dim)) is not None:
+            if kept is not None and _picks(call, dim):
                 axes[0][dim] = kept
             continue
         if not source.numel():
@@ -37,7 +39,7 @@ def movement(run: Run, call: Call) -> None:
         moved = _moved(call, source, along(axis, dim, source.shape))
         for labels, found in zip(moved, axes, strict=True):
             place(run, call, axis, labels, found)
-    for index in call.tensors()[1:]:
+    for index in call.tensors()[1:] if kept is None else ():
         _index(run, call, index)
     for out, found in zip(outs, axes, strict=True):
         run.set(out, tuple(found))
@@ -53,19 +55,18 @@ def _carry_empty(run: Run, call: Call, axis: Axis, axes: list[list[Axis | None]]
             run.freeze(axis, f'a tensor without elements ({call.op}) in {run.where}')
 
 
-def _kept(run: Run, call: Call, dim: int) -> Axis | None:
+def _kept(run: Run, call: Call) -> Axis | None:
     """Return the axis of a buffer that says which computed channels are given out (see `mmcpd.slim.computed`)."""
-    if call.op != 'index_select' or dim != call.named['dim'] % call.out.dim():
+    if call.op != 'index_select' or call.named['index'].dim() != 1 or not call.out.dim():
         return None
-    (axis,) = run.axes(call.named['index'])
-    computed = axis is not None and run.tensor_of(axis).rpartition('.')[2] == CHANNELS
-    return axis.activation(False) if axis is not None and computed else None
+    (axis,), known = run.axes(call.named['index']), run.axes(call.named['self'])[call.named['dim']]
+    if axis is None or known is not None or run.tensor_of(axis).rpartition('.')[2] != CHANNELS:
+        return None
+    return axis.activation(False)
 
 
 def _index(run: Run, call: Call, index: Tensor) -> None:
     """Make an index equal to what it is gathered from in the other dimensions; others have no channels."""
-    if call.op == 'index_select' and _kept(run, call, call.named['dim'] % call.out.dim()) is not None:
-        return
     if call.op != 'gather':
         run.freeze_all(index, f'channels in an index ({call.op}) in {run.where}')
         return
@@ -146,8 +147,9 @@ def place(run: Run, call: Call, axis: Axis, labels: Tensor, found: list[Axis | N
     """
     labels, varying = _varying(labels)
     if not varying:
-        # The bounds of a piece of one channel follow what is in front of it; an index stays.
-        picked = Axis(labels.flatten()[:1].numpy().astype(np.int64)) if call.op in PIECES else axis
+        # Bounds that are seen follow what is in front of a piece of one channel; an index stays.
+        piece = call.op in PIECES and run.cursor.function in BOUNDED
+        picked = Axis(labels.flatten()[:1].numpy().astype(np.int64)) if piece else axis
         run.freeze(picked, f'picked by a fixed index ({call.op}) in {run.where}')
         return
     keep = varying[0] if len(varying) == 1 else _carrier(run, call, _real(run, varying, labels), labels)

@@ -122,9 +122,9 @@ def _inside(run: Run, x: Tensor, channel: Axis | None, weight: Axes, groups: int
         run.tie(rows.atoms.reshape(groups, -1).T)
     read, made = (rows, columns) if transposed else (columns, rows)
     if channel is not None:
-        same = channel.atoms.reshape(groups, -1).T
-        run.tie(same)
-        padded = same[(same == FIXED).any(axis=1)]
+        across = channel.atoms.reshape(groups, -1).T  # one channel of each group in a row
+        run.tie(across)
+        padded = across[(across == FIXED).any(axis=1)]
         run.freeze(Axis(padded.ravel()), f'a convolution group with a fixed position in {run.where}')
         each = Axis(channel.atoms[: len(channel) // groups], channel.zero)
         contract(run, each, read and Axis(read.atoms[: len(each)], weight=True), 'a convolution', x)
