@@ -51,7 +51,7 @@ MUTANTS: tuple[Mutant, ...] = (
            'value.mul_(factor.to(value.device, value.dtype))', 'pass'),
     Mutant('mask-plain', _MASK, 'test_slim/test_plain_tensors.py::test_copies_that_were_made_before_follow',
            'a copy that was made before combing is masked in its plain tensors too',
-           '        register_plain_(model, coupling.tensors)\n', ''),
+           '    register_plain_(model, coupling.tensors)\n', ''),
     Mutant('widened', 'mmcpd/modes.py', 'test_slim/test_trial.py',
            'in float64, functions that promote nothing take narrower operands from elsewhere',
            'if func in OF_ONE_TYPE and', 'if False and'),

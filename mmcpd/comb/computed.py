@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from torch import Tensor, nn
 
 from ..fixes import ComputedChannels
 from ..nested import tensors_in
 from ..slim.computed import CHANNELS
+from ..slim.weights import all_tensors
 from .record import Record
 from .trace import Run
 
@@ -20,7 +19,7 @@ def note_computed_(run: Run, path: str, module: nn.Module, given: object, out: o
     they come through. Of modules inside each other that compute as many channels the innermost counts.
     """
     of_torch = f'{type(module).__module__}.'.startswith('torch.nn.')
-    if not path or of_torch or hasattr(module, CHANNELS) or next(_tensors_of(module), None) is not None:
+    if not path or of_torch or hasattr(module, CHANNELS) or all_tensors(module):
         return
     if not isinstance(out, Tensor):
         run.record.computed[path] = set()
@@ -42,8 +41,3 @@ def computed_in(record: Record) -> list[ComputedChannels]:
     """Return the modules without a tensor whose channels met those of layers, as far as it is clear which they are."""
     wide = ([each for each in found if each.width in record.foreign] for found in record.computed.values())
     return [found[0] for found in wide if len(found) == 1]
-
-
-def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()

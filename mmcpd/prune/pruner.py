@@ -10,9 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..coupling import Coupling, Keep
 from ..names import look_up
-from ..slim.computed import give_kept_
-from ..slim.mask import Masker, named_tensors
-from ..slim.plain_tensors import register_plain_
+from ..slim.mask import Masker, add_buffers_, named_tensors
 from .agree import Agreement
 from .finite import Missing, check_finite
 from .importance import Closure, averaged, build_importance
@@ -218,8 +216,7 @@ class Pruner:
         Raises:
             ValueError: it is no copy of the model.
         """
-        register_plain_(copy, self.coupling.tensors)
-        give_kept_(copy, self.coupling.fixes.computed)
+        add_buffers_(copy, self.coupling)
         found = named_tensors(copy)
         for name, info in self.coupling.tensors.items():
             if name not in found or found[name].shape != info.shape:

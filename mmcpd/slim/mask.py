@@ -192,8 +192,7 @@ class Masker:
     """
 
     def __init__(self, model: nn.Module, coupling: Coupling) -> None:
-        register_plain_(model, coupling.tensors)
-        give_kept_(model, coupling.fixes.computed)
+        add_buffers_(model, coupling)
         self.model, self.coupling = model, coupling
         self._flat: Tensor | None = None
         self._rows: list[MaskedRows] = []
@@ -265,6 +264,12 @@ class Masker:
                 partly = {key: {} for key in fused} | partly | {path: removed}
         for path, sites in partly.items():
             MaskedForward.put_on(self.model.get_submodule(path), path, sites)
+
+
+def add_buffers_(model: nn.Module, coupling: Coupling) -> None:
+    """Give a copy of a model that was made before combing the buffers that combing added."""
+    register_plain_(model, coupling.tensors)
+    give_kept_(model, coupling.fixes.computed)
 
 
 def kept_rows(coupling: Coupling, keep: Mapping[str, Tensor]) -> dict[str, dict[int, Tensor]]:
