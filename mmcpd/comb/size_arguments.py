@@ -49,7 +49,11 @@ class _Observe(TorchFunctionMode):
         ordered, others = in_order(name, args, kwargs) if name in HANDLERS else ([], kwargs)
         cursor = self.run.cursor
         cursor.function, cursor.pairs = name, pairs_of(name, ordered, others)
-        cursor.padded = len(kwargs['pad'] if 'pad' in kwargs else args[1]) // 2 if func is F.pad else 0
+        padding = (kwargs['pad'] if 'pad' in kwargs else args[1]) if func is F.pad else ()
+        cursor.padded = len(padding) // 2
+        for number in padding:
+            if isinstance(number, TracedInt):
+                number.stay_nothing()
         if name in ARITHMETIC:  # a width on the right; on the left it is asked itself
             for side, value in zip((LEFT, RIGHT), args, strict=False):
                 if isinstance(value, TracedInt):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ..fixes import Equality, Expression, Live, Op
-from ..slim.call_sites import spot
+from ..slim.call_sites import Spot, spot
 from ..slim.replace_sizes import LEFT, RIGHT
 from ..slim.size_expressions import OPERATORS, leaves, may_change
 from .record import Equation, Note
@@ -42,8 +42,13 @@ def _binary(symbol: str, swap: bool = False) -> Callable[[TracedInt, Any], Any]:
             return NotImplemented
         other = of_run(other, self.run)
         left, right = (other, self) if swap else (self, other)
-        value = function(as_int(left), as_int(right))
-        return TracedInt.of(value, Op(symbol, expression(left), expression(right)), self.run)
+        value = TracedInt.of(
+            function(as_int(left), as_int(right)), Op(symbol, expression(left), expression(right)), self.run
+        )
+        if not as_int(value):
+            parts = _parts(left, right) if symbol in '-%' else ()
+            value.nothing = parts or (*_nothing(left), *_nothing(right))
+        return value
 
     return method
 
@@ -53,6 +58,8 @@ def _ordered(name: str) -> Callable[[TracedInt, Any], Any]:
 
     def method(self: TracedInt, other: Any) -> Any:
         run = self.run
+        if isinstance(other, int) and not as_int(other):
+            self.stay_nothing()
         by_torch = sys._getframe(1).f_globals.get('__name__', '').startswith('torch.')
         if run is not None and isinstance(other, int) and as_int(other) > 1 and not by_torch:
             for width in leaves(self.expression, Live) + leaves(expression(of_run(other, run)), Live):
@@ -62,11 +69,35 @@ def _ordered(name: str) -> Callable[[TracedInt, Any], Any]:
     return method
 
 
+def _nothing(value: int) -> tuple[_Part, ...]:
+    return value.nothing if isinstance(value, TracedInt) else ()
+
+
+def _parts(left: int, right: int) -> tuple[_Part, ...]:
+    """Return what a difference or remainder of a width and something else is made of; two widths are another matter."""
+    if bool(leaves(expression(left), Live)) == bool(leaves(expression(right), Live)):
+        return ()
+    sides = ((LEFT, left), (RIGHT, right))
+    return tuple(
+        _Part(size, spot(side, 0))
+        for side, size in sides
+        if isinstance(size, TracedInt) and may_change(size.expression)
+    )
+
+
+class _Part(NamedTuple):
+    """A size, and where a forward computes with it."""
+
+    size: TracedInt
+    place: Spot | None
+
+
 class TracedInt(int):
     """An integer that remembers its expression, and the run in which it was read."""
 
     expression: Expression
     run: Run | None
+    nothing: tuple[_Part, ...] = ()  # of a difference or a remainder of nothing, what it is made of
 
     @classmethod
     def of(cls, value: int, expr: Expression, run: Run | None) -> TracedInt:
@@ -87,13 +118,26 @@ class TracedInt(int):
 
     def as_number(self, side: int) -> int:
         """Note that a forward computes with this width as with any number: as in `x / math.sqrt(d)`."""
-        if self.run is not None and may_change(self.expression):
+        if may_change(self.expression):
+            self.compute_with(spot(side, 0))
+        return as_int(self)
+
+    def compute_with(self, place: Spot | None) -> None:
+        """Note that a forward computes with this width at a place, where it must stay what it was."""
+        if self.run is not None:
             record = self.run.record
             record.notes.add(Note.WIDTH_COMPUTED)
-            place = spot(side, 0)
             if place is not None:
                 record.constants.append(Equation(self.expression, as_int(self), self.run.module, place))
-        return as_int(self)
+
+    def stay_nothing(self) -> None:
+        """Note that a forward asks whether a width has anything over, as for a padding: there it stays what it was."""
+        for part in self.nothing:
+            part.size.compute_with(part.place)
+
+    def __bool__(self) -> bool:
+        self.stay_nothing()
+        return as_int(self) != 0
 
     def __rshift__(self, other: int) -> Any:
         return self // (1 << as_int(other))
@@ -131,7 +175,9 @@ class TracedInt(int):
     def __eq__(self, other: object) -> bool:
         """Compare as integers; that an axis was found equal to something is an equation too."""
         equal = int.__eq__(self, other)
-        if equal is True and self.run is not None and isinstance(other, int):
+        if self.nothing and equal is True:
+            self.stay_nothing()
+        elif equal is True and self.run is not None and isinstance(other, int):
             found = Equality(expression(self), expression(of_run(other, self.run)))
             if leaves(found.left, Live) or leaves(found.right, Live):
                 self.run.record.equalities.append(found)

@@ -20,7 +20,7 @@ from .call_sites import INFER, Rewrite, rewrite_
 from .computed import all_channels
 from .noted_rows import are_rows
 from .plain_tensors import plain_tensors
-from .replace_sizes import is_place
+from .replace_sizes import LEFT, RIGHT, is_place
 from .weights import all_tensors, is_extra_state, own_tensors
 
 KEYS = ('tensors', 'rows', 'added', 'shared', 'attributes', 'replaced', 'rewritten', 'computed')
@@ -312,4 +312,5 @@ def _is_rewrite(rewrite: object, largest: int) -> bool:
     method, text, index, count, number = rewrite
     placed = 0 <= count <= DIMS and is_place(index, count)
     said = method.isidentifier() and len(method) <= NAME and text.isprintable() and len(text) <= TEXT
-    return said and placed and (number == INFER or 1 <= number <= largest)
+    least = -largest if index in (LEFT, RIGHT) else 1  # what a forward computes with may be a difference
+    return said and placed and (number == INFER or least <= number <= largest)
