@@ -10,7 +10,7 @@ _PRODUCTS, _POINTWISE = 'mmcpd/comb/rules/products.py', 'mmcpd/comb/rules/pointw
 _MOVEMENT, _STATISTICS = 'mmcpd/comb/rules/movement.py', 'mmcpd/comb/rules/statistics.py'
 _FIXING = 'mmcpd/comb/fixing.py'
 _INT, _ARGUMENTS = 'mmcpd/comb/traced_int.py', 'mmcpd/comb/size_equations.py'
-_FRESH = 'mmcpd/comb/fresh.py'
+_FRESH, _ANOTHER = 'mmcpd/comb/fresh.py', 'mmcpd/comb/another_size.py'
 _COUPLING, _COST = 'mmcpd/coupling.py', 'mmcpd/cost.py'
 
 # fmt: off
@@ -326,6 +326,11 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant('ordered-width', _INT, 'test_slim/test_traps.py::test_a_width_that_a_forward_compares_in_size_stays',
            'a width that a forward compares in size stays',
            "run.record.table.freeze(run.atoms_of(width), f'compared in size in {run.where}')", 'pass'),
+    Mutant('another-size', _ANOTHER, 'test_comb/test_another_size.py',
+           'what takes the size of another tensor goes with it',
+           'run.equate(own[place], first, run.cursor.function)', 'pass'),
+    Mutant('another-view', _ANOTHER, 'test_comb/test_another_size.py', 'so does a view of another size',
+           'run.equate(axis, other, run.cursor.function)', 'pass'),
     Mutant('equal-pieces', _ARGUMENTS, 'test_comb/test_pieces.py::test_pieces_of_the_channels',
            'equal pieces of the channels stay equally long',
            '    run.tie(pieces.T)\n', '    pass\n'),

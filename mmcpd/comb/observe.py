@@ -110,9 +110,10 @@ class _Dispatch(TorchDispatchMode):
         op, inplace, names = self.names[func]
         inplace &= bool(args) and isinstance(args[0], Tensor)  # not a list of them
         seen = (self._before(args[0]), *args[1:]) if inplace else args
+        given = {name: value for name, value in kwargs.items() if name != 'out' or not self.run.is_bare(value)}
         out = func(*args, **kwargs)
-        named = dict(zip(names, seen, strict=False)) | kwargs
-        call = Call(op, func, seen, kwargs, named, out)
+        named = dict(zip(names, seen, strict=False)) | given
+        call = Call(op, func, seen, given, named, out)
         self.run.ran.read(op, call.tensors())
         apply(self.run, call)
         if inplace:

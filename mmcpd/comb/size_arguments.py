@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from ..fixes import Attr, Input
 from ..slim.replace_sizes import LEFT, RANGES, RIGHT, argument
 from ..slim.shape_attributes import are_sizes
+from . import another_size  # noqa: F401  (its handlers)
 from .fresh import FACTORIES, factory
 from .rules.pointwise import MULTI_HEAD
 from .size_equations import HANDLERS, in_order, pairs_of

@@ -38,6 +38,7 @@ PARAMETERS: dict[str, tuple[tuple[str, ...], ...]] = {
     'narrow': (SOURCE, ('dim',), ('start',), ('length',)),
     **dict.fromkeys(('conv1d', 'conv2d', 'conv3d'), _CONVOLUTION),
     **dict.fromkeys(('conv_transpose1d', 'conv_transpose2d', 'conv_transpose3d'), _CONVOLUTION[:3]),
+    **dict.fromkeys(('expand_as', 'view_as', 'reshape_as'), (SOURCE, ('other',))),
     'scaled_dot_product_attention': (('query',), ('key',), ('value',), ('attn_mask',)),
     'multi_head_attention_forward': tuple(
         (name,) for name in ('query', 'key', 'value', 'embed_dim_to_check', 'num_heads', 'in_proj_weight')

@@ -73,6 +73,11 @@ def _tensors(values: Iterable[Any]) -> list[Tensor]:
     return [v for v in flat if isinstance(v, Tensor)]
 
 
+def _fit(axes: Axes, shape: torch.Size) -> bool:
+    """Say whether axes are those of a tensor of this shape; not where it was resized in place since."""
+    return len(axes) == len(shape) and all(axis is None or len(axis) == n for axis, n in zip(axes, shape, strict=True))
+
+
 class Run:
     """What a rule may say about the operation that runs; it ends in a `Record`."""
 
@@ -96,7 +101,7 @@ class Run:
     # -- axes of running tensors -------------------------------------------------------------------------------------
     def axes(self, tensor: Tensor) -> Axes:
         found: Axes | None = getattr(tensor, AXES, None) or self.storages.find(tensor)
-        return found or (None,) * tensor.dim()
+        return found if found and _fit(found, tensor.shape) else (None,) * tensor.dim()
 
     def set(self, tensor: Tensor, axes: Sequence[Axis | None]) -> None:
         assert len(axes) == tensor.dim(), (len(axes), tensor.shape)
@@ -104,6 +109,15 @@ class Run:
         setattr(tensor, AXES, fitting)
         if any(fitting):
             self.storages.note(tensor, fitting)
+
+    def is_bare(self, tensor: Any) -> bool:
+        """Say whether a tensor holds nothing that is known: written over, it is what was written."""
+        return (
+            isinstance(tensor, Tensor)
+            and not any(self.axes(tensor))
+            and not hasattr(tensor, INPUT)
+            and not self.storages.has_views(tensor)
+        )
 
     def of_weights(self, tensor: Tensor) -> bool:
         """Say whether a tensor is made of parameters and buffers alone, or a number."""

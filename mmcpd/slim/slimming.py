@@ -267,7 +267,8 @@ def _target(rule: SizeRule, live: Sequence[int]) -> int:
 
 def _rivals(rule: SizeRule, rules: Sequence[SizeRule], live: Sequence[int]) -> list[Equality]:
     """Return the widths that the same expression or the same call must be as well, where they no longer agree."""
-    return [
+    own = [Equality(rule.target, rule.expression)] if isinstance(rule.expression, Live) else []
+    return own + [
         Equality(rule.target, other.target)
         for other in rules
         if isinstance(rule.target, Live)

@@ -128,7 +128,7 @@ def test_one_place_with_two_values_is_an_error():
     assert rewrites_of(module) == [Rewrite('forward', call, 4, 5, 2)]
 
 
-def test_a_class_without_source_is_frozen_with_a_reason():
+def test_widths_that_a_class_without_source_holds_together_are_coupled():
     space: dict = {'nn': nn, 'torch': torch}
     exec(
         'def forward(self, x):\n'
@@ -140,8 +140,11 @@ def test_a_class_without_source_is_frozen_with_a_reason():
     sourceless = type('Sourceless', (Timm,), {'forward': space['forward']})
     model = randomise_(Block(sourceless))
     found = comb(model, X)
-    assert any('a trial failed: no attribute makes' in f.reason for f in found.frozen)
-    assert 'attn.qkv' not in {g.name for g in found.groups}
+    assert {g.name: g.units for g in found.groups} == {'stem': 4}  # one of each head, and of the stream
+    check_equal(model, found)
+    whole = comb(model, X, heads='head')
+    assert {g.name: g.units for g in whole.groups} == {'stem': 3}
+    check_equal(model, whole)
 
 
 def test_a_rewritten_module_can_be_copied_and_saved(block, tmp_path):

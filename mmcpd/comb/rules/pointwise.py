@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from ..atoms import Axis
-from ..trace import AXES, INPUT, Call, Run
+from ..trace import AXES, Call, Run
 
 MULTI_HEAD = 'multi_head_attention_forward'  # which scales its queries inside
 PADDING = 'pad'  # makes an empty tensor where it wraps around, and fills it part by part with all other dimensions
@@ -87,8 +87,7 @@ def _zero_number(value: object) -> bool:
 def copied(run: Run, call: Call) -> None:
     # copy_(self, src): an empty tensor, which nobody has a view of, becomes what fills it, whatever made its sizes
     into, source = call.named['self'], call.named['src']
-    bare = not any(run.axes(into)) and not hasattr(into, INPUT)
-    if bare and into.shape == source.shape and not run.storages.has_views(into):
+    if run.is_bare(into) and into.shape == source.shape:
         run.set(call.out, run.axes(source))
     else:
         meet(run, call)
