@@ -39,10 +39,10 @@ FACTORIES = {
 LONGEST = 1 << 16  # what is longer holds positions
 
 
-def factory(run: Run, name: str, args: Any, kwargs: Any, out: Tensor) -> None:
+def factory(run: Run, name: str, args: Any, out: Tensor) -> None:
     """Give each size of a new tensor that could be a width atoms of its own."""
     made = FACTORIES[name]
-    sizes = sizes_of(args, kwargs, made.position, 'size', 'n')
+    sizes = sizes_of(args, made.position)
     if name == 'eye':
         _square(run, sizes, out)
     elif len(sizes.values) == out.dim():
@@ -62,7 +62,7 @@ def _square(run: Run, sizes: Sizes, out: Tensor) -> None:
 @handles('expand', 'broadcast_to', 'repeat')
 def _spread(run: Run, args: Any, kwargs: Any, out: Tensor) -> None:
     """Give a width over which one value is repeated atoms of its own: `gate.expand(-1, self.channels, -1, -1)`."""
-    sizes, source, axes = sizes_of(args, kwargs, 1, 'shape', 'size', 'repeats'), args[0].shape, list(run.axes(out))
+    sizes, source, axes = sizes_of(args, 1), args[0].shape, list(run.axes(out))
     for i, size in enumerate(sizes.values):
         at = i - len(sizes.values)
         if axes[i] is None and as_int(size) == out.shape[i] and (-at > len(source) or source[at] == 1):

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..fixes import Attr, Input
-from ..slim.replace_sizes import LEFT, RANGES, RIGHT, argument
+from ..slim.call_arguments import PARAMETERS, RANGES
+from ..slim.replace_sizes import LEFT, RIGHT, argument
 from ..slim.shape_attributes import are_sizes
 from . import another_size  # noqa: F401  (its handlers)
 from .fresh import FACTORIES, factory
@@ -47,9 +48,9 @@ class _Observe(TorchFunctionMode):
             return self.shape(func, args, kwargs)
         if name in COUNTING:
             return math.prod(_size(self.run, args[0], d, s) for d, s in enumerate(args[0].shape))
-        ordered, others = in_order(name, args, kwargs) if name in HANDLERS else ([], kwargs)
+        ordered, others = in_order(name, args, kwargs) if name in HANDLERS or name in FACTORIES else ([], kwargs)
         cursor = self.run.cursor
-        cursor.function, cursor.pairs = name, pairs_of(name, ordered, others)
+        cursor.function, cursor.pairs = name, pairs_of(name, ordered)
         padding = (kwargs['pad'] if 'pad' in kwargs else args[1]) if func is F.pad else ()
         cursor.padded = len(padding) // 2
         for number in padding:
@@ -59,7 +60,7 @@ class _Observe(TorchFunctionMode):
             for side, value in zip((LEFT, RIGHT), args, strict=False):
                 if isinstance(value, TracedInt):
                     value.as_number(side)
-        for position, keyword in enumerate(RANGES.get(name, ())):  # as many numbers as before
+        for position, (keyword,) in enumerate(PARAMETERS[name] if name in RANGES else ()):  # as many as before
             value = args[position] if position < len(args) else kwargs.get(keyword)
             if isinstance(value, TracedInt):
                 value.as_number(argument(position))
@@ -74,7 +75,7 @@ class _Observe(TorchFunctionMode):
         for handler in HANDLERS.get(name, ()) if ordered and isinstance(ordered[0], Tensor) else ():
             handler(self.run, ordered, others, out)
         if name in FACTORIES and isinstance(out, Tensor):
-            factory(self.run, name, args, kwargs, out)
+            factory(self.run, name, ordered, out)
         return out
 
     def shape(self, func: Any, args: Any, kwargs: Any) -> Any:

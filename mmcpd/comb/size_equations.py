@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..fixes import Live, Op
 from ..nested import tensors_in
+from ..slim.call_arguments import PARAMETERS, SOURCE
 from ..slim.call_sites import INFER, Spot, spot
 from ..slim.replace_sizes import SCALE, argument, bound, in_sequence
 from ..slim.size_expressions import leaves, may_change
@@ -20,30 +21,7 @@ from .trace import Run
 from .traced_int import TracedInt, as_int, expression, of_run
 
 PAIR = 2
-VIEW_SIZES: dict[str, tuple[Any, ...]] = {  # where their sizes are, as `sizes_of` takes it
-    'view': (1, 'shape', 'size'),
-    'reshape': (1, 'shape', 'size'),
-    'unflatten': (2, 'sizes'),
-}
-SOURCE = ('input', 'self', 'tensor')
-_CONVOLUTION = tuple((name,) for name in ('input', 'weight', 'bias', 'stride', 'padding', 'dilation', 'groups'))
-# Of the functions whose arguments are read by their number, the names of each: a call may give them as keywords.
-PARAMETERS: dict[str, tuple[tuple[str, ...], ...]] = {
-    'unflatten': (SOURCE, ('dim',), ('sizes',)),
-    'chunk': (SOURCE, ('chunks',), ('dim',)),
-    'tensor_split': (SOURCE, ('indices_or_sections', 'sections', 'indices', 'tensor_indices_or_sections'), ('dim',)),
-    **dict.fromkeys(('hsplit', 'vsplit', 'dsplit'), (SOURCE, ('sections', 'indices', 'indices_or_sections'))),
-    'split': (SOURCE, ('split_size_or_sections', 'split_size', 'split_sizes'), ('dim',)),
-    'split_with_sizes': (SOURCE, ('split_sizes',), ('dim',)),
-    'narrow': (SOURCE, ('dim',), ('start',), ('length',)),
-    **dict.fromkeys(('conv1d', 'conv2d', 'conv3d'), _CONVOLUTION),
-    **dict.fromkeys(('conv_transpose1d', 'conv_transpose2d', 'conv_transpose3d'), _CONVOLUTION[:3]),
-    **dict.fromkeys(('expand_as', 'view_as', 'reshape_as'), (SOURCE, ('other',))),
-    'scaled_dot_product_attention': (('query',), ('key',), ('value',), ('attn_mask',)),
-    'multi_head_attention_forward': tuple(
-        (name,) for name in ('query', 'key', 'value', 'embed_dim_to_check', 'num_heads', 'in_proj_weight')
-    ),
-}
+VIEW_SIZES = {'view': 1, 'reshape': 1, 'unflatten': 2}  # which argument their sizes are
 HANDLERS: dict[str, list[Callable[[Run, Any, Any, Any], None]]] = {}
 
 
@@ -83,9 +61,9 @@ class Sizes(NamedTuple):
         return spot(i if self.position is None else in_sequence(self.position, i, count), count)
 
 
-def sizes_of(args: Any, kwargs: Any, position: int, *names: str) -> Sizes:
-    """Read the sizes that begin with the argument of this number, or that have one of these names."""
-    rest = list(args[position:]) or [kwargs[n] for n in names if n in kwargs]
+def sizes_of(args: Any, position: int) -> Sizes:
+    """Read the sizes that begin with the argument of this number."""
+    rest = list(args[position:])
     if rest and isinstance(rest[0], (tuple, list)):
         return Sizes(list(rest[0]), position)
     return Sizes(rest, None)
@@ -102,14 +80,14 @@ def in_order(name: str, args: Any, kwargs: Any) -> tuple[list[Any], dict[str, An
     return args, kwargs
 
 
-def pairs_of(name: str, args: Any, kwargs: Any) -> list[int]:
+def pairs_of(name: str, args: Any) -> list[int]:
     """Return the dimensions of a view that are pairs: a 2 that stands in the source, behind a size that may follow.
 
     Rotary embeddings and complex numbers are such, `x.view(n, -1, 2)`; two channels of a head are not meant.
     """
     if name not in VIEW_SIZES:
         return []
-    sizes = sizes_of(args, kwargs, *VIEW_SIZES[name]).values
+    sizes = sizes_of(args, VIEW_SIZES[name]).values
     begin = args[1] % args[0].dim() if name == 'unflatten' else 0
     found: list[int] = []
     follows = False  # whether the nearest size before, pairs left out, may follow
@@ -123,7 +101,7 @@ def pairs_of(name: str, args: Any, kwargs: Any) -> list[int]:
 
 @handles('expand', 'broadcast_to')
 def _expand(run: Run, args: Any, kwargs: Any, out: Tensor) -> None:
-    sizes, source = sizes_of(args, kwargs, 1, 'shape', 'size'), args[0].shape
+    sizes, source = sizes_of(args, 1), args[0].shape
     for i, size in enumerate(sizes.values):
         axis, at = run.axes(out)[i], i - len(sizes.values)
         if as_int(size) != -1 and -at <= len(source) and source[at] != 1:  # else it may be of any size
@@ -132,7 +110,7 @@ def _expand(run: Run, args: Any, kwargs: Any, out: Tensor) -> None:
 
 @handles('view', 'reshape')
 def _reshape(run: Run, args: Any, kwargs: Any, out: Tensor) -> None:
-    sizes = sizes_of(args, kwargs, *VIEW_SIZES['view'])
+    sizes = sizes_of(args, VIEW_SIZES['view'])
     if len(sizes.values) != out.dim():  # view(dtype)
         return
     inferable = all(as_int(size) != INFER for size in sizes.values)
@@ -146,7 +124,7 @@ def _reshape(run: Run, args: Any, kwargs: Any, out: Tensor) -> None:
 @handles('unflatten')  # unflatten(dim, sizes)
 def _unflatten(run: Run, args: Any, kwargs: Any, out: Tensor) -> None:
     dim = args[1] % args[0].dim()
-    sizes = sizes_of(args, kwargs, *VIEW_SIZES['unflatten'])
+    sizes = sizes_of(args, VIEW_SIZES['unflatten'])
     inferable = all(as_int(size) != INFER for size in sizes.values)
     for i, (size, axis) in enumerate(zip(sizes.values, run.axes(out)[dim:], strict=False)):
         if as_int(size) != INFER:
@@ -270,7 +248,7 @@ def _conv(run: Run, args: Any, kwargs: Any, out: Tensor) -> None:
 
 @handles('layer_norm', 'rms_norm')  # layer_norm(input, normalized_shape, ...)
 def _layer_norm(run: Run, args: Any, kwargs: Any, out: Tensor) -> None:
-    sizes = sizes_of(args, kwargs, 1, 'normalized_shape')
+    sizes = sizes_of(args, 1)
     for i, (size, axis) in enumerate(zip(sizes.values, run.axes(args[0])[-len(sizes.values) :], strict=True)):
         equation(run, size, None if axis is None else axis.atoms, sizes.place(i))
 

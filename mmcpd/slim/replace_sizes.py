@@ -13,37 +13,13 @@ from __future__ import annotations
 import ast
 import sys
 
+from .call_arguments import RANGES, names_of
+
 LEFT, RIGHT = -1, -2  # which operand
 SCALE = -3  # of an attention: the number is the width whose square root it divides by
 _ARGUMENT, _BOUND = -100, -1000
 _MOST = 64  # arguments of a call, and items of a subscript
 _FUNCTIONS = ('torch', 'F', 'functional', 'Tensor', 'nn')  # `torch.reshape(x, s)` has one argument more than a method
-# Names of size arguments by their number, which counts the tensor of a method as the first.
-_KEYWORDS = {
-    0: ('size', 'n'),
-    1: (
-        'size',
-        'shape',
-        'repeats',
-        'split_size_or_sections',
-        'split_size',
-        'split_sizes',
-        'normalized_shape',
-        'n',
-        'm',
-    ),
-    2: ('sizes', 'start'),
-    3: ('length', 'embed_dim_to_check'),
-    6: ('groups',),
-}
-
-
-# Functions of torch that make numbers, never methods: the names of their arguments, by number.
-RANGES = {
-    'arange': ('start', 'end', 'step'),
-    'linspace': ('start', 'end', 'steps'),
-    'logspace': ('start', 'end', 'steps'),
-}
 
 
 def argument(position: int) -> int:
@@ -157,7 +133,7 @@ def _argument(node: ast.Call, position: int) -> ast.expr | None:
 def _names(node: ast.Call, position: int) -> tuple[str, ...]:
     """Return the names under which this argument may be given."""
     function = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, 'id', '')
-    return RANGES[function][position : position + 1] if function in RANGES else _KEYWORDS.get(position, ())
+    return names_of(function, position)
 
 
 def _set_argument(node: ast.Call, position: int, value: ast.expr) -> bool:
