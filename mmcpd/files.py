@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 UNFINISHED = '.unfinished'  # how the name of a file ends that is being written
 # What a full, read-only or limited disk says.
@@ -154,7 +156,7 @@ def _flush(path: Path) -> None:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write JSON for people to read, whole or not at all.
+    """Write JSON for people to read, whole or not at all; numbers that are not finite, which it does not know, as null.
 
     Example:
         >>> import tempfile
@@ -164,4 +166,12 @@ def write_json(path: Path, content: object) -> None:
         {'answer': 42}
     """
     with whole(path) as unfinished:
-        unfinished.write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
+        unfinished.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + '\n', encoding='utf-8')
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

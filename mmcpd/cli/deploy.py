@@ -7,6 +7,7 @@ a one-stage detector finds: boxes (N, K, 4) in pixels of the input, scores (N, K
 With --preprocess files take pictures of whole numbers from 0 to 255 as they are, with --postprocess they return a
 classifier's scores, or each pixel's class at the picture's size: then an application needs the file alone. Files say
 in their metadata_props what they take and return. With --int8 each gets a quantised one beside it, slim-int8.onnx.
+`mmcpd test CONFIG slim.onnx` measures what a file predicts; of a detector, one with --boxes.
 
 Example:
   mmcpd deploy mmcpd::cpd/resnet50_prune.py work_dirs/resnet50_prune/slim.pth
@@ -29,6 +30,7 @@ from mmcpd.cli.common import UserError
 from mmcpd.cli.configs import read_config
 from mmcpd.cli.whole_file import WholeFile
 from mmcpd.deploy import Exporter, Parity, check_detections, check_parity, deploy
+from mmcpd.deploy.graph import WholeForward
 from mmcpd.deploy.waiting import waiting
 from mmcpd.engine.build import build_dense
 from mmcpd.engine.checkpoints import load_dense, load_slim, read_checkpoint, removed_units
@@ -97,8 +99,11 @@ def real_batches(cfg: Config, model: nn.Module, args: argparse.Namespace) -> tup
     return data_batches(cfg, model, sizes, shape), f'test data ({cfg.test_dataloader.dataset.type})'
 
 
-def _check_boxes(path: Path, model: nn.Module, batches: list[Tensor], _forward: object) -> Parity:
-    return check_detections(path, model, batches, predictions)
+def _check_boxes(path: Path, model: nn.Module, batches: list[Tensor], forward: object) -> Parity:
+    before = forward.before if isinstance(forward, WholeForward) else None
+    return check_detections(
+        path, model, batches, lambda model, x: predictions(model, x if before is None else before(x))
+    )
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -113,7 +118,7 @@ def check_options(args: argparse.Namespace) -> None:
             raise UserError(f'--{name.replace("_", "-")} must be above 0, not {value}')
     if args.boxes and args.batch_dynamic:
         raise UserError('--boxes: the batch size of a file with boxes is fixed (--batch); leave --batch-dynamic out')
-    for name in ('preprocess', 'postprocess', 'size_dynamic', 'int8'):
+    for name in ('postprocess', 'size_dynamic'):
         if args.boxes and getattr(args, name):
             raise UserError(f'--{name.replace("_", "-")} is not for files with boxes: leave it or --boxes out')
     if args.int8 and args.random_input:

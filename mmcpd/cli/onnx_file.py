@@ -7,12 +7,14 @@ from typing import Any, cast
 
 import torch
 from mmengine.config import Config
+from mmengine.structures import InstanceData
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmcpd.cli.common import UserError
 from mmcpd.deploy import Normalization, read_metadata
 from mmcpd.deploy.latency import usable_cores
+from mmcpd.deploy.metadata import BOXES
 from mmcpd.deploy.onnx import feed, open_session
 from mmcpd.deploy.parity import RUN_ERRORS
 from mmcpd.engine.saving import drop_pruning
@@ -38,32 +40,57 @@ def use_dense(cfg: Config) -> None:
 
 
 def run_file_(model: nn.Module, path: str) -> Callable[[], None]:
-    """Let a classifier or a segmentor compute its logits by an ONNX file, in place.
+    """Let a model predict by an ONNX file, in place: a classifier's or segmentor's logits, a detector's boxes.
 
     Features are then the pictures, and the head that makes logits of them runs the file; what the model makes of the
-    logits is its own code. A file's scores and class maps become logits that lead to the same predictions. Returns a
-    check that the file was run, for after the test.
+    logits is its own code. A file's scores and class maps become logits that lead to the same predictions. Boxes are
+    predictions as they are. Returns a check that the file was run, for after the test.
 
     Raises:
         UserError: the model is of another kind, or the file is one that `mmcpd deploy` did not write.
     """
-    whole = cast(Any, unwrapped(model))
+    whole, file = cast(Any, unwrapped(model)), _File(path)
+    if file.output == BOXES or hasattr(whole, 'add_pred_to_datasample'):
+        return _find_boxes_(whole, file)
+    return _compute_logits_(whole, file)
+
+
+def _find_boxes_(detector: Any, file: _File) -> Callable[[], None]:
+    """Let a detector predict by a file.
+
+    Raises:
+        UserError: it is no detector, or the file holds no boxes.
+    """
+    if not hasattr(detector, 'add_pred_to_datasample'):
+        raise UserError(f'{file.path} returns {BOXES}, and {type(detector).__name__} is no detector')
+    if file.output != BOXES:
+        raise UserError(
+            f"{file.path} returns {file.output}, of which {type(detector).__name__}'s boxes are not made here: export "
+            'it with --boxes, or test its slim.pth'
+        )
+    detector.predict = _Detections(file, detector.add_pred_to_datasample)
+    return lambda: None
+
+
+def _compute_logits_(whole: Any, file: _File) -> Callable[[], None]:
+    if file.output not in LOGITS:
+        raise UserError(f'{file.path} returns {file.output}, and only {", ".join(LOGITS)} can be tested')
     heads = getattr(whole, 'decode_head', None) or getattr(whole, 'head', None)
     chain: list[Any] = [*heads] if isinstance(heads, nn.ModuleList) else [heads]
     refusal = UserError(
-        f'{path}: ONNX files are tested for classifiers and segmentors whose head makes the logits, and '
-        f'{type(whole).__name__} is none; test its slim.pth'
+        f'{file.path}: ONNX files are tested for detectors, and for classifiers and segmentors whose head makes the '
+        f'logits, and {type(whole).__name__} is none; test its slim.pth'
     )
     if not hasattr(whole, 'extract_feat') or not all(hasattr(head, 'predict') for head in chain):
         raise refusal
-    run = _File(path, getattr(chain[-1], 'out_channels', 0))
+    run = _Logits(file, getattr(chain[-1], 'out_channels', 0))
     whole.extract_feat = _first
     for head in chain[:-1]:
         head.forward = _first
     chain[-1].forward = run
 
     def check() -> None:
-        if not run.calls:
+        if not file.calls:
             raise refusal
 
     return check
@@ -82,14 +109,11 @@ def _normalization(metadata: Mapping[str, Any]) -> Normalization | None:
 
 
 class _File:
-    """Compute logits of preprocessed pictures (N, C, H, W) by an ONNX file."""
+    """Run an ONNX file on preprocessed pictures (N, C, H, W)."""
 
-    def __init__(self, path: str, number: int) -> None:
+    def __init__(self, path: str) -> None:
         metadata = read_metadata(path)
-        output = metadata.get('output')
-        if output not in LOGITS:
-            raise UserError(f'{path} returns {output}, and only {", ".join(LOGITS)} can be tested')
-        self.path, self.number, self.calls, self.logits = path, number, 0, LOGITS[output]
+        self.path, self.output, self.calls = path, metadata.get('output'), 0
         try:
             self.before = _normalization(metadata)
         except (AttributeError, KeyError, TypeError) as error:
@@ -98,11 +122,11 @@ class _File:
                 'again by mmcpd deploy'
             ) from error
         self.session = open_session(path, usable_cores())
-        batch = self.session.get_inputs()[0].shape[0]
-        self.batch = batch if isinstance(batch, int) else None
+        fixed = [size if isinstance(size, int) else None for size in self.session.get_inputs()[0].shape]
+        self.batch, self.size = fixed[0], fixed[2:]  # numbers where they are fixed
 
-    def __call__(self, pictures: Tensor, *_rest: Any, **_options: Any) -> Tensor:
-        """Return logits.
+    def __call__(self, pictures: Tensor) -> list[Tensor]:
+        """Return the outputs.
 
         Raises:
             UserError: the file does not run on pictures of this size.
@@ -113,15 +137,49 @@ class _File:
         try:
             outputs = [self._run(part) for part in parts]
         except RUN_ERRORS as error:
+            other = '--shape' if self.output == BOXES else '--shape or --size-dynamic'
             raise UserError(
                 f'{self.path} does not run on the data, {"x".join(map(str, pictures.shape))} after preprocessing '
-                f'({first_line(error)}): export it with --shape or --size-dynamic'
+                f'({first_line(error)}): export it with {other}'
             ) from error
-        return self.logits(torch.cat(outputs), self.number).to(pictures.device)
+        return [torch.cat(each).to(pictures.device) for each in zip(*outputs, strict=True)]
 
-    def _run(self, pictures: Tensor) -> Tensor:
+    def _run(self, pictures: Tensor) -> list[Tensor]:
         """Run one batch; the last of a file with a fixed batch size is filled up with its last picture."""
         number = len(pictures)
         if self.batch is not None and number < self.batch:
             pictures = torch.cat([pictures, pictures[-1:].expand(self.batch - number, -1, -1, -1)])
-        return torch.from_numpy(self.session.run(None, feed(self.session, pictures))[0])[:number]
+        return [torch.from_numpy(each)[:number] for each in self.session.run(None, feed(self.session, pictures))]
+
+
+class _Logits:
+    """Compute logits of preprocessed pictures (N, C, H, W) by a file."""
+
+    def __init__(self, file: _File, number: int) -> None:
+        self.file, self.number = file, number
+
+    def __call__(self, pictures: Tensor, *_rest: Any, **_options: Any) -> Tensor:
+        return LOGITS[cast(str, self.file.output)](self.file(pictures)[0], self.number)
+
+
+class _Detections:
+    """Predict boxes by a file, in the pixels of the pictures that the data set has."""
+
+    def __init__(self, file: _File, write: Callable[[Any, Any], Any]) -> None:
+        self.file, self.write = file, write
+
+    def __call__(self, pictures: Tensor, samples: Any, rescale: bool = True) -> Any:
+        """Return the samples with what was found; smaller pictures than the file's are padded, as in a batch."""
+        room = [0 if size is None else size - its for size, its in zip(self.file.size, pictures.shape[2:], strict=True)]
+        if min(room) >= 0:
+            pictures = F.pad(pictures, (0, room[1], 0, room[0]))
+        found = zip(samples, *self.file(pictures), strict=True)
+        return self.write(samples, [self._found(*each, rescale=rescale) for each in found])
+
+    def _found(self, sample: Any, boxes: Tensor, scores: Tensor, labels: Tensor, *, rescale: bool) -> InstanceData:
+        height, width = sample.img_shape[:2]
+        there = labels >= 0
+        boxes = boxes[there].clamp(min=0).minimum(boxes.new_tensor([width, height] * 2))
+        if rescale:
+            boxes = boxes / boxes.new_tensor([*sample.scale_factor] * 2)
+        return InstanceData(bboxes=boxes, scores=scores[there], labels=labels[there])

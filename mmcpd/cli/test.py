@@ -1,6 +1,7 @@
 """Test a config's model with a training checkpoint, a slim.pth or an ONNX file, and print the metrics.
 
-An ONNX file of a classifier or a segmentor runs in ONNX Runtime in place of the model, on the CPU.
+An ONNX file of a classifier, of a segmentor, or of a detector with boxes runs in ONNX Runtime in place of the model,
+on the CPU.
 
 Example:
   mmcpd test mmcpd::cpd/resnet50_prune.py work_dirs/resnet50_prune/slim.pth

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mmcpd.cli.common import UserError
 from mmcpd.deploy import ClassMap, Normalization, Scores, WholeForward
 from mmcpd.deploy.graph import Ending
+from mmcpd.deploy.metadata import BOXES
 from mmcpd.deploy.parity import LABELS
 from mmcpd.engine.build import datasets
 from mmcpd.engine.slim_file import is_slim, read_slim
@@ -49,7 +50,7 @@ class WholeFile:
         with suppress(*() if args.preprocess else (UserError,)):
             known = normalization_of(cfg, model)
         before = known if args.preprocess else None
-        output, after = 'boxes, scores, labels' if args.boxes else 'logits', None
+        output, after = BOXES if args.boxes else 'logits', None
         if args.postprocess:
             output, after = ending_of(model, pictures, forward)
         channels = (known and known.channels) or UNKNOWN

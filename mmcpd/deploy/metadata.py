@@ -12,6 +12,7 @@ import onnx
 from mmcpd.version import __version__
 
 VERSION = 'mmcpd'  # the key of mmcpd's version
+BOXES = 'boxes, scores, labels'  # the output of a file that finds objects
 
 
 def write_metadata(path: str | os.PathLike, metadata: Mapping[str, object]) -> None:

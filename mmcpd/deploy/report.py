@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import os
 import platform
 import tempfile
@@ -26,6 +27,8 @@ from mmcpd.errors import DeployError, OpsetError
 from mmcpd.files import write_json
 from mmcpd.version import __version__
 
+DIFFERS = 'differs'  # where there is no number for it
+
 
 @dataclass(frozen=True)
 class Report:
@@ -43,12 +46,18 @@ class Report:
         times = {entry.name: entry for entry in self.latency}
         lines = [_circumstances(self.facts, self.latency), '', head, '-' * len(head)]
         for model in self.models:
-            line = f'{model.name:<{width}}{model.params:>12,}{model.bytes / 1e6:>9.2f}{model.parity.max_rel:>10.1e}'
+            parity = f'{model.parity.max_rel:.1e}' if math.isfinite(model.parity.max_rel) else DIFFERS
+            line = f'{model.name:<{width}}{model.params:>12,}{model.bytes / 1e6:>9.2f}{parity:>10}'
             if model.name in times:
                 t = times[model.name]
                 spread = f'{t.ratio_p10:.3f}..{t.ratio_p90:.3f}'
                 line += f'{t.median:>11.3f}{t.mean:>10.3f}{t.p90:>10.3f}{t.ratio:>8.3f}{spread:>14}'
             lines.append(line)
+        lines += [
+            f'{model.name}: {DIFFERS}: other objects are found, or outputs are not finite; measure it by mmcpd test'
+            for model in self.models
+            if not math.isfinite(model.parity.max_rel)
+        ]
         lines += [f'{model.name}: parity means nothing, {SAME}' for model in self.models if model.parity.constant]
         lines += [
             f'{model.name}: the batch size is fixed to {model.batch}, since the model computes with it as a number'

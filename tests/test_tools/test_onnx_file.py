@@ -203,7 +203,7 @@ model['head'].pop('loss')
         (['--preprocess', '--cfg-options', 'data_preprocessor.pad_size_divisor=48'], 'does more than normalise'),
         (['--preprocess', '--cfg-options', 'data_preprocessor.mean=None', 'data_preprocessor.std=None'], 'no mean'),
         (['--int8', '--random-input'], 'calibrated on pictures'),
-        (['--boxes', '--int8'], 'not for files with boxes'),
+        (['--boxes', '--postprocess'], 'not for files with boxes'),
         (['--int8', '--calibrate', '0'], '--calibrate must be above 0'),
     ],
 )
