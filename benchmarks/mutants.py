@@ -4,7 +4,7 @@
     python benchmarks/mutants.py --only trial     # those whose name holds this text
     python benchmarks/mutants.py --list
 
-Each mutant (`mutants_{comb,slim,prune,refit}.py`) is one changed line in a copy of the library. The
+Each mutant (`mutants_{comb,sizes,slim,prune,rotate,refit}.py`) is one changed line in a copy of the library. The
 tests that should notice run against that copy: first the likely killer, and where it passes the whole folder. A test
 must fail, which is more than an import that breaks. The exit status is 1 where a mutant survives, does not apply, or
 breaks something else than a test.
@@ -30,12 +30,12 @@ from types import ModuleType
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, installed or not
 
-from benchmarks import mutants_comb, mutants_prune, mutants_refit, mutants_rotate, mutants_slim
+from benchmarks import mutants_comb, mutants_prune, mutants_refit, mutants_rotate, mutants_sizes, mutants_slim
 from benchmarks.mutant import Mutant
 
 MUTANTS = tuple(
     mutant
-    for part in (mutants_comb, mutants_slim, mutants_prune, mutants_rotate, mutants_refit)
+    for part in (mutants_comb, mutants_sizes, mutants_slim, mutants_prune, mutants_rotate, mutants_refit)
     for mutant in part.MUTANTS
 )
 ROOT = Path(__file__).resolve().parent.parent

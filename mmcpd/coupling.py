@@ -155,10 +155,10 @@ class Coupling:
 
     @cached_property
     def floors(self) -> dict[str, int]:
-        """The least number of units of each group: two where a norm goes over them, for it makes nothing of one."""
-        seen = [self.axes[statistic.axis] for statistic in self.fixes.statistics]
-        normed = np.unique(np.concatenate([np.empty(0, np.int64), *seen]))
-        return {g.name: 1 + int(np.isin(self.start[g.name] + np.arange(g.units), normed).any()) for g in self.groups}
+        """The least number of units of each group: two where a norm or `squeeze` goes over them."""
+        axes = [*(statistic.axis for statistic in self.fixes.statistics), *self.fixes.squeezed]
+        several = np.unique(np.concatenate([np.empty(0, np.int64), *(self.axes[axis] for axis in axes)]))
+        return {g.name: 1 + int(np.isin(self.start[g.name] + np.arange(g.units), several).any()) for g in self.groups}
 
     def group(self, name: str) -> Group:
         """Return one group by its name.
@@ -199,15 +199,18 @@ class Coupling:
                 raise ValueError(f'keep[{group.name!r}] removes every unit; at least one must be kept')
             if (count := int(kept.sum())) < min(group.units, self.floors[group.name]):
                 raise ValueError(
-                    f'keep[{group.name!r}] leaves {count} of {group.units} units, which {self._norm_over(group)} takes '
-                    f'a statistic over: keep at least {self.floors[group.name]}, for of one value a norm makes nothing'
+                    f'keep[{group.name!r}] leaves {count} of {group.units} units, {self._why_several(group)}: keep at '
+                    f'least {self.floors[group.name]}'
                 )
 
-    def _norm_over(self, group: Group) -> str:
-        """Return the path of the first module that takes a statistic over the units of a group."""
+    def _why_several(self, group: Group) -> str:
+        """Say what needs more than one unit of a group."""
         units = self.start[group.name] + np.arange(group.units)
-        places = (s.place.module for s in self.fixes.statistics if np.isin(self.axes[s.axis], units).any())
-        return next(places) or 'the model itself'
+        for seen in self.fixes.statistics:
+            if np.isin(self.axes[seen.axis], units).any():
+                where = seen.place.module or 'the model itself'
+                return f'which {where} takes a statistic over, and of one value a norm makes nothing'
+        return 'and the forward squeezes their dimension, which would drop it'
 
     def flat(self, keep: Mapping[str, Tensor]) -> np.ndarray:
         """Return a keep as one boolean vector over all units."""

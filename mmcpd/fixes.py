@@ -139,3 +139,4 @@ class Fixes:
     equalities: tuple[Equality, ...] = ()  # that must hold afterwards
     unmasked: tuple[Unmasked, ...] = ()  # rows that masking leaves as they are, since a forward divides by them
     computed: tuple[ComputedChannels, ...] = ()  # channels that no weight has
+    squeezed: tuple[int, ...] = ()  # axes that a forward drops where one channel is left

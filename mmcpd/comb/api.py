@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from types import FunctionType, MethodType
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -19,18 +22,22 @@ from ..slim.attention import replacement
 from ..slim.computed import buffer_name, give_all_, give_kept_
 from ..slim.copying import restored
 from ..slim.plain_tensors import plain_tensors, register_plain_, unregister_
+from ..slim.shape_attributes import WIDTHS
 from ..slim.trial import FAILURES, Outcome, trial_of
 from .computed import computed_in
 from .conflicts import couple_conflicts_
 from .grouping import coupled_by_groups, frozen_by_groups, group, heads_of
+from .mentions import mentioned, names_in
 from .observe import observe
 from .record import Note, Record
 from .rules import OPERATIONS, check_strict
 from .trace import Policy
-from .training import Trained, newly_read
+from .training import Trained, newly_read, runs, runs_more
 
 HEADS = ('dim', 'head')
 UNUSED = ('freeze', 'leave')
+HOLDING = (FunctionType, MethodType, partial, weakref.ref)  # what may hold another module than a copy's
+HOOKS = ('register_hook', 'register_full_backward_hook')
 
 
 def comb(
@@ -106,7 +113,10 @@ def comb(
             unregister_(model, frozen & plain)
             give_all_(model, [computed[name].module for name in frozen & computed.keys()])
             record = observed(policy)
-    if record.unused and newly_read(model, example, trained := Trained(example.forward), record.unread):
+    trained = Trained(example.forward)
+    if (record.unused and newly_read(model, example, trained, record.unread)) or (
+        mentioned(model, _trains) and runs_more(model, example, trained)
+    ):
         example = replace(example, also=(*example.also, trained))
         record = observed(policy)
     whole = heads_of(record) if heads == 'head' else None
@@ -126,7 +136,11 @@ def comb(
     couple_conflicts_(model, record, example)
     found = grouped()
     due = trial and trial_is_due(model, record, found)
-    tried = trial_of(model, found, gradients=gradients_are_due(model, record)) if due else Outcome({})
+    gradients = due and gradients_are_due(model, record)
+    if gradients and trained not in example.also and mentioned(model, _trains) and runs(model, example, trained):
+        tried = trial_of(model, replace(found, example=replace(example, also=(*example.also, trained))), gradients=True)
+    else:
+        tried = trial_of(model, found, gradients=gradients) if due else Outcome({})
     found = grouped(tried.faults) if tried.faults else found
     return replace(found, untried=tried.untried)
 
@@ -159,30 +173,39 @@ def trial_is_due(model: nn.Module, record: Record, found: Coupling) -> bool:
     """Say whether slimming takes more than slicing, so that a trial can tell something.
 
     In a network of convolutions, linear layers and batch norms it does not: nothing there asks how wide a tensor is.
-    A forward that was put on an instance may use another module than the copy's.
+    A function that was put on an instance, or a hook, may use another module than the copy's, and code that mentions a
+    layer's width may count with it where nothing sees it.
     """
     plain = all(op in OPERATIONS and OPERATIONS[op].plain for op in record.operations)
-    special = any(replacement(module) or 'forward' in vars(module) for module in model.modules())
-    return bool(not plain or record.notes or found.fixes != Fixes() or special)
+    seen = not plain or record.notes or found.fixes != Fixes() or any(map(_is_special, model.modules()))
+    return bool(seen or mentioned(model, lambda name: name in WIDTHS))
+
+
+def _is_special(module: nn.Module) -> bool:
+    """Say whether a module is replaced when it is cut, or holds functions or references of its own."""
+    held = vars(module).values()
+    hooks = (each for value in held if isinstance(value, dict) for each in value.values())
+    return bool(replacement(module)) or any(isinstance(each, HOLDING) for each in (*held, *hooks))
 
 
 def gradients_are_due(model: nn.Module, record: Record) -> bool:
     """Say whether the trial compares gradients: a function has its own backward, or a statistic may be recomputed.
 
     Masking takes statistics over the kept channels while a forward runs. What runs in the backward pass takes them over
-    all: a function's own formula, or a part that `torch.utils.checkpoint` runs again, unless that is a module's own
-    forward. Most models skip it where no gradient is needed, so it is seen by name.
+    all: a function's own formula, a hook on a tensor, or a part that `torch.utils.checkpoint` runs again, unless that
+    is a module's own forward. Most models skip these where no gradient is needed, so they are seen by name.
     """
     places = [seen.site.place for seen in record.statistics if seen.axis is not None]
     parts = {p.module for p in places if not p.function.endswith('.forward') or len(p.instructions) > 1}
     around = {path[:end] for path in parts for end in range(len(path) + 1) if f'{path}.'[end] == '.' or not end}
-    kinds = {kind for path in around for kind in type(model.get_submodule(path)).__mro__ if issubclass(kind, nn.Module)}
-    return Note.OWN_BACKWARD in record.notes or any(map(_recomputes, kinds - {nn.Module}))
+    kinds: set[Any] = {type(model.get_submodule(path)) for path in around}
+    recomputed = any(map(_recomputes, (name for kind in kinds for name in names_in(kind))))
+    return Note.OWN_BACKWARD in record.notes or recomputed or mentioned(model, lambda name: name in HOOKS)
 
 
-def _recomputes(kind: type) -> bool:
-    """Say whether the source of a module's class calls a checkpoint."""
-    try:
-        return 'checkpoint(' in inspect.getsource(kind)
-    except (OSError, TypeError):
-        return False
+def _trains(name: str) -> bool:
+    return name == 'training'
+
+
+def _recomputes(name: str) -> bool:
+    return 'checkpoint' in name.lower()

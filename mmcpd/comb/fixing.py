@@ -37,6 +37,7 @@ def fixes_of(model: nn.Module, record: Record, rows: Lookup, live: Sequence[bool
         equalities=tuple(dict.fromkeys(record.equalities)),
         unmasked=tuple(Unmasked(row.tensor, row.dim) for row in _unmasked(record)),
         computed=computed_channels(model),
+        squeezed=tuple(axis for axis in dict.fromkeys(record.squeezed) if live[axis]),
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from ..fixes import Expression, Input, Live, Op
-from ..slim.call_sites import Spot, call_site
+from ..slim.call_sites import Spot, can_be_written
 from ..slim.mask import Site
 from ..slim.size_expressions import leaves, may_change
 from .atoms import FIXED, Axis
@@ -85,7 +85,7 @@ def _could_be_width(value: int, where: Spot | None) -> bool:
         return False
     if isinstance(value, TracedInt) and may_change(value.expression):
         return True
-    return where is not None and where.module is not None and call_site(where.module, '', where) is not None
+    return can_be_written(where)
 
 
 # -- after the run -----------------------------------------------------------------------------------------------------

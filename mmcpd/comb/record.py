@@ -85,6 +85,7 @@ class Record:
     macs: list[Term] = field(default_factory=list)
     elements: list[Term] = field(default_factory=list)  # of the outputs of convolutions and matrix products
     statistics: list[SeenStatistic] = field(default_factory=list)
+    squeezed: list[int] = field(default_factory=list)  # axes that go where their width is one
     scales: list[ScaledQuery] = field(default_factory=list)
     sizes: list[Equation] = field(default_factory=list)
     constants: list[Equation] = field(default_factory=list)  # widths that became a factor, and must stay what they were

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,12 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..fixes import Attr, Input
+from ..fixes import Attr, Input, Live
 from ..slim.call_arguments import PARAMETERS, RANGES
 from ..slim.replace_sizes import LEFT, RIGHT, argument
-from ..slim.shape_attributes import are_sizes
+from ..slim.shape_attributes import Shapes, are_sizes, described, local_shapes
 from . import another_size  # noqa: F401  (its handlers)
 from .fresh import FACTORIES, factory
+from .record import Note
 from .rules.pointwise import MULTI_HEAD
 from .size_equations import HANDLERS, in_order, pairs_of
 from .trace import Run
@@ -32,8 +33,11 @@ from .traced_int import TracedInt, as_int
 
 
 def _size(run: Run, tensor: Tensor, dim: int, value: int) -> int:
-    axis = run.axes(tensor)[dim]
-    return TracedInt.of(value, Input(value) if axis is None else run.width(axis), run)
+    axes = run.axes(tensor)
+    if (axis := axes[dim]) is not None:
+        return TracedInt.of(value, run.width(axis), run)
+    of_weights = any(axes) and run.of_weights(tensor)  # a kernel's size is no input's
+    return TracedInt.of(value, value if of_weights else Input(value), run)
 
 
 class _Observe(TorchFunctionMode):
@@ -64,6 +68,8 @@ class _Observe(TorchFunctionMode):
             value = args[position] if position < len(args) else kwargs.get(keyword)
             if isinstance(value, TracedInt):
                 value.as_number(argument(position))
+        if name == '__len__' and self.run.axes(args[0])[0] is not None:
+            self.run.record.notes.add(Note.WIDTH_READ)  # as a number: a trial tells what comes of it
         if name in LEAVING:
             self.run.ran.read(name, args[:1])
             self.run.freeze_all(args[0], f'its values leave torch by {name} in {self.run.where}')
@@ -88,7 +94,11 @@ class _Observe(TorchFunctionMode):
 
 
 _SHAPE = Tensor.shape.__get__  # type: ignore[attr-defined]
-ARITHMETIC = set('tensor as_tensor new_tensor add add_ sub sub_ mul mul_ div div_ true_divide pow pow_'.split())
+ARITHMETIC = set(
+    'tensor as_tensor new_tensor add add_ sub sub_ mul mul_ div div_ true_divide pow pow_ __pow__ __rpow__ fmod '
+    'floor_divide __floordiv__ remainder __mod__ clamp clamp_ clamp_min clamp_max lt le gt ge eq ne'.split()
+)
+INTEGRAL = ('log', 'log2', 'log10', 'isqrt', 'gcd', 'comb', 'factorial')  # of `math`, which read integers in C
 COUNTING = set('numel nelement'.split())
 RECURRENT = set('lstm gru rnn_tanh rnn_relu lstm_cell gru_cell'.split())
 LEAVING = set('numpy __array__ tolist __dlpack__'.split())  # what is made of the values is not seen
@@ -100,6 +110,26 @@ def _keep_projected(run: Run, args: Any) -> None:
     if states and states[0].shape[-1] != states[1].shape[-1]:
         reason = f'an LSTM must have more hidden units than its projection has channels, in {run.where}'
         run.freeze(run.axes(states[1])[-1], reason)
+
+
+@contextmanager
+def _numbers_of_math() -> Iterator[None]:
+    """Let functions of `math` ask a width for its number, as `math.sqrt` does."""
+
+    def asking(function: Callable[..., Any]) -> Callable[..., Any]:
+        def asked(*args: Any) -> Any:
+            return function(*(each.as_number(LEFT) if isinstance(each, TracedInt) else each for each in args))
+
+        return asked
+
+    kept = {name: getattr(math, name) for name in INTEGRAL}
+    for name, function in kept.items():
+        setattr(math, name, asking(function))
+    try:
+        yield
+    finally:
+        for name, function in kept.items():
+            setattr(math, name, function)
 
 
 @contextmanager
@@ -133,6 +163,20 @@ def _without_caches() -> Iterator[None]:
         einops._reconstruct_from_shape = cached
 
 
+def _widths(module: nn.Module, run: Run) -> Shapes:
+    """Return the shapes of a module's own tensors, with what is a width as a traced integer."""
+    own = {
+        name: tensor for name, tensor in (*module._parameters.items(), *module._buffers.items()) if tensor is not None
+    }
+    return {
+        name: tuple(
+            size if axis is None else TracedInt.of(size, Live(run.record.number(axis.atoms)), run)
+            for size, axis in zip(shape, run.axes(own[name]), strict=True)
+        )
+        for name, shape in local_shapes(module).items()
+    }
+
+
 @contextmanager
 def observing_sizes(model: nn.Module, run: Run) -> Iterator[None]:
     """Let every plain `int` attribute of every module remember its name while the model runs; restore them all."""
@@ -147,7 +191,10 @@ def observing_sizes(model: nn.Module, run: Run) -> Iterator[None]:
                     kept.append((vars(module), name, value))
                     sizes = (TracedInt.of(v, Attr(path, f'{name}[{i}]'), run) for i, v in enumerate(value))
                     vars(module)[name] = type(value)(sizes)
-        with _Observe(run), _without_caches():
+            for name, width in described(module, _widths(module, run)).items():
+                if isinstance(width, TracedInt) and isinstance(vars(module).get(name), TracedInt):
+                    vars(module)[name] = width
+        with _Observe(run), _without_caches(), _numbers_of_math():
             yield
     finally:
         for module in model.modules():  # what the forward stored, and what stood there before

@@ -108,6 +108,16 @@ def _expand(run: Run, args: Any, kwargs: Any, out: Tensor) -> None:
             equation(run, size, None if axis is None else axis.atoms, sizes.place(i), True)
 
 
+@handles('squeeze', 'squeeze_')
+def _squeeze(run: Run, args: Any, kwargs: Any, out: Tensor) -> None:
+    """Note channels whose dimension would go with all of them but one: `x.squeeze()`, and `x.squeeze(1)` as well."""
+    source = out if run.cursor.function == 'squeeze_' else args[0]
+    given = args[1:] if run.cursor.function == 'squeeze' else ()
+    dims = given[0] if given and isinstance(given[0], (tuple, list)) else given or range(source.dim())
+    axes = run.axes(source)
+    run.record.squeezed += [run.record.number(axis.atoms) for dim in dims if (axis := axes[dim]) is not None]
+
+
 @handles('view', 'reshape')
 def _reshape(run: Run, args: Any, kwargs: Any, out: Tensor) -> None:
     sizes = sizes_of(args, VIEW_SIZES['view'])
@@ -204,7 +214,7 @@ def _narrow(run: Run, args: Any, kwargs: Any, out: Tensor) -> None:
 @handles('__getitem__', '__setitem__')
 def _getitem(run: Run, args: Any, kwargs: Any, out: Tensor | None) -> None:
     source, index = args[0], args[1] if isinstance(args[1], tuple) else (args[1],)
-    if not any(isinstance(i, slice) for i in index):
+    if not any(isinstance(i, (slice, TracedInt)) for i in index):
         return
     used = sum(1 for i in index if i is not None and i is not Ellipsis)
     dim = 0
@@ -217,6 +227,8 @@ def _getitem(run: Run, args: Any, kwargs: Any, out: Tensor | None) -> None:
                 for stop, value in enumerate((item.start, item.stop)):
                     if value is not None:
                         _bound(run, axis, value, spot(bound(number, bool(stop), as_int(value) < 0), 0))
+            elif isinstance(item, TracedInt) and may_change(item.expression):
+                run.freeze(axis, f'picked by an index that depends on a width in {run.where}')
             dim += 1
 
 

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..fixes import Equality, Expression, Live, Op
-from ..slim.call_sites import Spot, spot
-from ..slim.replace_sizes import LEFT, RIGHT
+from ..fixes import Equality, Expression, Input, Live, Op
+from ..slim.call_sites import Spot, can_be_written, spot
+from ..slim.replace_sizes import LEFT, OUTCOME, RIGHT
 from ..slim.size_expressions import OPERATORS, leaves, may_change
 from .record import Equation, Note
 from .trace import Run
@@ -53,18 +53,23 @@ def _binary(symbol: str, swap: bool = False) -> Callable[[TracedInt, Any], Any]:
     return method
 
 
-def _ordered(name: str) -> Callable[[TracedInt, Any], Any]:
-    """Compare two sizes, and let a width be what it is where the answer could change: `if x.shape[1] < 8`."""
+def _ordered(symbol: str) -> Callable[[TracedInt, Any], Any]:
+    """Compare two sizes: as in `if x.shape[1] < 8`, whose answer may not change where channels go."""
+    function: Callable[[Any, Any], Any] = OPERATORS[symbol]
 
     def method(self: TracedInt, other: Any) -> Any:
-        run = self.run
-        if isinstance(other, int) and not as_int(other):
+        if not isinstance(other, int):
+            return NotImplemented
+        if not as_int(other):
             self.stay_nothing()
+        answer = function(as_int(self), as_int(other))
         by_torch = sys._getframe(1).f_globals.get('__name__', '').startswith('torch.')
-        if run is not None and isinstance(other, int) and as_int(other) > 1 and not by_torch:
-            for width in leaves(self.expression, Live) + leaves(expression(of_run(other, run)), Live):
-                run.record.table.freeze(run.atoms_of(width), f'compared in size in {run.where}')
-        return getattr(int, name)(self, other)
+        if by_torch or self.run is None or self.stay_so(symbol, other, answer):
+            return answer
+        if as_int(other) > 1:
+            for width in self.widths_beside(other):
+                self.run.record.table.freeze(self.run.atoms_of(width), f'compared in size in {self.run.where}')
+        return answer
 
     return method
 
@@ -135,9 +140,45 @@ class TracedInt(int):
         for part in self.nothing:
             part.size.compute_with(part.place)
 
+    def widths_beside(self, other: int) -> list[Live]:
+        """Return the widths in this and in another expression."""
+        return leaves(self.expression, Live) + leaves(expression(of_run(other, self.run)), Live)
+
+    def stay_so(self, symbol: str, other: int, answer: bool) -> bool:
+        """Note that a comparison comes out so where channels go, too; say whether that can be written there."""
+        run, compared = self.run, Op(symbol, self.expression, expression(of_run(other, self.run)))
+        if run is None or not self.widths_beside(other) or leaves(compared, Input):
+            return False
+        place = spot(OUTCOME, 0)
+        if found := can_be_written(place):
+            run.record.notes.add(Note.WIDTH_COMPUTED)
+            run.record.constants.append(Equation(compared, int(answer), run.module, place))
+        return found
+
     def __bool__(self) -> bool:
         self.stay_nothing()
         return as_int(self) != 0
+
+    def __abs__(self) -> int:
+        return abs(self.as_number(LEFT))
+
+    def __and__(self, other: Any) -> Any:
+        return self.as_number(LEFT) & other
+
+    def __or__(self, other: Any) -> Any:
+        return self.as_number(LEFT) | other
+
+    def __xor__(self, other: Any) -> Any:
+        return self.as_number(LEFT) ^ other
+
+    def __invert__(self) -> int:
+        return ~self.as_number(LEFT)
+
+    def bit_length(self) -> int:
+        return self.as_number(LEFT).bit_length()
+
+    def __format__(self, how: str) -> str:
+        return format(self.as_number(LEFT), how)
 
     def __rshift__(self, other: int) -> Any:
         return self // (1 << as_int(other))
@@ -177,6 +218,8 @@ class TracedInt(int):
         equal = int.__eq__(self, other)
         if self.nothing and equal is True:
             self.stay_nothing()
+        elif equal is False and isinstance(other, int):
+            self.stay_so('==', other, equal)
         elif equal is True and self.run is not None and isinstance(other, int):
             found = Equality(expression(self), expression(of_run(other, self.run)))
             if leaves(found.left, Live) or leaves(found.right, Live):
@@ -187,7 +230,7 @@ class TracedInt(int):
         equal = self.__eq__(other)
         return equal if equal is NotImplemented else not equal
 
-    __lt__, __le__, __gt__, __ge__ = map(_ordered, ('__lt__', '__le__', '__gt__', '__ge__'))
+    __lt__, __le__, __gt__, __ge__ = map(_ordered, ('<', '<=', '>', '>='))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return int, (as_int(self),)

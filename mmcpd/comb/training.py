@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Set
 from dataclasses import dataclass, replace
 from typing import Any
@@ -56,6 +57,40 @@ def unread(model: nn.Module, example: Example) -> set[str]:
     with restored(model), evaluating(model), _Reading(ran):
         example.run_all(model)
     return ran.unread_names
+
+
+def runs(model: nn.Module, example: Example, further: Callable[..., object]) -> bool:
+    """Say whether a further pass runs at all.
+
+    Example:
+        >>> runs(model, coupling.example, lambda model, images: model(images, 'labels'))
+        False
+    """
+    try:
+        _operations(model, replace(example, forward=further, also=()))
+    except FAILURES:
+        return False
+    return True
+
+
+def runs_more(model: nn.Module, example: Example, further: Callable[..., object]) -> bool:
+    """Say whether a further pass runs operations that no pass of an example does, or more of them; two runs.
+
+    Example:
+        >>> runs_more(model, coupling.example, lambda model, images: model(images) + 1)
+        True
+    """
+    try:
+        return bool(_operations(model, replace(example, forward=further, also=())) - _operations(model, example))
+    except FAILURES:
+        return False
+
+
+def _operations(model: nn.Module, example: Example) -> Counter[str]:
+    ran = Ran(model)
+    with restored(model), evaluating(model), _Reading(ran):
+        example.run_all(model)
+    return ran.operations
 
 
 def newly_read(model: nn.Module, example: Example, further: Callable[..., object], left: Set[str]) -> set[str]:

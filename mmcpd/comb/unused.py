@@ -5,6 +5,7 @@ Whether a layer ran is asked of its tensors: a forward may read them without cal
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Set
 from typing import NamedTuple
 
@@ -33,6 +34,7 @@ class Ran:
         self.model = model
         self.met: dict[str, list[np.ndarray]] = {'': []}  # atoms of inputs and outputs, by the called module's path
         self.unread: set[int] = set()  # by `id`
+        self.operations: Counter[str] = Counter()
         self._same: dict[Hashable, list[int]] = {}
         for tensor in (*model.parameters(), *model.buffers()):
             self.unread.add(id(tensor))
@@ -40,6 +42,7 @@ class Ran:
 
     def read(self, op: str, tensors: Iterable[Tensor]) -> None:
         """Note that an operation reads tensors; one that only makes another like it, as `zeros_like`, does not."""
+        self.operations[op] += 1
         if self.unread and not op.startswith('new_') and not op.endswith('_like'):
             for tensor in tensors:
                 self.unread.difference_update(self._same.get(_memory(tensor), ()))

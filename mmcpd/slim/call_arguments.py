@@ -15,6 +15,7 @@ PARAMETERS: dict[str, tuple[tuple[str, ...], ...]] = {
     **dict.fromkeys(('view', 'reshape', 'expand', 'broadcast_to'), (SOURCE, ('size', 'shape'))),
     **dict.fromkeys(('expand_as', 'view_as', 'reshape_as'), (SOURCE, ('other',))),
     'repeat': (SOURCE, ('repeats',)),
+    **dict.fromkeys(('squeeze', 'squeeze_'), (SOURCE, ('dim',))),
     'unflatten': (SOURCE, ('dim',), ('sizes',)),
     **dict.fromkeys(('zeros', 'ones', 'empty', 'full'), (('size',),)),
     **dict.fromkeys(('new_zeros', 'new_ones', 'new_empty', 'new_full'), (SOURCE, ('size',))),

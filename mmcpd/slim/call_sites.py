@@ -38,7 +38,7 @@ _OURS, _TORCH = ('mmcpd.comb.', 'mmcpd.slim.', 'mmcpd.modes.'), ('torch.',)
 _CALLING = ('torch.nn.modules.module.',)  # which runs the forward of every module
 _CACHE = opmap.get('CACHE', -1)  # what lies between an instruction and the next since Python 3.11
 INFER = -1  # let torch work out the size
-_NODES = (ast.Call, ast.BinOp, ast.AugAssign, ast.Subscript)
+_NODES = (ast.Call, ast.BinOp, ast.AugAssign, ast.Subscript, ast.Compare)
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef)  # a lambda has no name to be compiled under
 
 
@@ -145,6 +145,11 @@ def _is_method(kind: type, code: CodeType) -> bool:
 
 
 # -- name --------------------------------------------------------------------------------------------------------------
+def can_be_written(place: Spot | None) -> bool:
+    """Say whether there is a place, and in source that slimming can change."""
+    return place is not None and place.module is not None and call_site(place.module, '', place) is not None
+
+
 def call_site(module: nn.Module, path: str, place: Spot, inferable: bool = False) -> CallSite | None:
     """Name a place by method and call text, or None where the code is no method of the module's class.
 

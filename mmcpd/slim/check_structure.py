@@ -20,7 +20,7 @@ from .call_sites import INFER, Rewrite, rewrite_
 from .computed import all_channels
 from .noted_rows import are_rows
 from .plain_tensors import plain_tensors
-from .replace_sizes import LEFT, RIGHT, is_place
+from .replace_sizes import LEFT, OUTCOME, RIGHT, is_place
 from .weights import all_tensors, is_extra_state, own_tensors
 
 KEYS = ('tensors', 'rows', 'added', 'shared', 'attributes', 'replaced', 'rewritten', 'computed')
@@ -312,5 +312,8 @@ def _is_rewrite(rewrite: object, largest: int) -> bool:
     method, text, index, count, number = rewrite
     placed = 0 <= count <= DIMS and is_place(index, count)
     said = method.isidentifier() and len(method) <= NAME and text.isprintable() and len(text) <= TEXT
-    least = -largest if index in (LEFT, RIGHT) else 1  # what a forward computes with may be a difference
-    return said and placed and (number == INFER or least <= number <= largest)
+    if index == OUTCOME:
+        return said and placed and number in (0, 1)
+    if index in (LEFT, RIGHT):  # what a forward computes with may be a difference, or count all elements
+        return said and placed and abs(number) <= MADE
+    return said and placed and (number == INFER or 1 <= number <= largest)

@@ -1,11 +1,12 @@
-"""Put a number in place of one size of a call, of one bound of a slice, or of one operand, in a syntax tree.
+"""Put a number in place of one size of a call, of a bound, an operand or a comparison, in a syntax tree.
 
 An integer `index` says which, as `CallSite` and the structure of a slim model hold it; with `count` sizes it is
 
 - `i`: the i-th of sizes that are arguments themselves, `x.view(a, b)`, also behind stars, `x.view(*shape)`;
 - `i + count * (p + 1)`: the i-th of a sequence that is argument `p`, `torch.zeros((a, b))`, `x.view(shape)`;
 
-and without (`count` is 0) an operand, the scale of an attention, a whole argument, or a bound of a slice.
+and without (`count` is 0) an operand, the outcome of a comparison, the scale of an attention, a whole argument, or a
+bound of a slice.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from .call_arguments import RANGES, names_of
 
 LEFT, RIGHT = -1, -2  # which operand
 SCALE = -3  # of an attention: the number is the width whose square root it divides by
+OUTCOME = -4  # of a comparison: 1 where it holds (of `!=`, where its sides are equal), 0 where it does not
 _ARGUMENT, _BOUND = -100, -1000
 _MOST = 64  # arguments of a call, and items of a subscript
 _FUNCTIONS = ('torch', 'F', 'functional', 'Tensor', 'nn')  # `torch.reshape(x, s)` has one argument more than a method
@@ -47,7 +49,7 @@ def is_place(index: int, count: int) -> bool:
     if count:
         return 0 <= index < count * (_MOST + 1)
     named = _ARGUMENT - _MOST < index <= _ARGUMENT or _BOUND - 4 * _MOST < index <= _BOUND
-    return named or index in (LEFT, RIGHT, SCALE)
+    return named or index in (LEFT, RIGHT, SCALE, OUTCOME)
 
 
 def put(node: ast.AST, index: int, count: int, number: int) -> bool:
@@ -60,6 +62,8 @@ def put(node: ast.AST, index: int, count: int, number: int) -> bool:
     """
     if isinstance(node, ast.Subscript):
         return index <= _BOUND and _put_bound(node, _BOUND - index, number)
+    if index == OUTCOME:
+        return isinstance(node, ast.Compare) and _put_outcome(node, bool(number))
     if index == SCALE:
         return _put_scale(node, constant(number))
     if count:
@@ -170,6 +174,15 @@ def _put_bound(node: ast.Subscript, which: int, number: int) -> bool:
         found.upper = value
     else:
         found.lower = value
+    return True
+
+
+def _put_outcome(node: ast.Compare, holds: bool) -> bool:
+    """Let a comparison of two be one of two numbers that comes out so."""
+    if len(node.ops) > 1 or not isinstance(node.ops[0], (ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE)):
+        return False
+    holds ^= isinstance(node.ops[0], ast.NotEq)
+    node.left, node.ops, node.comparators = ast.Constant(1), [ast.Eq()], [ast.Constant(int(holds))]
     return True
 
 

@@ -50,6 +50,12 @@ SHAPE_ATTRS: list[tuple[type, Callable[[Any, Shapes], dict[str, Any]]]] = [
 ]
 
 
+WIDTHS = frozenset(
+    'in_channels out_channels in_features out_features in1_features in2_features num_features num_channels '
+    'num_embeddings embedding_dim num_parameters'.split()
+)  # their names
+
+
 def described(module: nn.Module, new: Shapes) -> dict[str, Any]:
     """Return the attributes that follow from the new shapes of a module's own tensors."""
     for kind, update in SHAPE_ATTRS:

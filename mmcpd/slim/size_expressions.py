@@ -12,6 +12,7 @@ from ..fixes import Attr, Expression, Input, Live, Op
 
 OPERATORS: dict[str, Callable[[int, int], int]] = {
     '+': operator.add, '-': operator.sub, '*': operator.mul, '//': operator.floordiv, '%': operator.mod,
+    '==': operator.eq, '<': operator.lt, '<=': operator.le, '>': operator.gt, '>=': operator.ge,
 }  # fmt: skip
 Attributes = Mapping[Attr, int]
 _Leaf = TypeVar('_Leaf', Attr, Live, Input)

@@ -330,16 +330,28 @@ class Narrowed(Gated):
 
 
 class ByNumber(Gated):
-    """An index says no bounds, so that what is in front of it has to stay."""
+    """An index says no bounds, so that what is in front of it stays as well."""
 
     def gate(self, y):
         return y[..., 3, None]
 
 
+class ByLastNumber(Gated):
+    def gate(self, y):
+        return y[..., -2, None]
+
+
+class ByWidth(Gated):
+    def gate(self, y):
+        return y[..., y.shape[-1] // 2, None]
+
+
 ONE = {
     Separable: {'qkv': 6, 'proj': 4},
     **{kind: {'stem': 7, 'mix': 4} for kind in (Gated, InTheMiddle, FromTheEnd, Narrowed)},
-    ByNumber: {'mix': 4},
+    ByNumber: {'stem': 4, 'mix': 4},
+    ByLastNumber: {'stem': 6, 'mix': 4},
+    ByWidth: {'mix': 4},
 }
 
 

@@ -134,7 +134,7 @@ FROZEN = {  # function of the channels that notices when one is gone -> the reas
     ),
     'reversed into itself': (lambda x: x[:, [5, 4, 3, 2, 1, 0]], 'picked by a fixed index'),
     'one channel for all': (lambda x: x * x[:, 2:3], ''),
-    'one channel by number': (lambda x: x * x[:, 2, None], 'picked by a fixed index'),
+    'one channel by number': (lambda x: x * x.select(1, 2)[:, None], 'picked by a fixed index'),
 }  # fmt: skip
 
 

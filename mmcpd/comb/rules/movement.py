@@ -32,7 +32,7 @@ def movement(run: Run, call: Call) -> None:
             _carry_empty(run, call, axis, axes)
             continue
         if _picks(call, dim):
-            run.freeze(axis, f'picked by a fixed index ({call.op}) in {run.where}')
+            run.freeze(_held(run, call, axis), f'picked by a fixed index ({call.op}) in {run.where}')
             continue
         if call.op == 'slice' and dim == call.named.get('dim', 0) % source.dim():
             _step(run, call, dim, axis)
@@ -83,6 +83,14 @@ def _picks(call: Call, dim: int) -> bool:
     if call.op in ('select', 'index_select', 'gather'):
         return dim == call.named['dim'] % call.tensors()[0].dim()
     return call.op == 'index' and dim < len(call.named['indices']) and call.named['indices'][dim] is not None
+
+
+def _held(run: Run, call: Call, axis: Axis) -> Axis:
+    """Return the channels without which an index would pick another: `x[:, 2]` picks the third of those that stay."""
+    if call.op != 'select' or run.cursor.function != '__getitem__':
+        return axis
+    index = int(call.named['index'])
+    return Axis(axis.atoms[: index + 1] if index >= 0 else axis.atoms[index:])
 
 
 def _step(run: Run, call: Call, dim: int, axis: Axis) -> None:

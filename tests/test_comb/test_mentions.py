@@ -1,0 +1,175 @@
+"""What only training runs, what backward computes, and functions that hold other modules: seen by name."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+
+import pytest
+import torch
+import torch.utils.checkpoint as checkpoints
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as again
+
+from mmcpd.comb import comb
+from mmcpd.comb.mentions import names_in
+from mmcpd.slim import slim
+from mmcpd.slim.compare import compare_gradients
+from tests.helpers import check_equal, gap, masked, randomise_, sample
+
+X = sample((2, 5, 6))
+
+
+class Layers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.width = 8
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def centred(self, y):
+        return y - y.mean(-1, keepdim=True)
+
+
+class NoiseInTraining(Layers):
+    def forward(self, x):
+        y = self.a(x)
+        if self.training:
+            y = y * torch.full((len(y), 1, self.width), 0.5, dtype=y.dtype)
+        return self.b(y.relu())
+
+
+class ViewInTraining(Layers):
+    def forward(self, x):
+        y = self.a(x)
+        return self.b((y.view(-1, 5, self.width) * 2 if self.training else y).relu())
+
+
+class LossInTraining(Layers):
+    def forward(self, x):
+        y = self.a(x)
+        out = self.b(y.relu())
+        return (out, y.softmax(-1).var(-1).mean()) if self.training else out
+
+
+@pytest.mark.parametrize('kind', [NoiseInTraining, ViewInTraining, LossInTraining])
+def test_what_only_training_runs_is_observed(kind):
+    model = randomise_(kind())
+    found = comb(model, X)
+    assert {g.name: g.units for g in found.groups} == {'a': 8}
+    check_equal(model, found)
+    keep = {'a': torch.arange(8) % 3 > 0}
+    small, other = slim(model, found, keep).train(), masked(model, found, keep).train()
+    assert gap(small(X), other(X)) < 1e-12
+    assert compare_gradients(model, found, keep) < 1e-9
+
+
+class Checkpointed(Layers):
+    def forward(self, x):
+        return self.b(checkpoint(self.centred, self.a(x), use_reentrant=True).tanh())
+
+
+class InTraining(Layers):
+    def forward(self, x):
+        y = self.a(x)
+        return self.b((checkpoint(self.centred, y, use_reentrant=True) if self.training else self.centred(y)).tanh())
+
+
+class NotReentrant(Layers):
+    def forward(self, x):
+        y = self.a(x)
+        return self.b((again(self.centred, y, use_reentrant=False) if self.training else self.centred(y)).tanh())
+
+
+class Renamed(Layers):
+    def forward(self, x):
+        return self.b(again(self.centred, self.a(x), use_reentrant=True).tanh())
+
+
+class ByModule(Layers):
+    def forward(self, x):
+        run = checkpoints.checkpoint if self.width else None
+        return self.b(run(self.centred, self.a(x), use_reentrant=True).tanh())
+
+
+class ByAttribute(Layers):
+    """As the models of transformers have it."""
+
+    def __init__(self):
+        super().__init__()
+        self._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=True)
+
+    def forward(self, x):
+        return self.b(self._gradient_checkpointing_func(self.centred, self.a(x)).tanh())
+
+
+class Hooked(Layers):
+    def forward(self, x):
+        y = self.a(x).sin()
+        if y.requires_grad:
+            y.register_hook(lambda gradient: gradient - gradient.mean(-1, keepdim=True))
+        return self.b(y.tanh())
+
+
+@pytest.mark.filterwarnings('ignore:None of the inputs have requires_grad')
+@pytest.mark.parametrize('kind', [Checkpointed, InTraining, NotReentrant, Renamed, ByModule, ByAttribute, Hooked])
+def test_backward_over_all_channels_freezes_them(kind):
+    model = randomise_(kind())
+    found = comb(model, X)
+    assert not found.groups
+    assert any('trial failed' in reason for reason in found.reasons())
+    assert comb(model, X, trial=False).units == 8  # which only a trial tells
+
+
+class ByHook(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.n, self.b, self.out = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 7), nn.Linear(7, 2)
+        self.hold()
+
+    def hold(self):
+        self.a.register_forward_hook(lambda _module, _inputs, out: self.n(out))
+
+    def forward(self, x):
+        return self.out(self.b(self.a(x).relu()).relu())
+
+
+class ByFunction(ByHook):
+    def hold(self):
+        self.then = lambda x: self.n(x).relu()
+
+    def forward(self, x):
+        return self.out(self.b(self.then(self.a(x).relu())).relu())
+
+
+class ByReference(ByFunction):
+    def hold(self):
+        parent = weakref.ref(self)
+        self.then = functools.partial(lambda x: parent().n(x).relu())
+
+
+@pytest.mark.parametrize('kind', [ByHook, ByFunction, ByReference])
+def test_a_function_that_holds_another_module_than_the_copys_is_tried(kind):
+    model = randomise_(kind())
+    found = comb(model, X)
+    assert {g.name: g.units for g in found.groups} == {'b': 7}
+    check_equal(model, found)
+
+
+def test_names_are_those_of_what_runs():
+    class Describing(nn.Linear):
+        def __init__(self):
+            super().__init__(2, self.in_features_of())
+
+        def in_features_of(self):
+            return 3
+
+        def extra_repr(self):
+            return f'{self.out_features}'
+
+        def forward(self, x):
+            return again(super().forward, x)
+
+    assert 'out_features' not in names_in(Describing)
+    assert {'forward', 'checkpoint'} <= names_in(Describing)
+    assert names_in(nn.Linear) == set()
