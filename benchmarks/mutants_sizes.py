@@ -25,7 +25,7 @@ MUTANTS: tuple[Mutant, ...] = (
            'self.run.record.equalities.append(found)', 'pass'),
     Mutant('ordered-width', _INT, 'test_slim/test_comparisons.py::test_what_cannot_be_written_stays',
            'a width that a forward compares in size stays',
-           "run.record.table.freeze(run.atoms_of(width), f'compared in size in {run.where}')", 'pass'),
+           "self.run.record.table.freeze(self.run.atoms_of(width), f'compared in size in {self.run.where}')", 'pass'),
     Mutant('another-size', _ANOTHER, 'test_comb/test_another_size.py',
            'what takes the size of another tensor goes with it',
            'run.equate(own[place], first, run.cursor.function)', 'pass'),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from ..errors import CombError
 from .atoms import Axes
 
 Layout: TypeAlias = tuple[torch.Size, tuple[int, ...], int]
@@ -27,27 +28,39 @@ class Storages:
 
     def note(self, tensor: Tensor, axes: Axes) -> None:
         """Note the axes of a tensor."""
-        if tensor.layout is torch.strided:
-            storage = tensor.untyped_storage()
+        if (storage := memory_of(tensor)) is not None:
             _, layouts = self._known.setdefault(storage._cdata, (StorageWeakRef(storage), {}))
             layouts[_layout(tensor)] = axes
 
     def find(self, tensor: Tensor) -> Axes | None:
         """Return the axes that were noted for a tensor of the same memory and layout."""
-        if tensor.layout is not torch.strided:
-            return None
-        known = self._known.get(tensor.untyped_storage()._cdata)
+        storage = memory_of(tensor)
+        known = None if storage is None else self._known.get(storage._cdata)
         return None if known is None else known[1].get(_layout(tensor))
 
     def note_view(self, tensor: Tensor) -> None:
         """Note that a tensor without axes is a view of another."""
-        if tensor.layout is torch.strided:
-            storage = tensor.untyped_storage()
+        if (storage := memory_of(tensor)) is not None:
             self._viewed[storage._cdata] = StorageWeakRef(storage)
 
     def has_views(self, tensor: Tensor) -> bool:
         """Say whether a view was noted of a tensor's memory."""
-        return tensor.layout is not torch.strided or tensor.untyped_storage()._cdata in self._viewed
+        storage = memory_of(tensor)
+        return storage is None or storage._cdata in self._viewed
+
+
+def memory_of(tensor: Tensor) -> torch.UntypedStorage | None:
+    """Return a tensor's memory, None where it has none of one piece.
+
+    Raises:
+        CombError: it stands for others, which cannot be observed.
+    """
+    if tensor.is_nested or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        raise CombError(
+            'the forward computes with nested tensors, or under torch.func (vmap, jacrev), where nothing can be '
+            'observed; give comb a `forward=` that goes without'
+        )
+    return tensor.untyped_storage() if tensor.layout is torch.strided else None
 
 
 def _layout(tensor: Tensor) -> Layout:

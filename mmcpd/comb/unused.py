@@ -10,12 +10,12 @@ from collections.abc import Hashable, Iterable, Iterator, Set
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..slim.mask import named_tensors
 from .atoms import AtomTable, Axis
+from .storages import memory_of
 from .straight import straight_parts
 
 LAYERS = (_ConvNd, nn.Linear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)  # which sum over a weight's columns
@@ -59,9 +59,10 @@ class Ran:
 
 def _memory(tensor: Tensor) -> Hashable:
     """Return what two objects have in common that are one tensor: `x.data` is another object than `x`."""
-    if tensor.layout is not torch.strided:
+    storage = memory_of(tensor)
+    if storage is None:
         return id(tensor)
-    return tensor.untyped_storage()._cdata, tensor.shape, tensor.stride(), tensor.storage_offset()
+    return storage._cdata, tensor.shape, tensor.stride(), tensor.storage_offset()
 
 
 class _Use(NamedTuple):

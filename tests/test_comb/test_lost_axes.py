@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from mmcpd.comb import comb
 from mmcpd.comb.storages import Storages
-from mmcpd.errors import SlimError
+from mmcpd.errors import CombError, SlimError
 from mmcpd.slim.compare import compare
 from mmcpd.slim.trial import random_keep
-from tests.helpers import TORCH_2_5
+from tests.helpers import TORCH_2_5, check_equal, randomise_, sample
 
 
 class Picture(Tensor):
@@ -205,3 +205,41 @@ def test_a_copy_into_an_input_is_no_new_tensor() -> None:
     model, x = IntoInput(nn.Identity()).double().eval(), torch.randn(2, 3, 9, 9).double()
     found = comb(model, (x, torch.zeros(2, 12, 5, 5).double()), trial=False)
     assert {g.name for g in found.groups} == {'a', 'c'}
+
+
+class ByVmap(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.then(self.a(x).relu())
+
+    def then(self, y):
+        return torch.vmap(self.b)(y)
+
+
+class ByJacobian(ByVmap):
+    def then(self, y):
+        return self.b(y) + torch.func.jacrev(lambda each: self.b(each).sum())(y).mean()
+
+
+class Nested(ByVmap):
+    def then(self, y):
+        return self.b(torch.nested.nested_tensor(list(y.unbind(0))).to_padded_tensor(0.0))
+
+
+@pytest.mark.filterwarnings('ignore:The PyTorch API of nested tensors')
+@pytest.mark.parametrize('kind', [ByVmap, ByJacobian, Nested])
+def test_tensors_that_stand_for_others_are_refused_in_one_line(kind):
+    with pytest.raises(CombError, match='where nothing can be observed; give comb a `forward=` that goes without'):
+        comb(kind(), torch.rand(2, 4, 3))
+
+
+def test_vmap_over_what_holds_no_layer_is_observed():
+    class Doubled(ByVmap):
+        def then(self, y):
+            return self.b(torch.vmap(lambda each: each * 2)(y))
+
+    model = randomise_(Doubled())
+    check_equal(model, comb(model, sample((2, 4, 3))))
