@@ -28,7 +28,7 @@ from mmcpd.slim.copying import copied
 from mmcpd.slim.trial import random_keep
 
 aten = torch.ops.aten
-TORCH_2_5 = release(torch.__version__) >= (2, 5)
+TORCH_2_5, TORCH_2_10 = (release(torch.__version__) >= least for least in ((2, 5), (2, 10)))
 not_beside_lite = pytest.mark.skipif(installed(('mmcv-lite',)) is not None, reason='mmseg imports mmcv.ops by itself')
 EXACT = 1e-9  # float64, relative
 CONTROL = 1e-5  # what a wrong index must exceed

@@ -23,6 +23,7 @@ from mmcpd.slim.trial import random_keep
 pytest.importorskip('mmdet', reason='mmdet is not installed')
 
 from mmcpd.engine.detections import NOTHING, detections, predictions, why_no_boxes
+from tests.helpers import TORCH_2_10
 from tests.test_engine.test_detectors import ANCHORS, CODER, detr, retinanet, two_stages
 
 TESTING = dict(nms_pre=50, score_thr=0.05, min_bbox_size=0, nms=dict(type='nms', iou_threshold=0.5), max_per_img=30)
@@ -232,6 +233,7 @@ def test_boxes_that_have_no_labels_are_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.skipif(not TORCH_2_10, reason='torch 2.9 exports a weight under the name of its cast')
 def test_deformable_convolutions_are_exported_by_the_first_opset_that_has_them(tmp_path):
     model, pictures = made(deformed()), torch.rand(1, 3, 64, 96)
     options = dict(dynamic_batch=False, forward=detections, runs=0, check=check)
