@@ -15,7 +15,6 @@ from ..modes import as_trained
 from ..nested import tensors_in
 from ..slim.compare import evaluating
 from ..slim.copying import restored
-from ..slim.trial import FAILURES
 from .unused import Ran
 
 
@@ -68,7 +67,7 @@ def runs(model: nn.Module, example: Example, further: Callable[..., object]) -> 
     """
     try:
         _operations(model, replace(example, forward=further, also=()))
-    except FAILURES:
+    except Exception:  # in a mode that nobody asked for, code may raise anything
         return False
     return True
 
@@ -82,7 +81,7 @@ def runs_more(model: nn.Module, example: Example, further: Callable[..., object]
     """
     try:
         return bool(_operations(model, replace(example, forward=further, also=())) - _operations(model, example))
-    except FAILURES:
+    except Exception:  # in a mode that nobody asked for, code may raise anything
         return False
 
 
@@ -102,5 +101,5 @@ def newly_read(model: nn.Module, example: Example, further: Callable[..., object
     """
     try:
         return set(left - unread(model, replace(example, forward=further, also=()))) if left else set()
-    except FAILURES:
+    except Exception:  # in a mode that nobody asked for, code may raise anything
         return set()

@@ -173,3 +173,23 @@ def test_names_are_those_of_what_runs():
     assert 'out_features' not in names_in(Describing)
     assert {'forward', 'checkpoint'} <= names_in(Describing)
     assert names_in(nn.Linear) == set()
+
+
+class Refusing(Layers):
+    """Wants labels in training, and says so in its own way."""
+
+    def forward(self, x):
+        if self.training:
+            raise BaseFault('labels')
+        return self.b(self.a(x).relu())
+
+
+class BaseFault(Exception):
+    pass
+
+
+def test_a_forward_that_training_cannot_run_is_combed_as_it_is():
+    model = randomise_(Refusing())
+    found = comb(model, X)
+    assert {g.name: g.units for g in found.groups} == {'a': 8}
+    check_equal(model, found)
