@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Set
 from dataclasses import dataclass, replace
 from typing import Any
@@ -45,6 +44,22 @@ class _Reading(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
+def _read(model: nn.Module, example: Example) -> Ran:
+    """Return what the passes of an example run; nothing else is observed."""
+    ran = Ran(model)
+    with restored(model), evaluating(model), _Reading(ran):
+        example.run_all(model)
+    return ran
+
+
+def _read_by(model: nn.Module, example: Example, further: Callable[..., object]) -> Ran | None:
+    """Return what another forward runs on the inputs of an example, None where it does not run."""
+    try:
+        return _read(model, replace(example, forward=further, also=()))
+    except Exception:  # noqa: BLE001 (in a mode that nobody asked for, code may raise anything)
+        return None
+
+
 def unread(model: nn.Module, example: Example) -> set[str]:
     """Return the names of the parameters and buffers that no pass of an example reads; one run, nothing observed.
 
@@ -52,10 +67,7 @@ def unread(model: nn.Module, example: Example) -> set[str]:
         >>> unread(model, coupling.example)
         set()
     """
-    ran = Ran(model)
-    with restored(model), evaluating(model), _Reading(ran):
-        example.run_all(model)
-    return ran.unread_names
+    return _read(model, example).unread_names
 
 
 def runs(model: nn.Module, example: Example, further: Callable[..., object]) -> bool:
@@ -65,11 +77,7 @@ def runs(model: nn.Module, example: Example, further: Callable[..., object]) -> 
         >>> runs(model, coupling.example, lambda model, images: model(images, 'labels'))
         False
     """
-    try:
-        _operations(model, replace(example, forward=further, also=()))
-    except Exception:  # in a mode that nobody asked for, code may raise anything
-        return False
-    return True
+    return _read_by(model, example, further) is not None
 
 
 def runs_more(model: nn.Module, example: Example, further: Callable[..., object]) -> bool:
@@ -79,17 +87,8 @@ def runs_more(model: nn.Module, example: Example, further: Callable[..., object]
         >>> runs_more(model, coupling.example, lambda model, images: model(images) + 1)
         True
     """
-    try:
-        return bool(_operations(model, replace(example, forward=further, also=())) - _operations(model, example))
-    except Exception:  # in a mode that nobody asked for, code may raise anything
-        return False
-
-
-def _operations(model: nn.Module, example: Example) -> Counter[str]:
-    ran = Ran(model)
-    with restored(model), evaluating(model), _Reading(ran):
-        example.run_all(model)
-    return ran.operations
+    ran = _read_by(model, example, further)
+    return ran is not None and bool(ran.operations - _read(model, example).operations)
 
 
 def newly_read(model: nn.Module, example: Example, further: Callable[..., object], left: Set[str]) -> set[str]:
@@ -99,7 +98,5 @@ def newly_read(model: nn.Module, example: Example, further: Callable[..., object
         >>> newly_read(model, coupling.example, lambda model, images: model.conv1(images), {'conv1.bias', 'fc.bias'})
         {'conv1.bias'}
     """
-    try:
-        return set(left - unread(model, replace(example, forward=further, also=()))) if left else set()
-    except Exception:  # in a mode that nobody asked for, code may raise anything
-        return set()
+    ran = _read_by(model, example, further) if left else None
+    return set() if ran is None else set(left - ran.unread_names)
