@@ -317,7 +317,7 @@ MUTANTS: tuple[Mutant, ...] = (
            'run.tie(channel.atoms.reshape(parts, -1).T)', 'pass'),
     Mutant('trial-due-replaced', _API, 'test_slim/test_traps.py::test_a_forward_put_on_an_instance_is_tried',
            'a replaced module, or a forward of its own on an instance, is tried',
-           'found.fixes != Fixes() or any(map(_is_special, model.modules()))', 'found.fixes != Fixes()'),
+           'found.fixes != Fixes() or any(map(is_special, model.modules()))', 'found.fixes != Fixes()'),
     # -- what takes another look
     Mutant('plain-registered', _API, 'test_slim/test_plain_tensors.py::test_they_are_cut',
            'a plain tensor that channels meet is cut with them',

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
-from types import FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,7 +15,6 @@ from ..coupling import Coupling
 from ..errors import CombError, first_line
 from ..example import Cache, Example, arguments
 from ..fixes import Fixes
-from ..slim.attention import replacement
 from ..slim.computed import buffer_name, give_all_, give_kept_
 from ..slim.copying import restored
 from ..slim.plain_tensors import plain_tensors, register_plain_, unregister_
@@ -27,7 +23,7 @@ from ..slim.trial import FAILURES, Outcome, trial_of
 from .computed import computed_in
 from .conflicts import couple_conflicts_
 from .grouping import coupled_by_groups, frozen_by_groups, group, heads_of
-from .mentions import mentioned, names_in
+from .mentions import is_special, mentioned, names_in
 from .observe import observe
 from .record import Note, Record
 from .rules import OPERATIONS, check_strict
@@ -36,7 +32,6 @@ from .training import Trained, newly_read, runs, runs_more
 
 HEADS = ('dim', 'head')
 UNUSED = ('freeze', 'leave')
-HOLDING = (FunctionType, MethodType, partial, weakref.ref)  # what may hold another module than a copy's
 HOOKS = ('register_hook', 'register_full_backward_hook')
 
 
@@ -177,15 +172,8 @@ def trial_is_due(model: nn.Module, record: Record, found: Coupling) -> bool:
     layer's width may count with it where nothing sees it.
     """
     plain = all(op in OPERATIONS and OPERATIONS[op].plain for op in record.operations)
-    seen = not plain or record.notes or found.fixes != Fixes() or any(map(_is_special, model.modules()))
+    seen = not plain or record.notes or found.fixes != Fixes() or any(map(is_special, model.modules()))
     return bool(seen or mentioned(model, lambda name: name in WIDTHS))
-
-
-def _is_special(module: nn.Module) -> bool:
-    """Say whether a module is replaced when it is cut, or holds functions or references of its own."""
-    held = vars(module).values()
-    hooks = (each for value in held if isinstance(value, dict) for each in value.values())
-    return bool(replacement(module)) or any(isinstance(each, HOLDING) for each in (*held, *hooks))
 
 
 def gradients_are_due(model: nn.Module, record: Record) -> bool:

@@ -1,4 +1,4 @@
-"""What the code of a model's own classes mentions: attributes, methods and functions by name, without running it.
+"""What the code of a model's own classes mentions, and which functions its modules hold, without running anything.
 
 An integer of C (`range(layer.out_channels)`) leaves no trace while a model is observed, and a branch that only training
 takes does not run. A name that stands in the code says that it may matter.
@@ -6,16 +6,21 @@ takes does not run. A name that stands in the code says that it may matter.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
+from types import FunctionType, MethodType
 from typing import Any
 
 from torch import nn
 from torch.utils import checkpoint
 
+from ..slim.attention import replacement
 from ..slim.call_sites import functions_of
+from ..slim.recompile import content
 from ..slim.size_functions import codes
 
+RUN_HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')  # of a module
 # What runs before a model does, or describes it.
 _NEVER = ('__init__', '__repr__', 'extra_repr', 'init_weights', 'reset_parameters', 'from_pretrained')
 
@@ -49,3 +54,27 @@ def mentioned(model: nn.Module, matches: Callable[[str], bool]) -> bool:
     """
     kinds: set[Any] = {type(module) for module in model.modules()}
     return any(map(matches, (name for kind in kinds if 'drop' not in kind.__name__.lower() for name in names_in(kind))))
+
+
+def is_special(module: nn.Module) -> bool:
+    """Say whether a module is replaced when it is cut, or holds a function or a reference that reaches a module."""
+    held = vars(module)
+    hooks = (hook for name in RUN_HOOKS for hook in held.get(name, {}).values())
+    return bool(replacement(module)) or 'forward' in held or any(map(_reaches, (*held.values(), *hooks)))
+
+
+def _reaches(value: object, depth: int = 5) -> bool:
+    """Say whether a function or a reference leads to a module, which is another one than a copy's."""
+    if not depth:
+        return True
+    if isinstance(value, weakref.ref):
+        return isinstance(value(), nn.Module)
+    if isinstance(value, MethodType):
+        parts: tuple[object, ...] = (value.__self__, value.__func__)
+    elif isinstance(value, partial):
+        parts = (value.func, *value.args, *value.keywords.values())
+    elif isinstance(value, FunctionType):
+        parts = tuple(map(content, value.__closure__ or ()))
+    else:
+        return False
+    return any(isinstance(part, nn.Module) or _reaches(part, depth - 1) for part in parts)

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.checkpoint import checkpoint as again
 
 from mmcpd.comb import comb
-from mmcpd.comb.mentions import names_in
+from mmcpd.comb.mentions import is_special, names_in
 from mmcpd.slim import slim
 from mmcpd.slim.compare import compare_gradients
 from tests.helpers import check_equal, gap, masked, randomise_, sample
@@ -193,3 +193,31 @@ def test_a_forward_that_training_cannot_run_is_combed_as_it_is():
     found = comb(model, X)
     assert {g.name: g.units for g in found.groups} == {'a': 8}
     check_equal(model, found)
+
+
+class ByPlainFunction(nn.Module):
+    """Functions that lead to no module of the model need no trial."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.act = nn.Linear(6, 8), nn.Linear(8, 3), torch.relu
+        self.scale = functools.partial(torch.mul, other=2.0)
+        factor = 3.0
+        self.then = lambda x: x * factor
+
+        def twice(x, more=True):
+            return twice(x * 2, False) if more else x
+
+        self.twice = twice
+
+    def forward(self, x):
+        return self.b(self.act(self.twice(self.then(self.scale(self.a(x))))))
+
+
+def test_plain_functions_are_no_reason_for_a_trial():
+    model = randomise_(ByPlainFunction())
+    del model.twice
+    assert not is_special(model)
+    model = randomise_(ByPlainFunction())
+    assert is_special(model)  # how deep a function refers to itself is not known
+    check_equal(model, comb(model, X))
