@@ -156,9 +156,15 @@ class Coupling:
     @cached_property
     def floors(self) -> dict[str, int]:
         """The least number of units of each group: two where a norm or `squeeze` goes over them."""
-        axes = [*(statistic.axis for statistic in self.fixes.statistics), *self.fixes.squeezed]
+        axes = [statistic.axis for statistic in self.fixes.statistics]
+        axes += filter(self._may_be_one, self.fixes.squeezed)
         several = np.unique(np.concatenate([np.empty(0, np.int64), *(self.axes[axis] for axis in axes)]))
         return {g.name: 1 + int(np.isin(self.start[g.name] + np.arange(g.units), several).any()) for g in self.groups}
+
+    def _may_be_one(self, axis: int) -> bool:
+        """Say whether one position of an axis may be left: all are units of one group."""
+        groups = np.searchsorted(list(self.start.values()), self.axes[axis], side='right')
+        return bool((self.axes[axis] >= 0).all() and (groups == groups[0]).all())
 
     def group(self, name: str) -> Group:
         """Return one group by its name.

@@ -69,12 +69,17 @@ def as_trained(model: nn.Module) -> Iterator[nn.Module]:
         model.train()
         for module in model.modules():
             draws = isinstance(module, nn.RNNBase) and module.dropout > 0  # inside one function of C
-            fixed = isinstance(module, _NormBase) or 'drop' in type(module).__name__.lower()
+            fixed = isinstance(module, _NormBase) or drops(module)
             module.training = module.training and not draws and not fixed
         try:
             yield model
         finally:
             model.train(before)  # modules may hold tensors for one mode, which their own `train` makes
+
+
+def drops(module: nn.Module) -> bool:
+    """Say whether a module drops activations in training, by its name: `DropPath` and the like hold no parameters."""
+    return 'drop' in type(module).__name__.lower() and next(module.parameters(), None) is None
 
 
 class _WithoutDropout(TorchFunctionMode):

@@ -61,15 +61,22 @@ def _find_boxes_(detector: Any, file: _File) -> Callable[[], None]:
     Raises:
         UserError: it is no detector, or the file holds no boxes.
     """
+    kind = type(detector).__name__
     if not hasattr(detector, 'add_pred_to_datasample'):
-        raise UserError(f'{file.path} returns {BOXES}, and {type(detector).__name__} is no detector')
+        raise UserError(f'{file.path} returns {BOXES}, and {kind} is no detector that could give them out')
     if file.output != BOXES:
         raise UserError(
-            f"{file.path} returns {file.output}, of which {type(detector).__name__}'s boxes are not made here: export "
-            'it with --boxes, or test its slim.pth'
+            f"{file.path} returns {file.output}, of which {kind}'s boxes are not made here: export it with --boxes, or "
+            'test its slim.pth'
         )
-    detector.predict = _Detections(file, detector.add_pred_to_datasample)
-    return lambda: None
+    pad_value = float(getattr(detector.data_preprocessor, 'pad_value', 0))
+    detector.predict = _Detections(file, detector.add_pred_to_datasample, pad_value)
+
+    def check() -> None:
+        if not file.calls:
+            raise UserError(f'{file.path}: {kind} predicts in another way than by `predict`; test its slim.pth')
+
+    return check
 
 
 def _compute_logits_(whole: Any, file: _File) -> Callable[[], None]:
@@ -137,7 +144,7 @@ class _File:
         try:
             outputs = [self._run(part) for part in parts]
         except RUN_ERRORS as error:
-            other = '--shape' if self.output == BOXES else '--shape or --size-dynamic'
+            other = '--shape, the largest height and width' if self.output == BOXES else '--shape or --size-dynamic'
             raise UserError(
                 f'{self.path} does not run on the data, {"x".join(map(str, pictures.shape))} after preprocessing '
                 f'({first_line(error)}): export it with {other}'
@@ -165,21 +172,29 @@ class _Logits:
 class _Detections:
     """Predict boxes by a file, in the pixels of the pictures that the data set has."""
 
-    def __init__(self, file: _File, write: Callable[[Any, Any], Any]) -> None:
-        self.file, self.write = file, write
+    def __init__(self, file: _File, write: Callable[[Any, Any], Any], pad_value: float) -> None:
+        self.file, self.write, self.pad_value = file, write, pad_value
 
     def __call__(self, pictures: Tensor, samples: Any, rescale: bool = True) -> Any:
-        """Return the samples with what was found; smaller pictures than the file's are padded, as in a batch."""
+        """Return the samples with what was found; pictures smaller than the file's are padded, as in a batch.
+
+        Raises:
+            UserError: they are larger, or a sample does not say how its picture was scaled.
+        """
         room = [0 if size is None else size - its for size, its in zip(self.file.size, pictures.shape[2:], strict=True)]
         if min(room) >= 0:
-            pictures = F.pad(pictures, (0, room[1], 0, room[0]))
+            pictures = F.pad(pictures, (0, room[1], 0, room[0]), value=self.pad_value)
         found = zip(samples, *self.file(pictures), strict=True)
         return self.write(samples, [self._found(*each, rescale=rescale) for each in found])
 
     def _found(self, sample: Any, boxes: Tensor, scores: Tensor, labels: Tensor, *, rescale: bool) -> InstanceData:
         height, width = sample.img_shape[:2]
-        there = labels >= 0
-        boxes = boxes[there].clamp(min=0).minimum(boxes.new_tensor([width, height] * 2))
+        boxes = boxes.clamp(min=0).minimum(boxes.new_tensor([width, height] * 2))
+        there = (labels >= 0) & (boxes[:, 2:] > boxes[:, :2]).all(1)  # in the padding there is nothing
+        if rescale and 'scale_factor' not in sample:
+            raise UserError(
+                f'{self.file.path}: samples of the test data have no scale_factor: put a Resize before them'
+            )
         if rescale:
             boxes = boxes / boxes.new_tensor([*sample.scale_factor] * 2)
-        return InstanceData(bboxes=boxes, scores=scores[there], labels=labels[there])
+        return InstanceData(bboxes=boxes[there], scores=scores[there], labels=labels[there])

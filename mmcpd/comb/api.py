@@ -18,7 +18,7 @@ from ..fixes import Fixes
 from ..slim.computed import buffer_name, give_all_, give_kept_
 from ..slim.copying import restored
 from ..slim.plain_tensors import plain_tensors, register_plain_, unregister_
-from ..slim.shape_attributes import WIDTHS
+from ..slim.shape_attributes import DESCRIBED
 from ..slim.trial import FAILURES, Outcome, trial_of
 from .computed import computed_in
 from .conflicts import couple_conflicts_
@@ -27,12 +27,16 @@ from .mentions import is_special, mentioned, names_in
 from .observe import observe
 from .record import Note, Record
 from .rules import OPERATIONS, check_strict
+from .size_arguments import INTEGRAL
 from .trace import Policy
-from .training import Trained, newly_read, runs, runs_more
+from .training import Trained, draws_numbers, newly_read, runs, runs_more
 
 HEADS = ('dim', 'head')
 UNUSED = ('freeze', 'leave')
-HOOKS = ('register_hook', 'register_full_backward_hook')
+HOOKS = (
+    'register_hook', 'register_full_backward_hook', 'register_full_backward_pre_hook', 'register_multi_grad_hook',
+    'register_post_accumulate_grad_hook',
+)  # fmt: skip
 
 
 def comb(
@@ -110,7 +114,7 @@ def comb(
             record = observed(policy)
     trained = Trained(example.forward)
     if (record.unused and newly_read(model, example, trained, record.unread)) or (
-        mentioned(model, _trains) and runs_more(model, example, trained)
+        mentioned(model, _trains) and runs_more(model, example, trained) and not draws_numbers(model, example, trained)
     ):
         example = replace(example, also=(*example.also, trained))
         record = observed(policy)
@@ -130,9 +134,15 @@ def comb(
         check_strict(record)
     couple_conflicts_(model, record, example)
     found = grouped()
-    due = trial and trial_is_due(model, record, found)
-    gradients = due and gradients_are_due(model, record)
-    if gradients and trained not in example.also and mentioned(model, _trains) and runs(model, example, trained):
+    gradients = trial and bool(found.groups) and gradients_are_due(model, record)
+    due = gradients or (trial and trial_is_due(model, record, found))
+    if (
+        gradients
+        and trained not in example.also
+        and mentioned(model, _trains)
+        and runs(model, example, trained)
+        and not draws_numbers(model, example, trained)
+    ):
         tried = trial_of(model, replace(found, example=replace(example, also=(*example.also, trained))), gradients=True)
     else:
         tried = trial_of(model, found, gradients=gradients) if due else Outcome({})
@@ -173,7 +183,7 @@ def trial_is_due(model: nn.Module, record: Record, found: Coupling) -> bool:
     """
     plain = all(op in OPERATIONS and OPERATIONS[op].plain for op in record.operations)
     seen = not plain or record.notes or found.fixes != Fixes() or any(map(is_special, model.modules()))
-    return bool(seen or mentioned(model, lambda name: name in WIDTHS))
+    return bool(seen or mentioned(model, lambda name: name in DESCRIBED or name in INTEGRAL))
 
 
 def gradients_are_due(model: nn.Module, record: Record) -> bool:
@@ -188,7 +198,8 @@ def gradients_are_due(model: nn.Module, record: Record) -> bool:
     around = {path[:end] for path in parts for end in range(len(path) + 1) if f'{path}.'[end] == '.' or not end}
     kinds: set[Any] = {type(model.get_submodule(path)) for path in around}
     recomputed = any(map(_recomputes, (name for kind in kinds for name in names_in(kind))))
-    return Note.OWN_BACKWARD in record.notes or recomputed or mentioned(model, lambda name: name in HOOKS)
+    hooked = any(module._backward_hooks or module._backward_pre_hooks for module in model.modules())
+    return Note.OWN_BACKWARD in record.notes or recomputed or hooked or mentioned(model, lambda name: name in HOOKS)
 
 
 def _trains(name: str) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 from torch.utils import checkpoint
 
+from ..modes import drops
 from ..slim.attention import replacement
 from ..slim.call_sites import functions_of
 from ..slim.recompile import content
@@ -37,7 +38,10 @@ def names_in(kind: Any) -> frozenset[str]:
         ['forward', 'out_features', 'super']
     """
     found: set[str] = set()
-    for name, function in functions_of(kind).items():
+    properties = (value for base in kind.__mro__ for value in vars(base).values())
+    getters = (getattr(each, 'fget', None) or getattr(each, 'func', None) for each in properties)
+    own = [each for each in getters if isinstance(each, FunctionType) and not each.__module__.startswith('torch.')]
+    for name, function in [*functions_of(kind).items(), *((each.__name__, each) for each in own)]:
         for code in codes(function.__code__) if name not in _NEVER else ():
             found.update(code.co_names)
             if any(function.__globals__.get(each) is checkpoint.checkpoint for each in code.co_names):
@@ -46,14 +50,14 @@ def names_in(kind: Any) -> frozenset[str]:
 
 
 def mentioned(model: nn.Module, matches: Callable[[str], bool]) -> bool:
-    """Say whether the code of a class in a model mentions such a name; layers that drop activations are left out.
+    """Say whether the code of a class in a model mentions such a name; those that drop activations are left out.
 
     Example:
         >>> mentioned(nn.Linear(2, 2), lambda name: name == 'out_features')
         False
     """
-    kinds: set[Any] = {type(module) for module in model.modules()}
-    return any(map(matches, (name for kind in kinds if 'drop' not in kind.__name__.lower() for name in names_in(kind))))
+    kinds: set[Any] = {type(module) for module in model.modules() if not drops(module)}
+    return any(map(matches, (name for kind in kinds for name in names_in(kind))))
 
 
 def is_special(module: nn.Module) -> bool:

@@ -20,6 +20,7 @@ from ..nested import named_tensors_in, tensors_in
 from ..slim.compare import evaluating
 from ..slim.mask import named_tensors
 from ..slim.references import plain_attributes
+from .comparing import settle_
 from .computed import note_computed_
 from .fresh import resolve_
 from .record import Note, Record
@@ -76,6 +77,7 @@ def observe(model: nn.Module, example: Example, policy: Policy) -> Record:
             freeze_renewed_(model, run.record.table)
         for each in plain:  # what else freezes their channels is the better reason
             run.freeze_all(each.tensor, each.reason)
+        settle_(run.record)
         resolve_(run.record, run.real)
         said = (each for each in plain if run.record.table.says(each.reason))
         run.record.plain = frozenset(each.name for each in said if each.reason == PLAIN.format(each.name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -90,6 +91,8 @@ class Record:
     sizes: list[Equation] = field(default_factory=list)
     constants: list[Equation] = field(default_factory=list)  # widths that became a factor, and must stay what they were
     equalities: list[Equality] = field(default_factory=list)  # that the forward found
+    compared: list[Equation] = field(default_factory=list)  # comparisons that can be written, and how they came out
+    with_inputs: set[Hashable] = field(default_factory=set)  # places where it computed with a size of the input alone
     roles: list[RoleOf] = field(default_factory=list)
     read: dict[bytes, np.ndarray] = field(default_factory=dict)  # atoms that more than a movement of data read
     gates: list[np.ndarray] = field(default_factory=list)  # producers' rows at products of two activations

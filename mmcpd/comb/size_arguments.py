@@ -12,6 +12,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import RLock
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ class _Observe(TorchFunctionMode):
         cursor.padded = len(padding) // 2
         for number in padding:
             if isinstance(number, TracedInt):
-                number.stay_nothing()
+                number.keep_zero()
         if name in ARITHMETIC:  # a width on the right; on the left it is asked itself
             for side, value in zip((LEFT, RIGHT), args, strict=False):
                 if isinstance(value, TracedInt):
@@ -98,7 +99,8 @@ ARITHMETIC = set(
     'tensor as_tensor new_tensor add add_ sub sub_ mul mul_ div div_ true_divide pow pow_ __pow__ __rpow__ fmod '
     'floor_divide __floordiv__ remainder __mod__ clamp clamp_ clamp_min clamp_max lt le gt ge eq ne'.split()
 )
-INTEGRAL = ('log', 'log2', 'log10', 'isqrt', 'gcd', 'comb', 'factorial')  # of `math`, which read integers in C
+INTEGRAL = ('log', 'log2', 'log10', 'isqrt', 'gcd', 'lcm', 'comb', 'perm', 'factorial')  # of `math`, which is C
+_MATH = RLock()  # one run at a time has them ask
 COUNTING = set('numel nelement'.split())
 RECURRENT = set('lstm gru rnn_tanh rnn_relu lstm_cell gru_cell'.split())
 LEAVING = set('numpy __array__ tolist __dlpack__'.split())  # what is made of the values is not seen
@@ -122,14 +124,15 @@ def _numbers_of_math() -> Iterator[None]:
 
         return asked
 
-    kept = {name: getattr(math, name) for name in INTEGRAL}
-    for name, function in kept.items():
-        setattr(math, name, asking(function))
-    try:
-        yield
-    finally:
+    with _MATH:
+        kept = {name: getattr(math, name) for name in INTEGRAL}
         for name, function in kept.items():
-            setattr(math, name, function)
+            setattr(math, name, asking(function))
+        try:
+            yield
+        finally:
+            for name, function in kept.items():
+                setattr(math, name, function)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -12,8 +13,11 @@ from ..fixes import Equality, Expression, Input, Live, Op
 from ..slim.call_sites import Spot, can_be_written, spot
 from ..slim.replace_sizes import LEFT, OUTCOME, RIGHT
 from ..slim.size_expressions import OPERATORS, leaves, may_change
+from .comparing import COMPARED, place_of
 from .record import Equation, Note
 from .trace import Run
+
+OTHERS = ('torch.', 'einops.', 'numpy.', 'mmcpd.')  # whose own comparisons are no branches of a forward
 
 
 def as_int(value: Any) -> int:
@@ -45,9 +49,10 @@ def _binary(symbol: str, swap: bool = False) -> Callable[[TracedInt, Any], Any]:
         value = TracedInt.of(
             function(as_int(left), as_int(right)), Op(symbol, expression(left), expression(right)), self.run
         )
+        if symbol in ('-', '%', '//'):
+            value.parts = _parts_of(left, right)
         if not as_int(value):
-            parts = _parts(left, right) if symbol in '-%' else ()
-            value.nothing = parts or (*_nothing(left), *_nothing(right))
+            value.parts = value.parts or (*_parts(left), *_parts(right))
         return value
 
     return method
@@ -58,36 +63,32 @@ def _ordered(symbol: str) -> Callable[[TracedInt, Any], Any]:
     function: Callable[[Any, Any], Any] = OPERATORS[symbol]
 
     def method(self: TracedInt, other: Any) -> Any:
-        if not isinstance(other, int):
+        if not isinstance(other, (int, float)):
             return NotImplemented
-        if not as_int(other):
-            self.stay_nothing()
-        answer = function(as_int(self), as_int(other))
-        by_torch = sys._getframe(1).f_globals.get('__name__', '').startswith('torch.')
-        if by_torch or self.run is None or self.stay_so(symbol, other, answer):
-            return answer
-        if as_int(other) > 1:
-            for width in self.widths_beside(other):
-                self.run.record.table.freeze(self.run.atoms_of(width), f'compared in size in {self.run.where}')
+        if isinstance(other, int) and not as_int(other):
+            self.keep_zero()
+        answer = function(as_int(self), as_int(other) if isinstance(other, int) else other)
+        self.keep_answer(symbol, other, answer, sys._getframe(1))
         return answer
 
     return method
 
 
-def _nothing(value: int) -> tuple[_Part, ...]:
-    return value.nothing if isinstance(value, TracedInt) else ()
+def _parts(value: int) -> tuple[_Part, ...]:
+    return value.parts if isinstance(value, TracedInt) else ()
 
 
-def _parts(left: int, right: int) -> tuple[_Part, ...]:
-    """Return what a difference or remainder of a width and something else is made of; two widths are another matter."""
-    if bool(leaves(expression(left), Live)) == bool(leaves(expression(right), Live)):
-        return ()
-    sides = ((LEFT, left), (RIGHT, right))
-    return tuple(
-        _Part(size, spot(side, 0))
-        for side, size in sides
-        if isinstance(size, TracedInt) and may_change(size.expression)
-    )
+def _parts_of(left: int, right: int) -> tuple[_Part, ...]:
+    """Return what a difference, a quotient or a remainder of a width and something else is made of; not of two widths.
+
+    Of a size of the input it is noted that the place computes with such ones.
+    """
+    sides = [(side, size) for side, size in ((LEFT, left), (RIGHT, right)) if isinstance(size, TracedInt)]
+    found = tuple(_Part(size, spot(side, 0)) for side, size in sides if may_change(size.expression))
+    for side, size in sides if not found else ():
+        size.compute_with_input(spot(side, 0))
+    wide = [bool(leaves(expression(size), Live)) for size in (left, right)]
+    return found if wide[0] != wide[1] else ()
 
 
 class _Part(NamedTuple):
@@ -102,7 +103,7 @@ class TracedInt(int):
 
     expression: Expression
     run: Run | None
-    nothing: tuple[_Part, ...] = ()  # of a difference or a remainder of nothing, what it is made of
+    parts: tuple[_Part, ...] = ()  # of a difference, a quotient or a remainder, what it is made of
 
     @classmethod
     def of(cls, value: int, expr: Expression, run: Run | None) -> TracedInt:
@@ -125,7 +126,14 @@ class TracedInt(int):
         """Note that a forward computes with this width as with any number: as in `x / math.sqrt(d)`."""
         if may_change(self.expression):
             self.compute_with(spot(side, 0))
+        elif leaves(self.expression, Input):
+            self.compute_with_input(spot(side, 0))
         return as_int(self)
+
+    def compute_with_input(self, place: Spot | None) -> None:
+        """Note that a forward computes with a size of the input at a place, where no number may stand."""
+        if self.run is not None and place is not None:
+            self.run.record.with_inputs.add(place_of(place))
 
     def compute_with(self, place: Spot | None) -> None:
         """Note that a forward computes with this width at a place, where it must stay what it was."""
@@ -135,28 +143,32 @@ class TracedInt(int):
             if place is not None:
                 record.constants.append(Equation(self.expression, as_int(self), self.run.module, place))
 
-    def stay_nothing(self) -> None:
-        """Note that a forward asks whether a width has anything over, as for a padding: there it stays what it was."""
-        for part in self.nothing:
+    def keep_zero(self) -> None:
+        """Note that a forward asks whether a width has anything over, as for a padding: nothing stays nothing."""
+        for part in self.parts if not as_int(self) else ():
             part.size.compute_with(part.place)
 
     def widths_beside(self, other: int) -> list[Live]:
         """Return the widths in this and in another expression."""
         return leaves(self.expression, Live) + leaves(expression(of_run(other, self.run)), Live)
 
-    def stay_so(self, symbol: str, other: int, answer: bool) -> bool:
-        """Note that a comparison comes out so where channels go, too; say whether that can be written there."""
-        run, compared = self.run, Op(symbol, self.expression, expression(of_run(other, self.run)))
-        if run is None or not self.widths_beside(other) or leaves(compared, Input):
-            return False
-        place = spot(OUTCOME, 0)
-        if found := can_be_written(place):
-            run.record.notes.add(Note.WIDTH_COMPUTED)
-            run.record.constants.append(Equation(compared, int(answer), run.module, place))
-        return found
+    def keep_answer(self, symbol: str, other: float, answer: bool, frame: FrameType) -> None:
+        """Note that a comparison comes out so where channels go, too; where that cannot be written, widths stay."""
+        run = self.run
+        if run is None or f'{frame.f_globals.get("__name__", "")}.'.startswith(OTHERS):
+            return
+        right = expression(of_run(other, run)) if isinstance(other, int) else 0
+        compared, place = Op(symbol, self.expression, right), spot(OUTCOME, 0)
+        widths, sizes = leaves(compared, Live), leaves(compared, Input)
+        if isinstance(other, int) and (widths or sizes) and can_be_written(place):
+            run.record.compared.append(Equation(compared, int(answer), run.module, place))
+        elif other > 1 and not (symbol == '==' and answer):
+            for width in widths:
+                run.record.table.freeze(run.atoms_of(width), COMPARED.format(run.where))
 
     def __bool__(self) -> bool:
-        self.stay_nothing()
+        for part in self.parts:
+            part.size.compute_with(part.place)
         return as_int(self) != 0
 
     def __abs__(self) -> int:
@@ -216,18 +228,27 @@ class TracedInt(int):
     def __eq__(self, other: object) -> bool:
         """Compare as integers; that an axis was found equal to something is an equation too."""
         equal = int.__eq__(self, other)
-        if self.nothing and equal is True:
-            self.stay_nothing()
-        elif equal is False and isinstance(other, int):
-            self.stay_so('==', other, equal)
-        elif equal is True and self.run is not None and isinstance(other, int):
+        if isinstance(other, int):
+            self.keep_equality(other, equal, sys._getframe(1))
+        return equal
+
+    def keep_equality(self, other: int, equal: bool, frame: FrameType) -> None:
+        """Note that two sizes were found equal, or not."""
+        if not equal or self.widths_beside(other):
+            self.keep_answer('==', other, equal, frame)
+        if not equal:
+            return
+        if not as_int(self) and self.parts:
+            self.keep_zero()
+        elif self.run is not None:
             found = Equality(expression(self), expression(of_run(other, self.run)))
             if leaves(found.left, Live) or leaves(found.right, Live):
                 self.run.record.equalities.append(found)
-        return equal
 
     def __ne__(self, other: object) -> bool:
-        equal = self.__eq__(other)
+        equal = int.__eq__(self, other)
+        if isinstance(other, int):
+            self.keep_equality(other, equal, sys._getframe(1))
         return equal if equal is NotImplemented else not equal
 
     __lt__, __le__, __gt__, __ge__ = map(_ordered, ('<', '<=', '>', '>='))

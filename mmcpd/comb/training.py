@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..example import Example
 from ..modes import as_trained
 from ..nested import tensors_in
+from ..random_state import draws
 from ..slim.compare import evaluating
 from ..slim.copying import restored
 from .unused import Ran
@@ -68,6 +69,17 @@ def unread(model: nn.Module, example: Example) -> set[str]:
         set()
     """
     return _read(model, example).unread_names
+
+
+def draws_numbers(model: nn.Module, example: Example, further: Callable[..., object]) -> bool:
+    """Say whether a further pass draws random numbers: no two runs of it can be compared then.
+
+    Example:
+        >>> draws_numbers(model, coupling.example, lambda model, images: model(images + torch.rand(1)))
+        True
+    """
+    with restored(model), evaluating(model):
+        return draws(lambda: further(model, *example.inputs))
 
 
 def runs(model: nn.Module, example: Example, further: Callable[..., object]) -> bool:

@@ -31,7 +31,7 @@ from ..errors import SlimError
 from ..fixes import CallSite, CodePlace
 from .pickling import copy_methods
 from .recompile import layers_of, rebuilt
-from .replace_sizes import put
+from .replace_sizes import OUTCOME, put
 from .size_functions import author_of, called_functions, callers_of, codes
 
 _OURS, _TORCH = ('mmcpd.comb.', 'mmcpd.slim.', 'mmcpd.modes.'), ('torch.',)
@@ -39,6 +39,7 @@ _CALLING = ('torch.nn.modules.module.',)  # which runs the forward of every modu
 _CACHE = opmap.get('CACHE', -1)  # what lies between an instruction and the next since Python 3.11
 INFER = -1  # let torch work out the size
 _NODES = (ast.Call, ast.BinOp, ast.AugAssign, ast.Subscript, ast.Compare)
+_LOOPS = (ast.For, ast.AsyncFor, ast.While, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef)  # a lambda has no name to be compiled under
 
 
@@ -164,7 +165,8 @@ def call_site(module: nn.Module, path: str, place: Spot, inferable: bool = False
 def _named(kind: type, code: CodeType, instruction: int, index: int, count: int) -> CallSite | None:
     positions = source_range(code, instruction)
     for name, function in functions_of(kind).items():
-        if code not in codes(function.__code__):
+        never_again = name == '__init__' or isinstance(inspect.getattr_static(kind, name, None), classmethod)
+        if never_again or code not in codes(function.__code__):
             continue
         tree = parsed(function)
         for node in ast.walk(tree) if tree is not None else ():
@@ -172,8 +174,16 @@ def _named(kind: type, code: CodeType, instruction: int, index: int, count: int)
                 continue
             if positions in list(_ranges(node)):
                 found = CallSite('', name, ast.unparse(node), index, count)
-                return found if put(copy.deepcopy(node), index, count, 1) else None
+                may = put(copy.deepcopy(node), index, count, 1) and (index != OUTCOME or _runs_once(tree, node))
+                return found if may else None
     return None
+
+
+def _runs_once(tree: Any, node: ast.AST) -> bool:
+    """Say whether a part of a method stands in it once, and in no loop, so that one run of it is one answer."""
+    loops = (each for each in ast.walk(tree) if isinstance(each, _LOOPS))
+    same = [each for each in ast.walk(tree) if type(each) is type(node) and ast.unparse(each) == ast.unparse(node)]
+    return len(same) == 1 and not any(node in ast.walk(loop) for loop in loops)
 
 
 def source_range(code: CodeType, instruction: int) -> tuple[int | None, ...]:

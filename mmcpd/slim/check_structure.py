@@ -37,6 +37,7 @@ NAME, TEXT, REWRITES, ADDED = 200, 2000, 1000, 10_000  # characters of a name an
 # Elements that first forwards may make, all tensors together: two lazy layers of a VGG-16 have 120 million. A file's
 # own tensors bound them further (`mmcpd.engine.slim_model.cut_to_`).
 MADE = 2**28
+COUNTED = 1024  # times the elements of the largest tensor: what a forward may count them all to
 COMPUTED = 2**16  # channels that a module computes without a weight
 
 _repr = reprlib.Repr()
@@ -315,5 +316,5 @@ def _is_rewrite(rewrite: object, largest: int) -> bool:
     if index == OUTCOME:
         return said and placed and number in (0, 1)
     if index in (LEFT, RIGHT):  # what a forward computes with may be a difference, or count all elements
-        return said and placed and abs(number) <= MADE
+        return said and placed and abs(number) <= COUNTED * largest
     return said and placed and (number == INFER or 1 <= number <= largest)

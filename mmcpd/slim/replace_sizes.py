@@ -177,16 +177,28 @@ def _put_bound(node: ast.Subscript, which: int, number: int) -> bool:
     return True
 
 
+def _counts(node: ast.BinOp, side: int) -> bool:
+    """Say whether an operator computes with a number on this side, and does not make many of it: `[0] * n`, `2**n`."""
+    other = node.right if side == LEFT else node.left
+    grows = isinstance(node.op, (ast.Pow, ast.LShift)) and side == RIGHT
+    return (not grows and not isinstance(other, (ast.List, ast.Tuple, ast.JoinedStr, ast.Constant))) or (
+        not grows and isinstance(other, ast.Constant) and isinstance(other.value, (int, float))
+    )
+
+
 def _put_outcome(node: ast.Compare, holds: bool) -> bool:
-    """Let a comparison of two be one of two numbers that comes out so."""
+    """Let a comparison of two come out so; its sides are still computed: `(x.shape[1], 8) is not None` holds."""
     if len(node.ops) > 1 or not isinstance(node.ops[0], (ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE)):
         return False
     holds ^= isinstance(node.ops[0], ast.NotEq)
-    node.left, node.ops, node.comparators = ast.Constant(1), [ast.Eq()], [ast.Constant(int(holds))]
+    node.left = ast.Tuple([node.left, *node.comparators], ast.Load())
+    node.ops, node.comparators = [ast.IsNot() if holds else ast.Is()], [ast.Constant(None)]
     return True
 
 
 def _put_operand(node: ast.AST, side: int, new: ast.expr) -> bool:
+    if isinstance(node, ast.BinOp) and not _counts(node, side):
+        return False
     if isinstance(node, ast.BinOp) and side == LEFT:
         node.left = new
     elif isinstance(node, ast.BinOp):

@@ -50,10 +50,10 @@ SHAPE_ATTRS: list[tuple[type, Callable[[Any, Shapes], dict[str, Any]]]] = [
 ]
 
 
-WIDTHS = frozenset(
+DESCRIBED = frozenset(
     'in_channels out_channels in_features out_features in1_features in2_features num_features num_channels '
-    'num_embeddings embedding_dim num_parameters'.split()
-)  # their names
+    'num_embeddings embedding_dim num_parameters normalized_shape'.split()
+)  # the names of these attributes
 
 
 def described(module: nn.Module, new: Shapes) -> dict[str, Any]:

@@ -52,7 +52,21 @@ class LossInTraining(Layers):
         return (out, y.softmax(-1).var(-1).mean()) if self.training else out
 
 
-@pytest.mark.parametrize('kind', [NoiseInTraining, ViewInTraining, LossInTraining])
+class BehindAProperty(ViewInTraining):
+    @property
+    def trains(self):
+        return self.training
+
+    def forward(self, x):
+        y = self.a(x)
+        return self.b((y.view(-1, 5, self.width) * 2 if self.trains else y).relu())
+
+
+class Raindrop(ViewInTraining):
+    """A model, whatever its name has in it."""
+
+
+@pytest.mark.parametrize('kind', [NoiseInTraining, ViewInTraining, LossInTraining, BehindAProperty, Raindrop])
 def test_what_only_training_runs_is_observed(kind):
     model = randomise_(kind())
     found = comb(model, X)
@@ -111,8 +125,53 @@ class Hooked(Layers):
         return self.b(y.tanh())
 
 
+class ModuleHook(Layers):
+    def __init__(self):
+        super().__init__()
+        self.act = nn.Tanh()
+        self.act.register_full_backward_hook(lambda _module, grads, _out: (self.centred(grads[0]),))
+
+    def forward(self, x):
+        return self.b(self.act(self.a(x)))
+
+
+class ModulePreHook(ModuleHook):
+    def __init__(self):
+        Layers.__init__(self)
+        self.act = nn.Tanh()
+        self.act.register_full_backward_pre_hook(lambda _module, grads: (self.centred(grads[0]),))
+
+
+class PlainHook(Layers):
+    """In a net that is slimmed by slicing alone."""
+
+    def forward(self, x):
+        y = self.a(x).relu()
+        if y.requires_grad:
+            y.register_hook(lambda gradient: gradient / gradient.shape[-1])
+        return self.b(y)
+
+
+BACKWARD = [Checkpointed, InTraining, NotReentrant, Renamed, ByModule, ByAttribute, Hooked, ModuleHook, ModulePreHook,
+            PlainHook]  # fmt: skip
+
+
 @pytest.mark.filterwarnings('ignore:None of the inputs have requires_grad')
-@pytest.mark.parametrize('kind', [Checkpointed, InTraining, NotReentrant, Renamed, ByModule, ByAttribute, Hooked])
+@pytest.mark.parametrize(
+    'kind',
+    [
+        Checkpointed,
+        InTraining,
+        NotReentrant,
+        Renamed,
+        ByModule,
+        ByAttribute,
+        Hooked,
+        ModuleHook,
+        ModulePreHook,
+        PlainHook,
+    ],
+)
 def test_backward_over_all_channels_freezes_them(kind):
     model = randomise_(kind())
     found = comb(model, X)
@@ -173,6 +232,40 @@ def test_names_are_those_of_what_runs():
     assert 'out_features' not in names_in(Describing)
     assert {'forward', 'checkpoint'} <= names_in(Describing)
     assert names_in(nn.Linear) == set()
+
+
+class RandomInTraining(Layers):
+    def forward(self, x):
+        y = self.a(x)
+        return self.b(y + torch.randn_like(y) if self.training else y)
+
+
+def test_noise_that_only_training_draws_freezes_nothing():
+    assert comb(randomise_(RandomInTraining()), X).units == 8
+
+
+class Residual(nn.Module):
+    """As in MobileNetV2: a property asks the layer's own widths."""
+
+    def __init__(self, width, out):
+        super().__init__()
+        self.conv = nn.Conv2d(width, out, 1)
+
+    @property
+    def has_shortcut(self):
+        return self.conv.in_channels == self.conv.out_channels
+
+    def forward(self, x):
+        return x + self.conv(x) if self.has_shortcut else self.conv(x)
+
+
+def test_a_branch_behind_a_property_is_tried_or_stays():
+    model = randomise_(nn.Sequential(nn.Conv2d(3, 8, 1), Residual(8, 12), Residual(12, 12), nn.Conv2d(12, 2, 1)))
+    picture = sample((2, 3, 4, 4))
+    found = comb(model, picture)
+    for count in range(1, 8):
+        keep = {name: torch.arange(len(units)) < count for name, units in found.keep().items()}
+        assert gap(masked(model, found, keep)(picture), slim(model, found, keep)(picture)) < 1e-12
 
 
 class Refusing(Layers):

@@ -65,6 +65,12 @@ def agree(one, other):
     return sum(hits) / max(1, len(hits))
 
 
+def near(one, other):
+    """Return the share of one's boxes that are within three pixels of one of the other's, where padding shows."""
+    gaps = np.abs(one[0][:, None] - other[0]).max(2, initial=0.0)
+    return float((gaps.min(1, initial=np.inf) < 3).mean()) if len(gaps) else 1.0
+
+
 def test_a_detectors_file_is_tested_as_its_model(tool, config):
     checkpoint = save_half(config)
     code, _, err = tool('deploy', config, checkpoint, '--no-bench', '--boxes', '--preprocess', '--batch', 2)
@@ -96,9 +102,9 @@ def test_smaller_pictures_are_padded_and_boxes_go_back_to_the_pictures_pixels(to
     assert code == 0, err
     config.write_text(CONFIG + WIDER)
     expected, theirs = (found(tool, config, checkpoint.with_name(name)) for name in ('slim.pth', 'slim.onnx'))
-    for (boxes, *_), (ours, *_) in zip(theirs, expected, strict=True):
-        assert boxes.min() >= 0 and boxes[:, [0, 2]].max() <= 128 + 1e-3 and boxes[:, [1, 3]].max() <= 128 + 1e-3
-        assert len(ours)
+    for boxes, *_ in theirs:
+        assert boxes.min() >= 0 and boxes.max() <= 128 + 1e-3
+    assert np.mean([near(*pair) for pair in zip(expected, theirs, strict=True)]) > 0.5
 
 
 def test_files_that_tell_nothing_of_a_detectors_boxes_are_refused(tool, config, tiny):
