@@ -40,7 +40,9 @@ def names_in(kind: Any) -> frozenset[str]:
     found: set[str] = set()
     properties = (value for base in kind.__mro__ for value in vars(base).values())
     getters = (getattr(each, 'fget', None) or getattr(each, 'func', None) for each in properties)
-    own = [each for each in getters if isinstance(each, FunctionType) and not each.__module__.startswith('torch.')]
+    own = [
+        each for each in getters if isinstance(each, FunctionType) and not (each.__module__ or '').startswith('torch.')
+    ]
     for name, function in [*functions_of(kind).items(), *((each.__name__, each) for each in own)]:
         for code in codes(function.__code__) if name not in _NEVER else ():
             found.update(code.co_names)
