@@ -85,6 +85,7 @@ def test_a_detectors_file_is_tested_as_its_model(tool, config):
     assert np.mean([agree(*pair) for pair in zip(expected, others, strict=True)]) < 0.5
 
 
+@pytest.mark.slow
 def test_a_quantised_file_finds_boxes_too_and_its_parity_is_no_number(tool, config):
     checkpoint = save_half(config)
     code, out, err = tool('deploy', config, checkpoint, '--no-bench', '--boxes', '--int8', '--calibrate', 4)
@@ -96,6 +97,7 @@ def test_a_quantised_file_finds_boxes_too_and_its_parity_is_no_number(tool, conf
     assert all(len(scores) for _, scores, _ in found(tool, config, checkpoint.with_name('slim-int8.onnx')))
 
 
+@pytest.mark.slow
 def test_smaller_pictures_are_padded_and_boxes_go_back_to_the_pictures_pixels(tool, config):
     checkpoint = save_half(config)
     code, _, err = tool('deploy', config, checkpoint, '--no-bench', '--boxes', '--shape', 160, 192)
