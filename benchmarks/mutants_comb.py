@@ -308,7 +308,7 @@ MUTANTS: tuple[Mutant, ...] = (
            'first.setdefault(seen.site, seen.axis)',
            'first.setdefault(Site(seen.site.place, seen.site.dim, 0), seen.axis)'),
     Mutant('only-training', _API, 'test_comb/test_mentions.py', 'what only training runs is observed',
-           'mentioned(model, _trains) and runs_more(model, example, trained)', 'False'),
+           'elif mentioned(model, _trains) and runs_more(model, example, trained):', 'elif False:'),
     Mutant('kernel-behind', _MOVEMENT, 'test_comb/test_weight_statistics.py',
            'in a weight seen as a matrix the inputs stay prunable, not the positions of its kernel',
            'run.depth(other) < run.depth(axis)', 'False'),

@@ -92,11 +92,12 @@ def comb(
         raise ValueError(f'unused must be one of {UNUSED}, not {unused!r}')
     ignore = [ignore] if isinstance(ignore, str) else ignore
     example = Example(arguments(inputs), forward or call, tuple(also))
+    watched = example  # what is observed; the passes of `example` are compared, too
     caches: list[Cache] = []
 
     def observed(policy: Policy) -> Record:
         with restored(model, caches), explaining(model, example):
-            return observe(model, example, policy._replace(leave_unused=unused == 'leave'))
+            return observe(model, watched, policy._replace(leave_unused=unused == 'leave'))
 
     def grouped(faults: Mapping[str, str] | None = None) -> Coupling:
         return replace(group(model, record, example, ignore, faults), caches=tuple(caches))
@@ -113,10 +114,13 @@ def comb(
             give_all_(model, [computed[name].module for name in frozen & computed.keys()])
             record = observed(policy)
     trained = Trained(example.forward)
-    if (record.unused and newly_read(model, example, trained, record.unread)) or (
-        mentioned(model, _trains) and runs_more(model, example, trained) and not draws_numbers(model, example, trained)
-    ):
-        example = replace(example, also=(*example.also, trained))
+    if record.unused and newly_read(model, example, trained, record.unread):
+        example = watched = replace(example, also=(*example.also, trained))
+        record = observed(policy)
+    elif mentioned(model, _trains) and runs_more(model, example, trained):
+        watched = replace(example, also=(*example.also, trained))
+        if not draws_numbers(model, example, trained):  # else no two runs of it can be compared
+            example = watched
         record = observed(policy)
     whole = heads_of(record) if heads == 'head' else None
     if whole is not None:

@@ -34,6 +34,7 @@ class Factory:
 
 FACTORIES = {
     'zeros': Factory(0, True), 'ones': Factory(0), 'empty': Factory(0), 'full': Factory(0), 'eye': Factory(0),
+    'rand': Factory(0), 'randn': Factory(0),
     'new_zeros': Factory(1, True), 'new_ones': Factory(1), 'new_empty': Factory(1), 'new_full': Factory(1),
 }  # fmt: skip
 LONGEST = 1 << 16  # what is longer holds positions

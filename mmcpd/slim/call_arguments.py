@@ -17,7 +17,7 @@ PARAMETERS: dict[str, tuple[tuple[str, ...], ...]] = {
     'repeat': (SOURCE, ('repeats',)),
     **dict.fromkeys(('squeeze', 'squeeze_'), (SOURCE, ('dim',))),
     'unflatten': (SOURCE, ('dim',), ('sizes',)),
-    **dict.fromkeys(('zeros', 'ones', 'empty', 'full'), (('size',),)),
+    **dict.fromkeys(('zeros', 'ones', 'empty', 'full', 'rand', 'randn'), (('size',),)),
     **dict.fromkeys(('new_zeros', 'new_ones', 'new_empty', 'new_full'), (SOURCE, ('size',))),
     'eye': (('n',), ('m',)),
     **_RANGES,

@@ -240,8 +240,18 @@ class RandomInTraining(Layers):
         return self.b(y + torch.randn_like(y) if self.training else y)
 
 
-def test_noise_that_only_training_draws_freezes_nothing():
-    assert comb(randomise_(RandomInTraining()), X).units == 8
+class SizedNoise(Layers):
+    def forward(self, x):
+        y = self.a(x)
+        return self.b(y + torch.randn(len(y), 5, self.width, dtype=y.dtype) if self.training else y)
+
+
+@pytest.mark.parametrize('kind', [RandomInTraining, SizedNoise])
+def test_noise_that_only_training_draws_freezes_nothing(kind):
+    model = randomise_(kind())
+    found = comb(model, X)
+    assert found.units == 8
+    assert slim(model, found, {'a': torch.arange(8) < 3}).train()(X).isfinite().all()
 
 
 class Residual(nn.Module):
