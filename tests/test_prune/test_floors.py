@@ -110,7 +110,8 @@ def test_a_keep_below_the_floor_is_refused_in_one_line(use: Any) -> None:
     model, coupling, _ = combed(NORMS['two norm groups'])
     keep = coupling.keep()
     keep['a'][1:] = False
-    message = r"keep\['a'\] leaves 1 of 4 units, which between takes a statistic over, .*: keep at least 2"
+    why = 'which between takes a statistic over, and of one value a norm makes nothing'
+    message = rf"keep\['a'\] leaves 1 of 4 units, {why}: keep at least 2"
     with pytest.raises(ValueError, match=message):
         use(model, coupling, keep)
     keep['a'][1] = True
