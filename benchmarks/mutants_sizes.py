@@ -40,7 +40,7 @@ MUTANTS: tuple[Mutant, ...] = (
            'a comparison in a loop is not written', 'index != OUTCOME or _runs_once(tree, node)', 'True'),
     Mutant('described-width', 'mmcpd/comb/size_arguments.py', 'test_slim/test_comparisons.py',
            "a layer's own attributes are widths", 'vars(module)[name] = width', 'pass'),
-    Mutant('squeezed-floor', _ARGUMENTS, 'test_slim/test_comparisons.py',
+    Mutant('squeezed-floor', _ARGUMENTS, 'test_slim/test_squeeze.py',
            'a width that is squeezed where it is one has a floor of two', 'run.record.squeezed += [', 'axes = ['),
     Mutant('equal-pieces', _ARGUMENTS, 'test_comb/test_pieces.py::test_pieces_of_the_channels',
            'equal pieces of the channels stay equally long',

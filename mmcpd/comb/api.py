@@ -29,7 +29,7 @@ from .record import Note, Record
 from .rules import OPERATIONS, check_strict
 from .size_arguments import INTEGRAL
 from .trace import Policy
-from .training import Trained, draws_numbers, newly_read, runs, runs_more
+from .training import Trained, newly_read, repeatable, runs_more
 
 HEADS = ('dim', 'head')
 UNUSED = ('freeze', 'leave')
@@ -119,7 +119,7 @@ def comb(
         record = observed(policy)
     elif mentioned(model, _trains) and runs_more(model, example, trained):
         watched = replace(example, also=(*example.also, trained))
-        if not draws_numbers(model, example, trained):  # else no two runs of it can be compared
+        if repeatable(model, example, trained):
             example = watched
         record = observed(policy)
     whole = heads_of(record) if heads == 'head' else None
@@ -140,13 +140,8 @@ def comb(
     found = grouped()
     gradients = trial and bool(found.groups) and gradients_are_due(model, record)
     due = gradients or (trial and trial_is_due(model, record, found))
-    if (
-        gradients
-        and trained not in example.also
-        and mentioned(model, _trains)
-        and runs(model, example, trained)
-        and not draws_numbers(model, example, trained)
-    ):
+    unseen = gradients and trained not in example.also and mentioned(model, _trains)
+    if unseen and repeatable(model, example, trained):
         tried = trial_of(model, replace(found, example=replace(example, also=(*example.also, trained))), gradients=True)
     else:
         tried = trial_of(model, found, gradients=gradients) if due else Outcome({})

@@ -168,9 +168,7 @@ def _without_caches() -> Iterator[None]:
 
 def _widths(module: nn.Module, run: Run) -> Shapes:
     """Return the shapes of a module's own tensors, with what is a width as a traced integer."""
-    own = {
-        name: tensor for name, tensor in (*module._parameters.items(), *module._buffers.items()) if tensor is not None
-    }
+    own: dict[str, Any] = {**module._parameters, **module._buffers}
     return {
         name: tuple(
             size if axis is None else TracedInt.of(size, Live(run.record.number(axis.atoms)), run)

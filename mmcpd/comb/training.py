@@ -71,25 +71,18 @@ def unread(model: nn.Module, example: Example) -> set[str]:
     return _read(model, example).unread_names
 
 
-def draws_numbers(model: nn.Module, example: Example, further: Callable[..., object]) -> bool:
-    """Say whether a further pass draws random numbers: no two runs of it can be compared then.
+def repeatable(model: nn.Module, example: Example, further: Callable[..., object]) -> bool:
+    """Say whether a further pass runs and draws no random numbers, so that two runs of it can be compared.
 
     Example:
-        >>> draws_numbers(model, coupling.example, lambda model, images: model(images + torch.rand(1)))
-        True
-    """
-    with restored(model), evaluating(model):
-        return draws(lambda: further(model, *example.inputs))
-
-
-def runs(model: nn.Module, example: Example, further: Callable[..., object]) -> bool:
-    """Say whether a further pass runs at all.
-
-    Example:
-        >>> runs(model, coupling.example, lambda model, images: model(images, 'labels'))
+        >>> repeatable(model, coupling.example, lambda model, images: model(images + torch.rand(1)))
         False
     """
-    return _read_by(model, example, further) is not None
+    with restored(model), evaluating(model):
+        try:
+            return not draws(lambda: further(model, *example.inputs))
+        except Exception:  # noqa: BLE001 (as above)
+            return False
 
 
 def runs_more(model: nn.Module, example: Example, further: Callable[..., object]) -> bool:

@@ -180,10 +180,11 @@ def _put_bound(node: ast.Subscript, which: int, number: int) -> bool:
 def _counts(node: ast.BinOp, side: int) -> bool:
     """Say whether an operator computes with a number on this side, and does not make many of it: `[0] * n`, `2**n`."""
     other = node.right if side == LEFT else node.left
-    grows = isinstance(node.op, (ast.Pow, ast.LShift)) and side == RIGHT
-    return (not grows and not isinstance(other, (ast.List, ast.Tuple, ast.JoinedStr, ast.Constant))) or (
-        not grows and isinstance(other, ast.Constant) and isinstance(other.value, (int, float))
-    )
+    if isinstance(node.op, (ast.Pow, ast.LShift)) and side == RIGHT:
+        return False
+    if isinstance(other, ast.Constant):
+        return isinstance(other.value, (int, float))
+    return not isinstance(other, (ast.List, ast.Tuple, ast.JoinedStr))
 
 
 def _put_outcome(node: ast.Compare, holds: bool) -> bool:

@@ -16,6 +16,7 @@ from mmcpd.comb import comb
 from mmcpd.comb.mentions import is_special, names_in
 from mmcpd.slim import slim
 from mmcpd.slim.compare import compare_gradients
+from mmcpd.slim.shape_attributes import DESCRIBED, SHAPE_ATTRS, described, local_shapes
 from tests.helpers import check_equal, gap, masked, randomise_, sample
 
 X = sample((2, 5, 6))
@@ -324,3 +325,10 @@ def test_plain_functions_are_no_reason_for_a_trial():
     model = randomise_(ByPlainFunction())
     assert is_special(model)  # how deep a function refers to itself is not known
     check_equal(model, comb(model, X))
+
+
+def test_the_names_of_widths_are_those_that_the_table_writes():
+    layers = [nn.Conv2d(2, 3, 1), nn.ConvTranspose1d(2, 3, 1), nn.Linear(2, 3), nn.Bilinear(2, 3, 4), nn.BatchNorm2d(2),
+              nn.LayerNorm(2), nn.RMSNorm(2), nn.GroupNorm(1, 2), nn.Embedding(2, 3), nn.PReLU(2)]  # fmt: skip
+    assert all(any(isinstance(layer, kind) for layer in layers) for kind, _ in SHAPE_ATTRS)
+    assert {name for layer in layers for name in described(layer, local_shapes(layer))} == DESCRIBED
