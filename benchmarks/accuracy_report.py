@@ -119,26 +119,37 @@ def setting(rows: Sequence[Row]) -> str:
     names = sorted({name for row in rows for name in row['versions']})
     found = {name: sorted({row['versions'][name] for row in rows if name in row['versions']}) for name in names}
     versions = ', '.join(f'{name} {" and ".join(each)}' for name, each in found.items())
-    devices = ' and '.join(sorted({row.get('device', 'cpu') for row in rows}))
     trained = [row for row in rows if row['iterations'] and 'error' not in row]
-    recipes = {chosen: {(row['recipe'], row['table']) for row in trained if bool(row.get('rate_chosen')) is chosen}
-               for chosen in (True, False)}  # fmt: skip
-    guessed = sorted(f'{recipe} ({table})' for recipe, table in recipes[False] - recipes[True])
-    rates = 'Learning rates are chosen for each recipe by one run of as many iterations (3 epochs: 240, ResNet-56: '
-    rates += '80), on training pictures that nothing else here sees (the dense nets were trained on them too)'
-    rates += f', but these have the default: {", ".join(guessed)}.' if guessed else '.'
+    chosen = {(row['recipe'], row['table']) for row in trained if row.get('rate_chosen')}
+    rates: dict[tuple[str, str], set[str]] = {}
+    for row in trained:
+        if (key := (row['recipe'], row['table'])) not in chosen:
+            rates.setdefault(key, set()).add(f'{row["rate"]:g}')
+    given = [f'{recipe} ({table}: {" and ".join(sorted(each))})' for (recipe, table), each in sorted(rates.items())]
+    words = 'Learning rates are chosen for each recipe by one run of as many iterations (3 epochs: 240, ResNet-56: '
+    words += '80), on training pictures that nothing else here sees (the dense nets were trained on them too)'
+    words += f', but these have one that was not tried beside others: {", ".join(given)}.' if given else '.'
     return (
         'Mean ± standard deviation over seeds (how many). Every recipe starts from the same dense weights and sees '
         'equally many training pictures in the same loop (SGD with momentum 0.9, or AdamW for the ViT; a rate that '
         'falls as a cosine; forward passes in bfloat16). One counter counts the MACs of all results: within 1 point of '
         'the target. '
-        f'{rates} Where nothing is trained and nothing refitted, batch norm is re-estimated on 1,000 augmented '
+        f'{words} Where nothing is trained and nothing refitted, batch norm is re-estimated on 1,000 augmented '
         f'training pictures. Torch-Pruning ranks globally and {HOW}. '
         f'It was lent: {"; ".join(LENT)}. '
-        f'Seeds {", ".join(map(str, seeds))}; {" to ".join(dict.fromkeys((dates[0], dates[-1])))}; on {devices}; '
+        f'Seeds {", ".join(map(str, seeds))}; {" to ".join(dict.fromkeys((dates[0], dates[-1])))}; {where(rows)}; '
         f'{versions}. '
         'Command: `python benchmarks/accuracy.py TABLE --choose-lr`.'
     )
+
+
+def where(rows: Sequence[Row]) -> str:
+    """Say what the rows ran on: 'on cpu', and which of them did not."""
+    others: dict[str, set[str]] = {}
+    for row in rows:
+        if (device := row.get('device', 'cpu')) != 'cpu':
+            others.setdefault(device, set()).add(f'{row["table"]}, {row["iterations"]} iterations')
+    return ', '.join(['on cpu', *(f'but {"; ".join(sorted(each))} on {name}' for name, each in others.items())])
 
 
 def write_between(document: Path, text: str) -> None:

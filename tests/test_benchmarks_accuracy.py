@@ -343,7 +343,7 @@ def test_the_report_gives_means_and_what_was_lent(tmp_path):
     assert '| Torch-Pruning Taylor | 80.00 | labels |' in text
     assert 'does not run: it fell' in text and 'dense 91.73' in text and '| 50%, 40 iterations |' in text
     assert 'It was lent: batch norm re-estimated' in text
-    assert 'have the default: Torch-Pruning Taylor (resnet20), mmcpd (resnet20).' in text
+    assert 'beside others: Torch-Pruning Taylor (resnet20: 0.01), mmcpd (resnet20: 0.01).' in text
 
 
 def test_the_chosen_rate_counts_where_both_were_run():
