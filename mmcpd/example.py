@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from .nested import map_tensors, tensors_in
 from .random_state import seeded
 
 
@@ -36,8 +38,15 @@ class Example:
 
 
 def arguments(inputs: object) -> tuple[object, ...]:
-    """Return the arguments of a forward: a tuple is all of them, anything else is the only one."""
-    return inputs if isinstance(inputs, tuple) else (inputs,)
+    """Return the arguments of a forward: a tuple is all of them, anything else is the only one.
+
+    Tensors that were made under `torch.inference_mode` are copied: autograd takes none.
+    """
+    found = inputs if isinstance(inputs, tuple) else (inputs,)
+    if not any(tensor.is_inference() for tensor in tensors_in(found)):
+        return found
+    with torch.inference_mode(False):
+        return tuple(map_tensors(found, Tensor.clone))
 
 
 @dataclass(frozen=True)

@@ -131,8 +131,9 @@ class LayerCalls(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.multi_head_attention_forward:
-            # To a mode it is one function; opened, its projections are seen, whatever its options.
+        if func in (F.multi_head_attention_forward, torch.autograd.grad):
+            # To a mode it is one function; opened, its projections are seen, whatever its options, and what a
+            # checkpoint runs once more, which must save the same.
             with self:
                 return _opened(inspect.unwrap(func))(*args, **kwargs)
         if func not in FUNCTIONS:

@@ -8,12 +8,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import _lru_cache_wrapper
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint
 
 from .nested import map_tensors, tensors_in
 
@@ -34,6 +36,24 @@ DRAWS: Mapping[Any, tuple[int, str, object]] = {  # where an argument says that 
     F.multi_head_attention_forward: (10, 'dropout_p', 0.0),
     F.rrelu: (3, 'training', False),
 }
+
+
+class _Once:
+    """Take the place of `torch.utils.checkpoint.CheckpointFunction`: run the function, and not again."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        return function(*args)
+
+
+@contextmanager
+def run_once() -> Iterator[None]:
+    """Let parts of a model under a reentrant checkpoint run as if they were under none.
+
+    Such a part shows its layers to nobody who asks for gradients by `torch.autograd.grad`: they would be zero.
+    """
+    with mock.patch.object(checkpoint, 'CheckpointFunction', _Once):
+        yield
 
 
 @contextmanager

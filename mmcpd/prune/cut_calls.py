@@ -41,6 +41,7 @@ class CutCalls:
     def __init__(self, gates: Gates, model: nn.Module) -> None:
         self.gates = gates
         self.seen: set[Cut] = set()
+        self._biases: set[Cut] = set()  # of calls that gave out channels of the cut
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self._storages = {storage(parameter) for parameter in model.parameters()}
@@ -57,6 +58,8 @@ class CutCalls:
             # A transposed weight shows a dimension where its role says otherwise: nothing is known of such a call.
             if cut in self.gates.cuts and in_input == (self.gates.roles[cut] is Role.CONSUMER):
                 self.seen.add(cut)
+                if not in_input and call.bias_rows is not None:
+                    self._biases.add(Cut(call.bias_rows.tensor, 0))
                 start = rows.start if dim == 0 else 0
                 yield CutPlace(cut, start, call.weight.shape[dim], in_input, channel)
 
@@ -67,14 +70,8 @@ class CutCalls:
         return call.bias.detach()
 
     def unseen(self) -> list[Cut]:
-        """Return the tensors of the cut that no call has shown; a bias is seen with the weight of its units."""
-        weights = {name for cut in self.seen for name in self.gates.groups[cut]}
-        return [
-            cut
-            for cut in self.gates.cuts
-            if cut not in self.seen
-            and not (len(self.shapes.get(cut.tensor, ())) == 1 and weights.issuperset(self.gates.groups[cut]))
-        ]
+        """Return the tensors of the cut that no call has shown; a bias is seen with the weight of its call."""
+        return [cut for cut in self.gates.cuts if cut not in self.seen | self._biases]
 
     def check(self, importance: str) -> None:
         """Refuse cuts that no call has shown.

@@ -90,21 +90,26 @@ class GaussNewton(Importance):
     def _squares(self, model: nn.Module, taps: SampleTaps, outputs: object) -> Tensor:
         """Return the squares of one batch, (units,), summed over its samples."""
         floating = [t for t in tensors_in(outputs) if t.is_floating_point()]
+        if not all(bool(torch.isfinite(z).all()) for z in floating):  # it is skipped, and says nothing of the spread
+            return torch.full((self.gates.units,), torch.nan, device=floating[0].device)
         scales = self._scales(floating)
         pairs = [(z, scale) for z, scale in zip(floating, scales, strict=True) if z.requires_grad]
         if not pairs:
-            raise ValueError('the closure yields no tensor with a gradient: run the model inside it, undetached')
+            raise ValueError(
+                'no output has a gradient: the forward detaches it, runs under no_grad, or gives out no floating point'
+            )
         total = torch.zeros((), device=pairs[0][0].device)
         tables = {cut: model.get_parameter(cut.tensor) for cut in taps.calls.unseen()}
         for draw in range(self.draws):
             directions = [self._direction(z) * scale for z, scale in pairs]
-            _, *gradients = torch.autograd.grad(
-                [z for z, _ in pairs],
-                [taps.anchor, *tables.values()],
-                directions,
-                retain_graph=draw + 1 < self.draws,
-                allow_unused=True,
-            )
+            with torch.autograd.set_multithreading_enabled(False):  # a checkpoint runs again where taps are watching
+                _, *gradients = torch.autograd.grad(
+                    [z for z, _ in pairs],
+                    [taps.anchor, *tables.values()],
+                    directions,
+                    retain_graph=draw + 1 < self.draws,
+                    allow_unused=True,
+                )
             for cut, gradient in zip(tables, gradients, strict=True):
                 if gradient is not None:
                     taps.receive_table(cut, gradient)

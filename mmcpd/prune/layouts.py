@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from ..errors import first_line
 from ..example import Example
 from ..layer_calls import LayerCall, LayerCalls
+from ..modes import run_once
 from ..nested import map_tensors, tensors_in
 from ..slim.compare import evaluating
+from ..slim.copying import attributes_kept
 from .cut_calls import CutCalls
 from .gates import Cut, Gates, untouched
 
@@ -37,6 +39,7 @@ class Layout:
 FIRST = Layout(0)
 CONSTANT = Layout(None, reason='its activations are the same for all inputs')
 TABLE = Layout(None, reason='no linear layer and no convolution is called with rows of it')
+UNCHANGED = Layout(None, reason='no input of the example has values that could be changed')
 MIXED = Layout(None, reason='samples of a batch change one another there, or lie in more than one dimension')
 Seen = dict[Cut, list[Tensor]]  # the activations of each cut, summed over channels
 
@@ -45,11 +48,16 @@ Seen = dict[Cut, list[Tensor]]  # the activations of each cut, summed over chann
 def scoring(model: nn.Module, gates: Gates) -> Iterator[None]:
     """Run a model as it is scored, in eval mode and with gradients, and put everything back afterwards.
 
+    Attributes too: what a forward leaves there has a history by now. Parts under a checkpoint run plainly.
+
     Inside, tensors of the cut have `requires_grad=True`, so that a weight that is computed from one shows it.
     """
     names = {cut.tensor for cut in gates.cuts}
     frozen = [p for name, p in model.named_parameters() if name in names and not p.requires_grad]
-    with untouched(model, weights=False), evaluating(model), torch.enable_grad(), ExitStack() as stack:
+    kept = untouched(model, weights=False), attributes_kept(model), evaluating(model), torch.enable_grad(), run_once()
+    with ExitStack() as stack:
+        for each in kept:
+            stack.enter_context(each)
         for parameter in frozen:
             stack.callback(parameter.requires_grad_, False)
             parameter.requires_grad_(True)
@@ -62,7 +70,7 @@ def find_layouts(model: nn.Module, gates: Gates, example: Example) -> dict[Cut, 
     The example runs once as it is, and three times with two of it in a batch: as they are, and with either changed.
     What changes with the first alone belongs to it. Nothing of the kind is found where activations do not depend on the
     input (a table of positions), where no layer uses a tensor of the cut (positions that are added), or where the model
-    takes no larger batch.
+    takes no larger batch. Integers (tokens) change by changing places.
 
     Raises:
         torch.OutOfMemoryError: a batch of two examples does not fit: comb with a smaller example.
@@ -70,21 +78,25 @@ def find_layouts(model: nn.Module, gates: Gates, example: Example) -> dict[Cut, 
     calls = CutCalls(gates, model)
     batch = next((len(t) for t in tensors_in(example.inputs) if t.dim()), 1)
     with scoring(model, gates):
-        _run(model, calls, example)
+        _run(model, calls, example)  # all passes: what only training calls is seen as well
+        example = replace(example, also=())
         beside = dict.fromkeys(calls.unseen(), TABLE)
         try:
-            plain, *changed = (_run(model, calls, example, partial(_doubled, which)) for which in (None, 0, 1))
+            inputs = [_samples_doubled(map_tensors(example.inputs, partial(_doubled, n))) for n in (None, 0, 1)]
+            plain, *changed = (_run(model, calls, replace(example, inputs=each)) for each in inputs)
         except torch.cuda.OutOfMemoryError:
             raise
         except _REFUSALS as error:
             text = first_line(error)
             why = f'the model takes no batch of twice its example ({type(error).__name__}: {text})'
             return dict.fromkeys(calls.seen, Layout(None, reason=why)) | beside
-    each = {cut: [_layout(batch, *runs) for runs in _together(cut, plain, *changed)] for cut in calls.seen}
-    return {cut: _common(layouts) for cut, layouts in each.items()} | beside
+    if any(all(map(torch.equal, *map(tensors_in, (inputs[0], each)))) for each in inputs[1:]):
+        return dict.fromkeys(calls.seen, UNCHANGED) | beside
+    each = {cut: [_layout(batch, *runs) for runs in _together(cut, plain, *changed)] for cut in plain}
+    return dict.fromkeys(calls.seen, FIRST) | {cut: _common(layouts) for cut, layouts in each.items()} | beside
 
 
-def _run(model: nn.Module, calls: CutCalls, example: Example, change: Callable[[Tensor], Tensor] | None = None) -> Seen:
+def _run(model: nn.Module, calls: CutCalls, example: Example) -> Seen:
     seen: Seen = {}
 
     def note(call: LayerCall) -> Tensor:
@@ -94,9 +106,8 @@ def _run(model: nn.Module, calls: CutCalls, example: Example, change: Callable[[
             seen.setdefault(place.cut, []).append(activation.sum(place.channel, keepdim=True))
         return out
 
-    inputs = map_tensors(example.inputs, change or (lambda tensor: tensor))
     with LayerCalls(model, note):
-        replace(example, inputs=_samples_doubled(inputs) if change else inputs).run_all(model)
+        example.run_all(model)
     return seen
 
 
@@ -116,6 +127,9 @@ def _doubled(which: int | None, tensor: Tensor) -> Tensor:
     if which is not None and tensor.is_floating_point():
         noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)).to(tensor)
         parts[which] = tensor + (1 + tensor.abs().mean()) * noise
+    elif which is not None and tensor.dim() and not tensor.is_complex() and tensor.dtype != torch.bool:
+        order = torch.randperm(tensor.numel(), generator=torch.Generator().manual_seed(0)).to(tensor.device)
+        parts[which] = tensor.flatten()[order].view(tensor.shape)  # such values are allowed at other places too
     return torch.cat(parts) if tensor.dim() else tensor
 
 

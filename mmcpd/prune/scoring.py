@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..coupling import Coupling
 from ..errors import PruneError
 from ..example import arguments
+from ..nested import tensors_in
 from .finite import check_finite
 from .importance import averaged, build_importance
 
@@ -39,7 +40,7 @@ def score(
 
     Raises:
         ValueError: an importance that needs a loss, groups that cannot be scored, or no batch with a finite score.
-        PruneError: a weight or a picture is not finite.
+        PruneError: a weight or a picture is not finite; infinities that the forward takes (masks) may stay.
 
     Example:
         >>> from mmcpd.prune import normalize, score, select, shares
@@ -59,8 +60,9 @@ def score(
     else:
         total = len(batches) if isinstance(batches, Sized) else 0
         for done, batch in enumerate(batches, 1):
-            _check_pictures(batch, done - 1)
-            found.accumulate(model, closure=partial(_outputs, model, coupling, arguments(batch)))
+            inputs = arguments(batch)
+            _check_batch(inputs, done - 1)
+            found.accumulate(model, closure=partial(_outputs, model, coupling, inputs, done - 1))
             if progress is not None:
                 progress(done, total)
     scores = averaged(found, next(model.parameters()).device)
@@ -71,13 +73,24 @@ def score(
     return scores
 
 
-def _check_pictures(batch: Tensor | tuple[object, ...], number: int) -> None:
-    """Refuse a picture with a NaN or an infinity: it would spoil the score, and all that is fitted to it later."""
-    for tensor in arguments(batch):
-        if isinstance(tensor, Tensor) and tensor.dim() and not bool((fine := torch.isfinite(tensor)).all()):
-            picture = int((~fine).reshape(len(tensor), -1).any(1).nonzero()[0])
+def _check_batch(inputs: tuple[object, ...], number: int) -> None:
+    """Refuse a batch without a picture, and one with a NaN."""
+    if any(tensor.dim() and not len(tensor) for tensor in tensors_in(inputs)[:1]):
+        raise ValueError(f'batch {number} (from 0) is empty: leave it out')
+    _refuse(inputs, number, torch.isnan)
+
+
+def _refuse(inputs: tuple[object, ...], number: int, spoils: Callable[[Tensor], Tensor]) -> None:
+    """Refuse a picture with such a value: it would spoil the score, and all that is fitted to it later."""
+    for tensor in tensors_in(inputs):
+        if tensor.dim() and bool((spoilt := spoils(tensor)).any()):
+            picture = int(spoilt.reshape(len(tensor), -1).any(1).nonzero()[0])
             raise PruneError(f'picture {picture} of batch {number} (from 0) is not finite: leave it out, or mend it')
 
 
-def _outputs(model: nn.Module, coupling: Coupling, inputs: tuple[object, ...]) -> list[object]:
-    return [coupling.example.forward(model, *inputs)]
+def _outputs(model: nn.Module, coupling: Coupling, inputs: tuple[object, ...], number: int) -> list[object]:
+    """Run a batch; infinite values in it are refused where an output is not finite either: masks have some."""
+    outputs = coupling.example.forward(model, *inputs)
+    if not all(bool(torch.isfinite(each).all()) for each in tensors_in(outputs)):
+        _refuse(inputs, number, torch.isinf)
+    return [outputs]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,7 @@ class _Inputs(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.norms: dict[int, Norm] = {}  # storage of the running mean -> its latest call
+        self.affines: list[int] = []  # storages of weights and biases, one for each norm that has them
         self.counts: dict[int, int] = {}
         self.sums: dict[int, Tensor] = {}  # (2, C): of the distance to the running mean, and of its square
 
@@ -44,9 +46,11 @@ class _Inputs(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _add(self, norm: Norm) -> None:
-        if norm.training or norm.running_mean is None:
+        key = None if norm.running_mean is None else storage(norm.running_mean)
+        if key is None or key not in self.norms:
+            self.affines += [storage(t) for t in (norm.weight, norm.bias) if t is not None]
+        if norm.training or norm.running_mean is None or key is None:
             return
-        key = storage(norm.running_mean)
         self.norms[key] = norm._replace(input=norm.input.new_empty(0))
         x = norm.input.movedim(1, 0).flatten(1)  # (C, positions)
         x = (x.cpu() if x.device.type == 'mps' else x) - norm.running_mean.to(x)[:, None]
@@ -92,10 +96,11 @@ def absorb_(
         for batch in inputs:
             forward(model, *batch)
     names = {storage(buffer): name for name, buffer in model.named_buffers()}
+    shared = {each for each, count in Counter(found.affines).items() if count > 1}
     rewritten, skipped = [], []
     for key, norm in found.norms.items():
         name = names.get(key, 'a norm outside the model')
-        reason = _obstacle(model, norm, name if key in names else None)
+        reason = _obstacle(model, norm, name if key in names else None, shared)
         if reason:
             skipped.append(SkippedLayer(name, reason))
             continue
@@ -106,13 +111,15 @@ def absorb_(
     return Absorbed(tuple(rewritten), tuple(skipped))
 
 
-def _obstacle(model: nn.Module, norm: Norm, name: str | None) -> str | None:
+def _obstacle(model: nn.Module, norm: Norm, name: str | None, shared: set[int]) -> str | None:
     """Return why a norm cannot be rewritten."""
     parameters = {storage(p) for p in model.parameters()}
     if norm.weight is None or norm.bias is None:
         return 'it has no weight and bias that could take up the difference'
-    known = name is not None and {storage(norm.weight), storage(norm.bias)} <= parameters
-    return None if known else 'its weight and bias are computed'
+    affine = {storage(norm.weight), storage(norm.bias)}
+    if affine & shared:
+        return 'another norm has the same weight or bias'
+    return None if name is not None and affine <= parameters else 'its weight and bias are computed'
 
 
 def _rewrite_(norm: Norm, count: int, sums: Tensor) -> None:
@@ -124,6 +131,7 @@ def _rewrite_(norm: Norm, count: int, sums: Tensor) -> None:
     removed = (weight == 0) & (bias == 0) & (mean == 0) & (var == 0)
     new_var = (square - shift.square()).clamp(min=0) * (count / max(1, count - 1))
     scale = weight / (var + norm.eps).sqrt()
+    still = new_var + norm.eps <= 0  # it puts out one value, which no statistics of its inputs would give
     values = (mean + shift, new_var, scale * (new_var + norm.eps).sqrt(), bias + scale * shift)
     for tensor, value in zip((norm.running_mean, norm.running_var, norm.weight, norm.bias), values, strict=True):
-        tensor.copy_(torch.where(removed, torch.zeros_like(value), value))
+        tensor.copy_(torch.where(removed, torch.zeros_like(value), torch.where(still, double(tensor), value)))

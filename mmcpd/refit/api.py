@@ -10,14 +10,15 @@ from torch import Tensor, nn
 
 from ..coupling import Coupling
 from ..example import arguments
+from ..modes import run_once
 from ..nested import tensors_in
 from ..slim.compare import evaluating
-from ..slim.copying import copied
+from ..slim.copying import copied, restored
 from ..slim.mask import MaskedForward, kept_rows, mask_, named_tensors
 from ..slim.trial import double
 from .masked_run import MaskedRun
 from .report import RefitReport, SkippedLayer
-from .targets import DenseRun, Refittable
+from .targets import DenseRun, Refittable, count_pictures
 
 Inputs = tuple[object, ...]
 
@@ -52,12 +53,13 @@ def refit(
     moments are not centred. Where an output ends in a sum, its target makes up for what the other operand lost too.
 
     No layer's error at the sampled positions gets larger. Where the outputs on all batches together get further from
-    the dense ones, the whole refit is undone, and the report says so.
+    the dense ones, the whole refit is undone, and the report says so; what is infinite in both (masks) is left out.
 
     Memory: the batches, and for one of them the layers' targets; two copies of the model; and a Gram matrix of
     `8 * D**2` bytes for each layer with D kept columns times kernel taps, `gram_limit` in all, beside a few of the
-    largest while it is solved. Time: for each batch two forwards of the dense model and three of the pruned one, and
-    for each of its layers `D**2` multiplications a sampled position and one Cholesky decomposition of `D**3 / 3`.
+    largest while it is solved, and some three times `8 * D * O` bytes for a layer of O outputs. Time: for each batch
+    two forwards of the dense model and three of the pruned one, and for each of its layers `D**2` multiplications a
+    sampled position and one Cholesky decomposition of `D**3 / 3`.
 
     Args:
         model: the dense model, which stays as it is.
@@ -74,8 +76,8 @@ def refit(
         progress: called as `progress(done, total)` after each batch.
 
     Raises:
-        ValueError: no batch, a keep that does not fit, a model that is masked, a ridge that is not positive, or values
-            that are not finite; the message names the layer.
+        ValueError: no batch, an empty one, a keep that does not fit, nothing to be fitted to, an option that makes no
+            sense, or values that are not finite; the message names the layer, or the output.
 
     Source: ridge regression by layers, as in CORP and GRAIL; the corrected sums are this library's.
 
@@ -87,12 +89,15 @@ def refit(
         True
     """
     inputs = [arguments(batch) for batch in batches]
-    _check(model, coupling, keep, inputs, ridge, teacher)
-    masked, dense = copied(model, caches=coupling.caches), model if teacher is None else teacher
-    mask_(masked, coupling, keep)
-    refitted = copied(masked)
+    _check(coupling, keep, inputs, ridge, samples, gram_limit)
+    _check_models(model, coupling, keep, teacher)
+    dense = model if teacher is None else teacher
+    with torch.inference_mode(False):
+        masked = copied(model, caches=coupling.caches)
+        mask_(masked, coupling, keep)
+        refitted = copied(masked)
     forward, before, after = coupling.example.run, _Distance(), _Distance()
-    with evaluating(masked), evaluating(refitted), evaluating(dense):
+    with run_once(), restored(dense), evaluating(masked), evaluating(refitted), evaluating(dense):
         targets = DenseRun(dense, kept_rows(coupling, keep), samples)
         expected = targets.run(forward, inputs[0])
         found = targets.refittable(gram_limit)
@@ -119,26 +124,38 @@ def refit(
 
 
 def _check(
-    model: nn.Module,
     coupling: Coupling,
     keep: Mapping[str, Tensor],
     inputs: Sequence[Inputs],
     ridge: float,
-    teacher: nn.Module | None,
+    samples: int,
+    gram_limit: int,
 ) -> None:
     """Raise a ValueError for arguments that cannot be used."""
     coupling.check(keep)
     if not inputs:
         raise ValueError('there is no batch to refit on: give at least one')
+    for number, batch in enumerate(inputs):
+        if not count_pictures(batch):
+            raise ValueError(f'batch {number} (from 0) is empty: leave it out')
     if not ridge > 0:
         raise ValueError(f'ridge must be positive, not {ridge}')
+    if samples < 1 or gram_limit < 0:
+        raise ValueError(f'samples must be 1 or more, gram_limit 0 or more, not {samples} and {gram_limit}')
+
+
+def _check_models(model: nn.Module, coupling: Coupling, keep: Mapping[str, Tensor], teacher: nn.Module | None) -> None:
+    """Raise a ValueError for models that cannot be used."""
     tensors, others = named_tensors(model), named_tensors(model if teacher is None else teacher)
     for name, tensor in tensors.items():
         other = others.get(name)
         if other is None or other.shape != tensor.shape:
             raise ValueError(f"the teacher has no '{name}' of shape {tuple(tensor.shape)}: give the same architecture")
     if teacher is None and _is_masked(model, tensors, coupling, keep):
-        raise ValueError('the model is masked already: give the dense model, or the dense one as `teacher`')
+        raise ValueError(
+            'the model is masked already, or zero wherever `keep` removes something: there is nothing to be fitted to; '
+            'give the dense model, or the dense one as `teacher`, or slim it as it is'
+        )
 
 
 def _is_masked(model: nn.Module, tensors: Mapping[str, Tensor], coupling: Coupling, keep: Mapping[str, Tensor]) -> bool:
@@ -165,9 +182,15 @@ class _Distance:
 
     def add(self, expected: object, outputs: object) -> None:
         for number, (ours, theirs) in enumerate(zip(tensors_in(expected), tensors_in(outputs), strict=True)):
-            if ours.is_floating_point() and ours.numel():
-                wanted = double(ours)
-                pair = torch.stack([(wanted - double(theirs)).square().sum(), wanted.square().sum()])
+            if (ours.is_floating_point() or ours.is_complex()) and ours.numel():
+                wanted, found = (double(torch.view_as_real(t) if t.is_complex() else t) for t in (ours, theirs))
+                if bool(wanted.isnan().any()):
+                    raise ValueError(
+                        f'output {number} (from 0) of the dense model is not a number: refit on inputs for which it is'
+                    )
+                same = wanted.isinf() & (wanted == found)
+                wanted, found = (value.masked_fill(same, 0) for value in (wanted, found))
+                pair = torch.stack([(wanted - found).square().sum(), wanted.square().sum()])
                 self.sums[number] = self.sums.get(number, torch.zeros_like(pair)) + pair
 
     @property

@@ -151,7 +151,7 @@ class Layer:
         self._home = None if self.home is None else double(self.home).clone()
         groups, columns, taps, outputs = self._start.shape
         self._moments = Moments(groups, columns * (1 if form.alike else taps), outputs, self._start.device)
-        self._added = 0
+        self._left = 0
 
     @property
     def home(self) -> Tensor | None:
@@ -188,12 +188,16 @@ class Layer:
                 f"'{form.name}' reads or puts out values that are not finite: refit on inputs for which the "
                 'dense and the masked model are finite'
             )
-        self._added += 1
+        self._left -= 1
+
+    def expect(self, calls: int) -> None:
+        """Say how many calls of the next batch will be added."""
+        self._left = calls
 
     @property
     def complete(self) -> bool:
         """Whether all calls of this batch have been added."""
-        return self._added % self.form.calls == 0
+        return self._left <= 0
 
     def refit_(self, ridge: float) -> None:
         """Write the weight and the intercept that fit all moments so far."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -51,6 +52,9 @@ class MaskedRun:
     def run(self, forward: Callable[..., object], batch: tuple[object, ...], targets: Mapping[CallKey, Target]) -> None:
         """Run one batch, for which these are the targets, and refit each layer on all batches so far."""
         self._targets = targets
+        calls = Counter(key.rows for key in targets)
+        for rows, layer in self.layers.items():
+            layer.expect(calls[rows])
         self._calls.restart()
         with self._trails, self._calls:
             self._trails.close(forward(self.model, *batch))

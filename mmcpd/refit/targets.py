@@ -68,6 +68,7 @@ class DenseRun:
         self.targets: dict[CallKey, Target] = {}
         self.broken: dict[ParameterRows, str] = {}  # why the sum behind a layer is no use
         self._seen: dict[ParameterRows, _Seen] = {}
+        self._early: set[ParameterRows] = set()  # weights and biases of calls before the first loss
         self._trails = Trails(model, self._on_sum, self._on_break)
         self._calls = LayerCalls(model, self._on_call)
         self._limit = 1
@@ -76,6 +77,7 @@ class DenseRun:
     def run(self, forward: Callable[..., object], batch: tuple[object, ...]) -> object:
         """Run one batch and return the outputs."""
         self._limit, self.targets, self._seen = self.samples * count_pictures(batch), {}, {}
+        self._early.clear()
         self._trails.norms.clear()
         self._calls.restart()
         self._lossy = False
@@ -95,6 +97,7 @@ class DenseRun:
             return output
         self._lossy = self._lossy or self._loses(rows)
         if not self._lossy:  # what runs before the first loss computes what it did
+            self._early |= {rows for rows in (rows, call.bias_rows) if rows is not None}
             return output
         key = CallKey(rows, call.number)
         with torch._C.DisableTorchFunction():
@@ -132,9 +135,8 @@ class DenseRun:
                 found.append(Refittable(form, bias, None if bias else mean))
             else:
                 size = forms[rows].gram_bytes
-                large = (
-                    f'its Gram matrix of {size:,} bytes does not fit beside the others: raise gram_limit={gram_limit:,}'
-                )
+                beside = ' beside the others' if size <= gram_limit else ''
+                large = f'its Gram matrix of {size:,} bytes does not fit{beside}: raise gram_limit={gram_limit:,}'
                 found.append(SkippedLayer(forms[rows].name, reason or large))
         return found + self._unread()
 
@@ -157,6 +159,7 @@ class DenseRun:
         groups, first = max(seen.groups), first[rows.start : rows.stop]
         one, other = first.reshape(groups, -1), second.expand(groups, -1)
         columns, outputs = (one, other) if seen.kind is LayerKind.TRANSPOSED else (other, one)
+        outputs = outputs & columns.any(1, keepdim=True)  # of a convolution group that goes, outputs go too
         whole = len(first) == len(self._parameters[rows.tensor])
         name = rows.tensor if whole else f'{rows.tensor}[{rows.start}:{rows.stop}]'
         return Form(name, rows, seen.kind, len(seen.origins), columns, outputs, seen.shape[2:].numel(), False)
@@ -166,6 +169,8 @@ class DenseRun:
         reader = self._trails.readers.get(storage(self._parameters[rows.tensor]))
         if reader is not None:
             return f'its weight is also read by {reader}'
+        if any(_overlap(other, rows) for other in self._early):
+            return 'it is also called before anything was lost'
         if any(other != rows and _overlap(other, rows) for other in self._seen):
             return 'other calls use a part of the same rows of its weight'
         return 'it is called with different numbers of groups' if len(seen.groups) > 1 else None
@@ -175,8 +180,8 @@ class DenseRun:
         (bias,) = seen.bias if len(seen.bias) == 1 else (None,)
         if bias is None or storage(self._parameters[bias.tensor]) in self._trails.readers:
             return None
-        others = (b for r, other in self._seen.items() if r != rows for b in other.bias)
-        return None if any(other and _overlap(other, bias) for other in others) else bias
+        others = [b for r, other in self._seen.items() if r != rows for b in other.bias if b is not None]
+        return None if any(_overlap(other, bias) for other in (*others, *self._early)) else bias
 
     def _mean(self, seen: _Seen) -> str | None:
         """Return the running mean of the norm that follows, if that norm and the layer read and feed no one else."""

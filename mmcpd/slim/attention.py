@@ -36,7 +36,7 @@ class SlimMultiheadAttention(nn.Module):
         self.q_proj_weight, self.k_proj_weight = source.q_proj_weight, source.k_proj_weight
         self.v_proj_weight, self.add_zero_attn = source.v_proj_weight, source.add_zero_attn
         self.bias_k, self.bias_v = source.bias_k, source.bias_v
-        self.out_proj = nn.Linear(1, 1, bias=source.out_proj.bias is not None)
+        self.out_proj = nn.utils.skip_init(nn.Linear, 1, 1, bias=source.out_proj.bias is not None)
         self.out_proj.weight, self.out_proj.bias = source.out_proj.weight, source.out_proj.bias
         self.out_proj.out_features, self.out_proj.in_features = source.out_proj.weight.shape
         self.train(source.training)

@@ -92,18 +92,33 @@ def restored(model: nn.Module, caches: list[Cache] | None = None) -> Iterator[No
 
     Parameters, buffers and modules that a forward made stay, with what modules noted about them.
     """
-    before = {m: _Snapshot(m) for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)}
-    names = {module: path for path, module in model.named_modules()}
+    before = _snapshots(model)
     reads = _Reads([t for snapshot in before.values() for t in snapshot.with_history()])
     try:
         with values_kept(model), modes_kept(model), reads:
             yield
     finally:
         grown = any(snapshot.grown() for snapshot in before.values())
-        for module, snapshot in before.items():
-            found = snapshot.restore_(names[module], reads.seen, grown)
+        for path, snapshot in before.items():
+            found = snapshot.restore_(path, reads.seen, grown)
             if caches is not None:
                 caches.extend(cache for cache in found if cache not in caches)
+
+
+@contextmanager
+def attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Put the attributes of a model's modules back as they were before its forwards ran; tensors keep their values."""
+    before = _snapshots(model)
+    try:
+        yield
+    finally:
+        grown = any(snapshot.grown() for snapshot in before.values())
+        for path, snapshot in before.items():
+            snapshot.restore_(path, set(), grown)
+
+
+def _snapshots(model: nn.Module) -> dict[str, _Snapshot]:
+    return {path: _Snapshot(m) for path, m in model.named_modules() if not isinstance(m, torch.jit.ScriptModule)}
 
 
 class _Reads(TorchFunctionMode):

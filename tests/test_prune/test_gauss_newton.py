@@ -205,7 +205,7 @@ def test_refusals_of_data():
         score(net, coupling, [(x * torch.nan, {})])
     found = build_importance('gauss_newton', coupling.groups)
     for closure, message in ((None, 'give accumulate'), (list, 'got no outputs'),
-                             (lambda: [net(x, {}).detach()], 'no tensor with a gradient')):  # fmt: skip
+                             (lambda: [net(x, {}).detach()], 'no output has a gradient')):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             found.accumulate(net, closure=closure)
     assert set(score(net, coupling, [], importance='magnitude')) == set(net.sites)

@@ -1,0 +1,23 @@
+import torch
+W='/work/shared/data/weights/'
+s=torch.load(W+'resnet20_cifar10.pth',map_location='cpu',weights_only=True)
+print(type(s), list(s)[:3])
+sd=s.get('state_dict',s)
+torch.save(dict(sd),'hunt/ck/bare.pth')
+torch.save({'module.'+k:v for k,v in sd.items()},'hunt/ck/module.pth')
+torch.save({'state_dict':{'module.'+k:v for k,v in sd.items()}},'hunt/ck/module2.pth')
+torch.save({'model':dict(sd)},'hunt/ck/modelkey.pth')
+torch.save({'state_dict':{k.replace('backbone.',''):v for k,v in sd.items() if k.startswith('backbone')}},'hunt/ck/backbone_noprefix.pth')
+torch.save({'state_dict':{k:v for k,v in sd.items() if k.startswith('backbone')}},'hunt/ck/nohead.pth')
+torch.save({'state_dict':{('backbone.fc.'+k[8:] if k.startswith('head.fc') else k):v for k,v in sd.items()}},'hunt/ck/misnamed.pth')
+torch.save({'state_dict':{k:v.half() for k,v in sd.items()}},'hunt/ck/half.pth')
+torch.save({'state_dict':{k:v.double() for k,v in sd.items()}},'hunt/ck/double.pth')
+d={k:v.clone() for k,v in sd.items()}; d['head.fc.weight'][0,0]=float('nan')
+torch.save({'state_dict':d},'hunt/ck/nan.pth')
+d={k:v.clone() for k,v in sd.items()}; d['head.fc.weight'].zero_(); d['head.fc.bias'].zero_()
+torch.save({'state_dict':d},'hunt/ck/zero.pth')
+torch.save({'state_dict':dict(sd),'ema_state_dict':{'module.'+k:v for k,v in sd.items()}|{'steps':torch.tensor(3)}},'hunt/ck/ema.pth')
+torch.save([1,2],'hunt/ck/list.pth'); torch.save({},'hunt/ck/empty.pth')
+b=open(W+'resnet20_cifar10.pth','rb').read(); open('hunt/ck/trunc.pth','wb').write(b[:len(b)//2]); open('hunt/ck/zero_len.pth','wb').close()
+open('hunt/ck/text.pth','w').write('hello')
+from mmengine.config import Config
