@@ -7,10 +7,14 @@ import json
 import math
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+if sys.platform != 'win32':
+    import fcntl
 
 UNFINISHED = '.unfinished'  # how the name of a file ends that is being written
 # What a full, read-only or limited disk says.
@@ -47,7 +51,7 @@ def whole(path: Path) -> Iterator[Path]:
         >>> path.read_text(), [file.name for file in path.parent.iterdir()]
         ('42', ['answer.txt'])
     """
-    unfinished = path.with_name(f'.{path.name}.{os.getpid()}{UNFINISHED}')
+    unfinished = unfinished_name(path)
     with written_or_said(path):
         try:
             yield unfinished
@@ -56,6 +60,11 @@ def whole(path: Path) -> Iterator[Path]:
             _flush(path.parent)
         finally:
             unfinished.unlink(missing_ok=True)
+
+
+def unfinished_name(path: Path, note: str = '') -> Path:
+    """Return where this process writes a file that is not to appear at `path` yet; `sweep` finds what is left there."""
+    return path.with_name(f'.{path.name}{note}.{os.getpid()}{UNFINISHED}')
 
 
 @contextmanager
@@ -108,6 +117,44 @@ def why_unwritten(error: OSError | RuntimeError) -> str | None:
     if isinstance(error, OSError):
         return REASONS.get(error.errno or 0)
     return 'the file could not be written to its end' if any(word in str(error) for word in TORCH) else None
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold a folder, which is made, for one process: another one that asks for it meanwhile is refused.
+
+    The lock goes with the process, however that ends. Where the system has no such locks, nobody is refused.
+
+    Raises:
+        WriteError: another process holds it.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp(), 'pruned')
+        >>> with alone_in(folder):
+        ...     [file.name for file in folder.iterdir()]
+        ['.lock']
+        >>> folder.exists()
+        False
+    """
+    if sys.platform == 'win32':
+        yield
+        return
+    made = [part for part in (folder, *folder.parents) if not part.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = folder / '.lock'
+    with lock.open('a') as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise WriteError(f'another run writes into {folder}: wait for its end, or give another folder') from error
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+            for part in made:  # nothing was written
+                if part.is_dir() and not any(part.iterdir()):
+                    part.rmdir()
 
 
 def sweep(folder: Path) -> list[Path]:

@@ -45,6 +45,8 @@ from mmcpd.prune.selection import Floors
 
 PICTURES, ROUNDS = 32, 100
 
+PLOTS = ('.png', '.svg', '.pdf')
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -69,7 +71,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add('--images', metavar='DIR', help="take them from a folder; default: the config's training data")
     add('--json', metavar='FILE', help='write the coupling, and what else was found, as JSON')
     add('--html', metavar='FILE', help='write it as one page that needs nothing else')
-    add('--plot', metavar='FILE', help='write a picture of the groups (.png, .svg, .pdf)')
+    add('--plot', metavar='FILE', help=f'write a picture of the groups ({", ".join(PLOTS)})')
 
 
 def main(args: argparse.Namespace) -> None:
@@ -103,6 +105,10 @@ def check(args: argparse.Namespace) -> None:
     for option in ('json', 'html', 'plot'):
         if path := getattr(args, option):
             check_folder(Path(path).absolute().parent, f'--{option}')
+            if Path(path).is_dir():
+                raise UserError(f'--{option}: {path} is a folder; name a file')
+    if args.plot and Path(args.plot).suffix not in PLOTS:
+        raise UserError(f'--plot: {args.plot} must end in one of {", ".join(PLOTS)}')
     check_checkpoint(args.checkpoint, '--checkpoint')
     for option, needs in (('latency', 'target'), ('remain', 'target'), ('accuracy', 'sensitivity')):
         if getattr(args, option) and not getattr(args, needs):

@@ -38,8 +38,9 @@ from mmcpd.engine.detections import detections, predictions, why_no_boxes
 from mmcpd.engine.examples import data_batches, example_inputs, random_batches
 from mmcpd.engine.operators import followed
 from mmcpd.engine.pictures import pictures
+from mmcpd.engine.run_folder import PRUNED, json_of
 from mmcpd.engine.samples import pass_on_pictures
-from mmcpd.engine.slim_file import read_slim
+from mmcpd.engine.slim_file import is_slim, read_slim
 from mmcpd.errors import SlimError
 from mmcpd.progress import ProgressLine
 
@@ -72,7 +73,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def dense_model(cfg: Config, args: argparse.Namespace) -> tuple[nn.Module, str]:
     """Return the dense model and where its weights come from; its speed does not depend on them."""
     beside = Path(args.checkpoint).with_name('dense.pth')
-    weights = args.dense or (str(beside) if beside.is_file() else None)
+    weights = args.dense or (str(beside) if beside.is_file() else pruned_from(Path(args.checkpoint)))
     if weights is None:
         torch.manual_seed(0)
         return build_dense(cfg), 'initial, seed 0'
@@ -84,6 +85,14 @@ def dense_model(cfg: Config, args: argparse.Namespace) -> tuple[nn.Module, str]:
         if args.dense:
             raise
         raise UserError(f"{error}; give the run's own config, or the dense weights by --dense") from error
+
+
+def pruned_from(checkpoint: Path) -> str | None:
+    """Return the dense checkpoint that `mmcpd prune` made a slim one of, or None where it is not there any more."""
+    file = checkpoint.with_name(PRUNED)
+    settings = ((json_of(file) or {}) if file.is_file() else {}).get('settings') or {}
+    weights = settings.get('checkpoint')
+    return weights if weights and Path(weights).is_file() and not is_slim(weights) else None
 
 
 def real_batches(cfg: Config, model: nn.Module, args: argparse.Namespace) -> tuple[list[Tensor], str]:
@@ -189,6 +198,6 @@ def kept(name: str, models: Mapping[str, nn.Module], checkpoint: str) -> dict[st
         return {'params': 1.0}
     counts = [sum(each.numel() for each in models[key].parameters()) for key in ('dense', name)]
     meta = read_slim(checkpoint)['meta']
-    dense, slim = (meta.get(key) or {} for key in ('dense', 'slim'))  # costs, and metrics in a dict
+    dense, slim = meta.get('first') or meta.get('dense') or {}, meta.get('slim') or {}  # costs, and metrics in a dict
     shares = {key: slim[key] / dense[key] for key in ('macs', 'memory') if key in slim and dense.get(key)}
     return {**shares, 'params': counts[1] / counts[0]}

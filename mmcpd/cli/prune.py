@@ -54,7 +54,8 @@ from mmcpd.engine.run_report import report_line
 from mmcpd.engine.samples import on_pictures
 from mmcpd.engine.saving import Proof, cut_checked, loadable, save_proved
 from mmcpd.engine.stage import check_target, stage_meta
-from mmcpd.files import whole, write_json
+from mmcpd.errors import ProofError, SlimError
+from mmcpd.files import alone_in, whole, write_json
 from mmcpd.prune import LATENCY, Schedule, check_reachable
 from mmcpd.rotate import rotate_
 from mmcpd.version import __version__
@@ -80,10 +81,15 @@ def main(args: argparse.Namespace) -> None:
     cfg = read_config(args)
     check_hooks(cfg)
     request = read_request(args, cfg)
-    several = len(request.targets) > 1
-    if several:
+    if len(request.targets) > 1:
         require('deploy')
         require('demo')
+    with alone_in(request.out):
+        _prune(cfg, request)
+
+
+def _prune(cfg: Config, request: Request) -> None:
+    several = len(request.targets) > 1
     dense = prepare(cfg, request)
     floors = {name: request.choice[name] for name in ('min_units', 'round_to', 'remain') if name in request.choice}
     for target in request.targets:  # before the first minutes are spent
@@ -183,13 +189,20 @@ def write(
     meta = {'cfg': cfg.pretty_text, 'input_shape': shape_combed(dense.coupling)}
     meta |= {key: report[key] for key in ('dense', 'slim', 'left', 'target', 'reached')}
     meta |= {key: dense.meta[key] for key in ('dataset_meta',) if key in dense.meta}
+    if first := dense.meta.get('first') or dense.meta.get('dense'):
+        meta['first'] = first  # of a slim model that is pruned again: what the really dense one costs
     folder.mkdir(parents=True, exist_ok=True)
+    config = Path(cfg.filename or 'config.py').name
     with ExitStack() as stack:  # all of them appear together, when everything is written
-        files = {name: stack.enter_context(whole(folder / name)) for name in (COUPLING, REFIT, REPORT)}
+        files = {name: stack.enter_context(whole(folder / name)) for name in (COUPLING, REFIT, REPORT, config)}
         files[COUPLING].write_text(f'{dense.coupling}\n', encoding='utf-8')
         files[REFIT].write_text(f'{pruned.refitted or "not refitted"}\n', encoding='utf-8')
+        files[config].write_text(cfg.pretty_text, encoding='utf-8')  # as MMEngine does: `mmcpd report` reads it
         write_json(files[REPORT], report)
-        save_proved(folder / SLIM, small, meta, Proof.of_config(cfg, small), small)
+        try:
+            save_proved(folder / SLIM, small, meta, Proof.of_config(cfg, small), small)
+        except ProofError as error:
+            raise SlimError(str(error)) from error  # no weights were trained that could be lost
 
 
 def versions() -> dict[str, str]:

@@ -32,7 +32,7 @@ SUBJECT_HELP = 'folder of the run'
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add('--config', metavar='FILE', help='config of the run; default: the one that training put into the folder')
+    add('--config', metavar='FILE', help='config of the run; default: the one that the run put into the folder')
     add('--pictures', type=int, default=PICTURES, metavar='N', help=f'pictures to compare; default {PICTURES}; 0: none')
     add('--device', default=get_device(), help='default: %(default)s')
     add('--json', metavar='FILE', help='write what the report holds as JSON too')
@@ -57,12 +57,12 @@ def main(args: argparse.Namespace) -> None:
 
 
 def config_of(folder: Path) -> Path:
-    """Return the config that training put into its folder, the newest where there are several.
+    """Return the config that training or `mmcpd prune` put into its folder, the newest where there are several.
 
     Raises:
         UserError: there is none.
     """
     files = [*folder.glob('*.py'), *folder.glob('*/vis_data/config.py')]
     if not files:
-        raise UserError(f'{folder} has no config, as `mmcpd prune` writes none: give it by --config')
+        raise UserError(f'{folder} has no config: give it by --config')
     return max(files, key=lambda file: (file.parent == folder, file.stat().st_mtime))

@@ -171,6 +171,8 @@ def _check_numbers(request: Request) -> None:
             raise UserError(f'--{name} must be {least} or more, not {getattr(request, name)}')
     if request.lr is not None and not request.lr > 0:
         raise UserError(f'--lr must be above 0, not {request.lr}')
+    if request.lr is not None and not request.distill:
+        raise UserError('--lr is the rate of --distill, which is not asked for: give that too')
     try:
         torch.zeros(1, device=request.device)
     except (RuntimeError, AssertionError) as error:

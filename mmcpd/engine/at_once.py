@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mmcpd.coupling import Coupling, Keep
 from mmcpd.engine.head_losses import read_by_losses
 from mmcpd.engine.wrappers import bare_model
+from mmcpd.errors import PruneError
 from mmcpd.names import in_short
 from mmcpd.prune import (
     IMPORTANCES,
@@ -27,7 +28,7 @@ from mmcpd.prune import (
     shares,
 )
 from mmcpd.prune.schedule import is_count
-from mmcpd.prune.selection import Floors
+from mmcpd.prune.selection import Floors, reachable
 from mmcpd.random_state import seeded
 from mmcpd.refit import RefitReport, absorb_
 from mmcpd.refit import refit as refit_
@@ -142,6 +143,7 @@ def prune_at_once(
                 scores = score(model, coupling, batches, importance=spec, seed=seed, progress=reporting('score'))
         worth = normalize(scores, coupling, coupling.keep(), by=normalize_by or default_normalizer(target, 'macs'))
         silent = _silent(importance, scores)
+        _check_heard(coupling, target, silent, floors)
         keep = select(worth, coupling, coupling.keep(), target, fixed=silent, **floors)
         if refit:
             with _timed('refit', seconds):
@@ -160,6 +162,22 @@ def _silent(importance: str | Mapping[str, object], scores: Mapping[str, Tensor]
     name = str(importance['type'] if isinstance(importance, Mapping) else importance)
     silent = [group for group, score in scores.items() if not bool(score.any())]
     return silent if IMPORTANCES[name].needs_outputs else []
+
+
+def _check_heard(coupling: Coupling, target: Mapping[str, float], silent: Sequence[str], floors: Floors) -> None:
+    """Refuse a target that cannot be met without the groups of which the score says nothing.
+
+    Raises:
+        PruneError: with these groups, and what to look at.
+    """
+    lowest = reachable(coupling, **floors, fixed=silent)
+    for quantity, share in target.items():
+        if silent and lowest[quantity] > share:
+            raise PruneError(
+                f'{quantity} cannot go down to {share:.4f} of the dense model, only to {lowest[quantity]:.4f}: on '
+                f'these pictures no output depends on the groups {in_short(silent)}. Is the head all zeros, or not '
+                "loaded? importance='magnitude' scores without outputs"
+            )
 
 
 def check_label_free(importance: str | Mapping[str, object], *, seed: int = 0) -> None:

@@ -22,7 +22,6 @@ from mmcpd.files import sweep, whole
 from mmcpd.registry import HOOKS
 
 RANDOM = 'mmcpd_random'  # where the states are in a checkpoint
-UNPROVED = 'slim.pth.unproved'  # what a killed run leaves where it was proving its slim model
 WHOLE = 'mmcpd.whole'
 
 
@@ -104,7 +103,6 @@ class CheckpointHook(PlainCheckpointHook):
             for folder in {Path(runner.work_dir), Path(self.out_dir)}:
                 for file in sweep(folder):
                     runner.logger.info(f'removed {file}, which a killed run left unfinished')
-            Path(runner.work_dir, UNPROVED).unlink(missing_ok=True)
             others = numbered(self.out_dir, templates=[self.filename_tmpl])
             if runner.iter == 0 and others:
                 runner.logger.warning(

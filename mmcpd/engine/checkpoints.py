@@ -77,6 +77,8 @@ def load_dense(cfg: ConfigLike, path: PathLike) -> nn.Module:
         SlimError: The checkpoint is unreadable or of another model, or nothing has the weights that it leaves out.
     """
     cfg, content = as_config(cfg), read_checkpoint(path)
+    if type_name(trained_config(cfg)) != 'slimmed' and is_slim(path):
+        raise SlimError(f"{path} is a slim checkpoint and the config's model is dense: give the dense one")
     shape = content.get(STATE, {}).get('input_shape')
     values = student_weights(content)
 

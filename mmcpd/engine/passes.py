@@ -15,6 +15,7 @@ from mmcpd.errors import first_line
 from mmcpd.modes import as_trained
 from mmcpd.nested import tensors_in
 from mmcpd.slim.compare import evaluating
+from mmcpd.slim.copying import restored
 from mmcpd.slim.trial import FAILURES
 
 
@@ -74,9 +75,9 @@ def _own(value: Any) -> Any:
 
 
 def runs(model: nn.Module, data: Any, each: Callable[[nn.Module, Any], Any]) -> str | None:
-    """Return why a pass cannot be run, or None where it can and gives out numbers."""
+    """Return why a pass cannot be run, or None where it can and gives out numbers; the model stays as it was."""
     try:
-        with evaluating(model):
+        with restored(model), evaluating(model):
             found = any(t.is_floating_point() for t in tensors_in(each(model, data)))
     except FAILURES as error:
         return f'{type(error).__name__}: {first_line(error)}'

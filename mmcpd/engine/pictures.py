@@ -20,7 +20,8 @@ from torch.utils.data import ConcatDataset
 from mmcpd.engine.build import ConfigLike, as_config, datasets
 from mmcpd.engine.examples import example_inputs, preprocessed
 from mmcpd.engine.wrappers import type_name
-from mmcpd.names import look_up
+from mmcpd.errors import first_line
+from mmcpd.names import in_short, look_up
 from mmcpd.random_state import seeded
 
 SUFFIXES = {'.bmp', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp'}
@@ -49,7 +50,8 @@ def pictures(
         config: its `train_dataloader` names the data, inside wrappers and concatenations too.
         model: the bare model, for its preprocessor.
         number: how many pictures.
-        folder: take every picture in this folder and those inside it instead.
+        folder: take the pictures in this folder and those inside it instead; of those drawn, files that cannot be read
+            are left out, and the log says how many.
         pipeline: 'test': the transforms of the test data, less those that load annotations; 'train': the pictures as
             training sees them, augmented and at random.
         shape: (C, H, W); what the model is combed with by default.
@@ -57,8 +59,8 @@ def pictures(
         progress: called as `progress(done, total)` after each batch.
 
     Raises:
-        ValueError: a number below 1; no folder, no picture in it, or one that cannot be read; a config without training
-            data or test pipeline.
+        ValueError: a number below 1; no folder, or no picture in it that can be read; a config without training data or
+            test pipeline.
 
     Example:
         >>> from mmcpd.engine.build import build_dense
@@ -76,12 +78,30 @@ def pictures(
         if len(chosen) < number:
             print_log(f'{number} pictures were asked for, and there are {len(chosen)}', 'current', logging.WARNING)
         parts, batches = chosen.split(max(1, min(64, PIXELS // (height * width)))), []
-        for part in parts:
-            found = [preprocessed(samples[index], model, (height, width)).cpu() for index in part.tolist()]
-            batches.append(torch.cat(found))
+        broken: list[str] = []  # why files are no pictures
+        for number_read, part in enumerate(parts, 1):
+            found = [_read(samples, index, broken) for index in part.tolist()]
+            images = [preprocessed(each, model, (height, width)).cpu() for each in found if each is not None]
+            if images:
+                batches.append(torch.cat(images))
             if progress is not None:
-                progress(len(batches), len(parts))
+                progress(number_read, len(parts))
+    if broken:
+        print_log(
+            f'{len(broken)} of {len(chosen)} pictures are left out, {in_short(broken, 2)}', 'current', logging.WARNING
+        )
+    if not batches:
+        raise ValueError(f'none of the {len(chosen)} pictures can be read: {broken[0]}')
     return batches
+
+
+def _read(samples: Any, index: int, broken: list[str]) -> Any:
+    """Return a sample, or None where a file of a folder is no picture, which is noted."""
+    try:
+        return samples[index]
+    except PictureError as error:
+        broken.append(str(error))
+        return None
 
 
 def _of_data(cfg: Config, pipeline: str) -> Any:
@@ -109,13 +129,21 @@ def _of_folder(cfg: Config, folder: Path, pipeline: str) -> PictureFolder:
         raise ValueError("a folder of pictures goes through the test pipeline: leave out pipeline='train'")
     if not folder.is_dir():
         raise ValueError(f'there is no folder {folder} to take pictures from')
-    files = sorted(file for file in folder.rglob('*') if file.suffix.lower() in SUFFIXES and file.is_file())
+    files = sorted(
+        file
+        for file in folder.rglob('*')
+        if file.suffix.lower() in SUFFIXES and not file.name.startswith('.') and file.is_file()
+    )
     if not files:
         raise ValueError(f'{folder} holds no picture ({", ".join(sorted(SUFFIXES))}), nor do the folders inside it')
     transforms = _test_transforms(cfg)
     if not transforms or not type_name(transforms[0]).startswith('Load'):
         transforms = [{'type': 'LoadImageFromFile'}, *transforms]  # the config's own data lie in memory
     return PictureFolder(files, Compose(transforms))
+
+
+class PictureError(ValueError):
+    """A file cannot be read as a picture."""
 
 
 class PictureFolder:
@@ -131,15 +159,15 @@ class PictureFolder:
         """Return one sample.
 
         Raises:
-            ValueError: the picture cannot be read, or a transform fails on it.
+            PictureError: the picture cannot be read, or a transform fails on it.
         """
         file = str(self.files[index])
         try:
             sample = self.transform({'img_path': file, 'seg_fields': []})
         except (OSError, AssertionError, AttributeError, ValueError, cv2.error) as error:  # mmcv 2.0's is the third
-            raise ValueError(f'{file} cannot be read as a picture: {error}') from error
+            raise PictureError(f'{file} cannot be read as a picture: {first_line(error)}') from error
         if sample is None:
-            raise ValueError(f'{file} cannot be read as a picture: a transform of the test pipeline drops it')
+            raise PictureError(f'{file} cannot be read as a picture: a transform of the test pipeline drops it')
         return sample
 
 

@@ -29,6 +29,7 @@ from mmcpd.engine.slim_model import build_fresh, cut_to_
 from mmcpd.engine.stage import stage_meta
 from mmcpd.engine.wrappers import bare_model, student_config, trained_config, type_name
 from mmcpd.errors import NotFiniteError, ProofError, SlimError
+from mmcpd.files import unfinished_name
 from mmcpd.prune.finite import CURES, broken_tensor
 from mmcpd.random_state import seeded
 from mmcpd.slim import mask_, slim, structure
@@ -118,7 +119,7 @@ def save_proved(path: Path, small: nn.Module, meta: Mapping[str, Any], proof: Pr
     Raises:
         ProofError: it does not, or cannot be read so; then nothing is written.
     """
-    unproved = path.with_name(f'{path.name}.unproved')
+    unproved = unfinished_name(path, '.unproved')  # two runs may write into one folder
     with seeded(0):
         fresh = proof.build()
     try:
@@ -160,7 +161,10 @@ def rehearse(model: nn.Module, coupling: Coupling, proof: Proof) -> None:
     keep, masked = random_keep(coupling, 0.5, 0), copied(model, caches=coupling.caches)
     mask_(masked, coupling, keep)
     with TemporaryDirectory() as folder:
-        save_checked(masked, coupling, keep, Path(folder) / 'slim.pth', {}, proof)
+        try:
+            save_checked(masked, coupling, keep, Path(folder) / 'slim.pth', {}, proof)
+        except ProofError as error:
+            raise SlimError(str(error)) from error  # nothing was trained yet
 
 
 # -- training checkpoints ----------------------------------------------------------------------------------------------

@@ -105,8 +105,8 @@ def refit(
         for number, batch in enumerate(inputs):
             if number:
                 expected = targets.run(forward, batch)
-            before.add(expected, forward(masked, *batch))
             run.run(forward, batch, targets.targets)
+            before.add(expected, forward(masked, *batch))
             if progress is not None:
                 progress(number + 1, len(inputs))
         for batch in inputs:

@@ -161,10 +161,11 @@ def test_left_overs_of_ours_are_swept_and_nothing_else(tmp_path):
     dead = tmp_path / f'.iter_2.pth.{os.getpid()}{UNFINISHED}'
     alive = tmp_path / f'.iter_2.pth.{os.getppid()}{UNFINISHED}'
     others = tmp_path / f'.notes{UNFINISHED}'
-    for file in (dead, alive, others, tmp_path / 'slim.pth.unproved'):
+    unproved = tmp_path / f'.slim.pth.unproved.{os.getpid()}{UNFINISHED}'
+    for file in (dead, alive, others, unproved):
         file.write_text('half')
     runner_of(tmp_path, CheckpointHook(interval=2, by_epoch=False), iterations=2).train()
-    assert not dead.exists() and not (tmp_path / 'slim.pth.unproved').exists()
+    assert not dead.exists() and not unproved.exists()
     assert alive.exists() and others.exists()
 
 

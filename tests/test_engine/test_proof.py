@@ -20,11 +20,11 @@ from mmcpd.cli.common import guard
 from mmcpd.engine.build import build_dense
 from mmcpd.engine.checkpoints import load_slim
 from mmcpd.engine.combing import comb_by_config, comb_passes
-from mmcpd.engine.passes import DEPLOYED, TRAINING
+from mmcpd.engine.passes import DEPLOYED, TESTING, TRAINING, runs
 from mmcpd.engine.saving import slim_checkpoint
 from mmcpd.engine.slim_file import read_slim
 from mmcpd.engine.wrappers import bare_model
-from mmcpd.errors import ProofError
+from mmcpd.errors import ProofError, SlimError
 from mmcpd.slim import mask_, slim
 from mmcpd.slim.compare import compare
 from mmcpd.slim.trial import random_keep
@@ -206,8 +206,9 @@ def test_a_model_that_the_config_does_not_build_is_refused_before_training(tmp_p
     other.model.backbone.depth = 34
     runner = Runner.from_cfg(cfg)
     runner.model = build_dense(other)
-    with pytest.raises(ProofError, match=r'cannot be filled from slim.pth .* does the config build the model'):
+    with pytest.raises(SlimError, match=r'cannot be filled from slim.pth .* does the config build the model') as raised:
         runner.train()
+    assert not isinstance(raised.value, ProofError), 'that says that training is done'
     assert runner.iter == 0 and not list((tmp_path / 'run').glob('*.pth*'))
 
 
@@ -239,7 +240,7 @@ def test_what_a_file_cannot_hold_leaves_no_slim_file_and_a_checkpoint_to_go_on_w
     train(runner)
     hook, work = hook_of(runner), tmp_path / 'run'
     assert isinstance(hook.failure, ProofError) and 'test_step' in str(hook.failure)
-    assert not (work / 'slim.pth').exists() and not list(work.glob('*.unproved'))
+    assert not (work / 'slim.pth').exists() and not list(work.glob('*unproved*'))
     assert 'there is no slim.pth: test_step of a model that was built anew' in log_of(tmp_path)
     meta = slim_checkpoint(config(work, distil=False), work / 'unslimmed.pth', work / 'slim.pth')
     assert meta['slim']['macs'] <= 0.5 * meta['dense']['macs'] and load_slim(runner.cfg, work / 'slim.pth')
@@ -273,3 +274,29 @@ def test_metrics_and_metainfo_of_any_kind_end_in_a_slim_file(runner_of, tmp_path
     assert meta['slim']['metrics'] == {'share': 0.5}
     assert meta['dataset_meta'] == {'classes': ['a', 'b'], 'palette': [[1, 2, 3]]}
     assert 'draw of the metainfo is no plain value' in log_of(tmp_path)
+
+
+class Counting(nn.Module):
+    """A loss that counts the samples of each class and weighs by it, as SeesawLoss does."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+        self.register_buffer('seen', torch.zeros(3))
+        self.last = None
+
+    def forward(self, inputs, data_samples=None, mode='tensor'):
+        z = self.last = self.fc(inputs)
+        if mode == 'loss':
+            self.seen += 1
+            return {'loss': z.square().mean() * self.seen.sum()}
+        return z
+
+
+def test_asking_whether_a_pass_runs_changes_nothing():
+    model, x = Counting(), torch.randn(2, 4)
+    before = copy.deepcopy(model.state_dict())
+    for each in (TRAINING, TESTING):
+        assert runs(model, x, lambda net, data, each=each: net(data, mode=each.mode)) is None
+    assert model.last is None and all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+    assert runs(model, x, lambda net, data: {}) == 'it returns no numbers'
