@@ -83,6 +83,7 @@ class Statistic:
     place: CodePlace  # where the forward takes it
     axis: int  # its channels
     dim: int  # where they are, counted from the end: -1 is the last dimension
+    alone: bool  # whether that line never took another one along that dimension
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from torch import nn
 
-from ..fixes import Attr, CallSite, Fixes, Live, QueryScale, Rows, SizeRule, Statistic, Unmasked
+from ..fixes import Attr, CallSite, CodePlace, Fixes, Live, QueryScale, Rows, SizeRule, Statistic, Unmasked
 from ..slim.attention import replacement
 from ..slim.call_sites import call_site
 from ..slim.computed import computed_channels
@@ -24,8 +24,11 @@ UNSCALED = (
 
 def fixes_of(model: nn.Module, record: Record, rows: Lookup, live: Sequence[bool]) -> Fixes:
     """Return what slimming does beyond slicing; `live` says for each axis whether any of its units can go."""
+    widths: dict[tuple[CodePlace, int], set[tuple[int, int | None]]] = {}
+    for seen in record.statistics:
+        widths.setdefault(seen.site[:2], set()).add((seen.site.width, seen.axis))
     statistics = [
-        Statistic(seen.site.place, seen.axis, seen.site.dim)
+        Statistic(seen.site.place, seen.axis, seen.site.dim, len(widths[seen.site[:2]]) == 1)
         for seen in record.statistics
         if seen.axis is not None and live[seen.axis]
     ]

@@ -18,10 +18,10 @@ from torch.utils import checkpoint
 from ..modes import drops
 from ..slim.attention import replacement
 from ..slim.call_sites import functions_of
+from ..slim.methods import RUN_HOOKS
 from ..slim.recompile import content
 from ..slim.size_functions import codes
 
-RUN_HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')  # of a module
 # What runs before a model does, or describes it.
 _NEVER = ('__init__', '__repr__', 'extra_repr', 'init_weights', 'reset_parameters', 'from_pretrained')
 

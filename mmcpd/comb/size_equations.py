@@ -258,6 +258,13 @@ def _conv(run: Run, args: Any, kwargs: Any, out: Tensor) -> None:
         equation(run, groups, None if narrowed else axis.atoms[:: len(axis) // as_int(groups)], spot(argument(6), 0))
 
 
+@handles('group_norm')  # group_norm(input, num_groups, weight, bias, eps)
+def _group_norm(run: Run, args: Any, kwargs: Any, out: Tensor) -> None:
+    groups, axis = kwargs.get('num_groups', args[1] if len(args) > 1 else 1), run.axes(args[0])[1]
+    if axis is not None and as_int(groups) == len(axis) > 1:  # each channel for itself
+        equation(run, groups, axis.atoms, spot(argument(1), 0))
+
+
 @handles('layer_norm', 'rms_norm')  # layer_norm(input, normalized_shape, ...)
 def _layer_norm(run: Run, args: Any, kwargs: Any, out: Tensor) -> None:
     sizes = sizes_of(args, 1)

@@ -28,6 +28,7 @@ PARAMETERS: dict[str, tuple[tuple[str, ...], ...]] = {
     'split_with_sizes': (SOURCE, ('split_sizes',), ('dim',)),
     'narrow': (SOURCE, ('dim',), ('start',), ('length',)),
     **dict.fromkeys(('layer_norm', 'rms_norm'), (('input',), ('normalized_shape',))),
+    'group_norm': (('input',), ('num_groups',)),
     **dict.fromkeys(('conv1d', 'conv2d', 'conv3d'), _CONVOLUTION),
     **dict.fromkeys(('conv_transpose1d', 'conv_transpose2d', 'conv_transpose3d'), _TRANSPOSED),
     'scaled_dot_product_attention': (('query',), ('key',), ('value',), ('attn_mask',)),

@@ -145,6 +145,7 @@ def gaps_of_gradients(masked: nn.Module, small: nn.Module, coupling: Coupling, k
 
 def gradient_gaps(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, float]:
     """Return the difference of each gradient from the one of the same name and shape (see `gap_of_gradients`)."""
+    ours = {name: gradient for name, gradient in ours.items() if gradient.numel()}  # some models have empty tensors
     floor = 1e-3 * max((float(g.abs().max()) for g in ours.values()), default=0.0)
     gaps = {
         name: float((g - theirs[name]).abs().max()) / max(float(g.abs().max()), floor, 1e-300)

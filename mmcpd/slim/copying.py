@@ -167,7 +167,8 @@ class _Snapshot:
         kept = [n for n, v in here.items() if self._changed(n, v) and tensors_in(v)]
         notes = [n for n, v in here.items() if n not in kept and self._noted(n, v)]
         found = [self._cache(path, name) for name in kept if self._is_cache(name, read)]
-        found += [self._cache(path, name) for name in notes if found]
+        found += [self._cache(path, name) for name in notes if found or self._is_first(name)]
+        found += [self._cache(path, name) for name in here if self._has_grown(name)]
         if not grown:
             for table, registered in zip(self._tables(), self.registered, strict=True):
                 if not _same(table, registered):
@@ -194,6 +195,15 @@ class _Snapshot:
         """Say whether a forward noted something plain: the size that its cache is for."""
         old = self.attributes.get(name, _MISSING)
         return value is not old and _is_plain(value) and (old is _MISSING or (_is_plain(old) and bool(value != old)))
+
+    def _is_first(self, name: str) -> bool:
+        """Say whether there was nothing before a forward noted something: a size, which the next one makes anew."""
+        return self.attributes.get(name) is None
+
+    def _has_grown(self, name: str) -> bool:
+        """Say whether a forward has put more plain things, and no tensors, into a dictionary."""
+        here, old = vars(self.module).get(name), self.contents.get(name)
+        return isinstance(here, dict) and isinstance(old, dict) and len(here) > len(old) and not tensors_in(here)
 
     def _is_cache(self, name: str, read: set[int]) -> bool:
         old = self.contents.get(name, self.attributes.get(name, _MISSING))

@@ -5,7 +5,9 @@ With both, the masked model computes what the slimmed one computes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -42,7 +44,61 @@ class Site(NamedTuple):
     width: int
 
 
-Kept = dict[Site, Tensor]  # the numbers of the kept channels, on the device where they were used last
+@dataclass
+class Kept:
+    """The numbers of the kept channels at each site, on the device where they were used last.
+
+    Attributes:
+        alone: where a line takes no other statistic along a dimension: the unit of each position, and what is kept.
+    """
+
+    numbers: dict[Site, Tensor] = field(default_factory=dict)
+    alone: dict[tuple[CodePlace, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def at(self, site: Site) -> Tensor | None:
+        """Return the numbers at a site, or None where all are kept.
+
+        Raises:
+            SlimError: the width is not the one that was combed with, and does not say where the channels are.
+        """
+        units, kept = self.alone.get(site[:2], (None, None))
+        if site not in self.numbers and units is not None and kept is not None and site.width != len(units):
+            longer = stretched(units, kept, site.width)
+            if longer is None:
+                where = site.place.module or 'the model itself'
+                raise SlimError(
+                    f'a statistic in {where} goes over {site.width} positions, and went over {len(units)} channels '
+                    'when the model was combed: on inputs of another size use the slim model, or comb with such a one'
+                )
+            self.numbers[site] = longer.nonzero().flatten()
+        return self.numbers.get(site)
+
+
+def stretched(units: Tensor, kept: Tensor, width: int) -> Tensor | None:
+    """Return which of `width` positions are kept, (width,) bool, where channels are merged with places or samples.
+
+    Each channel has equally many positions beside each other, or all of them come again and again; None where neither
+    fits, or both.
+
+    Example:
+        >>> units, kept = torch.tensor([0, 0, 1, 1]), torch.tensor([True, True, False, False])
+        >>> stretched(units, kept, 6).tolist()
+        [True, True, True, False, False, False]
+        >>> stretched(torch.tensor([0, 1, 0, 1]), torch.tensor([True, False, True, False]), 6).tolist()
+        [True, False, True, False, True, False]
+    """
+    size = len(units)
+    bounds = (units[1:] != units[:-1]).nonzero().flatten() + 1
+    each = math.gcd(size, *bounds.tolist())
+    single = units[::each]
+    lengths = (n for n in range(1, len(single) + 1) if len(single) % n == 0)
+    period = next(n for n in lengths if torch.equal(single, single[:n].repeat(len(single) // n)))
+    again = period < len(single)
+    if each > 1 and not again and not width % len(single):
+        return kept[::each].repeat_interleave(width // len(single))
+    if each == 1 and again and not width % period:
+        return kept[:period].repeat(width // period)
+    return None
 
 
 class _OverKept(TorchFunctionMode):
@@ -72,9 +128,10 @@ class _OverKept(TorchFunctionMode):
         if self.place is None:
             return None
         site = Site(self.place, dim, x.shape[dim])
-        if site in self.kept and self.kept[site].device != x.device:  # it stays where the model is
-            self.kept[site] = self.kept[site].to(x.device)
-        return self.kept.get(site)
+        found = self.kept.at(site)
+        if found is not None and found.device != x.device:  # it stays where the model is
+            found = self.kept.numbers[site] = found.to(x.device)
+        return found
 
     def _norm(self, x: Tensor, dim: int, norm: Any, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         kept = self._kept(x, dim)
@@ -245,11 +302,14 @@ class Masker:
     def _mask_statistics(self, keep: Keep) -> None:
         flat = torch.from_numpy(self.coupling.flat(keep))
         by_module: dict[str, dict[Site, Tensor]] = {}
+        alone: dict[str, dict[tuple[CodePlace, int], tuple[Tensor, Tensor]]] = {}
         for statistic in self.coupling.fixes.statistics:
             units = torch.from_numpy(self.coupling.axes[statistic.axis])
             kept = (units < 0) | flat[units.clamp(min=0)]
             sites = by_module.setdefault(statistic.place.module, {})
             site = Site(statistic.place, statistic.dim, len(kept))
+            if statistic.alone and not bool(kept.all()):
+                alone.setdefault(statistic.place.module, {})[site[:2]] = units, kept
             if not torch.equal(sites.setdefault(site, kept), kept):
                 where = statistic.place.module or 'the model itself'
                 raise SlimError(f'one line of {where} takes statistics over two different sets of {len(kept)} channels')
@@ -261,9 +321,10 @@ class Masker:
                 names = path.split('.')
                 outer = ('.'.join(names[:depth]) for depth in range(len(names)))
                 fused = (each for each in outer if isinstance(self.model.get_submodule(each), FUSED))
-                partly = {key: {} for key in fused} | partly | {path: removed}
-        for path, sites in partly.items():
-            MaskedForward.put_on(self.model.get_submodule(path), path, sites)
+                own = Kept(removed, alone.get(path, {}))
+                partly = {key: Kept() for key in fused} | partly | {path: own}
+        for path, own in partly.items():
+            MaskedForward.put_on(self.model.get_submodule(path), path, own)
 
 
 def add_buffers_(model: nn.Module, coupling: Coupling) -> None:

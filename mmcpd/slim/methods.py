@@ -7,11 +7,15 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any
 
 from torch import nn
 
+from .call_sites import functions_of
+from .size_functions import author_of, calls_in, codes
+
+RUN_HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')  # of a module
 _SETTING_UP = ('init', 'reset', '__', 'repr')  # parts of the names of methods that nobody calls after slimming
 
 
@@ -40,7 +44,7 @@ def reads_of(code: CodeType, receiver: str = 'self') -> Reads:
     own, others, before = set[str](), set[str](), ''
     for instruction in dis.get_instructions(code):
         if instruction.opname in ('LOAD_ATTR', 'LOAD_METHOD'):
-            (own if before == receiver else others).add(str(instruction.argval))
+            (own if receiver and before == receiver else others).add(str(instruction.argval))
         if instruction.opname.startswith(('LOAD_FAST', 'LOAD_DEREF')):
             value = instruction.argval
             before = value[-1] if isinstance(value, tuple) else value  # two in one since Python 3.13
@@ -51,6 +55,51 @@ def reads_of(code: CodeType, receiver: str = 'self') -> Reads:
         if isinstance(constant, CodeType):
             found |= reads_of(constant, receiver)
     return found
+
+
+def functions_beside(modules: Iterable[nn.Module], forward: Callable[..., object]) -> set[FunctionType]:
+    """Return the functions that are no methods of modules and that a forward may run: attributes are read there too.
+
+    They are the forward itself, hooks, what these and methods call by name, and the methods of the author's own classes
+    that are no modules.
+    """
+    modules = list(modules)
+    held = [hook for module in modules for name in RUN_HOOKS for hook in vars(module).get(name, {}).values()]
+    own = [each for each in map(_function, (forward, *held)) if each is not None]
+    kinds: list[Any] = list(dict.fromkeys(map(type, modules)))
+    methods = {function for kind in kinds for name, function in functions_of(kind).items() if hasattr(kind, name)}
+    methods.update(getter for kind in kinds for getter in _getters(kind))
+    found, new = set[FunctionType](), {*own, *methods}
+    while new:
+        found |= new
+        called = {author_of(raw) for function in new for _, raw in calls_in(function)}
+        plain = {each for function in new for each in _classes_in(function)}
+        new = called.union(*(functions_of(each).values() for each in plain)) - found
+    return found - methods
+
+
+def _function(value: Any) -> FunctionType | None:
+    """Return the function of a function, of a bound method, or of a partial one."""
+    value = getattr(value, 'func', getattr(value, '__func__', value))
+    return value if isinstance(value, FunctionType) and not value.__module__.startswith('torch.') else None
+
+
+def _getters(kind: type) -> Iterator[FunctionType]:
+    for base in kind.__mro__:
+        if not base.__module__.startswith('torch.'):
+            getters = (each.fget for each in vars(base).values() if isinstance(each, property))
+            yield from (each for each in getters if isinstance(each, FunctionType))
+
+
+def _classes_in(function: FunctionType) -> Iterator[type]:
+    """Yield the classes of the same package, modules left out, that a function mentions by a global name."""
+    package = (function.__module__ or '').partition('.')[0]
+    for code in codes(function.__code__):
+        for name in code.co_names:
+            found: Any = function.__globals__.get(name)
+            plain = isinstance(found, type) and not issubclass(found, nn.Module)
+            if plain and found.__module__.partition('.')[0] == package:
+                yield found
 
 
 @lru_cache(maxsize=1024)
@@ -78,9 +127,12 @@ class Methods:
     """Know of a whole model which methods a forward may run, and what reads an attribute."""
 
     def __init__(self, modules: Iterable[nn.Module], forward: Callable[..., object]) -> None:
+        modules = list(modules)
         self.kinds = {kind: methods_of(kind) for kind in dict.fromkeys(map(type, modules))}
         code = getattr(forward, '__code__', None)
-        self.run, self.others = {'forward', '__call__'}, frozenset[str]()
+        self.run = {'forward', '__call__'}
+        beside = functions_beside(modules, forward)
+        self.others = frozenset[str]().union(*(reads_of(function.__code__, '').others for function in beside))
         wanted = [*self.run, *(reads_of(code, '').others if code is not None else ())]
         self.run.update(wanted)
         while wanted:

@@ -33,7 +33,7 @@ def called_functions(methods: Iterable[tuple[str, FunctionType]]) -> dict[str, A
     callers = [function for _, function in methods]
     for _ in range(DEPTH):
         new = {}
-        for name, raw in (each for caller in callers for each in _called(caller)):
+        for name, raw in (each for caller in callers for each in calls_in(caller)):
             if found.setdefault(name, raw) is not raw:
                 left_out.add(name)
             elif raw not in callers:
@@ -62,7 +62,7 @@ def _names(code: CodeType) -> set[str]:
     return {name for each in codes(code) for name in (*each.co_names, *each.co_freevars)}
 
 
-def _called(function: FunctionType) -> Iterator[tuple[str, Any]]:
+def calls_in(function: FunctionType) -> Iterator[tuple[str, Any]]:
     """Yield the functions of Python that a function may call by a plain name."""
     cells = dict(zip(function.__code__.co_freevars, map(content, function.__closure__ or ()), strict=True))
     for name in _names(function.__code__):

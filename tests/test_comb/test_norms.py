@@ -159,7 +159,7 @@ TOYS = {
         lambda: image(nn.GroupNorm(3, 6, affine=False)), IMAGE, {'a': 2, 'b': 4}, {'a': around(2, k=3)}
     ),
     'group norm, a group for each channel': Toy(
-        lambda: image(nn.GroupNorm(6, 6)), IMAGE, {'b': 4}, frozen={'a.weight:0': 'coupled into a single unit'}
+        lambda: image(nn.GroupNorm(6, 6)), IMAGE, {'a': 6, 'b': 4}, {'a': around(6, 'norm.weight', 'norm.bias')}
     ),
     'instance norm': Toy(lambda: image(nn.InstanceNorm2d(6)), IMAGE, {'a': 6, 'b': 4}, {'a': around(6)}),
     'instance norm with weights': Toy(

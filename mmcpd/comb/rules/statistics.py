@@ -153,7 +153,7 @@ def group_norm(run: Run, call: Call) -> None:
     axes, groups = run.axes(x), int(named['group'])
     tensors = [(named.get('weight'), Role.AFFINE), (named.get('bias'), Role.AFFINE)]
     channel = _affine(run, axes[1], tensors, 'group norm')
-    if channel is not None:
+    if channel is not None and groups < len(channel):  # else each channel is normed for itself
         if groups > 1:  # the same channel of each group stays or goes, so that the groups stay equally wide
             run.tie(channel.atoms.reshape(groups, -1).T)
         run.statistic(channel, 1 - x.dim(), len(channel))

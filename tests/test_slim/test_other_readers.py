@@ -1,0 +1,185 @@
+"""Widths on a module that other code than methods reads, and widths that a first forward notes."""
+
+from __future__ import annotations
+
+from functools import cached_property, partial
+
+import pytest
+import torch
+from torch import nn
+
+from mmcpd.comb import comb
+from mmcpd.slim import slim
+from tests.helpers import gap, masked, randomise_, sample
+
+X = (2, 3, 5, 5)
+
+
+class Block(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.channels = channels
+        self.one, self.two = nn.Conv2d(channels, channels, 3, padding=1), nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x):
+        return self.two(self.one(x).relu())
+
+
+class Whole(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.block, self.out = nn.Conv2d(3, 8, 1), Block(8), nn.Conv2d(8, 2, 1)
+        self.prepare()
+
+    def prepare(self):
+        pass
+
+    def forward(self, x):
+        return self.out(self.scaled(self.stem(x)))
+
+    def scaled(self, x):
+        return self.block(x)
+
+
+def scaled(module, x):
+    return module(x) * module.channels**-0.5
+
+
+class ByFunction(Whole):
+    def scaled(self, x):
+        return scaled(self.block, x)
+
+
+class Runner:
+    def __init__(self, module):
+        self.module = module
+
+    def __call__(self, x):
+        return self.module(x) * self.module.channels**-0.5
+
+
+class ByObject(Whole):
+    def scaled(self, x):
+        return Runner(self.block)(x)
+
+
+def hook(module, _, out):
+    return out * module.channels**-0.5
+
+
+class ByHook(Whole):
+    def prepare(self):
+        self.block.register_forward_hook(hook)
+
+
+def hook_by(module, _, out, by=1):
+    return out * (module.channels + by) ** -0.5
+
+
+class ByPartial(Whole):
+    def prepare(self):
+        self.block.register_forward_hook(partial(hook_by, by=3))
+
+
+def outer(model, x):
+    return model.out(model.block(model.stem(x)) * model.block.channels**-0.5)
+
+
+@pytest.mark.parametrize('cls', [ByFunction, ByObject, ByHook, ByPartial, Whole])
+def test_an_attribute_that_is_no_methods_stays(cls):
+    """All layers alike: with other numbers of units no attribute follows, and nothing would be wrong."""
+    net = randomise_(cls()).eval()
+    options = {'forward': outer} if cls is Whole else {}
+    coupling = comb(net, sample(X), **options)
+    assert {group.units for group in coupling.groups} == {8}, coupling.frozen
+    keep = coupling.keep()
+    for kept in keep.values():
+        kept[4:] = False
+    small, run = slim(net, coupling, keep), options.get('forward', lambda m, x: m(x))
+    assert gap(run(masked(net, coupling, keep), sample(X)), run(small, sample(X))) < 1e-12
+    assert small.block.channels == 8
+    small.block.channels = 4
+    assert gap(run(masked(net, coupling, keep), sample(X)), run(small, sample(X))) > 1e-3
+
+
+def turn(module, x):
+    return x if module.dim > 4 else -x
+
+
+class Turned(nn.Module):
+    """Nothing but convolutions, so that no trial is due."""
+
+    def __init__(self):
+        super().__init__()
+        self.dim, self.one, self.out = 8, nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        return self.out(turn(self, self.one(x)))
+
+
+def test_a_branch_in_a_function_stays_that_of_the_dense_model():
+    net = randomise_(Turned()).eval()
+    coupling = comb(net, sample(X))
+    keep = coupling.keep()
+    keep['one'][3:] = False
+    assert gap(masked(net, coupling, keep)(sample(X)), slim(net, coupling, keep)(sample(X))) < 1e-12
+
+
+# -- what a first forward notes ----------------------------------------------------------------------------------------
+class Noting(nn.Module):
+    half = None
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.out, self.sizes = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1), {}
+
+    @cached_property
+    def cached(self):
+        return self.conv.weight.shape[0] // 2
+
+    def forward(self, x):
+        x = self.conv(x)
+        half = self.noted(x)
+        return self.out(torch.cat([x[:, :half].tanh(), x[:, half:].relu()], 1))
+
+
+class Lazy(Noting):
+    def noted(self, x):
+        if self.half is None:
+            self.half = x.shape[1] // 2
+        return self.half
+
+
+class Missing(Noting):
+    def noted(self, x):
+        if not hasattr(self, 'width'):
+            self.width = x.shape[1] // 2
+        return self.width
+
+
+class Cached(Noting):
+    def noted(self, x):
+        return self.cached
+
+
+class InDictionary(Noting):
+    def noted(self, x):
+        return self.sizes.setdefault('half', x.shape[1] // 2)
+
+
+@pytest.mark.parametrize('cls', [Lazy, Missing, Cached, InDictionary])
+@pytest.mark.parametrize('when', ['never', 'before', 'between', 'both'])
+def test_a_size_that_a_forward_notes_is_made_anew(cls, when):
+    net = randomise_(cls()).eval()
+    x = sample(X)
+    if when in ('before', 'both'):
+        net(x)
+    coupling = comb(net, x)
+    if when in ('between', 'both'):
+        net(x)
+    keep = coupling.keep()
+    keep['conv'][[0, 5] if len(keep['conv']) == 8 else [0]] = False
+    small = slim(net, coupling, keep)
+    assert coupling.groups and small.conv.out_channels < 8
+    assert gap(masked(net, coupling, keep)(x), small(x)) < 1e-12
+    assert gap(slim(net, coupling, {'conv': keep['conv'].roll(1)})(x), small(x)) > 1e-3
