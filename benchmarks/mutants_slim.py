@@ -242,7 +242,7 @@ MUTANTS: tuple[Mutant, ...] = (
     # -- copies
     Mutant('copy-history', _COPYING, 'test_slim/test_copies.py::test_a_copy_is_one_of_its_own',
            'a tensor with a history is copied detached', 'if not tensor.is_leaf:', 'if False:'),
-    Mutant('cache-note', _COPYING, 'test_slim/test_copies.py::test_a_cache_is_not_in_the_slim_model',
+    Mutant('cache-note', _COPYING, 'test_slim/test_other_readers.py',
            'the size that a cache is for goes with the cache',
            'for name in notes if found or self._is_first(name)', 'for name in notes if self._is_first(name)'),
     Mutant('cache-first-size', _COPYING, 'test_slim/test_other_readers.py',

@@ -183,3 +183,28 @@ def test_a_size_that_a_forward_notes_is_made_anew(cls, when):
     assert coupling.groups and small.conv.out_channels < 8
     assert gap(masked(net, coupling, keep)(x), small(x)) < 1e-12
     assert gap(slim(net, coupling, {'conv': keep['conv'].roll(1)})(x), small(x)) > 1e-3
+
+
+class Sized(nn.Module):
+    """A table of places, and beside it the size that it was made for: 0 at first."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.out, self.table, self.size = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1), None, 0
+
+    def forward(self, x):
+        if self.size != x.shape[-1]:
+            self.table, self.size = torch.linspace(0, 1, x.shape[-1], dtype=x.dtype), x.shape[-1]
+        return self.out(self.conv(x) * self.table)
+
+
+def test_the_size_that_a_table_is_for_goes_with_it():
+    net = randomise_(Sized()).eval()
+    x = sample(X)
+    coupling = comb(net, x)
+    net(x)
+    keep = coupling.keep()
+    keep['conv'][:3] = False
+    small = slim(net, coupling, keep)
+    assert small.table is None and small.size == 0
+    assert gap(masked(net, coupling, keep)(x), small(x)) < 1e-12
