@@ -26,6 +26,7 @@ class LayerKind(StrEnum):
     LINEAR = 'linear'
     CONVOLUTION = 'convolution'
     TRANSPOSED = 'transposed convolution'
+    NORM = 'norm'
 
 
 # Function -> kind, and its arguments after the input in their order.
@@ -38,6 +39,14 @@ FUNCTIONS: dict[Any, tuple[LayerKind, tuple[str, ...]]] = {
     F.linear: (LayerKind.LINEAR, ('weight', 'bias')),
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _CONVOLUTION),
     **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), _TRANSPOSED),
+}
+
+_NORM = ('weight', 'bias', 'eps')
+NORMS: dict[Any, tuple[LayerKind, tuple[str, ...]]] = {
+    F.layer_norm: (LayerKind.NORM, ('normalized_shape', *_NORM)),
+    F.rms_norm: (LayerKind.NORM, ('normalized_shape', 'weight', 'eps')),
+    F.group_norm: (LayerKind.NORM, ('num_groups', *_NORM)),
+    F.batch_norm: (LayerKind.NORM, ('running_mean', 'running_var', 'weight', 'bias', 'training', 'momentum', 'eps')),
 }
 
 
@@ -74,6 +83,13 @@ class LayerCall:
     number: int
 
     @property
+    def channel(self) -> int:
+        """The dimension of the channels in the output, counted from the end."""
+        if self.kind is LayerKind.LINEAR or 'normalized_shape' in self.arguments:
+            return -1
+        return 1 - (self.input if self.kind is LayerKind.NORM else self.weight).dim()
+
+    @property
     def groups(self) -> int:
         return int(self.arguments.get('groups', 1))
 
@@ -91,6 +107,7 @@ class LayerCalls(TorchFunctionMode):
     Args:
         model: whose parameters are recognised, views of whole rows too.
         on_call: gets a `LayerCall` and returns what the layer gives out, as `call.run()` does.
+        norms: hand over norms that have a weight as well.
 
     Example:
         >>> seen = []
@@ -103,9 +120,9 @@ class LayerCalls(TorchFunctionMode):
         ['conv1.weight', 'conv2.weight', 'fc.weight']
     """
 
-    def __init__(self, model: nn.Module, on_call: Callable[[LayerCall], Tensor]) -> None:
+    def __init__(self, model: nn.Module, on_call: Callable[[LayerCall], Tensor], *, norms: bool = False) -> None:
         super().__init__()
-        self.on_call = on_call
+        self.on_call, self.functions = on_call, FUNCTIONS | NORMS if norms else FUNCTIONS
         self._numbers: Counter[ParameterRows] = Counter()
         self._by_storage: dict[int, list[tuple[str, Tensor]]] = {}
         for name, parameter in model.named_parameters():
@@ -136,17 +153,25 @@ class LayerCalls(TorchFunctionMode):
             # checkpoint runs once more, which must save the same.
             with self:
                 return _opened(inspect.unwrap(func))(*args, **kwargs)
-        if func not in FUNCTIONS:
+        if func not in self.functions:
             return func(*args, **kwargs)
-        kind, names = FUNCTIONS[func]
+        kind, names = self.functions[func]
         named = dict(zip(('input', *names), args, strict=False)) | kwargs
-        given, weight, bias = named.pop('input'), named.pop('weight'), named.pop('bias', None)
+        given, weight, bias = named.pop('input'), named.pop('weight', None), named.pop('bias', None)
+        if weight is None:  # a norm without one
+            return func(*args, **kwargs)
+        function = functools.partial(_norm, func) if kind is LayerKind.NORM else func
         rows = self.rows_of(weight)
         number = 0
         if rows is not None:
             number = self._numbers[rows]
             self._numbers[rows] += 1
-        return self.on_call(LayerCall(func, kind, given, weight, bias, named, rows, self.rows_of(bias), number))
+        return self.on_call(LayerCall(function, kind, given, weight, bias, named, rows, self.rows_of(bias), number))
+
+
+def _norm(function: Any, given: Tensor, weight: Tensor, bias: Tensor | None, **arguments: Any) -> Tensor:
+    """Call a norm's function, whose weight and bias are not its first arguments."""
+    return function(given, weight=weight, **({} if bias is None else {'bias': bias}), **arguments)
 
 
 @functools.cache

@@ -30,7 +30,7 @@ class CutPlace:
 
 
 class CutCalls:
-    """Recognise the calls of layers that read or make channels of a cut.
+    """Recognise the calls of layers, and of norms, that read or make channels of a cut.
 
     A weight that was computed (standardised, parametrized) counts as the parameter of its shape that it came from.
 
@@ -48,10 +48,10 @@ class CutCalls:
 
     def places(self, call: LayerCall) -> Iterator[CutPlace]:
         """Yield where a call shows cuts, and note them as seen."""
-        rows = call.rows or self._source(call.weight)
-        if rows is None:
+        norm = call.kind is LayerKind.NORM
+        rows = call.rows if norm else call.rows or self._source(call.weight)
+        if rows is None or (norm and call.weight.dim() > 1):
             return
-        channel = -1 if call.kind is LayerKind.LINEAR else 1 - call.weight.dim()
         for dim in (0, 1):
             cut = Cut(rows.tensor, dim)
             in_input = (dim == 0) == (call.kind is LayerKind.TRANSPOSED)
@@ -61,7 +61,7 @@ class CutCalls:
                 if not in_input and call.bias_rows is not None:
                     self._biases.add(Cut(call.bias_rows.tensor, 0))
                 start = rows.start if dim == 0 else 0
-                yield CutPlace(cut, start, call.weight.shape[dim], in_input, channel)
+                yield CutPlace(cut, start, call.weight.shape[dim], in_input, call.channel)
 
     def offset(self, call: LayerCall) -> Tensor | None:
         """Return the part of a call's output that no gate multiplies: a bias that is no part of the cut."""

@@ -106,7 +106,7 @@ def _run(model: nn.Module, calls: CutCalls, example: Example) -> Seen:
             seen.setdefault(place.cut, []).append(activation.sum(place.channel, keepdim=True))
         return out
 
-    with LayerCalls(model, note):
+    with LayerCalls(model, note, norms=True):
         example.run_all(model)
     return seen
 

@@ -101,7 +101,7 @@ class SampleTaps:
     def __enter__(self) -> SampleTaps:
         self._depth += 1
         if self._depth == 1:
-            self._mode = LayerCalls(self.model, self._on_call)
+            self._mode = LayerCalls(self.model, self._on_call, norms=True)
             self._mode.__enter__()
         return self
 

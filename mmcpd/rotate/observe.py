@@ -127,9 +127,8 @@ class _Watch(Follow):
         elif call.kind is LayerKind.TRANSPOSED or call.groups > 1:
             why = f'a {"grouped " if call.groups > 1 else ""}{call.kind} in {self.where}'
         else:
-            channel = -1 if call.kind is LayerKind.LINEAR else 1 - call.weight.dim()
-            self.read_by_layer(call.input, channel, name, weight)
-            self.made_by_layer(call, out, channel, weight.numbers)
+            self.read_by_layer(call.input, call.channel, name, weight)
+            self.made_by_layer(call, out, call.channel, weight.numbers)
             return
         for tensor in (call.input, call.weight, call.bias):
             self.read(tensor, why)

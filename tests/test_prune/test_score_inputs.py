@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -166,16 +167,42 @@ def test_norms_and_vectors_on_queries_count(kind):
     """Without them the half of a unit that queries and keys carry would be missing."""
     torch.manual_seed(0)
     net = randomise_(Encoder(kind)).eval()
-    x = sample((1, 7, 5))
+    x = sample((1 if kind == 'vector' else 3, 7, 5))  # samples cannot be told apart where a vector is added
     coupling = comb(net, x)
     (group,) = (group for group in coupling.groups if group.name == 'heads.qkv')
-    with pytest.warns(UserWarning, match='no linear layer and no convolution is called with rows of it'):
+    told = pytest.warns(UserWarning, match='no linear layer') if kind == 'vector' else nullcontext()
+    with told:
         found = score(net, coupling, [x])['heads.qkv']
     channels = sorted({m.tensor: m.index % 4 for m in group.members}['heads.proj.weight'].unique().tolist())
     assert channels == [0, 1, 2, 3] and group.units == 4
-    gates = [torch.ones(4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    gates = [torch.ones(len(x), 1, 1, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     z = net(x, *gates)
     r = build_importance('gauss_newton', coupling.groups)._direction(z.detach()) / z.detach().std(correction=0)
-    of_queries, of_values = torch.autograd.grad((z * r).sum(), gates)
-    assert torch.allclose(found, (of_queries + of_values).square(), rtol=1e-6)
-    assert not torch.allclose(found, of_values.square(), rtol=1e-2)
+    of_queries, of_values = (each[:, 0, 0] for each in torch.autograd.grad((z * r).sum(), gates))  # (N, 4)
+    assert torch.allclose(found, (of_queries + of_values).square().sum(0), rtol=1e-6)
+    assert not torch.allclose(found, of_values.square().sum(0), rtol=1e-2)
+
+
+@pytest.mark.parametrize('norm', [nn.BatchNorm1d, nn.GroupNorm])
+def test_norms_of_other_kinds_on_queries_count(norm):
+    """Queries and keys are normed as channels (N, C, T) behind a convolution, as LeViT's are."""
+
+    def run(m, x, gate=None):
+        q, k, v = m.q_norm(m.q(x)), m.k_norm(m.k(x)), m.v(x)
+        q = q if gate is None else q * gate
+        return m.out((q.mT @ k / 4).softmax(-1) @ v.mT).mean(1)
+
+    torch.manual_seed(0)
+    q_norm, k_norm = (norm(8) if norm is nn.BatchNorm1d else norm(8, 8) for _ in range(2))
+    parts = {name: nn.Conv1d(5, 8, 1) for name in 'qkv'}
+    net = randomise_(Net(run, **parts, q_norm=q_norm, k_norm=k_norm, out=nn.Linear(8, 3))).eval()
+    x = sample((3, 5, 6))
+    coupling = comb(net, x)
+    (group,) = (each for each in coupling.groups if 'q.weight' in {m.tensor for m in each.members})
+    found = score(net, coupling, [x])[group.name]
+    gate = torch.ones(3, 8, 1, dtype=torch.float64, requires_grad=True)
+    z = net.run(net, x, gate)
+    r = build_importance('gauss_newton', coupling.groups)._direction(z.detach()) / z.detach().std(correction=0)
+    (grad,) = torch.autograd.grad((z * r).sum(), gate)
+    assert torch.allclose(found, grad[:, :, 0].square().sum(0), rtol=1e-6)
+    assert not torch.allclose(found, grad[:, :, 0].sum(0).square(), rtol=1e-2)
