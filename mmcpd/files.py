@@ -123,7 +123,7 @@ def why_unwritten(error: OSError | RuntimeError) -> str | None:
 def alone_in(folder: Path) -> Iterator[None]:
     """Hold a folder, which is made, for one process: another one that asks for it meanwhile is refused.
 
-    The lock goes with the process, however that ends. Where the system has no such locks, nobody is refused.
+    The lock goes with the process, however that ends. Where the system or the disk has no locks, nobody is refused.
 
     Raises:
         WriteError: another process holds it.
@@ -146,8 +146,10 @@ def alone_in(folder: Path) -> Iterator[None]:
     with lock.open('a') as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise WriteError(f'another run writes into {folder}: wait for its end, or give another folder') from error
+        except OSError:
+            pass
         try:
             yield
         finally:

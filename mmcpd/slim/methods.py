@@ -81,7 +81,7 @@ def functions_beside(modules: Iterable[nn.Module], forward: Callable[..., object
 def _function(value: Any) -> FunctionType | None:
     """Return the function of a function, of a bound method, or of a partial one."""
     value = getattr(value, 'func', getattr(value, '__func__', value))
-    return value if isinstance(value, FunctionType) and not value.__module__.startswith('torch.') else None
+    return value if isinstance(value, FunctionType) and not (value.__module__ or '').startswith('torch.') else None
 
 
 def _getters(kind: type) -> Iterator[FunctionType]:

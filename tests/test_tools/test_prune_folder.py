@@ -28,6 +28,8 @@ def pruned(tool, tiny, dense, tmp_path):  # noqa: F811
 
 def test_the_report_is_written_again_without_a_config(tool, pruned):
     (pruned / 'report.html').unlink()
+    for suffix in ('.py', '.safetensors'):  # of `mmcpd export-code`, and newer
+        (pruned / f'slim_model{suffix}').write_text('answer = 42\n')
     code, _, err = tool('report', pruned, '--pictures', 0)
     assert code == 0 and (pruned / 'report.html').is_file(), err
 
