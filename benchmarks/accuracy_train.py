@@ -114,7 +114,7 @@ class Step:
 
 
 class Recorded:
-    """Replay a step as one CUDA graph, recorded anew where the model got other parameters.
+    """Replay a step as one CUDA graph, recorded anew where the model got other parameters or forwards.
 
     The hundreds of kernels of a small net take longer to launch one by one than to run. All gradients of the model are
     to be taken on the current stream, which is not the default one: CUDA records no other.
@@ -122,13 +122,15 @@ class Recorded:
 
     def __init__(self, model: nn.Module, step: Callable[[Tensor, Tensor], None]) -> None:
         self.model, self.step = model, step
-        self.parameters: list[nn.Parameter] = []
+        self.key: list[int] = []
 
     def __call__(self, images: Tensor, labels: Tensor) -> None:
         parameters = list(self.model.parameters())
-        if [id(p) for p in parameters] != [id(p) for p in self.parameters]:
+        forwards = [vars(module).get('forward') for module in self.model.modules()]  # masked ones are others
+        key = [id(each) for each in (*parameters, *forwards)]
+        if key != self.key:
             self._record(images.clone(), labels.clone())
-            self.parameters, self.gradients = parameters, [p.grad for p in parameters]
+            self.key, self.held, self.gradients = key, forwards, [p.grad for p in parameters]
         self.images.copy_(images)
         self.labels.copy_(labels)
         self.graph.replay()

@@ -107,7 +107,7 @@ def check(args: argparse.Namespace) -> None:
             check_folder(Path(path).absolute().parent, f'--{option}')
             if Path(path).is_dir():
                 raise UserError(f'--{option}: {path} is a folder; name a file')
-    if args.plot and Path(args.plot).suffix not in PLOTS:
+    if args.plot and Path(args.plot).suffix.lower() not in PLOTS:
         raise UserError(f'--plot: {args.plot} must end in one of {", ".join(PLOTS)}')
     check_checkpoint(args.checkpoint, '--checkpoint')
     for option, needs in (('latency', 'target'), ('remain', 'target'), ('accuracy', 'sensitivity')):

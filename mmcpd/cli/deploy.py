@@ -92,7 +92,12 @@ def pruned_from(checkpoint: Path) -> str | None:
     file = checkpoint.with_name(PRUNED)
     settings = ((json_of(file) or {}) if file.is_file() else {}).get('settings') or {}
     weights = settings.get('checkpoint')
-    return weights if weights and Path(weights).is_file() and not is_slim(weights) else None
+    if not weights or not Path(weights).is_file() or is_slim(weights):
+        return None
+    try:
+        return None if removed_units(read_checkpoint(weights)) else weights
+    except SlimError:  # it may only be read where it is trusted
+        return None
 
 
 def real_batches(cfg: Config, model: nn.Module, args: argparse.Namespace) -> tuple[list[Tensor], str]:

@@ -61,7 +61,7 @@ from mmcpd.rotate import rotate_
 from mmcpd.version import __version__
 
 __all__ = ['add_options', 'main']
-SLIM, REPORT, COUPLING, REFIT = 'slim.pth', 'prune.json', 'coupling.txt', 'refit.txt'
+SLIM, REPORT, COUPLING, REFIT, CONFIG = 'slim.pth', 'prune.json', 'coupling.txt', 'refit.txt', 'config.py'
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +178,8 @@ def slim_down(
     report['slim'] = {**costs(dense.coupling, pruned.keep), 'metrics': metrics}
     report |= {'seconds': {**dense.seconds, **stages.seconds}, 'rotated': dense.rotated}
     report['command'] = shlex.join(['mmcpd', 'prune', *sys.argv[1 + (sys.argv[1:2] == ['prune']) :]])
-    report |= {'settings': asdict(request) | {'out': str(request.out)}, 'versions': versions()}
+    paths = {'out': str(request.out), 'checkpoint': str(Path(request.checkpoint).resolve())}
+    report |= {'settings': asdict(request) | paths, 'versions': versions()}
     return small.cpu(), report
 
 
@@ -192,12 +193,14 @@ def write(
     if first := dense.meta.get('first') or dense.meta.get('dense'):
         meta['first'] = first  # of a slim model that is pruned again: what the really dense one costs
     folder.mkdir(parents=True, exist_ok=True)
-    config = Path(cfg.filename or 'config.py').name
+    mine = (folder / CONFIG).resolve() == Path(cfg.filename or '').resolve()
+    names = (COUPLING, REFIT, REPORT) if mine else (COUPLING, REFIT, REPORT, CONFIG)
     with ExitStack() as stack:  # all of them appear together, when everything is written
-        files = {name: stack.enter_context(whole(folder / name)) for name in (COUPLING, REFIT, REPORT, config)}
+        files = {name: stack.enter_context(whole(folder / name)) for name in names}
         files[COUPLING].write_text(f'{dense.coupling}\n', encoding='utf-8')
         files[REFIT].write_text(f'{pruned.refitted or "not refitted"}\n', encoding='utf-8')
-        files[config].write_text(cfg.pretty_text, encoding='utf-8')  # as MMEngine does: `mmcpd report` reads it
+        if not mine:  # never over what the user wrote
+            files[CONFIG].write_text(cfg.pretty_text, encoding='utf-8')  # `mmcpd report` reads it
         write_json(files[REPORT], report)
         try:
             save_proved(folder / SLIM, small, meta, Proof.of_config(cfg, small), small)

@@ -90,9 +90,10 @@ class GaussNewton(Importance):
     def _squares(self, model: nn.Module, taps: SampleTaps, outputs: object) -> Tensor:
         """Return the squares of one batch, (units,), summed over its samples."""
         floating = [t for t in tensors_in(outputs) if t.is_floating_point()]
-        if not all(bool(torch.isfinite(z).all()) for z in floating):  # it is skipped, and says nothing of the spread
+        if any(bool((z.isnan() | z.isposinf()).any()) for z in floating):  # skipped, and nothing is said of the spread
             return torch.full((self.gates.units,), torch.nan, device=floating[0].device)
         scales = self._scales(floating)
+        floating = [z.masked_fill(z.isneginf(), 0) if bool(z.isneginf().any()) else z for z in floating]  # a mask
         pairs = [(z, scale) for z, scale in zip(floating, scales, strict=True) if z.requires_grad]
         if not pairs:
             raise ValueError(
@@ -139,6 +140,7 @@ class GaussNewton(Importance):
 
 def _moments(z: Tensor) -> tuple[float, float, float]:
     """Return (elements, sum, sum of squares) of an output."""
+    z = z[z.isfinite()]
     if not z.numel():
         return 0.0, 0.0, 0.0
     variance, mean = (float(value) for value in torch.var_mean(z.detach().float(), correction=0))

@@ -70,7 +70,7 @@ def find_layouts(model: nn.Module, gates: Gates, example: Example) -> dict[Cut, 
     The example runs once as it is, and three times with two of it in a batch: as they are, and with either changed.
     What changes with the first alone belongs to it. Nothing of the kind is found where activations do not depend on the
     input (a table of positions), where no layer uses a tensor of the cut (positions that are added), or where the model
-    takes no larger batch. Integers (tokens) change by changing places.
+    takes no larger batch. Where there is no other input, integers (tokens) change places.
 
     Raises:
         torch.OutOfMemoryError: a batch of two examples does not fit: comb with a smaller example.
@@ -82,7 +82,9 @@ def find_layouts(model: nn.Module, gates: Gates, example: Example) -> dict[Cut, 
         example = replace(example, also=())
         beside = dict.fromkeys(calls.unseen(), TABLE)
         try:
-            inputs = [_samples_doubled(map_tensors(example.inputs, partial(_doubled, n))) for n in (None, 0, 1)]
+            tokens = not any(tensor.is_floating_point() for tensor in tensors_in(example.inputs))
+            doubled = [map_tensors(example.inputs, partial(_doubled, n, tokens)) for n in (None, 0, 1)]
+            inputs = [_samples_doubled(each) for each in doubled]
             plain, *changed = (_run(model, calls, replace(example, inputs=each)) for each in inputs)
         except torch.cuda.OutOfMemoryError:
             raise
@@ -121,15 +123,14 @@ def _samples_doubled(value: Any) -> Any:
     return value * 2 if beside else value
 
 
-def _doubled(which: int | None, tensor: Tensor) -> Tensor:
+def _doubled(which: int | None, tokens: bool, tensor: Tensor) -> Tensor:
     """Return a batch of twice the tensor, one of the two changed, along the first dimension."""
     parts = [tensor, tensor]
     if which is not None and tensor.is_floating_point():
         noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)).to(tensor)
         parts[which] = tensor + (1 + tensor.abs().mean()) * noise
-    elif which is not None and tensor.dim() and not tensor.is_complex() and tensor.dtype != torch.bool:
-        order = torch.randperm(tensor.numel(), generator=torch.Generator().manual_seed(0)).to(tensor.device)
-        parts[which] = tensor.flatten()[order].view(tensor.shape)  # such values are allowed at other places too
+    elif which is not None and tokens and tensor.dim() and not tensor.is_complex() and tensor.dtype != torch.bool:
+        parts[which] = tensor.flatten().roll(1).view(tensor.shape)  # such values are allowed at other places too
     return torch.cat(parts) if tensor.dim() else tensor
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from functools import partial
 
 import torch
@@ -80,9 +80,18 @@ def _check_batch(inputs: tuple[object, ...], number: int) -> None:
     _refuse(inputs, number, torch.isnan)
 
 
+def _plain_tensors(value: object) -> Iterator[Tensor]:
+    """Yield the tensors of arguments, not those of data samples: what they hold may be no number."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _plain_tensors(each)
+
+
 def _refuse(inputs: tuple[object, ...], number: int, spoils: Callable[[Tensor], Tensor]) -> None:
     """Refuse a picture with such a value: it would spoil the score, and all that is fitted to it later."""
-    for tensor in tensors_in(inputs):
+    for tensor in _plain_tensors(inputs):
         if tensor.dim() and bool((spoilt := spoils(tensor)).any()):
             picture = int(spoilt.reshape(len(tensor), -1).any(1).nonzero()[0])
             raise PruneError(f'picture {picture} of batch {number} (from 0) is not finite: leave it out, or mend it')

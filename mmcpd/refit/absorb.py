@@ -48,7 +48,7 @@ class _Inputs(TorchFunctionMode):
     def _add(self, norm: Norm) -> None:
         key = None if norm.running_mean is None else storage(norm.running_mean)
         if key is None or key not in self.norms:
-            self.affines += [storage(t) for t in (norm.weight, norm.bias) if t is not None]
+            self.affines += {storage(t) for t in (norm.weight, norm.bias) if t is not None}
         if norm.training or norm.running_mean is None or key is None:
             return
         self.norms[key] = norm._replace(input=norm.input.new_empty(0))

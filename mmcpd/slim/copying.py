@@ -198,12 +198,14 @@ class _Snapshot:
 
     def _is_first(self, name: str) -> bool:
         """Say whether there was nothing before a forward noted something: a size, which the next one makes anew."""
-        return self.attributes.get(name) is None
+        return self.attributes.get(name) is None and _is_size(vars(self.module)[name])
 
     def _has_grown(self, name: str) -> bool:
         """Say whether a forward has put more plain things, and no tensors, into a dictionary."""
         here, old = vars(self.module).get(name), self.contents.get(name)
-        return isinstance(here, dict) and isinstance(old, dict) and len(here) > len(old) and not tensors_in(here)
+        if not isinstance(here, dict) or not isinstance(old, dict) or len(here) <= len(old):
+            return False
+        return all(_is_size(value) for key, value in here.items() if key not in old)
 
     def _is_cache(self, name: str, read: set[int]) -> bool:
         old = self.contents.get(name, self.attributes.get(name, _MISSING))
@@ -217,6 +219,12 @@ class _Snapshot:
         old = self.contents.get(name, self.attributes.get(name, _MISSING))
         before = type(old)() if isinstance(old, (dict, list)) and tensors_in(old) else old
         return Cache(path, name, old is _MISSING, before if _is_plain(before) or isinstance(before, dict) else None)
+
+
+def _is_size(value: object) -> bool:
+    """Say whether something may be a size, or several."""
+    sizes = value if isinstance(value, (tuple, list)) else (value,)
+    return bool(sizes) and all(isinstance(each, int) and not isinstance(each, bool) for each in sizes)
 
 
 def _containers_in(values: Iterable[Any]) -> Iterator[Any]:
@@ -267,7 +275,10 @@ def forget_(model: nn.Module, caches: Iterable[Cache]) -> None:
         if cache.missing:
             here.pop(cache.name, None)
         elif cache.name in here:
-            here[cache.name] = copy.copy(cache.before)
+            if isinstance(cache.before, dict) and isinstance(here[cache.name], dict):
+                _refill_(here[cache.name], cache.before)  # other modules may hold it too
+            else:
+                here[cache.name] = copy.copy(cache.before)
     with modes_kept(model):
         model.eval()  # a spectral norm iterates in training only
         for module in modules.values():

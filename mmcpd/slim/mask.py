@@ -70,7 +70,7 @@ class Kept:
                     f'a statistic in {where} goes over {site.width} positions, and went over {len(units)} channels '
                     'when the model was combed: on inputs of another size use the slim model, or comb with such a one'
                 )
-            self.numbers[site] = longer.nonzero().flatten()
+            return longer.nonzero().flatten()
         return self.numbers.get(site)
 
 
@@ -129,8 +129,10 @@ class _OverKept(TorchFunctionMode):
             return None
         site = Site(self.place, dim, x.shape[dim])
         found = self.kept.at(site)
-        if found is not None and found.device != x.device:  # it stays where the model is
-            found = self.kept.numbers[site] = found.to(x.device)
+        if found is not None and found.device != x.device:
+            found = found.to(x.device)
+            if site in self.kept.numbers:  # it stays where the model is
+                self.kept.numbers[site] = found
         return found
 
     def _norm(self, x: Tensor, dim: int, norm: Any, weight: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dis
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
-from types import CodeType, FunctionType
+from functools import lru_cache, partial
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 from torch import nn
@@ -57,31 +57,44 @@ def reads_of(code: CodeType, receiver: str = 'self') -> Reads:
     return found
 
 
-def functions_beside(modules: Iterable[nn.Module], forward: Callable[..., object]) -> set[FunctionType]:
+def functions_beside(
+    modules: Iterable[nn.Module], forward: Callable[..., object], run: Collection[str]
+) -> set[FunctionType]:
     """Return the functions that are no methods of modules and that a forward may run: attributes are read there too.
 
-    They are the forward itself, hooks, what these and methods call by name, and the methods of the author's own classes
-    that are no modules.
+    They are the forward itself, hooks, what these and the methods in `run` call by name, and the methods of the
+    author's own classes that are no modules. Other packages than those of the modules are left out.
     """
     modules = list(modules)
     held = [hook for module in modules for name in RUN_HOOKS for hook in vars(module).get(name, {}).values()]
-    own = [each for each in map(_function, (forward, *held)) if each is not None]
+    own = {each for each in map(_function, (forward, *held)) if each is not None}
     kinds: list[Any] = list(dict.fromkeys(map(type, modules)))
-    methods = {function for kind in kinds for name, function in functions_of(kind).items() if hasattr(kind, name)}
+    packages = {_package(each) for each in (*kinds, *own)} - {'torch'}
+    methods = {f for kind in kinds for name, f in functions_of(kind).items() if name in run and hasattr(kind, name)}
     methods.update(getter for kind in kinds for getter in _getters(kind))
     found, new = set[FunctionType](), {*own, *methods}
     while new:
         found |= new
         called = {author_of(raw) for function in new for _, raw in calls_in(function)}
         plain = {each for function in new for each in _classes_in(function)}
-        new = called.union(*(functions_of(each).values() for each in plain)) - found
+        called.update(*(functions_of(each).values() for each in plain))
+        new = {function for function in called if _package(function) in packages} - found
     return found - methods
 
 
+def _package(value: Any) -> str:
+    return (value.__module__ or '').partition('.')[0]
+
+
 def _function(value: Any) -> FunctionType | None:
-    """Return the function of a function, of a bound method, or of a partial one."""
-    value = getattr(value, 'func', getattr(value, '__func__', value))
-    return value if isinstance(value, FunctionType) and not (value.__module__ or '').startswith('torch.') else None
+    """Return the function of a function, of a bound method, of a partial one, or of an object that can be called."""
+    while not isinstance(value, FunctionType):
+        inner = getattr(value, 'func', getattr(value, '__func__', None))
+        inner = vars(type(value)).get('__call__') if inner is None else inner
+        if inner is None or inner is value or not isinstance(inner, FunctionType | MethodType | partial):
+            return None
+        value = inner
+    return None if _package(value) == 'torch' else value
 
 
 def _getters(kind: type) -> Iterator[FunctionType]:
@@ -129,11 +142,16 @@ class Methods:
     def __init__(self, modules: Iterable[nn.Module], forward: Callable[..., object]) -> None:
         modules = list(modules)
         self.kinds = {kind: methods_of(kind) for kind in dict.fromkeys(map(type, modules))}
-        code = getattr(forward, '__code__', None)
-        self.run = {'forward', '__call__'}
-        beside = functions_beside(modules, forward)
-        self.others = frozenset[str]().union(*(reads_of(function.__code__, '').others for function in beside))
-        wanted = [*self.run, *(reads_of(code, '').others if code is not None else ())]
+        self.run, self.others = set[str](), frozenset[str]()
+        function = _function(forward)
+        self._run({'forward', '__call__'} | (reads_of(function.__code__, '').others if function is not None else set()))
+        beside = functions_beside(modules, forward, self.run)
+        self.others = self.others.union(*(reads_of(each.__code__, '').others for each in beside))
+        self._run(self.others)
+
+    def _run(self, names: Iterable[str]) -> None:
+        """Note the methods of these names, and those that they name, as what a forward may run."""
+        wanted = [name for name in names if name not in self.run]
         self.run.update(wanted)
         while wanted:
             name = wanted.pop()

@@ -206,3 +206,25 @@ def test_norms_of_other_kinds_on_queries_count(norm):
     (grad,) = torch.autograd.grad((z * r).sum(), gate)
     assert torch.allclose(found, grad[:, :, 0].square().sum(0), rtol=1e-6)
     assert not torch.allclose(found, grad[:, :, 0].sum(0).square(), rtol=1e-2)
+
+
+def test_outputs_that_a_mask_makes_infinite_are_left_out():
+    hidden = torch.tensor([False, True, False, False])
+    part = mlp()
+    twin = Net(lambda m, x: part.run(m, x).masked_fill(hidden, -torch.inf), conv=part.conv, fc=part.fc).eval()
+    x = sample((3, 3, 6, 6))
+    coupling = comb(twin, x, trial=False)
+    found = build_importance('gauss_newton', coupling.groups)
+    found.accumulate(twin, closure=lambda: [twin(x)])
+    assert found.iterations == 1 and float(found.scores()['conv'].min()) > 0
+
+
+def test_samples_may_hold_what_is_no_number():
+    class Sample:
+        def __init__(self):
+            self.depth = torch.full((3,), torch.nan)
+
+    net = mlp(lambda m, x, samples: m.fc(m.conv(x).relu().mean((2, 3))))
+    x = sample((2, 3, 6, 6))
+    coupling = comb(net, (x, [Sample(), Sample()]))
+    assert float(score(net, coupling, [(x, [Sample(), Sample()])])['conv'].min()) > 0

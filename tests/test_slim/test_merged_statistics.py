@@ -54,8 +54,6 @@ def test_other_sizes_and_batches(name):
     turned = slim(net, coupling, {'conv': keep['conv'].roll(1)})
     for shape in (X, (2, 3, 6, 8), (5, 3, 4, 4), (3, 3, 2, 5)):
         x = sample(shape)
-        if name in ('a mean over samples', 'tokens before channels') and shape[0] == 3 and shape[2] == 2:
-            continue
         assert gap(dull(x), small(x)) < 1e-12, shape
         assert gap(dull(x), turned(x)) > 1e-4, shape
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from mmcpd.comb import comb
 from mmcpd.slim import slim
+from mmcpd.slim.trial import random_keep
 from tests.helpers import gap, masked, randomise_, sample
 
 X = (2, 3, 5, 5)
@@ -85,7 +86,17 @@ def outer(model, x):
     return model.out(model.block(model.stem(x)) * model.block.channels**-0.5)
 
 
-@pytest.mark.parametrize('cls', [ByFunction, ByObject, ByHook, ByPartial, Whole])
+class Scaling:
+    def __call__(self, module, _, out):
+        return out * module.channels**-0.5
+
+
+class ByObjectHook(Whole):
+    def prepare(self):
+        self.block.register_forward_hook(Scaling())
+
+
+@pytest.mark.parametrize('cls', [ByFunction, ByObject, ByHook, ByPartial, ByObjectHook, Whole])
 def test_an_attribute_that_is_no_methods_stays(cls):
     """All layers alike: with other numbers of units no attribute follows, and nothing would be wrong."""
     net = randomise_(cls()).eval()
@@ -208,3 +219,97 @@ def test_the_size_that_a_table_is_for_goes_with_it():
     small = slim(net, coupling, keep)
     assert small.table is None and small.size == 0
     assert gap(masked(net, coupling, keep)(x), small(x)) < 1e-12
+
+
+# -- what must stay ----------------------------------------------------------------------------------------------------
+class Sharing(nn.Module):
+    """Two modules hold one dictionary: the first writes the size that the second reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = Writing(), Reading()
+        self.first.meta = self.second.meta = {}
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
+class Writing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 1)
+
+    def forward(self, x):
+        x = self.conv(x)
+        self.meta['half'] = x.shape[1] // 2
+        return x
+
+
+class Reading(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.out = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        half = self.meta['half']
+        return self.out(torch.cat([x[:, :half].tanh(), x[:, half:].relu()], 1))
+
+
+def test_a_dictionary_that_modules_share_stays_one():
+    net = randomise_(Sharing()).eval()
+    x = sample(X)
+    coupling = comb(net, x)
+    assert coupling.groups, coupling.frozen
+    net(x)
+    keep = random_keep(coupling, 0.5, 0)
+    small = slim(net, coupling, keep)
+    assert small.first.meta is small.second.meta and not small.first.meta
+    assert gap(masked(net, coupling, keep)(x), small(x)) < 1e-12
+
+
+class Averaging(nn.Module):
+    """A running average and a flag, nothing at first: state, and no sizes."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.out, self.level, self.ready = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1), None, None
+
+    def forward(self, x):
+        now = float(x.mean())
+        self.level, self.ready = now if self.level is None else 0.9 * self.level + 0.1 * now, True
+        return self.out(self.conv(x)) * self.level
+
+
+def test_state_that_begins_as_nothing_is_kept():
+    net = randomise_(Averaging()).eval()
+    coupling = comb(net, sample(X))
+    net(sample(X))
+    small = slim(net, coupling, random_keep(coupling, 0.5, 0))
+    assert small.level == net.level is not None and small.ready
+
+
+def describe(tensor):
+    return tensor.dim()
+
+
+class Deployable(nn.Module):
+    """Its width is read when it is deployed; a function that only its construction calls names it too."""
+
+    def __init__(self):
+        super().__init__()
+        self.dim, self.conv, self.out = 8, nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)
+        self.dims = describe(self.conv.weight)
+
+    def forward(self, x):
+        return self.out(self.conv(x))
+
+    def switch_to_deploy(self):
+        return torch.eye(self.dim) @ self.conv.weight.float().flatten(1)
+
+
+def test_what_no_forward_runs_hinders_no_attribute():
+    net = randomise_(Deployable()).eval()
+    coupling = comb(net, sample(X))
+    keep = coupling.keep()
+    keep['conv'][:5] = False
+    assert slim(net, coupling, keep).switch_to_deploy().shape == (3, 3)

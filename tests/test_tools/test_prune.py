@@ -51,7 +51,7 @@ def test_it_writes_a_slim_model_and_a_report(tool, tiny, dense, tmp_path):
     code, out, err = tool('prune', tiny, dense, '--target', 'macs=0.5', *SMALL)
     assert code == 0, err
     folder = tmp_path / 'work_dirs' / 'tiny'
-    names = ['card.md', 'coupling.txt', 'prune.json', 'refit.txt', 'report.html', 'slim.pth', 'tiny.py']
+    names = ['card.md', 'config.py', 'coupling.txt', 'prune.json', 'refit.txt', 'report.html', 'slim.pth']
     assert sorted(path.name for path in folder.iterdir()) == names
     page, command = (folder / 'report.html').read_text(), f'mmcpd prune {tiny} {dense} --target macs=0.5'
     assert command in page and '<h2>The model</h2>' in page and 'the model was pruned at once' in page

@@ -133,3 +133,11 @@ def test_unfinished_names_are_of_one_process():
 
 def test_the_settings_name_the_dense_checkpoint(pruned, dense):  # noqa: F811
     assert json.loads((pruned / 'prune.json').read_text())['settings']['checkpoint'] == str(dense)
+
+
+def test_the_users_own_config_is_not_written_over(tool, tiny, dense, tmp_path):  # noqa: F811
+    own = tiny.with_name('config.py')
+    own.write_text('_base_ = "./tiny.py"  # mine\n')
+    code, _, err = tool('prune', own, dense, '--target', 'macs=0.5', '--out', tmp_path, *SMALL)
+    assert code == 0 and (tmp_path / 'slim.pth').is_file(), err
+    assert own.read_text() == '_base_ = "./tiny.py"  # mine\n'
