@@ -92,7 +92,7 @@ def json_of(file: Path) -> dict[str, Any] | None:
 
 
 def config_of(run: Run) -> Path | None:
-    """Return the config that training put into the run's folder, None where there is none."""
+    """Return the config that training or `mmcpd prune` put into the run's folder, None where there is none."""
     own = run.folder / Path(run.cfg.filename or '').name
     return own if own.is_file() else min(run.folder.glob('*.py'), default=None)
 

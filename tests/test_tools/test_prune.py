@@ -56,7 +56,7 @@ def test_it_writes_a_slim_model_and_a_report(tool, tiny, dense, tmp_path):
     page, command = (folder / 'report.html').read_text(), f'mmcpd prune {tiny} {dense} --target macs=0.5'
     assert command in page and '<h2>The model</h2>' in page and 'the model was pruned at once' in page
     assert '<h2>Predictions</h2>' in page, page[page.index('What is not in this') :]
-    assert 'load_slim(&#x27;tiny.py&#x27;, &#x27;slim.pth&#x27;)' in page
+    assert 'load_slim(&#x27;config.py&#x27;, &#x27;slim.pth&#x27;)' in page
     assert 'backbone.conv1' in (folder / 'coupling.txt').read_text()
     assert 'backbone.conv1' in (folder / 'refit.txt').read_text()
     report = json.loads((folder / 'prune.json').read_text())
