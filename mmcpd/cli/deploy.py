@@ -65,10 +65,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add('--runs', type=int, default=1000, help='paired runs; default 1000')
     add('--time-limit', type=float, metavar='S', help='seconds after which no run starts')
     add('--threads', type=int, help="ONNX Runtime's threads; default: as many as cores")
-    add(
-        '--dense',
-        help="the dense model's weights; default: dense.pth beside the checkpoint, what `mmcpd prune` pruned, or initial weights",
-    )
+    weights = 'dense.pth beside the checkpoint, what `mmcpd prune` pruned, or initial weights'
+    add('--dense', help=f"the dense model's weights; default: {weights}")
     add('--no-bench', action='store_true', help='export and check only')
     add('--random-input', action='store_true', help='check and measure on noise, where there are no test data')
 
