@@ -49,6 +49,21 @@ def arguments(inputs: object) -> tuple[object, ...]:
         return tuple(map_tensors(found, Tensor.clone))
 
 
+def count_pictures(inputs: object) -> int:
+    """Return how many pictures a batch holds."""
+    return next((len(tensor) for tensor in tensors_in(inputs) if tensor.dim()), 1)
+
+
+def check_filled(inputs: object, number: int) -> None:
+    """Refuse a batch without a picture; `number` counts batches from 0.
+
+    Raises:
+        ValueError: with the number.
+    """
+    if not count_pictures(inputs):
+        raise ValueError(f'batch {number} (from 0) is empty: leave it out')
+
+
 @dataclass(frozen=True)
 class Cache:
     """An attribute that a forward keeps a tensor on, or the size that it is for; the next forward makes it anew."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import ClassVar
 
 import pytest
@@ -19,7 +18,7 @@ pytest.importorskip('mmpretrain')
 import torch_pruning as tp
 from mmpretrain.models.utils import MultiheadAttention
 
-from benchmarks import accuracy, accuracy_report, accuracy_train
+from benchmarks import accuracy, accuracy_report
 from benchmarks.accuracy_camvid import mean_iou
 from benchmarks.accuracy_peers import Peer, PeerError, PeerInLoop, keep_of, prune_by_peer, split_attention
 from benchmarks.accuracy_recipes import RECIPES, Pruned, Recipe
@@ -29,7 +28,6 @@ from benchmarks.accuracy_train import Learning, macs, reestimate_, train
 from benchmarks.accuracy_variants import VARIANTS
 from mmcpd.comb import comb
 from mmcpd.slim import slim
-from tests.helpers import randomise_
 
 
 class Tiny(nn.Module):
@@ -169,47 +167,6 @@ def test_training_is_repeatable_and_depends_on_the_seed(task, learning):
         train(task.dense(), task.dense(), task, 3, 0.01, seed, learning).fc.weight for seed in (0, 0, 1)
     )
     assert torch.equal(first, again) and not torch.equal(first, other)
-
-
-class Replacing:
-    """Put a new parameter in the place of one in the middle of a training, as the peer does."""
-
-    def __init__(self, task, model, optimizer, iterations):
-        self.task, self.model, self.left = task, model, iterations // 2
-
-    def step(self, optimizer):
-        self.left -= 1
-        if self.left:
-            return optimizer
-        self.model.outer.weight = nn.Parameter(self.model.outer.weight.detach().clone())
-        return self.task.optimizer(self.model, optimizer.param_groups[0]['lr'])
-
-    def finish(self):
-        return self.model
-
-
-def far(one, other):
-    return max(float((a - b).detach().abs().max()) for a, b in zip(one.parameters(), other.parameters(), strict=True))
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize('replacing', [False, True])
-@pytest.mark.parametrize('learning', [Learning(), Learning(0, 4), Learning(1, 4)])
-def test_a_recorded_step_trains_as_a_plain_one(task, learning, replacing, monkeypatch):
-    there = replace(task, data=task.data.to('cuda'))
-    seen = []
-
-    def trained(step_of=accuracy_train.Recorded):
-        monkeypatch.setattr(accuracy_train, 'Recorded', step_of)
-        options = there, 8, 0.05, 0, learning, partial(Replacing, there) if replacing else None
-        return train(there.dense(), randomise_(task.dense()).float().to('cuda').eval(), *options)
-
-    def stale(model, step):
-        return lambda *batch: step(*(seen[:2] if seen.extend(batch) is None else ()))
-
-    recorded, plain = trained(), trained(lambda model, step: step)
-    assert all(torch.isfinite(p).all() for p in plain.parameters())
-    assert far(recorded, plain) < 0.1 * far(trained(stale), plain)
 
 
 def test_without_labels_nothing_of_the_labels_is_read(task):

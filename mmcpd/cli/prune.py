@@ -52,9 +52,8 @@ from mmcpd.engine.predicted import PICTURES
 from mmcpd.engine.report import comparison, costs
 from mmcpd.engine.run_report import report_line
 from mmcpd.engine.samples import on_pictures
-from mmcpd.engine.saving import Proof, cut_checked, loadable, save_proved
+from mmcpd.engine.saving import Proof, cut_checked, loadable, nothing_trained, save_proved
 from mmcpd.engine.stage import check_target, stage_meta
-from mmcpd.errors import ProofError, SlimError
 from mmcpd.files import alone_in, whole, write_json
 from mmcpd.prune import LATENCY, Schedule, check_reachable
 from mmcpd.rotate import rotate_
@@ -202,10 +201,8 @@ def write(
         if not mine:  # never over what the user wrote
             files[CONFIG].write_text(cfg.pretty_text, encoding='utf-8')  # `mmcpd report` reads it
         write_json(files[REPORT], report)
-        try:
+        with nothing_trained():
             save_proved(folder / SLIM, small, meta, Proof.of_config(cfg, small), small)
-        except ProofError as error:
-            raise SlimError(str(error)) from error  # no weights were trained that could be lost
 
 
 def versions() -> dict[str, str]:

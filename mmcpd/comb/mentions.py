@@ -18,7 +18,7 @@ from torch.utils import checkpoint
 from ..modes import drops
 from ..slim.attention import replacement
 from ..slim.call_sites import functions_of
-from ..slim.methods import RUN_HOOKS
+from ..slim.methods import hooks_of
 from ..slim.recompile import content
 from ..slim.size_functions import codes
 
@@ -65,8 +65,7 @@ def mentioned(model: nn.Module, matches: Callable[[str], bool]) -> bool:
 def is_special(module: nn.Module) -> bool:
     """Say whether a module is replaced when it is cut, or holds a function or a reference that reaches a module."""
     held = vars(module)
-    hooks = (hook for name in RUN_HOOKS for hook in held.get(name, {}).values())
-    return bool(replacement(module)) or 'forward' in held or any(map(_reaches, (*held.values(), *hooks)))
+    return bool(replacement(module)) or 'forward' in held or any(map(_reaches, (*held.values(), *hooks_of(module))))
 
 
 def _reaches(value: object, depth: int = 5) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
@@ -137,6 +138,15 @@ def save_proved(path: Path, small: nn.Module, meta: Mapping[str, Any], proof: Pr
         unproved.unlink(missing_ok=True)
 
 
+@contextmanager
+def nothing_trained() -> Iterator[None]:
+    """Turn a ProofError, which says that trained weights are there, into a SlimError where there are none."""
+    try:
+        yield
+    except ProofError as error:
+        raise SlimError(str(error)) from error
+
+
 def keep_unslimmed(runner: Runner, error: Exception) -> None:
     """Write a training checkpoint where no slim file could be written, and log how to go on.
 
@@ -160,11 +170,8 @@ def rehearse(model: nn.Module, coupling: Coupling, proof: Proof) -> None:
     """
     keep, masked = random_keep(coupling, 0.5, 0), copied(model, caches=coupling.caches)
     mask_(masked, coupling, keep)
-    with TemporaryDirectory() as folder:
-        try:
-            save_checked(masked, coupling, keep, Path(folder) / 'slim.pth', {}, proof)
-        except ProofError as error:
-            raise SlimError(str(error)) from error  # nothing was trained yet
+    with TemporaryDirectory() as folder, nothing_trained():
+        save_checked(masked, coupling, keep, Path(folder) / 'slim.pth', {}, proof)
 
 
 # -- training checkpoints ----------------------------------------------------------------------------------------------

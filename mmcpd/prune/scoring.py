@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..coupling import Coupling
 from ..errors import PruneError
-from ..example import arguments
+from ..example import arguments, check_filled
 from ..nested import tensors_in
 from .finite import check_finite
 from .importance import averaged, build_importance
@@ -75,8 +75,7 @@ def score(
 
 def _check_batch(inputs: tuple[object, ...], number: int) -> None:
     """Refuse a batch without a picture, and one with a NaN."""
-    if any(tensor.dim() and not len(tensor) for tensor in tensors_in(inputs)[:1]):
-        raise ValueError(f'batch {number} (from 0) is empty: leave it out')
+    check_filled(inputs, number)
     _refuse(inputs, number, torch.isnan)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..coupling import Coupling
-from ..example import arguments
+from ..example import arguments, check_filled
 from ..modes import run_once
 from ..nested import tensors_in
 from ..slim.compare import evaluating
@@ -18,7 +18,7 @@ from ..slim.mask import MaskedForward, kept_rows, mask_, named_tensors
 from ..slim.trial import double
 from .masked_run import MaskedRun
 from .report import RefitReport, SkippedLayer
-from .targets import DenseRun, Refittable, count_pictures
+from .targets import DenseRun, Refittable
 
 Inputs = tuple[object, ...]
 
@@ -136,8 +136,7 @@ def _check(
     if not inputs:
         raise ValueError('there is no batch to refit on: give at least one')
     for number, batch in enumerate(inputs):
-        if not count_pictures(batch):
-            raise ValueError(f'batch {number} (from 0) is empty: leave it out')
+        check_filled(batch, number)
     if not ridge > 0:
         raise ValueError(f'ridge must be positive, not {ridge}')
     if samples < 1 or gram_limit < 0:

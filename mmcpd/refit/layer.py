@@ -29,7 +29,6 @@ class Form:
     name: str  # of the weight, with its rows where they are a part of it
     rows: ParameterRows
     kind: LayerKind
-    calls: int  # in one forward
     columns: Tensor
     outputs: Tensor
     taps: int

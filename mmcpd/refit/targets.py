@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ..example import count_pictures
 from ..layer_calls import LayerCall, LayerCalls, LayerKind, ParameterRows, storage
-from ..nested import tensors_in
 from .columns import flat, outputs_at, sample
 from .layer import Form, within
 from .report import SkippedLayer
@@ -162,7 +162,7 @@ class DenseRun:
         outputs = outputs & columns.any(1, keepdim=True)  # of a convolution group that goes, outputs go too
         whole = len(first) == len(self._parameters[rows.tensor])
         name = rows.tensor if whole else f'{rows.tensor}[{rows.start}:{rows.stop}]'
-        return Form(name, rows, seen.kind, len(seen.origins), columns, outputs, seen.shape[2:].numel(), False)
+        return Form(name, rows, seen.kind, columns, outputs, seen.shape[2:].numel(), False)
 
     def _obstacle(self, rows: ParameterRows, seen: _Seen) -> str | None:
         """Return why a layer cannot be refitted."""
@@ -190,11 +190,6 @@ class DenseRun:
         if mean is None or {id(o) for o in self._trails.norms[mean]} != {id(o) for o in seen.origins}:
             return None
         return next((name for name, buffer in self.model.named_buffers() if storage(buffer) == mean), None)
-
-
-def count_pictures(batch: tuple[object, ...]) -> int:
-    """Return how many pictures a batch holds."""
-    return next((len(x) for x in tensors_in(batch) if x.dim()), 1)
 
 
 def _overlap(one: ParameterRows, other: ParameterRows) -> bool:

@@ -98,11 +98,9 @@ def restored(model: nn.Module, caches: list[Cache] | None = None) -> Iterator[No
         with values_kept(model), modes_kept(model), reads:
             yield
     finally:
-        grown = any(snapshot.grown() for snapshot in before.values())
-        for path, snapshot in before.items():
-            found = snapshot.restore_(path, reads.seen, grown)
-            if caches is not None:
-                caches.extend(cache for cache in found if cache not in caches)
+        found = _restore_(before, reads.seen)
+        if caches is not None:
+            caches.extend(cache for cache in found if cache not in caches)
 
 
 @contextmanager
@@ -112,13 +110,17 @@ def attributes_kept(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        grown = any(snapshot.grown() for snapshot in before.values())
-        for path, snapshot in before.items():
-            snapshot.restore_(path, set(), grown)
+        _restore_(before, set())
 
 
 def _snapshots(model: nn.Module) -> dict[str, _Snapshot]:
     return {path: _Snapshot(m) for path, m in model.named_modules() if not isinstance(m, torch.jit.ScriptModule)}
+
+
+def _restore_(before: dict[str, _Snapshot], read: set[int]) -> list[Cache]:
+    """Put modules back as they were, and return what their forwards keep."""
+    grown = any(snapshot.grown() for snapshot in before.values())
+    return [cache for path, snapshot in before.items() for cache in snapshot.restore_(path, read, grown)]
 
 
 class _Reads(TorchFunctionMode):

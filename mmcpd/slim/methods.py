@@ -15,7 +15,7 @@ from torch import nn
 from .call_sites import functions_of
 from .size_functions import author_of, calls_in, codes
 
-RUN_HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')  # of a module
+_RUN_HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')  # of a module
 _SETTING_UP = ('init', 'reset', '__', 'repr')  # parts of the names of methods that nobody calls after slimming
 
 
@@ -57,6 +57,11 @@ def reads_of(code: CodeType, receiver: str = 'self') -> Reads:
     return found
 
 
+def hooks_of(module: nn.Module) -> list[Any]:
+    """Return what a module's forward and backward call beside its own methods."""
+    return [hook for name in _RUN_HOOKS for hook in vars(module).get(name, {}).values()]
+
+
 def functions_beside(
     modules: Iterable[nn.Module], forward: Callable[..., object], run: Collection[str]
 ) -> set[FunctionType]:
@@ -66,7 +71,7 @@ def functions_beside(
     author's own classes that are no modules. Other packages than those of the modules are left out.
     """
     modules = list(modules)
-    held = [hook for module in modules for name in RUN_HOOKS for hook in vars(module).get(name, {}).values()]
+    held = [hook for module in modules for hook in hooks_of(module)]
     own = {each for each in map(_function, (forward, *held)) if each is not None}
     kinds: list[Any] = list(dict.fromkeys(map(type, modules)))
     packages = {_package(each) for each in (*kinds, *own)} - {'torch'}

@@ -14,7 +14,7 @@ from tests.test_refit.nets import IMAGES, Block, combed
 def form(name, columns, taps=1):
     kept = torch.ones(1, columns, dtype=torch.bool)
     kind = LayerKind.CONVOLUTION if taps > 1 else LayerKind.LINEAR
-    return Form(name, ParameterRows(name, 0, 1), kind, 1, kept, kept, taps, False)
+    return Form(name, ParameterRows(name, 0, 1), kind, kept, kept, taps, False)
 
 
 CONV, SMALL, LINEAR = form('conv', 4, 9), form('small', 2, 9), form('linear', 6)  # 10,368, 2,592 and 288 bytes

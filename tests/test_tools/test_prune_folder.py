@@ -126,9 +126,12 @@ def test_a_folder_that_another_run_writes_into_is_refused(tool, tiny, dense, tmp
     assert not folder.exists()
 
 
-def test_unfinished_names_are_of_one_process():
-    names = {unfinished_name(Path('slim.pth')), unfinished_name(Path('slim.pth'), '.unproved')}
-    assert len(names) == 2 and all(name.name.startswith('.slim.pth') for name in names)
+def test_unfinished_names_are_of_one_process(monkeypatch):
+    names = set()
+    for number in (1, 2):
+        monkeypatch.setattr('os.getpid', lambda number=number: number)
+        names |= {unfinished_name(Path('slim.pth'), note) for note in ('', '.unproved')}
+    assert len(names) == 4
 
 
 def test_the_settings_name_the_dense_checkpoint(pruned, dense):  # noqa: F811
