@@ -12,7 +12,7 @@ from types import FunctionType
 from typing import Any
 
 from mmcpd.errors import SlimError
-from mmcpd.slim.call_sites import Replacing, Rewrite, called_by, functions_of, parsed
+from mmcpd.slim.call_sites import Replacing, Rewrite, called_by, definitions, functions_of, parsed
 from mmcpd.slim.recompile import MangledNames
 from mmcpd.slim.size_functions import callers_of
 
@@ -37,11 +37,12 @@ def subclass_source(kind: type, rewrites: Sequence[Rewrite], name: str) -> str:
     imports: dict[str, str] = {'Dense': f'from {_home(kind)} import {kind.__name__} as Dense'}
     found: dict[str, Any] = {}
     outside: list[str] = []
-    inside: list[str] = []
+    inside: dict[type, list[str]] = {base: [] for base in kind.__mro__}
     for each in names:
         function = functions[each]
-        owner = None if each in called else _owner(kind, each)
-        tree = _changed(function, each, [r for r in rewrites if r.method == each], owner)
+        *behind, local = each.split('.')
+        owner = None if each in called else definitions(kind, local)[len(behind)][0]
+        tree = _changed(function, [r for r in rewrites if r.method == each], owner, kind)
         for used in sorted(_globals_of(tree, function) - set(called)):
             value = function.__globals__[used]
             if found.setdefault(used, value) is not value:
@@ -50,21 +51,25 @@ def subclass_source(kind: type, rewrites: Sequence[Rewrite], name: str) -> str:
         for used in sorted(_globals_of(tree, function) & set(called) - set(names)):
             imports[used] = f'from {_importable(function.__module__, kind)} import {used}'
         if owner is not None:
-            imports[_alias(owner)] = f'from {_home(owner)} import {owner.__name__} as {_alias(owner)}'
-        (outside if each in called else inside).append(ast.unparse(tree))
+            alias = _alias(kind, owner)
+            imports[alias] = f'from {_home(owner)} import {owner.__name__} as {alias}'
+        (outside if owner is None else inside[owner if behind else kind]).append(ast.unparse(tree))
+    hiding = [base for base in kind.__mro__[1:] if inside[base]]
     body = [*imports.values(), '', *(f'{text}\n' for text in outside)]
-    methods = '\n\n'.join(inside) or 'pass'
-    body.append(f'class {kind.__name__}(Dense):\n{textwrap.indent(methods, INDENT)}')
+    body += [_class(f'Slim{_alias(kind, base)}', [_alias(kind, base)], inside[base]) for base in hiding]
+    body.append(_class(kind.__name__, ['Dense', *(f'Slim{_alias(kind, base)}' for base in hiding)], inside[kind]))
     body.append(f'\nreturn {kind.__name__}')
     return f'def {name}():\n' + textwrap.indent('\n'.join(body), INDENT)
 
 
-def _alias(owner: type) -> str:
-    return f'Of{owner.__name__}'
+def _class(name: str, bases: Sequence[str], methods: Sequence[str]) -> str:
+    inside = '\n\n'.join(methods) or 'pass'
+    return f'class {name}({", ".join(bases)}):\n{textwrap.indent(inside, INDENT)}'
 
 
-def _owner(kind: type, method: str) -> type:
-    return next(base for base in kind.__mro__ if method in vars(base))
+def _alias(kind: type, owner: type) -> str:
+    """Return a name for a class that `kind` stems from; two of them may have the same."""
+    return f'Of{owner.__name__}{kind.__mro__.index(owner) or ""}'
 
 
 def _home(kind: type) -> str:
@@ -81,7 +86,7 @@ def _importable(module: str, kind: type) -> str:
     return module
 
 
-def _changed(function: FunctionType, name: str, rewrites: list[Rewrite], owner: type | None) -> ast.stmt:
+def _changed(function: FunctionType, rewrites: list[Rewrite], owner: type | None, kind: type) -> ast.stmt:
     """Return the definition of a function with the sizes in it; names of its class are spelled out."""
     free = set(function.__code__.co_freevars) - {'__class__'}
     tree = parsed(function)
@@ -91,7 +96,7 @@ def _changed(function: FunctionType, name: str, rewrites: list[Rewrite], owner: 
     changed = Replacing(rewrites).visit(copy.deepcopy(tree))
     definition: ast.stmt = changed.body[0]
     if owner is not None:
-        definition = _Spelled(_alias(owner)).visit(MangledNames(owner.__name__.lstrip('_')).visit(definition))
+        definition = _Spelled(_alias(kind, owner)).visit(MangledNames(owner.__name__.lstrip('_')).visit(definition))
     return ast.fix_missing_locations(definition)
 
 

@@ -32,11 +32,12 @@ from ..fixes import CallSite, CodePlace
 from .pickling import copy_methods
 from .recompile import layers_of, rebuilt
 from .replace_sizes import OUTCOME, put
-from .size_functions import author_of, called_functions, callers_of, codes
+from .size_functions import author_of, called_functions, callers_of, codes, names_in
 
 _OURS, _TORCH = ('mmcpd.comb.', 'mmcpd.slim.', 'mmcpd.modes.'), ('torch.',)
 _CALLING = ('torch.nn.modules.module.',)  # which runs the forward of every module
 _CACHE = opmap.get('CACHE', -1)  # what lies between an instruction and the next since Python 3.11
+SUPER = 'super.'  # before the name of a method that another one hides
 INFER = -1  # let torch work out the size
 _NODES = (ast.Call, ast.BinOp, ast.AugAssign, ast.Subscript, ast.Compare)
 _LOOPS = (ast.For, ast.AsyncFor, ast.While, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
@@ -165,8 +166,9 @@ def call_site(module: nn.Module, path: str, place: Spot, inferable: bool = False
 def _named(kind: type, code: CodeType, instruction: int, index: int, count: int) -> CallSite | None:
     positions = source_range(code, instruction)
     for name, function in functions_of(kind).items():
-        never_again = name == '__init__' or isinstance(inspect.getattr_static(kind, name, None), classmethod)
-        if never_again or code not in codes(function.__code__):
+        if name == '__init__' or code not in codes(function.__code__):  # nobody runs it again
+            continue
+        if any(isinstance(raw, classmethod) for _, raw in definitions(kind, name.rpartition('.')[2])):
             continue
         tree = parsed(function)
         for node in ast.walk(tree) if tree is not None else ():
@@ -207,12 +209,38 @@ def _ranges(node: Any) -> Iterator[tuple[int | None, ...]]:
         yield name.end_lineno, node.end_lineno, name.end_col_offset - len(name.attr), node.end_col_offset
 
 
+def definitions(kind: type, name: str) -> list[tuple[type, Any]]:
+    """Return the classes that define a method, and what each defines: first what instances find, then what it hides.
+
+    Of the hidden ones only those that `super()` may reach; `Base.forward(self, x)` is no such call.
+    """
+    bases = [base for base in kind.__mro__ if name in vars(base)]
+    sources = {base.__bases__[0] for base in bases if 'rewrites' in vars(base)}  # made by `rewritten`
+    bases = [base for base in bases if base not in sources]
+    own = [base for base in bases[1:] if not name.startswith('__') and not base.__module__.startswith(_TORCH)]
+    hidden = [base for base in own if _reached(kind, base, name)]
+    return [(base, vars(base)[name]) for base in [*bases[:1], *hidden]]
+
+
+def _reached(kind: type, base: type, name: str) -> bool:
+    """Say whether a class before this one in the order of resolution calls `super().name`, and none names this one."""
+    before = kind.__mro__[: kind.__mro__.index(base)]
+    functions = (layers_of(raw, each)[-1] for earlier in before for each, raw in vars(earlier).items())
+    used = [names_in(function.__code__) for function in functions if inspect.isfunction(function)]
+    return any({'super', name} <= names for names in used) and not any(base.__name__ in names for names in used)
+
+
 def _methods(kind: type) -> Iterator[tuple[str, Any]]:
-    """Yield the plain methods and static methods of a class, as its instances find them, without their decorators."""
+    """Yield the plain methods and static methods of a class, without their decorators.
+
+    Those that its instances find have their name, and those behind it that `super()` reaches are `super.NAME`,
+    `super.super.NAME` and so on.
+    """
     for name in dir(kind):
-        function = layers_of(inspect.getattr_static(kind, name), name)[-1]
-        if inspect.isfunction(function) and not (function.__module__ or '').startswith(_TORCH):
-            yield name, function
+        for depth, (_, raw) in enumerate(definitions(kind, name)):
+            function = layers_of(raw, name)[-1]
+            if inspect.isfunction(function) and not (function.__module__ or '').startswith(_TORCH):
+                yield SUPER * depth + name, function
 
 
 def functions_of(kind: type) -> dict[str, FunctionType]:
@@ -293,16 +321,22 @@ def rewritten(kind: Any, rewrites: Iterable[Rewrite]) -> type:
     if 'rewrites' in vars(kind):  # made by an earlier call
         by_place = {earlier.place: earlier for earlier in vars(kind)['rewrites']} | by_place
         wanted, kind = list(by_place.values()), kind.__bases__[0]
-    own = {'__module__': kind.__module__, 'rewrites': wanted, **copy_methods(rewrite_, kind), **_changed(kind, wanted)}
-    return type(kind.__name__, (kind,), own)
+    changed = _changed(kind, wanted)
+    own = {'__module__': kind.__module__, 'rewrites': wanted, **copy_methods(rewrite_, kind), **changed.pop(kind, {})}
+    hiding = (type(base.__name__, (base,), {'rewrites': wanted, **methods}) for base, methods in changed.items())
+    return type(kind.__name__, (kind, *hiding), own)
 
 
-def _changed(kind: Any, rewrites: Sequence[Rewrite]) -> dict[str, Any]:
-    """Return the methods of a class with these sizes in them, or in copies of the functions that they call."""
+def _changed(kind: Any, rewrites: Sequence[Rewrite]) -> dict[Any, dict[str, Any]]:
+    """Return the methods of a class with these sizes in them, or in copies of the functions that they call.
+
+    They are those of a subclass of `kind`, and of subclasses of the classes, in their order, whose methods `super()`
+    reaches: they stand right before these in the order of resolution.
+    """
     called, functions = called_by(kind), functions_of(kind)
     names = sorted(callers_of(functions, [r.method for r in rewrites], called))
     copies = {name: CellType() for name in names if name in called}
-    changed: dict[str, Any] = {}
+    changed: dict[Any, dict[str, Any]] = {base: {} for base in kind.__mro__}
     for name in names:
         function: Any = functions.get(name)
         tree = parsed(function) if function is not None else None
@@ -315,9 +349,11 @@ def _changed(kind: Any, rewrites: Sequence[Rewrite]) -> dict[str, Any]:
             raise SlimError(f'{kind.__name__}.{name} has no call {missing[0]}: another release of this class?')
         if name in called:
             copies[name].cell_contents = rebuilt(called[name], function.__name__, tree, copies)
-        else:
-            changed[name] = rebuilt(inspect.getattr_static(kind, name), name, tree, copies)
-    return changed
+            continue
+        *behind, local = name.split('.')
+        base, raw = definitions(kind, local)[len(behind)]
+        changed[base if behind else kind][local] = rebuilt(raw, local, tree, copies)
+    return {base: methods for base, methods in changed.items() if methods}
 
 
 def rewrites_of(module: nn.Module) -> list[Rewrite]:

@@ -312,7 +312,9 @@ def _is_rewrite(rewrite: object, largest: int) -> bool:
         return False
     method, text, index, count, number = rewrite
     placed = 0 <= count <= DIMS and is_place(index, count)
-    said = method.isidentifier() and len(method) <= NAME and text.isprintable() and len(text) <= TEXT
+    *behind, local = method.split('.')
+    named = local.isidentifier() and behind == ['super'] * len(behind) and len(method) <= NAME
+    said = named and text.isprintable() and len(text) <= TEXT
     if index == OUTCOME:
         return said and placed and number in (0, 1)
     if index in (LEFT, RIGHT):  # what a forward computes with may be a difference, or count all elements

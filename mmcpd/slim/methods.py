@@ -75,7 +75,8 @@ def functions_beside(
     own = {each for each in map(_function, (forward, *held)) if each is not None}
     kinds: list[Any] = list(dict.fromkeys(map(type, modules)))
     packages = {_package(each) for each in (*kinds, *own)} - {'torch'}
-    methods = {f for kind in kinds for name, f in functions_of(kind).items() if name in run and hasattr(kind, name)}
+    named = ((kind, name.rpartition('.')[2], f) for kind in kinds for name, f in functions_of(kind).items())
+    methods = {function for kind, name, function in named if name in run and hasattr(kind, name)}
     methods.update(getter for kind in kinds for getter in _getters(kind))
     found, new = set[FunctionType](), {*own, *methods}
     while new:

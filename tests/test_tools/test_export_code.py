@@ -152,6 +152,9 @@ class Attention(Base):
         y = super().bend(self.qkv(x).reshape(B, N, 3, C).mean(2))
         return self.proj(y) * scale + x[..., :1]
 
+    def forward(self, x):
+        return super().forward(x).tanh()
+
 
 class Waves(nn.Module):
     def __init__(self, dim):
