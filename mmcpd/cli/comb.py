@@ -24,7 +24,7 @@ from torch import nn
 from mmcpd.cli.ahead import latencies, scored_by
 from mmcpd.cli.checks import check_checkpoint, check_folder
 from mmcpd.cli.comb_page import comb_page
-from mmcpd.cli.common import UserError
+from mmcpd.cli.common import UserError, check_least
 from mmcpd.cli.configs import read_config
 from mmcpd.cli.shares import add_remain, read_shares, remain_of
 from mmcpd.cli.stages import Stages
@@ -113,9 +113,7 @@ def check(args: argparse.Namespace) -> None:
     for option, needs in (('latency', 'target'), ('remain', 'target'), ('accuracy', 'sensitivity')):
         if getattr(args, option) and not getattr(args, needs):
             raise UserError(f'--{option} says something about --{needs}: give that too')
-    for option in ('runs', 'threads', 'pictures'):
-        if (value := getattr(args, option)) is not None and value < 1:
-            raise UserError(f'--{option} must be 1 or more, not {value}')
+    check_least(args, 1, 'shape', 'runs', 'threads', 'pictures')
 
 
 def wanted(args: argparse.Namespace, cfg: Config) -> tuple[dict[str, float] | None, Floors]:

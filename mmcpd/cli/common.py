@@ -75,6 +75,18 @@ def add_runner_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
 
 
+def check_least(values: object, least: int, *names: str) -> None:
+    """Refuse numbers that are too small, among options that were given; one option may hold several.
+
+    Raises:
+        UserError: which.
+    """
+    for name in names:
+        value = getattr(values, name)
+        if value is not None and min(value if isinstance(value, list | tuple) else [value]) < least:
+            raise UserError(f'--{name.replace("_", "-")} must be {least} or more, not {value}')
+
+
 def guard(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
     """Call a command and return its exit status: a mistake becomes one line on stderr, Ctrl-C becomes 130.
 

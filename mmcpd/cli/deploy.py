@@ -26,7 +26,7 @@ from mmengine.config import Config
 from torch import Tensor, nn
 
 from mmcpd.cli.checks import check_checkpoint, check_data, check_folder
-from mmcpd.cli.common import UserError
+from mmcpd.cli.common import UserError, check_least
 from mmcpd.cli.configs import read_config
 from mmcpd.cli.whole_file import WholeFile
 from mmcpd.deploy import Exporter, Parity, check_detections, check_parity, deploy
@@ -127,10 +127,9 @@ def check_options(args: argparse.Namespace) -> None:
     Raises:
         UserError: which.
     """
-    for name in ('batch', 'runs', 'threads', 'time_limit', 'calibrate'):
-        value = getattr(args, name)
-        if value is not None and value <= 0:
-            raise UserError(f'--{name.replace("_", "-")} must be above 0, not {value}')
+    check_least(args, 1, 'shape', 'batch', 'runs', 'threads', 'calibrate')
+    if args.time_limit is not None and not args.time_limit > 0:
+        raise UserError(f'--time-limit must be above 0, not {args.time_limit}')
     if args.boxes and args.batch_dynamic:
         raise UserError('--boxes: the batch size of a file with boxes is fixed (--batch); leave --batch-dynamic out')
     for name in ('postprocess', 'size_dynamic'):

@@ -18,7 +18,7 @@ from pathlib import Path
 from mmengine.device import get_device
 
 from mmcpd.cli.checks import check_folder
-from mmcpd.cli.common import UserError
+from mmcpd.cli.common import UserError, check_least
 from mmcpd.cli.configs import read_config
 from mmcpd.cli.stages import Stages
 from mmcpd.engine.predicted import PICTURES
@@ -42,8 +42,7 @@ def main(args: argparse.Namespace) -> None:
     folder = Path(args.work_dir)
     if not (folder / SLIM).is_file():
         raise UserError(f'{folder} has no {SLIM}: give the folder of a run that wrote one, or cut it by `mmcpd slim`')
-    if args.pictures < 0:
-        raise UserError(f'--pictures must be 0 or more, not {args.pictures}')
+    check_least(args, 0, 'pictures')
     check_folder(folder, 'work_dir')
     if args.json:
         check_folder(Path(args.json).absolute().parent, '--json')

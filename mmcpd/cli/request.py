@@ -12,7 +12,7 @@ import torch
 from mmengine.config import Config
 
 from mmcpd.cli.checks import check_checkpoint, check_data, check_folder
-from mmcpd.cli.common import UserError
+from mmcpd.cli.common import UserError, check_least
 from mmcpd.cli.shares import add_remain, read_shares, remain_of
 from mmcpd.engine.at_once import check_label_free
 from mmcpd.engine.build import hook_options
@@ -166,9 +166,8 @@ def _choice(hook: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_numbers(request: Request) -> None:
-    for name, least in (('pictures', 1), ('distill', 0), ('seed', 0)):
-        if getattr(request, name) < least:
-            raise UserError(f'--{name} must be {least} or more, not {getattr(request, name)}')
+    check_least(request, 1, 'pictures')
+    check_least(request, 0, 'distill', 'seed')
     if request.lr is not None and not request.lr > 0:
         raise UserError(f'--lr must be above 0, not {request.lr}')
     if request.lr is not None and not request.distill:

@@ -31,6 +31,7 @@ Inputs = Tensor | tuple[Tensor, ...]
 Forward = Callable[..., Any]
 
 NEW_EXPORTER = 18  # the oldest opset that torch's exporter over torch.export writes; below, the TorchScript one does
+OLDEST = 7  # that torch writes at all
 HAS_NEW_EXPORTER = 'dynamic_shapes' in inspect.signature(torch.onnx.export).parameters  # from torch 2.5
 TOLERANCE = 1e-4  # of the largest output, float32
 LARGEST = 2 * 1024**3  # bytes; protobuf allows no more in one file
@@ -91,6 +92,9 @@ def export_onnx(
     size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     if size >= LARGEST:
         raise ValueError(f'{path}: one ONNX file holds less than 2 GB of weights, and these are {size} bytes')
+    newest = onnx.defs.onnx_opset_version()
+    if not OLDEST <= opset <= newest:
+        raise DeployError(f'opset {opset}: torch and the installed onnx {onnx.__version__} know {OLDEST} to {newest}')
     args = as_tuple(inputs)
     exporter = exporter or default_exporter(opset)
     dims = (0,) * dynamic_batch + (2, 3) * dynamic_size

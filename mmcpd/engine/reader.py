@@ -28,6 +28,8 @@ PathLike: TypeAlias = str | os.PathLike
 GARBAGE = (RuntimeError, EOFError, ValueError, OSError, LookupError, TypeError, AttributeError, MemoryError,
            AssertionError, ArithmeticError, struct.error, zipfile.BadZipFile)  # fmt: skip
 PICKLE = 2**23  # bytes of a slim file beside the tensors' values
+WEIGHTS = ('model', 'model_state_dict')  # where scripts that do not use MMEngine keep what it calls state_dict
+WRAPPED = 'module.'  # before all names where a script saved DistributedDataParallel with the model in it
 STATISTICS = ('mean', 'max', 'min', 'current')
 _torch_load = torch.load
 _trusted = False
@@ -193,6 +195,21 @@ def readable(path: PathLike) -> Iterator[None]:
         raise SlimError(f'{path} is truncated or not a checkpoint: {reason}') from error
 
 
+def _as_mmengine_names_it(content: Any) -> Any:
+    """Return a checkpoint with its weights under `state_dict` and by their own names, whichever script wrote it."""
+    if not isinstance(content, dict):
+        return content
+    for name in WEIGHTS if 'state_dict' not in content else ():
+        values = content.get(name)
+        if isinstance(values, dict) and values and all(isinstance(value, torch.Tensor) for value in values.values()):
+            content = {'state_dict': values, **{key: value for key, value in content.items() if key != name}}
+            break
+    values = content.get('state_dict')
+    if isinstance(values, dict) and values and all(str(name).startswith(WRAPPED) for name in values):
+        return {**content, 'state_dict': {name[len(WRAPPED) :]: value for name, value in values.items()}}
+    return content
+
+
 # -- MMEngine's reading ------------------------------------------------------------------------------------------------
 @contextmanager
 def _instead_of_torch() -> Iterator[None]:
@@ -216,6 +233,7 @@ def install() -> None:
     def load_checkpoint(filename: str, map_location: Any = None, logger: Any = 'current') -> Any:
         with _instead_of_torch():
             content = theirs(filename, map_location, logger)
+        content = _as_mmengine_names_it(content)
         meta = content.get('meta') if isinstance(content, dict) else None
         if isinstance(meta, dict) and not _trusted:
             meta.pop('config', None)  # a text, which `Runner.resume` would run as Python

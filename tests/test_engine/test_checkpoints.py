@@ -202,6 +202,33 @@ def test_a_bare_state_dict_is_read_as_a_checkpoint(tmp_path):
     assert checkpoints.read_checkpoint(path)['state_dict']['head.fc.bias'].tolist() == [1, 1, 1]
 
 
+@pytest.mark.parametrize('name', ['model', 'model_state_dict'])
+def test_the_checkpoint_of_another_training_script_is_read_by_all(tmp_path, name):
+    path = tmp_path / 'last.pth'
+    torch.save({'epoch': 3, name: build_dense(config()).state_dict(), 'optimizer': {'state': {}}}, path)
+    content = checkpoints.read_checkpoint(path)
+    assert 'head.fc.weight' in content['state_dict'] and content['epoch'] == 3 and name not in content
+    assert torch.equal(checkpoints.load_dense(config(), path).head.fc.weight, content['state_dict']['head.fc.weight'])
+    model = build_dense(config())
+    load_checkpoint(model, str(path))  # MMEngine's own, which took no weight from it and said nothing
+    assert torch.equal(model.head.fc.weight, content['state_dict']['head.fc.weight'])
+
+
+def test_names_of_a_model_that_was_saved_inside_its_wrapper_are_its_own(tmp_path):
+    path = tmp_path / 'last.pth'
+    values = build_dense(config()).state_dict()
+    torch.save({'state_dict': {f'module.{name}': value for name, value in values.items()}}, path)
+    assert checkpoints.read_checkpoint(path)['state_dict'].keys() == values.keys()
+    torch.save({'state_dict': {'module.a': torch.ones(1), 'steps': torch.ones(1)}}, path)  # an average's
+    assert checkpoints.read_checkpoint(path)['state_dict'].keys() == {'module.a', 'steps'}
+
+
+def test_what_is_called_model_and_holds_no_weights_is_none(tmp_path):
+    path = tmp_path / 'settings.pth'
+    torch.save({'model': {'depth': 50}, 'head.fc.bias': torch.ones(3)}, path)
+    assert checkpoints.read_checkpoint(path)['state_dict'].keys() == {'model', 'head.fc.bias'}
+
+
 def test_a_pickle_of_something_else(tmp_path):
     path = tmp_path / 'list.pth'
     with path.open('wb') as file:

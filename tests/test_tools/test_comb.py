@@ -157,6 +157,7 @@ def test_latency_is_measured_on_the_slim_model(tool, tiny, tmp_path):
         (['--target', 'macs'], "--target: 'macs' is not QUANTITY=SHARE"),
         (['--target', 'flops=0.5'], "unknown quantity 'flops'"),
         (['--target', 'macs=1.5'], 'between 0 and 1'),
+        (['--shape', '3', '-1', '32'], '--shape must be 1 or more, not [3, -1, 32]'),
         (['--target', 'macs=0.5', '--pictures', '0'], '--pictures must be 1 or more'),
         (['--target', 'macs=0.5', '--remain', 'layer9=0.5'], "remain pattern 'layer9' fits no group"),
         (['--target', 'macs=0.0001'], 'macs cannot go down to 0.0001'),

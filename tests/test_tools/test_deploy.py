@@ -78,13 +78,16 @@ def test_options_reach_the_files(tool, tiny, checkpoint):
     ('arguments', 'message'),
     [
         (['--cfg-options', 'model.head.num_classes=7'], 'another model'),
-        (['--runs', '0'], '--runs must be above 0'),
-        (['--threads', '-1'], '--threads must be above 0'),
+        (['--runs', '0'], '--runs must be 1 or more, not 0'),
+        (['--threads', '-1'], '--threads must be 1 or more, not -1'),
         (['--out', 'x/dense.onnx'], 'choose another name'),
         (['--out', 'x/dense-int8.onnx'], 'choose another name'),
         (['--dense', 'nowhere.pth'], 'no checkpoint nowhere.pth'),
         (['--out', '/proc/x'], 'cannot write'),
-        (['--opset', '99'], '99'),
+        (['--opset', '99'], 'opset 99: torch and the installed onnx'),
+        (['--opset', '0'], 'opset 0: torch and the installed onnx'),
+        (['--shape', '0', '32'], '--shape must be 1 or more, not [0, 32]'),
+        (['--time-limit', '0'], '--time-limit must be above 0'),
         (
             [
                 '--cfg-options',

@@ -204,7 +204,7 @@ model['head'].pop('loss')
         (['--preprocess', '--cfg-options', 'data_preprocessor.mean=None', 'data_preprocessor.std=None'], 'no mean'),
         (['--int8', '--random-input'], 'calibrated on pictures'),
         (['--boxes', '--postprocess'], 'not for files with boxes'),
-        (['--int8', '--calibrate', '0'], '--calibrate must be above 0'),
+        (['--int8', '--calibrate', '0'], '--calibrate must be 1 or more, not 0'),
     ],
 )
 def test_what_no_file_can_hold_is_refused_in_one_line(tool, tiny, options, message):
