@@ -204,6 +204,13 @@ def test_a_failed_export_says_why_and_leaves_the_old_file(tmp_path, opset):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_an_opset_that_torch_does_not_write_yet_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx.defs, 'onnx_opset_version', lambda: 99)
+    with pytest.raises(DeployError, match=r'wrote opset 18 where 99 was asked for|ONNX at opset 99'):
+        export_onnx(Toy(), torch.randn(1, 3, 8, 8), tmp_path / 'toy.onnx', opset=99)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize('opset', [6, 99])
 def test_an_opset_that_nobody_writes_is_refused(tmp_path, opset):
     with pytest.raises(DeployError, match=f'opset {opset}: torch and the installed onnx .+ know 7 to '):
