@@ -13,6 +13,7 @@ from pathlib import Path
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE, ConfigParsingError
 from mmengine.device import get_device
+from mmengine.registry import MODELS
 
 from mmcpd.cli.common import UserError, one_line
 from mmcpd.engine.compat import mend_scopes
@@ -20,6 +21,7 @@ from mmcpd.names import near
 
 # MMEngine's default hooks, which None leaves out of a run.
 OWN_HOOKS = ('runtime_info', 'timer', 'sampler_seed', 'logger', 'param_scheduler', 'checkpoint')
+SUFFIXES = ('.py', '.yml', '.yaml', '.json')  # of the configs that MMEngine reads
 INSTALL = 'install that package (mmcpd: pip install -e . in its checkout)'
 
 
@@ -52,10 +54,28 @@ def read_config(args: argparse.Namespace) -> Config:
             cfg.merge_from_dict(args.cfg_options)
         except (AttributeError, KeyError, TypeError) as error:
             raise UserError(f'--cfg-options does not fit {args.config}: {one_line(error)}') from error
+    _check_scope(cfg, args.config)
     hooks = cfg.get('default_hooks')
     if isinstance(hooks, dict):  # None leaves any hook out, which MMEngine understands of its own alone
         cfg.default_hooks = {name: hook for name, hook in hooks.items() if hook is not None or name in OWN_HOOKS}
     return cfg
+
+
+def _check_scope(cfg: Config, name: str) -> None:
+    """See that a config's model is found: by the package that `default_scope` names, or in MMEngine's own registry.
+
+    Raises:
+        UserError: No scope is named, and only other packages have the model.
+    """
+    model = cfg.get('model')
+    kind = model.get('type') if isinstance(model, dict) else None
+    if cfg.get('default_scope') is not None or not isinstance(kind, str) or MODELS.get(kind) is not None:
+        return
+    scopes = [package for package in MODULE2PACKAGE if find_spec(package) is not None]
+    having = [scope for scope in scopes if MODELS.get(f'{scope}.{kind}') is not None]
+    if having:
+        said = ' or '.join(f"default_scope = '{scope}'" for scope in having)
+        raise UserError(f'{name} does not say which package has its {kind}: add {said}')
 
 
 def config_file(name: str) -> Path:
@@ -72,6 +92,8 @@ def config_file(name: str) -> Path:
     folder = _configs_of(package, name) if separator else Path(name).parent
     path = folder / inside if separator else Path(name)
     if path.is_file():
+        if path.suffix not in SUFFIXES:
+            raise UserError(f'{name} is no config: those end in {", ".join(SUFFIXES)}')
         return path
     files = folder.glob('**/*.py' if separator else '*.py')
     known = [f'{package}::{file.relative_to(folder).as_posix()}' if separator else str(file) for file in files]

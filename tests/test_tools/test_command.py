@@ -105,6 +105,17 @@ def test_a_wrong_name_is_one_line_with_near_names(command, tiny, name, words):
         assert word in line
 
 
+def test_a_file_that_is_no_config_and_a_model_without_a_scope_are_said(command, tmp_path):
+    (tmp_path / 'notes.md').write_text('# notes')
+    (tmp_path / 'alone.py').write_text("model = dict(type='EncoderDecoder')\n")
+    assert (
+        command('comb', tmp_path / 'notes.md')[2].strip().endswith('is no config: those end in .py, .yml, .yaml, .json')
+    )
+    code, _, err = command('comb', tmp_path / 'alone.py')
+    assert code == 1
+    assert err.strip().endswith("does not say which package has its EncoderDecoder: add default_scope = 'mmseg'")
+
+
 @pytest.mark.parametrize(
     'name', ['mmpretrain::resnet/resnet18_8xb32_in1k.py', 'mmseg::fcn/fcn_r50-d8_4xb2-40k_cityscapes-512x1024.py']
 )
