@@ -29,7 +29,7 @@ from .record import Note, Record
 from .rules import OPERATIONS, check_strict
 from .size_arguments import INTEGRAL
 from .trace import Policy
-from .training import Trained, newly_read, repeatable, runs_more
+from .training import Trained, compared, newly_read, repeatable
 
 HEADS = ('dim', 'head')
 UNUSED = ('freeze', 'leave')
@@ -102,6 +102,13 @@ def comb(
     def grouped(faults: Mapping[str, str] | None = None) -> Coupling:
         return replace(group(model, record, example, ignore, faults), caches=tuple(caches))
 
+    trained = Trained(example.forward)
+    if mentioned(model, _trains):
+        with explaining(model, example):
+            further = compared(model, example, trained)
+        if further.runs:
+            watched = replace(example, also=(*example.also, trained))
+            example = watched if further.reads or not further.draws else example
     record = observed(policy := Policy())
     plain = record.plain & plain_tensors(model).keys()
     computed = {buffer_name(each.module): each for each in computed_in(record)}
@@ -113,14 +120,8 @@ def comb(
             unregister_(model, frozen & plain)
             give_all_(model, [computed[name].module for name in frozen & computed.keys()])
             record = observed(policy)
-    trained = Trained(example.forward)
-    if record.unused and newly_read(model, example, trained, record.unread):
+    if record.unused and trained not in watched.also and newly_read(model, example, trained, record.unread):
         example = watched = replace(example, also=(*example.also, trained))
-        record = observed(policy)
-    elif mentioned(model, _trains) and runs_more(model, example, trained):
-        watched = replace(example, also=(*example.also, trained))
-        if repeatable(model, example, trained):
-            example = watched
         record = observed(policy)
     whole = heads_of(record) if heads == 'head' else None
     if whole is not None:

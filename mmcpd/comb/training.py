@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Set
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -85,15 +85,30 @@ def repeatable(model: nn.Module, example: Example, further: Callable[..., object
             return False
 
 
-def runs_more(model: nn.Module, example: Example, further: Callable[..., object]) -> bool:
-    """Say whether a further pass runs operations that no pass of an example does, or more of them; two runs.
+class Further(NamedTuple):
+    """What a further pass does beyond those of an example; nothing where it does not run."""
+
+    runs: bool  # operations that none of them runs, or more of them
+    reads: bool  # parameters or buffers that none of them reads
+    draws: bool  # random numbers, so that two runs of it cannot be compared
+
+
+def compared(model: nn.Module, example: Example, further: Callable[..., object]) -> Further:
+    """Compare a further pass with those of an example; two runs.
 
     Example:
-        >>> runs_more(model, coupling.example, lambda model, images: model(images) + 1)
-        True
+        >>> compared(model, coupling.example, lambda model, images: model(images) + torch.rand(1))
+        Further(runs=True, reads=False, draws=True)
     """
-    ran = _read_by(model, example, further)
-    return ran is not None and bool(ran.operations - _read(model, example).operations)
+    drawn: list[bool] = []
+
+    def noting(model: nn.Module, *inputs: object) -> None:
+        drawn.append(draws(lambda: further(model, *inputs)))
+
+    if (ran := _read_by(model, example, noting)) is None:
+        return Further(False, False, False)
+    known = _read(model, example)
+    return Further(bool(ran.operations - known.operations), bool(known.unread_names - ran.unread_names), any(drawn))
 
 
 def newly_read(model: nn.Module, example: Example, further: Callable[..., object], left: Set[str]) -> set[str]:
