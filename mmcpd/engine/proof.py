@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from mmengine.config import Config
+from mmengine.logging import print_log
 from mmengine.runner import Runner
 from torch import nn
 
 from mmcpd.engine.examples import example_inputs
 from mmcpd.engine.passes import DEPLOYED, TESTING, TRAINING, Pass, runs
 from mmcpd.engine.samples import Samples, made_up
+from mmcpd.engine.switched import switch_
 from mmcpd.errors import ProofError, SlimError, first_line
 from mmcpd.modes import InDouble
 from mmcpd.nested import map_tensors, named_tensors_in
@@ -45,11 +48,12 @@ class Preprocessed:
         self.data = data
 
 
-def prove(model: nn.Module, fresh: nn.Module, batches: Sequence[Any]) -> None:
+def prove(model: nn.Module, fresh: nn.Module, batches: Sequence[Any], settings: Mapping[str, Any]) -> None:
     """Compare what testing gives out, and where samples have labels the losses, with those of a fresh model.
 
     Both run in eval mode, on the device of `model`, and start from the same random numbers. What differs in float32 is
-    compared once more in float64.
+    compared once more in float64, and losses that differ with the `settings` that were switched while `model` trained
+    (see `switched`): where these are why, a warning names them.
 
     Raises:
         ProofError: what differs, and by how much, or what the fresh model raises where the other one runs.
@@ -63,11 +67,27 @@ def prove(model: nn.Module, fresh: nn.Module, batches: Sequence[Any]) -> None:
             fault = _fault(model, fresh, data, _preprocessed(fresh, batch), each, 'float32')
             if fault is not None:
                 fault = _in_double(model, fresh, batch, each, fault)
+            if fault is not None and each is TRAINING and settings:
+                switch_(fresh, settings)
+                fault = _fault(model, fresh, data, _preprocessed(fresh, batch), each, 'float32')
+                fault = fault and _in_double(model, fresh, batch, each, fault)
+                if fault is None:
+                    _warn(list(settings))
             if fault is not None:
                 raise ProofError(
                     f'{NAMES[each]} of a model that was built anew from the config and filled from the file {fault}, '
                     'so nothing was written'
                 )
+
+
+def _warn(names: Sequence[str]) -> None:
+    named = ', '.join(names[:3]) + ' and more' * (len(names) > 3)
+    print_log(
+        f'while the model trained, something else changed {named}: a model that is built from the config and the slim '
+        'file predicts the same, and begins to train with what the config says',
+        'current',
+        logging.WARNING,
+    )
 
 
 def _preprocessed(model: nn.Module, batch: Any) -> Any:

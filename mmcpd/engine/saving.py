@@ -28,6 +28,7 @@ from mmcpd.engine.report import costs
 from mmcpd.engine.slim_file import is_slim, plain_entries, read_slim, save_slim
 from mmcpd.engine.slim_model import build_fresh, cut_to_
 from mmcpd.engine.stage import stage_meta
+from mmcpd.engine.switched import switched
 from mmcpd.engine.wrappers import bare_model, student_config, trained_config, type_name
 from mmcpd.errors import NotFiniteError, ProofError, SlimError
 from mmcpd.files import unfinished_name
@@ -123,6 +124,7 @@ def save_proved(path: Path, small: nn.Module, meta: Mapping[str, Any], proof: Pr
     unproved = unfinished_name(path, '.unproved')  # two runs may write into one folder
     with seeded(0):
         fresh = proof.build()
+    settings = switched(fresh, model)
     try:
         save_slim(unproved, small, structure(fresh, small), meta)
         try:
@@ -132,7 +134,7 @@ def save_proved(path: Path, small: nn.Module, meta: Mapping[str, Any], proof: Pr
                 f'a model that is built anew from the config cannot be filled from {path.name} ({error}), so nothing '
                 'was written: does the config build the model that was trained?'
             ) from error
-        prove(model, fresh, proof.batches)
+        prove(model, fresh, proof.batches, settings)
         os.replace(unproved, path)
     finally:
         unproved.unlink(missing_ok=True)

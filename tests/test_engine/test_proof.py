@@ -176,6 +176,66 @@ def test_a_whole_run_of_a_model_with_more_than_one_forward(runner_of, tmp_path, 
         torch.testing.assert_close(value, small.state_dict()[name])
 
 
+@MODELS.register_module()
+class TwoRecipes(Digits):
+    """A loss that is another one at the end of training, by a flag and by a module."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.late, self.measure = False, nn.CrossEntropyLoss()
+
+    def losses(self, features, labels):
+        logits = self.logits(features)
+        found = {'loss': self.measure(logits, F.one_hot(labels, 10).float())}
+        return found | ({'loss_l1': logits.abs().mean()} if self.late else {})
+
+
+@HOOKS.register_module()
+class SwitchRecipe(Hook):
+    """What MMDetection's YOLOXModeSwitchHook and MMPretrain's SwitchRecipeHook do to a model."""
+
+    def before_train_epoch(self, runner):
+        if runner.epoch == 3:
+            model = bare_model(runner.model)
+            model.late, model.measure = True, nn.MSELoss()
+
+
+def test_a_loss_that_another_hook_switches_is_named_and_the_file_written(runner_of, tmp_path):
+    preprocessor = {'type': 'mmpretrain.ClsDataPreprocessor'}
+    change = {'model': {'_delete_': True, 'type': 'TwoRecipes'}, 'model.data_preprocessor': preprocessor}
+    runner = runner_of(distil=False, custom_hooks=[{'type': 'SwitchRecipe'}], **change)
+    train(runner)
+    assert bare_model(runner.model).late
+    assert 'something else changed late, measure: a model' in log_of(tmp_path)
+    small = load_slim(runner.cfg, tmp_path / 'run' / 'slim.pth')
+    assert not small.late and isinstance(small.measure, nn.CrossEntropyLoss)
+
+
+@HOOKS.register_module()
+class Double(Hook):
+    """Changes what the model predicts by a number that no file holds."""
+
+    def before_train_epoch(self, runner):
+        bare_model(runner.model).factor = 2.0
+
+
+@MODELS.register_module()
+class Scaled(Digits):
+    factor = 1.0
+
+    def logits(self, features):
+        return self.factor * super().logits(features)
+
+
+def test_a_setting_that_predictions_depend_on_is_no_matter_of_a_recipe(runner_of, tmp_path):
+    preprocessor = {'type': 'mmpretrain.ClsDataPreprocessor'}
+    change = {'model': {'_delete_': True, 'type': 'Scaled'}, 'model.data_preprocessor': preprocessor}
+    runner = runner_of(distil=False, custom_hooks=[{'type': 'Double'}], **change)
+    train(runner)
+    assert isinstance(hook_of(runner).failure, ProofError) and 'test_step' in str(hook_of(runner).failure)
+    assert not (tmp_path / 'run' / 'slim.pth').exists()
+
+
 def test_parts_that_never_ran_are_named(runner_of, tmp_path):
     runner = runner_of(distil=False, **{'model.neck': {'_delete_': True, 'type': 'Idle'}})
     train(runner)
