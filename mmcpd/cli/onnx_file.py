@@ -132,6 +132,10 @@ class _File:
         fixed = [size if isinstance(size, int) else None for size in self.session.get_inputs()[0].shape]
         self.batch, self.size = fixed[0], fixed[2:]  # numbers where they are fixed
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _File:
+        """Return itself: copies of a model, as `EMAHook` makes, predict by the same file."""
+        return self
+
     def __call__(self, pictures: Tensor) -> list[Tensor]:
         """Return the outputs.
 

@@ -118,6 +118,15 @@ def test_a_segmentors_file_is_tested_as_its_model(tool, scenes, options):
     assert (other != expected).mean() > 0.05
 
 
+def test_a_file_is_tested_where_hooks_copy_the_model(tool, tiny):
+    path = save_half(tiny)
+    export(tool, tiny, path)
+    expected, plain = predictions(tool, tiny, path.with_name('slim.onnx'), 'pred_score')
+    tiny.write_text(tiny.read_text() + "\ncustom_hooks = [dict(type='EMAHook', momentum=0.1)]\n")
+    found, averaged = predictions(tool, tiny, path.with_name('slim.onnx'), 'pred_score')
+    assert plain and averaged == plain and np.array_equal(found, expected)
+
+
 def test_an_application_needs_the_file_alone(tool, scenes):
     """The file on raw pictures is what the package's own preprocessor and predictions make of them."""
     checkpoint = save_half(scenes)
