@@ -27,7 +27,10 @@ from .plain_tensors import register_plain_
 # keep the channels. They take `(input, dim, ...)`, those of norms `(input, order, dim, ...)`: dim is an
 # integer, several, or none for all of them.
 NORMS = {'norm', 'linalg_norm', 'linalg_vector_norm', 'normalize'}
-REDUCTIONS = NORMS | set('mean sum var std var_mean std_mean amax amin max min prod logsumexp nanmean nansum'.split())
+REDUCTIONS = NORMS | set(
+    'mean sum var std var_mean std_mean amax amin max min aminmax median nanmedian prod logsumexp nanmean nansum '
+    'all any count_nonzero'.split()
+)
 SOFTMAXES = set('softmax log_softmax softmin normalize'.split())
 INPUTS = ('input', 'x')  # their names for it
 # They run kernels of their own, which would pass by a masked norm inside, unless a function mode is active.
