@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -24,6 +24,7 @@ from .kept_values import values_kept
 from .references import detached_references, plain_attributes
 
 _MISSING = object()
+CONTAINERS = (OrderedDict, dict, list, set, deque)  # each before what it is made from
 _RECOMPUTING = (BasePruningMethod, SpectralNorm, WeightNorm)  # hooks that keep their result as a plain attribute
 _PLAIN = (int, float, str, type(None), torch.device, torch.dtype)
 
@@ -144,8 +145,8 @@ class _Snapshot:
         self.registered = [dict(table) for table in self._tables()]
         self.shapes = self._shapes()
         self.attributes = plain_attributes(module)
-        self.contents = {n: copy.copy(v) for n, v in self.attributes.items() if isinstance(v, (dict, list))}
-        self.containers = [(each, copy.copy(each)) for each in _containers_in(self.attributes.values())]
+        self.contents = {n: _contents(v) for n, v in self.attributes.items() if isinstance(v, (dict, list))}
+        self.containers = [(each, _contents(each)) for each in _containers_in(self.attributes.values())]
 
     def _tables(self) -> list[dict[str, Any]]:
         return [self.module._parameters, self.module._buffers, self.module._modules]
@@ -184,7 +185,7 @@ class _Snapshot:
                 del vars(self.module)[name]
                 continue
             vars(self.module)[name] = self.attributes[name]
-            if name in self.contents:
+            if name in self.contents and not _same(self.attributes[name], self.contents[name]):
                 _refill_(self.attributes[name], self.contents[name])
         return found
 
@@ -237,7 +238,7 @@ def _containers_in(values: Iterable[Any]) -> Iterator[Any]:
         if id(value) in seen or isinstance(value, Tensor) or callable(value):
             continue
         seen.add(id(value))
-        if isinstance(value, (dict, list, set, deque)):
+        if isinstance(value, CONTAINERS):
             yield value
         if isinstance(value, (dict, list, tuple, deque)):
             left.extend(value.values() if isinstance(value, dict) else value)
@@ -253,9 +254,20 @@ def _same(value: Any, contents: Any) -> bool:
     return len(ours) == len(theirs) and all(a is b for a, b in zip(ours, theirs, strict=True))
 
 
+def _contents(value: Any) -> Any:
+    """Return what a container holds in one of Python's own; a class of somebody's may not be made from it."""
+    plain = next(kind for kind in CONTAINERS if isinstance(value, kind))
+    return plain(value)
+
+
 def _refill_(value: Any, contents: Any) -> None:
-    value.clear()
-    (value.update if isinstance(value, (dict, set)) else value.extend)(contents)
+    """Put other contents into a container, past what its own class allows: one may be frozen."""
+    plain: Any = next(kind for kind in CONTAINERS if isinstance(value, kind))
+    plain.clear(value)
+    for key in contents if issubclass(plain, dict) else ():
+        plain.__setitem__(value, key, contents[key])
+    if not issubclass(plain, dict):
+        (plain.update if plain is set else plain.extend)(value, contents)
 
 
 def _has_history(value: object) -> bool:

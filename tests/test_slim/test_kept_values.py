@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import random
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import pytest
@@ -222,3 +223,53 @@ def test_values_are_put_back_in_each_mode_and_after_an_error(mode):
         model(TOKENS)
         raise RuntimeError('stop')
     assert state(model) == before
+
+
+class Frozen(OrderedDict):
+    """Settings that cannot be changed."""
+
+    def _refused(self, *_: Any, **__: Any) -> Any:
+        raise TypeError('these settings are frozen')
+
+    __setitem__ = __delitem__ = __copy__ = clear = update = pop = setdefault = popitem = _refused
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Frozen:
+        twin = Frozen()
+        for name, value in self.items():
+            OrderedDict.__setitem__(twin, name, copy.deepcopy(value, memo))
+        return twin
+
+
+class Sealed(list):
+    """A list of the same kind."""
+
+    def _refused(self, *_: Any, **__: Any) -> Any:
+        raise TypeError('this list is sealed')
+
+    __setitem__ = __delitem__ = __copy__ = clear = extend = append = _refused
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Sealed:
+        return Sealed(copy.deepcopy(list(self), memo))
+
+
+class Configured(nn.Module):
+    def __init__(self, grows: bool) -> None:
+        super().__init__()
+        self.first, self.last, self.grows = nn.Linear(6, 8), nn.Linear(8, 3), grows
+        self.settings, self.names = Frozen(), Sealed(['first'])
+        OrderedDict.__setitem__(self.settings, 'width', 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.grows:
+            OrderedDict.__setitem__(self.settings, 'seen', x)
+            list.append(self.names, 'seen')
+        return self.last(self.first(x).softmax(-1))
+
+
+@pytest.mark.parametrize('grows', [False, True])
+def test_containers_that_refuse_to_be_changed_keep_what_they_hold(grows: bool) -> None:
+    model, x = Configured(grows), torch.rand(2, 6)
+    found = comb(model, x)
+    assert [group.units for group in found.groups] == [8]
+    for net in (model, slim(model, found, found.keep())):
+        assert [*net.settings.items()] == [('width', 8)] and list(net.names) == ['first']
