@@ -62,12 +62,15 @@ def evaluate(expr: Expression, attributes: Attributes, live: Sequence[int]) -> i
 
 
 def solve(
-    equations: Sequence[tuple[Expression, int]], attributes: Attributes, live: Sequence[int]
+    equations: Sequence[tuple[Expression, int]],
+    attributes: Attributes,
+    live: Sequence[int],
+    ranks: Sequence[int] = (),
 ) -> tuple[dict[Attr, int], list[int]]:
     """Find the attributes for which each expression equals its target, from their present values.
 
-    Only expressions without a width decide an attribute: those that name one first, products are then solved for
-    what is left. What reads a tensor's width as well is only checked.
+    Only expressions without a width decide an attribute: those of a lower rank first, and of these those that name one
+    attribute; products are then solved for what is left. What reads a tensor's width as well is only checked.
 
     Returns:
         The attributes that change, with their new values; and the numbers of the equations that no value satisfies.
@@ -79,9 +82,9 @@ def solve(
     """
     values, known = dict(attributes), set[Attr]()
 
-    def order(number: int) -> tuple[int, bool]:
+    def order(number: int) -> tuple[int, int, bool]:
         expr = equations[number][0]
-        return len(leaves(expr, Attr)), not isinstance(expr, Attr)
+        return ranks[number] if ranks else 0, len(leaves(expr, Attr)), not isinstance(expr, Attr)
 
     for number in sorted(range(len(equations)), key=order):
         expr, target = equations[number]

@@ -26,6 +26,8 @@ from .references import Replaced, refer_
 from .shape_attributes import Layer, Shapes, described, followed, integers, local_shapes
 from .size_expressions import evaluate, leaves, read_attribute, show, solve, write_attribute
 
+_ALWAYS, _ALONE, _WRITTEN = range(3)  # ranks of sizes: of a fixed number, of an attribute alone, of a line or attribute
+
 
 class SizeConflict(SlimError):
     """Two widths would have to be one number: of an attribute, or of a line that runs twice."""
@@ -220,7 +222,7 @@ def planned_sizes(
         SlimError: nothing can make a size what it must be.
     """
     fixes = coupling.fixes
-    sizes = [rule for rule in fixes.sizes if _within(modules, rule)]
+    sizes = sorted((rule for rule in fixes.sizes if _within(modules, rule)), key=_rank)
     constants = [rule for rule in fixes.constants if rule.site is not None and _within(modules, rule)]
     pairs = [pair for pair in fixes.equalities if _known(modules, pair.left, pair.right)]
     rules = [*sizes, *constants]
@@ -237,9 +239,10 @@ def planned_sizes(
         for a, b in ((pair.left, pair.right), (pair.right, pair.left))
         if leaves(a, Attr) and not leaves(a, Live) and not leaves(b, Attr)
     ]
-    changes, failed = solve([*equations, *compared], attributes, live)
+    ranks = [*[_ALONE] * len(compared), *map(_rank, sizes)]
+    changes, failed = solve([*compared, *equations], attributes, live, ranks)
     new = {**attributes, **changes}
-    unsolved = [sizes[n] for n in failed if n < len(sizes)]
+    unsolved = [sizes[n - len(compared)] for n in failed if n >= len(compared)]
     if lost := [rule for rule in unsolved if rule.site is None]:
         asked = f'{show(lost[0].expression)} equal {_target(lost[0], live)}'
         message = f'no attribute makes {asked} in {lost[0].where}'
@@ -248,8 +251,16 @@ def planned_sizes(
     rewrites = _rewrites({rule.site for rule in unsolved if rule.site is not None}, rules, live)
     if apart := [pair for pair in pairs if evaluate(pair.left, new, live) != evaluate(pair.right, new, live)]:
         left, right = show(apart[0].left), show(apart[0].right)
-        raise SizeConflict(f'the forward compares {left} with {right}, which no longer agree', apart)
+        message = f'the forward compares {left} with {right}, which no longer agree'
+        raise SizeConflict(message, [rival for pair in apart for rival in (pair, *_compared_too(pair, pairs))])
     return changes, rewrites
+
+
+def _rank(rule: SizeRule) -> int:
+    """Return how early a size decides attributes: in a call a number can stand, whatever the attribute is."""
+    if isinstance(rule.target, int) and isinstance(rule.expression, Attr):
+        return _ALWAYS
+    return _ALONE if rule.site is None else _WRITTEN
 
 
 def _known(modules: Mapping[str, nn.Module], *expressions: Expression) -> bool:
@@ -276,6 +287,13 @@ def _rivals(rule: SizeRule, rules: Sequence[SizeRule], live: Sequence[int]) -> l
         and (other.site == rule.site if rule.site is not None else other.expression == rule.expression)
         and live[other.target.axis] != live[rule.target.axis]
     ]
+
+
+def _compared_too(pair: Equality, pairs: Sequence[Equality]) -> list[Equality]:
+    """Return the widths that are held against the same attribute as one of this pair."""
+    both = [(each.left, each.right) for each in pairs] + [(each.right, each.left) for each in pairs]
+    sides = ((pair.left, pair.right), (pair.right, pair.left))
+    return [Equality(width, other) for width, said in sides for other, same in both if said == same and other != width]
 
 
 def _rewrites(places: set[CallSite], rules: Sequence[SizeRule], live: Sequence[int]) -> dict[str, list[Rewrite]]:
