@@ -17,6 +17,7 @@ from .comparing import COMPARED, place_of
 from .record import Equation, Note
 from .trace import Run
 
+FAR = 1000  # times a size is a bound that was not meant for it
 OTHERS = ('torch.', 'einops.', 'numpy.', 'mmcpd.')  # whose own comparisons are no branches of a forward
 
 
@@ -72,6 +73,11 @@ def _ordered(symbol: str) -> Callable[[TracedInt, Any], Any]:
         return answer
 
     return method
+
+
+def _shrinks(expr: Expression) -> bool:
+    """Say whether an expression is no larger where its widths are no larger: sums and products are."""
+    return not isinstance(expr, Op) or (expr.symbol in '+*' and _shrinks(expr.left) and _shrinks(expr.right))
 
 
 def _parts(value: int) -> tuple[_Part, ...]:
@@ -157,6 +163,9 @@ class TracedInt(int):
         run = self.run
         if run is None or f'{frame.f_globals.get("__name__", "")}.'.startswith(OTHERS):
             return
+        far = symbol != '==' and type(other) in (int, float) and other >= FAR * as_int(self) > 0
+        if far and _shrinks(self.expression):
+            return  # a guard of memory or of 32-bit numbers, as `x.numel() > 2 ** 31`: no smaller model comes nearer
         right = expression(of_run(other, run)) if isinstance(other, int) else 0
         compared, place = Op(symbol, self.expression, right), spot(OUTCOME, 0)
         widths, sizes = leaves(compared, Live), leaves(compared, Input)

@@ -162,7 +162,14 @@ class BehindOptions(Attention):
         return sdpa(q.mean(2, keepdim=True), k, v, **options)
 
 
-FOLDED = (Plain, Twice, Depthwise)
+class OfTurnedTokens(Attention):
+    """Their memory has another order, so that the bias of the queries is added by itself."""
+
+    def attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return sdpa(self.split(self.q(x.mT.contiguous().mT)), k, v)
+
+
+FOLDED = (Plain, Twice, Depthwise, OfTurnedTokens)
 FROZEN = (InATable, BehindOptions)
 IN_THE_CALL = tuple(kind for kind in Attention.__subclasses__() if kind not in FOLDED + FROZEN)
 

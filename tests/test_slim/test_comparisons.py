@@ -8,6 +8,9 @@ from torch import nn
 
 from mmcpd.comb import comb
 from mmcpd.slim import slim
+from mmcpd.slim.compare import compare
+from mmcpd.slim.trial import random_keep
+from tests.exact import exact
 from tests.helpers import check_equal, check_structure, gap, masked, randomise_, sample
 
 X = sample((2, 3, 6, 6))
@@ -262,3 +265,38 @@ class Unknown(Exception):
 def test_any_error_is_found_by_the_trial():
     found = comb(randomise_(OwnError()), X)
     assert {g.name: g.units for g in found.groups} == {'b': 12}
+
+
+GUARDS = {
+    'of 32-bit numbers': lambda m, x: x.numel() * 2 > 2**31,
+    'of memory': lambda m, x: not x.shape[1] * x.shape[2] * x.shape[3] < 1e9,
+    'of a width': lambda m, x: m.a.out_channels >= 100_000,
+}
+
+
+class Guarded(nn.Module):
+    """Takes a slower way, with another result here, where a tensor is too large for the fast one."""
+
+    def __init__(self, guard):
+        super().__init__()
+        self.a, self.out, self.guard = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1), guard
+
+    def forward(self, x):
+        x = self.a(x).relu()
+        return self.out(-x if self.guard(self, x) else x)
+
+
+@pytest.mark.parametrize('guard', GUARDS.values(), ids=list(GUARDS))
+def test_a_bound_that_nothing_comes_near_holds_no_width(guard):
+    found = exact(Guarded(guard), X, {'a': 8})
+    assert compare(Guarded(guard).double(), found, random_keep(found, 0.5, 0)) < 1e-12
+
+
+def test_a_bound_that_a_narrower_layer_comes_near_to_does():
+    found = comb(randomise_(Guarded(lambda m, x: 36 // x.shape[1] > 4000)), X)
+    assert not found.groups and 'compared in size' in str(found.reasons())
+
+
+def test_a_bound_that_is_near_does():
+    found = comb(randomise_(Guarded(lambda m, x: x.numel() > 500)), X)  # it has 576 elements
+    assert not found.groups and 'compared in size' in str(found.reasons())

@@ -33,7 +33,9 @@ def apply(run: Run, call: Call) -> None:
     inputs = call.tensors()
     if operation.counted or any(any(run.axes(tensor)) for tensor in inputs):
         run.record.operations.add(call.op)
-        if operation.rule not in MOVEMENTS and run.cursor.function not in (ATTENTION, MULTI_HEAD):
+        function = run.cursor.function
+        own_bias = call.op == 'add' and function == 'linear'  # not in one kernel where the input is not contiguous
+        if operation.rule not in MOVEMENTS and function not in (ATTENTION, MULTI_HEAD) and not own_bias:
             run.reads(inputs, weights=operation.rule not in PRODUCTS)
         operation.rule(run, call)
         return
