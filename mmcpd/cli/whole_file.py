@@ -140,6 +140,12 @@ def ending_of(model: nn.Module, pictures: Tensor, forward: Forward) -> tuple[str
             expected = [_value(each.get(key)) for each in found if hasattr(each, 'get')]
             if expected and all(map(_agrees, expected, ending(logits, pictures))):
                 return name, ending
+    test_cfg = getattr(model, 'test_cfg', None)
+    if isinstance(test_cfg, Mapping) and test_cfg.get('mode') == 'slide':
+        raise UserError(
+            f'--postprocess: {type(model).__name__} predicts by windows that slide over a picture, which no file '
+            'holds: say --cfg-options model.test_cfg.mode=whole, or leave it out'
+        )
     raise UserError(
         f'--postprocess: {type(model).__name__} predicts neither softmax or sigmoid scores of its logits nor the class '
         'of each pixel of a whole picture; leave it out'

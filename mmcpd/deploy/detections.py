@@ -24,8 +24,9 @@ def check_detections(
     """Compare the detections of an ONNX file in ONNX Runtime with what the model itself predicts.
 
     The file's outputs are boxes (N, K, 4), scores (N, K) and labels (N, K), below 0 where there is no detection. The
-    difference of two detections is that of their scores, or of their boxes in parts of the picture's longer side; it is
-    infinite where the file has more or fewer detections, other labels or numbers that are not finite, or does not run.
+    difference of two detections is that of their scores, or of their boxes in parts of the picture's longer side, or of
+    the farthest coordinate where boxes lie outside; it is infinite where the file has more or fewer detections, other
+    labels or numbers that are not finite, or does not run.
 
     Example:
         >>> from mmcpd.deploy import export_onnx
@@ -63,7 +64,8 @@ def _difference(ours: tuple[Tensor, ...], found: tuple[np.ndarray, ...], longer:
     theirs = [part[there] for part in found]
     if len(scores) != len(theirs[1]):
         return float('inf')
-    apart = np.abs(boxes[:, None] - theirs[0]).max(2, initial=0.0) / longer  # (ours, theirs)
+    far = float(np.abs(boxes[np.isfinite(boxes)]).max(initial=longer))  # some heads clip no box to the picture
+    apart = np.abs(boxes[:, None] - theirs[0]).max(2, initial=0.0) / far  # (ours, theirs)
     apart = np.maximum(apart, np.abs(scores[:, None] - theirs[1]))
     apart[np.isnan(apart) | (labels[:, None] != theirs[2])] = float('inf')
     largest = 0.0

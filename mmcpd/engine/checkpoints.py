@@ -21,6 +21,7 @@ from mmcpd.engine.slim_model import build_slim, build_trained, check_fit
 from mmcpd.engine.stage import refuse_pruned
 from mmcpd.engine.wrappers import student_weights, trained_config, type_name
 from mmcpd.errors import SlimError
+from mmcpd.prune.finite import broken_tensor
 from mmcpd.random_state import seeded
 from mmcpd.slim.weights import is_extra_state, weights
 
@@ -74,7 +75,8 @@ def load_dense(cfg: ConfigLike, path: PathLike) -> nn.Module:
     out of its checkpoints (LoRA's trunk) is what the config loads.
 
     Raises:
-        SlimError: The checkpoint is unreadable or of another model, or nothing has the weights that it leaves out.
+        SlimError: The checkpoint is unreadable or of another model, its weights are not finite, or nothing has those
+            that it leaves out.
     """
     cfg, content = as_config(cfg), read_checkpoint(path)
     if type_name(trained_config(cfg)) != 'slimmed' and is_slim(path):
@@ -103,6 +105,8 @@ def load_dense(cfg: ConfigLike, path: PathLike) -> nn.Module:
             f'{path} leaves out {drawn[0]}, as {type(model).__name__} writes its checkpoints, and the config loads it '
             'from nowhere: name the file that has it in init_cfg, or use the slim.pth that training wrote'
         )
+    if broken := broken_tensor(model):
+        raise SlimError(f'{path}: {broken} holds a number that is not finite; use a checkpoint from before that')
     return model.eval()
 
 

@@ -192,7 +192,8 @@ def readable(path: PathLike) -> Iterator[None]:
         raise SlimError(f'{path} is truncated or not a checkpoint') from error
     except GARBAGE as error:
         reason = ascii(first_line(error))[1:-1]  # it may quote the file's own bytes
-        raise SlimError(f'{path} is truncated or not a checkpoint: {reason}') from error
+        said = '' if isinstance(error, KeyError) else f': {reason}'  # a key of the unpickler's own
+        raise SlimError(f'{path} is truncated or not a checkpoint{said}') from error
 
 
 def _as_mmengine_names_it(content: Any) -> Any:

@@ -168,4 +168,7 @@ def check_fit(own: Mapping[str, Any], given: Mapping[str, Any], where: PathLike,
             )
     for name in given:
         if name not in own:
-            raise SlimError(f'{where} is of another model: it has {name}, which {kind} has not')
+            raise SlimError(
+                f'{where} is of another model: it has {name}, which {kind} has not; name a config whose model has '
+                'it, or take it out of the file'
+            )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..fixes import ComputedChannels
+from .layout import gathered
 
 CHANNELS = 'kept_channels'  # the buffer's name
 
@@ -34,7 +35,7 @@ class GiveKept:
         self.dim, self.width = dim, width
 
     def __call__(self, module: nn.Module, _: Any, out: Tensor) -> Tensor:
-        return out.index_select(self.dim, module.get_buffer(CHANNELS).to(out.device))
+        return gathered(out, self.dim, module.get_buffer(CHANNELS).to(out.device))
 
 
 def computed_channels(model: nn.Module) -> tuple[ComputedChannels, ...]:

@@ -21,6 +21,7 @@ from ..fixes import CodePlace
 from .call_sites import code_place
 from .computed import give_kept_
 from .copying import forget_, writable_
+from .layout import gathered, spread
 from .plain_tensors import register_plain_
 
 # Functions that may run over only the kept channels: their result is then what it is in the slimmed model. SOFTMAXES
@@ -143,8 +144,7 @@ class _OverKept(TorchFunctionMode):
         if kept is None:
             return norm(x, weight, bias)
         parameters = [p if p is None else p.index_select(max(dim, -p.dim()), kept) for p in (weight, bias)]
-        y = norm(x.index_select(dim, kept), *parameters)
-        return y.new_zeros(x.shape).index_copy(dim, kept, y)
+        return spread(norm(gathered(x, dim, kept), *parameters), dim, kept, x.shape[dim])
 
     def layer_norm(
         self, input: Tensor, shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
@@ -175,16 +175,14 @@ class _OverKept(TorchFunctionMode):
         if isinstance(dim, Tensor) or 'other' in kwargs:  # torch.max(a, b)
             return func(input, *args, **kwargs)
         dims = [dim] if isinstance(dim, int) else dim or range(input.dim())
-        x, gathered = input, dict[int, Tensor]()
+        x, taken = input, dict[int, Tensor]()
         for d in (d % x.dim() - x.dim() for d in dims):
             kept = self._kept(input, d)
             if kept is not None:
-                x, gathered[d] = x.index_select(d, kept), kept
+                x, taken[d] = gathered(x, d, kept), kept
         y = func(x, *args, **kwargs)
-        for d, kept in gathered.items() if name in SOFTMAXES else ():
-            shape = list(y.shape)
-            shape[d] = input.shape[d]
-            y = y.new_zeros(shape).index_copy(d, kept, y)
+        for d, kept in taken.items() if name in SOFTMAXES else ():
+            y = spread(y, d, kept, input.shape[d])
         return y
 
 

@@ -18,6 +18,7 @@ from .attention import REPLACEMENTS, replacement
 from .call_sites import INFER, Rewrite, rewritten
 from .computed import buffer_name, give_kept_
 from .copying import copied, discarding
+from .layout import gathered
 from .mask import kept_rows, named_tensors, unmask_statistics_
 from .methods import Methods
 from .noted_rows import note_rows_
@@ -91,7 +92,7 @@ def _sliced(model: nn.Module, coupling: Coupling, keep: Keep) -> nn.Module:
         tensor = tensors[name]
         value = tensor.detach()
         for dim, rows in sorted(dims.items()):  # whole rows first: they lie together in memory
-            value = value.index_select(dim, rows.nonzero().flatten().to(value.device))
+            value = gathered(value, dim, rows.nonzero().flatten().to(value.device))
         memo[id(tensor)] = as_tensor_of(tensor, value)
     small = copied(model, memo, coupling.caches)
     register_plain_(small, kept)

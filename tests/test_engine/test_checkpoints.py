@@ -229,6 +229,18 @@ def test_what_is_called_model_and_holds_no_weights_is_none(tmp_path):
     assert checkpoints.read_checkpoint(path)['state_dict'].keys() == {'model', 'head.fc.bias'}
 
 
+def test_a_text_and_weights_that_are_not_finite_are_said(tmp_path):
+    path = tmp_path / 'weights.pth'
+    path.write_text('hello')
+    with pytest.raises(SlimError, match=r'weights\.pth is truncated or not a checkpoint$'):
+        checkpoints.load_dense(config(), path)
+    values = build_dense(config()).state_dict()
+    values['head.fc.weight'][0, 0] = float('nan')
+    torch.save(values, path)
+    with pytest.raises(SlimError, match=r'weights\.pth: head\.fc\.weight holds a number that is not finite'):
+        checkpoints.load_dense(config(), path)
+
+
 def test_a_pickle_of_something_else(tmp_path):
     path = tmp_path / 'list.pth'
     with path.open('wb') as file:

@@ -155,6 +155,19 @@ def test_places_that_no_detection_takes_are_marked_and_the_best_come_first():
     assert (boxes[0, :10, 2:] > boxes[0, :10, :2]).all()
 
 
+@pytest.mark.parametrize(('off', 'ok'), [(3e-6, True), (3e-4, False)])
+def test_boxes_far_outside_are_compared_by_their_own_size(tmp_path, off, ok):
+    def found(model, pictures, scale=1.0):  # a box of 20000 pixels for each picture, as heads find that clip none
+        return [(x.mean().expand(1, 4) * 2e4 * scale, torch.ones(1), torch.zeros(1).long()) for x in pictures.unbind()]
+
+    def stacked(model, pictures):
+        return tuple(torch.stack(part) for part in zip(*found(model, pictures, 1 + off), strict=True))
+
+    pictures = torch.ones(2, 3, 64, 96)
+    path = export_onnx(nn.Identity(), pictures, tmp_path / 'boxes.onnx', dynamic_batch=False, forward=stacked)
+    assert check_detections(path, nn.Identity(), [pictures], found).ok is ok
+
+
 @pytest.mark.parametrize('change', ['box', 'score', 'label', 'number', 'not finite'])
 def test_each_part_of_a_detection_is_compared(tmp_path, monkeypatch, change):
     model, pictures = made(anchors()), torch.rand(1, 3, 64, 96)

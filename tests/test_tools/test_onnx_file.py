@@ -223,6 +223,13 @@ def test_what_no_file_can_hold_is_refused_in_one_line(tool, tiny, options, messa
     assert [path.name for path in checkpoint.parent.iterdir()] == ['slim.pth']
 
 
+def test_windows_that_slide_are_no_part_of_a_file(tool, scenes):
+    checkpoint = save_half(scenes)
+    sliding = [f'model.test_cfg.{each}' for each in ('mode=slide', 'crop_size=(16,16)', 'stride=(8,8)')]
+    code, _, err = tool('deploy', scenes, checkpoint, '--postprocess', '--no-bench', '--cfg-options', *sliding)
+    assert code == 1 and 'by windows that slide over a picture' in err and 'model.test_cfg.mode=whole' in err, err
+
+
 class Headless(ImageClassifier):
     """A classifier whose features are the predictions."""
 
