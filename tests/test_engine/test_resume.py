@@ -48,6 +48,14 @@ def test_it_is_bit_for_bit_the_uninterrupted_one(tmp_path, by_epoch, stop):
     assert same(*stopped_and_resumed(tmp_path, by_epoch, stop))
 
 
+@pytest.mark.parametrize(('counts', 'exact'), [(2, True), (4, False)])
+def test_a_checkpoint_in_the_midst_of_summed_gradients_is_said(tmp_path, counts, exact):
+    change = {'optim_wrapper.accumulative_counts': counts}
+    assert same(*stopped_and_resumed(tmp_path, False, 7, **change)) is exact  # goes on from the sixth iteration
+    logs = ''.join(file.read_text() for file in (tmp_path / 'parts').glob('*/*.log'))
+    assert ('the checkpoint is of iteration 6, in the midst of 4' in logs) is not exact
+
+
 @pytest.mark.parametrize('by_epoch', [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_without_the_states_it_is_not(tmp_path, by_epoch):
     assert not same(*stopped_and_resumed(tmp_path, by_epoch, 5, states=False))
