@@ -123,6 +123,8 @@ def comb(
     if record.unused and trained not in watched.also and newly_read(model, example, trained, record.unread):
         example = watched = replace(example, also=(*example.also, trained))
         record = observed(policy)
+    if any(len(made) > 1 for made in record.casts.values()):  # where one line makes several, no number can stand
+        record = observed(policy := policy._replace(transparent=True))
     whole = heads_of(record) if heads == 'head' else None
     if whole is not None:
         record = observed(policy := policy._replace(whole_heads=whole))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ from .renewed import RENEWED, freeze_renewed_, renewed_by
 from .rules import apply
 from .size_arguments import observing_sizes
 from .trace import AXES, INPUT, Call, Cursor, Policy, Run
+from .transparent import transparent_ints
 from .unused import Ran, Unused
 
 PLAIN = '{} is neither a parameter nor a buffer: `register_buffer` lets it be cut'
@@ -58,6 +59,7 @@ def observe(model: nn.Module, example: Example, policy: Policy) -> Record:
             evaluating(model),
             _module_paths(model, run),
             observing_sizes(model, run),
+            transparent_ints(model) if policy.transparent else nullcontext(),
             _own_backwards(run),
             _Dispatch(run),
         ):

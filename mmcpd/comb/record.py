@@ -93,6 +93,7 @@ class Record:
     equalities: list[Equality] = field(default_factory=list)  # that the forward found
     compared: list[Equation] = field(default_factory=list)  # comparisons that can be written, and how they came out
     with_inputs: set[Hashable] = field(default_factory=set)  # places where it computed with a size of the input alone
+    casts: dict[Hashable, set[int]] = field(default_factory=dict)  # what `int(size)` made, by place; -1 of the input's
     roles: list[RoleOf] = field(default_factory=list)
     read: dict[bytes, np.ndarray] = field(default_factory=dict)  # atoms that more than a movement of data read
     gates: list[np.ndarray] = field(default_factory=list)  # producers' rows at products of two activations

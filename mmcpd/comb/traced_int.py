@@ -217,6 +217,10 @@ class TracedInt(int):
 
     def __int__(self) -> int:
         """Return the number alone: what a forward works out from it keeps the value of the dense model."""
+        place = spot(LEFT, 0)
+        if self.run is not None and place is not None:
+            made = as_int(self) if may_change(self.expression) else -1
+            self.run.record.casts.setdefault(place_of(place), set()).add(made)
         return self.as_number(LEFT)
 
     def __float__(self) -> float:

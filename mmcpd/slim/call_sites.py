@@ -17,6 +17,7 @@ import inspect
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from dis import opmap, opname
 from functools import lru_cache
@@ -41,6 +42,7 @@ SUPER = 'super.'  # before the name of a method that another one hides
 INFER = -1  # let torch work out the size
 _NODES = (ast.Call, ast.BinOp, ast.AugAssign, ast.Subscript, ast.Compare)
 _LOOPS = (ast.For, ast.AsyncFor, ast.While, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+_ORIGINALS: dict[CodeType, CodeType] = {}  # of codes that stand in while a forward is observed
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef)  # a lambda has no name to be compiled under
 
 
@@ -71,8 +73,19 @@ def spot(index: int, count: int) -> Spot | None:
         if not _of(frame, _OURS):
             # The module whose method runs in the nearest frame: no hook sees a call like `head.forward(x)`.
             module = next((module for f in _frames(frame) if (module := _module(f)) is not None), None)
-            return Spot(module, frame.f_code, _instruction(frame), index, count)
+            return Spot(module, _ORIGINALS.get(frame.f_code, frame.f_code), _instruction(frame), index, count)
     return None
+
+
+@contextmanager
+def standing_in(originals: Mapping[CodeType, CodeType]) -> Iterator[None]:
+    """Let places in codes that stand in for others, by instructions alike, be named as places in these."""
+    _ORIGINALS.update(originals)
+    try:
+        yield
+    finally:
+        for code in originals:
+            _ORIGINALS.pop(code, None)
 
 
 def code_place(path: str = '') -> tuple[nn.Module | None, CodePlace]:
