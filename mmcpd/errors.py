@@ -18,7 +18,13 @@ class CombError(RuntimeError):
 
 
 class SlimError(RuntimeError):
-    """A keep or a structure does not fit the model that it is applied to."""
+    """A keep or a structure does not fit the model that it is applied to.
+
+    Attributes:
+        module: the path of the module whose sizes cannot follow, None where it is not known.
+    """
+
+    module: str | None = None
 
 
 class ProofError(SlimError):

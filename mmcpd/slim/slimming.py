@@ -33,9 +33,10 @@ _ALWAYS, _ALONE, _WRITTEN = range(3)  # ranks of sizes: of a fixed number, of an
 class SizeConflict(SlimError):
     """Two widths would have to be one number: of an attribute, or of a line that runs twice."""
 
-    def __init__(self, message: str, missing: Sequence[Equality]) -> None:
+    def __init__(self, message: str, missing: Sequence[Equality], module: str | None) -> None:
         super().__init__(message)
         self.missing = tuple(missing)  # what would have to be equal
+        self.module = module
 
 
 def slim(model: nn.Module, coupling: Coupling, keep: Mapping[str, Tensor]) -> nn.Module:
@@ -174,7 +175,11 @@ def _set_sizes_(
     kinds: dict[tuple[type, tuple[Rewrite, ...]], type] = {}  # the blocks of a network are compiled once
     for path, wanted in rewrites.items():
         key = type(modules[path]), tuple(wanted)
-        modules[path].__class__ = kinds[key] = kinds.get(key) or rewritten(*key)
+        try:
+            modules[path].__class__ = kinds[key] = kinds.get(key) or rewritten(*key)
+        except SlimError as error:
+            error.module = path
+            raise
 
 
 def _let_follow_(model: nn.Module, small: nn.Module, coupling: Coupling, replaced: Iterable[str]) -> None:
@@ -247,13 +252,15 @@ def planned_sizes(
     if lost := [rule for rule in unsolved if rule.site is None]:
         asked = f'{show(lost[0].expression)} equal {_target(lost[0], live)}'
         message = f'no attribute makes {asked} in {lost[0].where}'
-        raise SizeConflict(message, [pair for rule in lost for pair in _rivals(rule, sizes, live)])
+        missing = [pair for rule in lost for pair in _rivals(rule, sizes, live)]
+        raise SizeConflict(message, missing, _module_of(lost[0].expression))
     unsolved += [rule for rule in constants if evaluate(rule.expression, new, live) != rule.target]
     rewrites = _rewrites({rule.site for rule in unsolved if rule.site is not None}, rules, live)
     if apart := [pair for pair in pairs if evaluate(pair.left, new, live) != evaluate(pair.right, new, live)]:
         left, right = show(apart[0].left), show(apart[0].right)
         message = f'the forward compares {left} with {right}, which no longer agree'
-        raise SizeConflict(message, [rival for pair in apart for rival in (pair, *_compared_too(pair, pairs))])
+        missing = [rival for pair in apart for rival in (pair, *_compared_too(pair, pairs))]
+        raise SizeConflict(message, missing, _module_of(apart[0].left, apart[0].right))
     return changes, rewrites
 
 
@@ -262,6 +269,11 @@ def _rank(rule: SizeRule) -> int:
     if isinstance(rule.target, int) and isinstance(rule.expression, Attr):
         return _ALWAYS
     return _ALONE if rule.site is None else _WRITTEN
+
+
+def _module_of(*expressions: Expression) -> str | None:
+    """Return the module of the first attribute in some expressions."""
+    return next((leaf.module for expr in expressions for leaf in leaves(expr, Attr)), None)
 
 
 def _known(modules: Mapping[str, nn.Module], *expressions: Expression) -> bool:
@@ -315,12 +327,15 @@ def _rewrites(places: set[CallSite], rules: Sequence[SizeRule], live: Sequence[i
             if dependent := [rule.expression for rule in at[place] if leaves(rule.expression, Input)]:
                 where = f'{place.text} in {place.method} of {place.module or "the model itself"}'
                 text = show(dependent[0])
-                raise SlimError(f'{text} depends on the input too, so that no number can stand in its place: {where}')
+                error = SlimError(f'{text} depends on the input too, so that no number can stand in its place: {where}')
+                error.module = place.module
+                raise error
             numbers = {_target(rule, live) for rule in at[place]}
             if len(numbers) > 1:
                 where = place.module or 'the model itself'
                 message = f'{place.method} of {where} runs {place.text} with different sizes'
-                raise SizeConflict(message, [pair for rule in at[place] for pair in _rivals(rule, at[place], live)])
+                missing = [pair for rule in at[place] for pair in _rivals(rule, at[place], live)]
+                raise SizeConflict(message, missing, place.module)
             number = numbers.pop()
         rewrite = Rewrite(place.method, place.text, place.index, place.count, number)
         found.setdefault(place.module, []).append(rewrite)

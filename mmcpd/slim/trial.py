@@ -191,6 +191,8 @@ class _Trial:
                     raise
                 except FAILURES as error:
                     why = _failure(error)
+                    if watch is not None and isinstance(error, SlimError) and error.module is not None:
+                        watch.place = error.module
             if why is not None:
                 return Fault(why, watch.suspects() if watch is not None else frozenset())
         return None

@@ -94,6 +94,34 @@ def test_faults_of_a_deep_net_are_found_in_few_trials(
     assert searched < 0.75 * len(trials), 'bisection takes as few'
 
 
+class Scaled(nn.Module):
+    """One line divides by the roots of two widths, if it is one that does."""
+
+    def __init__(self, wrong: bool) -> None:
+        super().__init__()
+        self.up, self.other, self.wrong = nn.Linear(7, 9), nn.Linear(7, 11), wrong
+        self.down, self.back = nn.Linear(9, 7), nn.Linear(11, 7)
+
+    def narrow(self, x: Tensor) -> Tensor:
+        return x / x.shape[-1] ** 0.5 if self.wrong else x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.narrow(self.up(x))) + self.back(self.narrow(self.other(x)))
+
+
+@pytest.mark.parametrize('bad', [(0,), (7, 12)], ids=str)
+def test_sizes_that_cannot_follow_are_looked_for_in_their_own_module(
+    bad: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = nn.Sequential(*(Scaled(number in bad) for number in range(20)))
+    model = randomise_(nn.Sequential(nn.Linear(3, 7), blocks, nn.Linear(7, 2)))
+    trials = counted(monkeypatch)
+    found = comb(model, sample((4, 3)))
+    free = {f'1.{n}.{side}' for n in range(20) if n not in bad for side in ('up', 'other')}
+    assert {group.name for group in found.groups} == {'0', *free}
+    assert len(trials) <= 2 + 6 * len(bad), trials
+
+
 @pytest.mark.parametrize('bad', SETS, ids=str)
 @pytest.mark.parametrize('misled', [False, True])
 def test_suspects_never_change_what_is_found(bad: tuple[int, ...], misled: bool) -> None:
