@@ -48,7 +48,7 @@ class WholeFile:
         """
         known = None
         with suppress(*() if args.preprocess else (UserError,)):
-            known = normalization_of(cfg, model)
+            known = normalization_of(cfg, model, pictures.shape[1])
         before = known if args.preprocess else None
         output, after = BOXES if args.boxes else 'logits', None
         if args.postprocess:
@@ -76,22 +76,23 @@ class WholeFile:
         return [batch if self.before is None else self.before.undone(batch) for batch in batches]
 
 
-def normalization_of(cfg: Config, model: nn.Module) -> Normalization:
+def normalization_of(cfg: Config, model: nn.Module, channels: int) -> Normalization:
     """Return what a model's `data_preprocessor` does to a picture's values; it takes RGB wherever the order is known.
+
+    One without mean and std, as YOLOX has, hands on values from 0 to 255.
 
     mmcv reads files as BGR. Where pictures come from elsewhere, only a preprocessor that turns the channels says which
     order they have; else the file takes the order that the data set has.
 
     Raises:
-        UserError: it does something else, or nothing.
+        UserError: it does something else.
     """
     preprocessor = cast(Any, getattr(model, 'data_preprocessor', None))
     mean, std = (getattr(preprocessor, name, None) for name in ('mean', 'std'))
     if not isinstance(mean, Tensor) or not isinstance(std, Tensor):
-        raise UserError(f'--preprocess: the data_preprocessor of {cfg.filename} has no mean and std; leave it out')
+        mean, std = torch.zeros(channels), torch.ones(channels)
     # The shortest decimals that are these numbers: 58.395, not 58.39500045776367.
     values = tuple(tuple(float(str(number)) for number in each.flatten().cpu().numpy()) for each in (mean, std))
-    channels = max(3, len(values[0])) if len(values[0]) > 1 else 1
     picture = torch.randint(256, (channels, 32, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     try:
         made = preprocessor({'inputs': [picture]}, False)['inputs']

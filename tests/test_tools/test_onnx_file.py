@@ -210,7 +210,6 @@ model['head'].pop('loss')
     ('options', 'message'),
     [
         (['--preprocess', '--cfg-options', 'data_preprocessor.pad_size_divisor=48'], 'does more than normalise'),
-        (['--preprocess', '--cfg-options', 'data_preprocessor.mean=None', 'data_preprocessor.std=None'], 'no mean'),
         (['--int8', '--random-input'], 'calibrated on pictures'),
         (['--boxes', '--postprocess'], 'not for files with boxes'),
         (['--int8', '--calibrate', '0'], '--calibrate must be 1 or more, not 0'),
@@ -221,6 +220,19 @@ def test_what_no_file_can_hold_is_refused_in_one_line(tool, tiny, options, messa
     code, _, err = tool('deploy', tiny, checkpoint, *options)
     assert code == 1 and message in err and len(err.strip().splitlines()) == 1, err
     assert [path.name for path in checkpoint.parent.iterdir()] == ['slim.pth']
+
+
+def test_pictures_that_nothing_normalises_are_taken_as_they_are(tool, tiny):
+    plain = '\ndata_preprocessor = dict(_delete_=True, num_classes=10)\n'
+    tiny.write_text(tiny.read_text() + plain)
+    checkpoint = save_half(tiny)
+    export(tool, tiny, checkpoint, '--preprocess')
+    facts = read_metadata(checkpoint.with_name('slim.onnx'))
+    assert facts['input']['dtype'] == 'uint8'
+    assert (facts['normalization']['mean'], facts['normalization']['std']) == ([0.0] * 3, [1.0] * 3)
+    expected, metrics = predictions(tool, tiny, checkpoint, 'pred_score')
+    found, same = predictions(tool, tiny, checkpoint.with_name('slim.onnx'), 'pred_score')
+    assert np.abs(found - expected).max() < 1e-4 and same == metrics
 
 
 def test_windows_that_slide_are_no_part_of_a_file(tool, scenes):
