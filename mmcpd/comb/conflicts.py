@@ -14,10 +14,12 @@ from ..example import Example
 from ..fixes import Equality, Expression, Live
 from ..slim.attention import replacement
 from ..slim.mask import Site
+from ..slim.size_expressions import may_change, show
 from ..slim.slimming import SizeConflict, modules_outside, planned_sizes
 from .grouping import group
 from .record import Record
 
+COMPARED = 'the forward compares its width with {}, which never changes'
 DRAWS = 6  # of the number of kept units in each group; two that should differ agree by chance in few of them
 
 
@@ -49,7 +51,11 @@ def _conflicts(modules: dict[str, nn.Module], coupling: Coupling) -> Iterator[Eq
 
 
 def _couple_(record: Record, left: Expression, right: Expression) -> bool:
-    """Make two sizes equal; say whether they are widths, and of one length."""
+    """Make two sizes equal; say whether they are widths of one length, or one is and the other never changes."""
+    for width, size in ((left, right), (right, left)):
+        if isinstance(width, Live) and not may_change(size):
+            record.table.freeze(record.axes[width.axis], COMPARED.format(show(size)))
+            return True
     if not (isinstance(left, Live) and isinstance(right, Live)):
         return False
     one, other = record.axes[left.axis], record.axes[right.axis]

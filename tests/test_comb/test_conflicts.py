@@ -296,3 +296,26 @@ def test_a_quotient_is_zero_only_where_its_numerator_is_and_its_denominator_is_n
     found = comb(model, BATCH, unused='leave')  # not each quotient uses both
     assert {g.name: g.units for g in found.groups} == {'a': 6}
     check_equal(model, found)
+
+
+class Queried(nn.Module):
+    """A learned query, as wide as tokens whose width never changes: no layer makes what is added to them."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key = nn.Parameter(torch.randn(1, 1, 6)), nn.Linear(6, 6)
+        self.embed, self.into, self.out = nn.Linear(3, 6), nn.Linear(6, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        x = self.embed(x) + torch.arange(6).to(x)
+        assert self.query.shape[-1] == x.shape[-1], 'another width'
+        weights = (self.query @ self.key(x).transpose(1, 2)).softmax(-1)
+        return weights @ self.out(self.into(x).tanh())
+
+
+def test_a_width_that_is_held_against_a_fixed_one_freezes_without_a_trial():
+    model = randomise_(Queried())
+    found = comb(model, X, trial=False)
+    assert {group.name: group.units for group in found.groups} == {'into': 8}
+    assert found.reasons()['the forward compares its width with size 6 of the input, which never changes'] == 18
+    check_equal(model, found)
