@@ -149,11 +149,10 @@ class _OverKept(TorchFunctionMode):
     def layer_norm(
         self, input: Tensor, shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
     ) -> Tensor:
-        longer = [d for d in range(-len(shape), 0) if shape[d] > 1]
-        if len(longer) != 1:
-            return F.layer_norm(input, shape, weight, bias, eps)
         span = len(shape)
-        return self._norm(input, longer[0], lambda x, w, b: F.layer_norm(x, x.shape[-span:], w, b, eps), weight, bias)
+        longer = [d for d in range(-span, 0) if shape[d] > 1]
+        dim = next((d for d in longer if self._kept(input, d) is not None), -1)
+        return self._norm(input, dim, lambda x, w, b: F.layer_norm(x, x.shape[-span:], w, b, eps), weight, bias)
 
     def group_norm(
         self, input: Tensor, groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5

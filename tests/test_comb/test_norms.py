@@ -48,6 +48,14 @@ class ChannelFirst(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
 
 
+class Gram(nn.Module):
+    """Products of each two channels, (N, C, C)."""
+
+    def forward(self, x):
+        x = x.flatten(2)
+        return x @ x.mT
+
+
 class Root(nn.Module):
     """A root mean square norm by hand: its mean is one over the channels that stay."""
 
@@ -130,11 +138,48 @@ TOYS = {
         {'a': 6, 'b': 4},
         {'a': around(6, 'norm.weight', 'norm.bias')},
     ),
-    'layer norm over several dimensions': Toy(
+    'layer norm over channels and places': Toy(
         lambda: image(nn.LayerNorm((6, 4, 4))),
         IMAGE,
+        {'a': 6, 'b': 4},
+        {'a': around(6, 'norm.weight', 'norm.bias')},
+        {f'norm.weight:{dim}': 'layer norm with channels that no layer produces in norm' for dim in (1, 2)},
+    ),
+    'layer norm over places and channels, without an affine': Toy(
+        lambda: Net(
+            lambda m, x: m.fc(pooled(m.b(m.norm(m.a(x).movedim(1, -1)).movedim(-1, 1).tanh()))),
+            a=nn.Conv2d(3, 6, 1),
+            norm=nn.LayerNorm((4, 6), elementwise_affine=False),
+            b=nn.Conv2d(6, 4, 3),
+            fc=nn.Linear(4, 2),
+        ),
+        IMAGE,
+        {'a': 6, 'b': 4},
+        {'a': around(6)},
+    ),
+    'layer norm by a function over all but samples': Toy(
+        lambda: Net(
+            lambda m, x: m.fc(pooled(m.b(F.layer_norm(m.a(x), m.a(x).shape[1:]).tanh()))),
+            a=nn.Conv2d(3, 6, 1),
+            b=nn.Conv2d(6, 4, 3),
+            fc=nn.Linear(4, 2),
+        ),
+        IMAGE,
+        {'a': 6, 'b': 4},
+        {'a': around(6)},
+    ),
+    'layer norm over two dimensions of channels': Toy(
+        lambda: Net(
+            lambda m, x: m.fc(pooled(m.b(m.a(x).tanh() * m.norm(m.of(m.a(x))).mean((1, 2))[:, None, None, None]))),
+            a=nn.Conv2d(3, 6, 1),
+            norm=nn.LayerNorm((6, 6)),
+            of=Gram(),
+            b=nn.Conv2d(6, 4, 3),
+            fc=nn.Linear(4, 2),
+        ),
+        IMAGE,
         {'b': 4},
-        frozen={'a.weight:0': 'a layer norm over several dimensions in norm'},
+        frozen={'a.weight:0': 'a layer norm over two dimensions of channels in norm'},
     ),
     'layer norm over space': Toy(
         lambda: Net(

@@ -133,17 +133,17 @@ def layer_norm(run: Run, call: Call) -> None:
     axes = run.axes(x)
     span = len(named['normalized_shape'])
     weight, bias = named.get('weight'), named.get('bias')
-    longer = [d for d in range(-span, 0) if x.shape[d] > 1]  # (C, 1, 1) normalises over channels alone
-    if len(longer) > 1:
+    longer = [d for d in range(-span, 0) if x.shape[d] > 1] or [-1]  # (C, 1, 1) normalises over channels alone
+    result = [a and a.activation(False) for a in axes]
+    if sum(axes[d] is not None for d in longer) > 1:
         for tensor in (t for t in (x, weight, bias) if t is not None):
-            run.freeze_each(run.axes(tensor)[-span:], 'a layer norm over several dimensions')
+            run.freeze_each(run.axes(tensor)[-span:], 'a layer norm over two dimensions of channels')
         run.set(call.out[0], axes)
         return
-    dim = longer[0] if longer else -1
-    channel = _affine(run, axes[dim], [(weight, Role.AFFINE), (bias, Role.AFFINE)], 'layer norm', dim)
-    run.statistic(channel, dim, x.shape[dim])
-    result = [a and a.activation(False) for a in axes]
-    result[dim] = channel and channel.activation(True)
+    for dim in longer:
+        channel = _affine(run, axes[dim], [(weight, Role.AFFINE), (bias, Role.AFFINE)], 'layer norm', dim)
+        run.statistic(channel, dim, x.shape[dim])
+        result[dim] = channel and channel.activation(True)
     run.set(call.out[0], result)
 
 
