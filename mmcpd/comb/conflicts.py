@@ -11,15 +11,15 @@ from torch import nn
 from ..coupling import Coupling
 from ..errors import SlimError
 from ..example import Example
-from ..fixes import Equality, Expression, Live
+from ..fixes import Attr, Equality, Expression, Live
 from ..slim.attention import replacement
 from ..slim.mask import Site
-from ..slim.size_expressions import may_change, show
+from ..slim.size_expressions import leaves, may_change, show
 from ..slim.slimming import SizeConflict, modules_outside, planned_sizes
 from .grouping import group
 from .record import Record
 
-COMPARED = 'the forward compares its width with {}, which never changes'
+COMPARED = 'the forward compares {} with {}, which never changes'
 DRAWS = 6  # of the number of kept units in each group; two that should differ agree by chance in few of them
 
 
@@ -53,8 +53,9 @@ def _conflicts(modules: dict[str, nn.Module], coupling: Coupling) -> Iterator[Eq
 def _couple_(record: Record, left: Expression, right: Expression) -> bool:
     """Make two sizes equal; say whether they are widths of one length, or one is and the other never changes."""
     for width, size in ((left, right), (right, left)):
-        if isinstance(width, Live) and not may_change(size):
-            record.table.freeze(record.axes[width.axis], COMPARED.format(show(size)))
+        if leaves(width, Live) and not leaves(width, Attr) and not may_change(size):
+            for each in leaves(width, Live):
+                record.table.freeze(record.axes[each.axis], COMPARED.format(show(width), show(size)))
             return True
     if not (isinstance(left, Live) and isinstance(right, Live)):
         return False

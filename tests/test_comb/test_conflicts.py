@@ -317,5 +317,5 @@ def test_a_width_that_is_held_against_a_fixed_one_freezes_without_a_trial():
     model = randomise_(Queried())
     found = comb(model, X, trial=False)
     assert {group.name: group.units for group in found.groups} == {'into': 8}
-    assert found.reasons()['the forward compares its width with size 6 of the input, which never changes'] == 18
+    assert found.reasons()['the forward compares channels with size 6 of the input, which never changes'] == 18
     check_equal(model, found)

@@ -99,7 +99,13 @@ class Bound(Counting):
         return (9 * y).clamp(max=y.shape[1])
 
 
-@pytest.mark.parametrize('kind', [Loop, Table, Length, Digits, Name, Bound])
+def test_a_width_that_picks_an_entry_freezes_without_a_trial():
+    found = comb(randomise_(Table()), X, trial=False)
+    assert not found.groups
+    assert any('which never changes' in reason for reason in found.reasons())
+
+
+@pytest.mark.parametrize('kind', [Loop, Length, Digits, Name, Bound])
 def test_a_number_that_nobody_sees_is_found_by_the_trial(kind):
     found = comb(randomise_(kind()), X)
     assert not found.groups

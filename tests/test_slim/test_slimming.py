@@ -205,25 +205,35 @@ def test_a_size_that_cannot_follow_is_an_error_that_names_it():
         slim(model, found, keep)
 
 
+class Picky(nn.Module):
+    """Goes on where a size is what it always was."""
+
+    def __init__(self, size, factor):
+        super().__init__()
+        self.a, self.fc, self.size, self.factor = nn.Linear(3, 6), nn.Linear(6, 2), size, factor
+
+    def forward(self, x):
+        x = self.a(x)
+        if self.size(x, self) != 12:
+            raise ValueError('twelve')
+        return self.fc(x)
+
+
+@pytest.mark.parametrize('size', [lambda x, m: x.shape[-1] * 2, lambda x, m: x.shape[-1] + x.shape[-1]])
+def test_a_width_that_the_forward_checks_against_a_number_freezes(size):
+    found = comb(randomise_(Picky(size, 2)), sample((4, 3)), trial=False)
+    assert not found.groups
+    assert any('compares (channels' in reason and '12, which never changes' in reason for reason in found.reasons())
+
+
 def test_a_width_that_the_forward_checks_is_an_error():
-    class Picky(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.fc = nn.Linear(3, 6), nn.Linear(6, 2)
-
-        def forward(self, x):
-            x = self.a(x)
-            if x.shape[-1] != 6:
-                raise ValueError('six')
-            return self.fc(x)
-
-    model = randomise_(Picky())
+    model = randomise_(Picky(lambda x, m: x.shape[-1] * m.factor, 2))
     found = comb(model, sample((4, 3)), trial=False)
-    with pytest.raises(SlimError, match='compares channels with 6, which no longer agree'):
+    with pytest.raises(SlimError, match=r'compares \(channels \* factor\) with 12, which no longer agree'):
         slim(model, found, random_keep(found, 0.5, 0))
     frozen = comb(model, sample((4, 3)))
     assert not frozen.groups
-    assert any('compares channels with 6' in f.reason for f in frozen.frozen)
+    assert any('compares (channels * factor) with 12' in f.reason for f in frozen.frozen)
 
 
 def test_a_width_that_the_forward_compares_with_an_attribute_follows():
