@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +35,26 @@ class Example:
 
     def _run(self, each: Callable[..., object], model: torch.nn.Module, inputs: tuple[object, ...]) -> object:
         with seeded(0):
-            return each(model, *(inputs or self.inputs))
+            return each(model, *own(inputs or self.inputs))
+
+
+def own(inputs: tuple[object, ...]) -> tuple[object, ...]:
+    """Return arguments with copies of their tensors: a forward may write into what it is given, as `x *= 255` does.
+
+    Example:
+        >>> given = (images, {'mask': images > 0})
+        >>> own(given)[1]['mask'] is given[1]['mask'], bool((own(given)[0] == images).all())
+        (False, True)
+    """
+    return tuple(map(_own, inputs))
+
+
+def _own(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    if type(value) in (list, tuple):
+        return type(value)(map(_own, value))
+    return {name: _own(each) for name, each in value.items()} if type(value) is dict else value
 
 
 def arguments(inputs: object) -> tuple[object, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +30,7 @@ from .rules import OPERATIONS, check_strict
 from .size_arguments import INTEGRAL
 from .trace import Policy
 from .training import Trained, compared, newly_read, repeatable
+from .transparent import several
 
 HEADS = ('dim', 'head')
 UNUSED = ('freeze', 'leave')
@@ -123,8 +124,9 @@ def comb(
     if record.unused and trained not in watched.also and newly_read(model, example, trained, record.unread):
         example = watched = replace(example, also=(*example.also, trained))
         record = observed(policy)
-    if any(len(made) > 1 for made in record.casts.values()):  # where one line makes several, no number can stand
-        record = observed(policy := policy._replace(transparent=True))
+    if lines := several(record):  # where one line makes several numbers, none can stand
+        with suppress(*FAILURES):  # code that asks for a plain number gets one, as it did
+            record, policy = observed(wider := policy._replace(transparent=lines)), wider
     whole = heads_of(record) if heads == 'head' else None
     if whole is not None:
         record = observed(policy := policy._replace(whole_heads=whole))

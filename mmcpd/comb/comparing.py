@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterable
+from types import CodeType
+from typing import Any
 
 from ..fixes import Input, Live, Op
 from ..slim.call_sites import Spot, can_be_written
@@ -14,7 +16,7 @@ COMPARED = 'compared in size in {}'
 BOTH = 'one line computes with a width and with a size of the input in {}'
 
 
-def place_of(spot: Spot) -> Hashable:
+def place_of(spot: Spot) -> tuple[Any, CodeType, int]:
     """Return what the runs of one line of a module have in common."""
     return spot.module, spot.code, spot.instruction
 

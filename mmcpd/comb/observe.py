@@ -59,7 +59,7 @@ def observe(model: nn.Module, example: Example, policy: Policy) -> Record:
             evaluating(model),
             _module_paths(model, run),
             observing_sizes(model, run),
-            transparent_ints(model) if policy.transparent else nullcontext(),
+            transparent_ints(model, policy.transparent) if policy.transparent else nullcontext(),
             _own_backwards(run),
             _Dispatch(run),
         ):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from types import CodeType
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -93,7 +94,8 @@ class Record:
     equalities: list[Equality] = field(default_factory=list)  # that the forward found
     compared: list[Equation] = field(default_factory=list)  # comparisons that can be written, and how they came out
     with_inputs: set[Hashable] = field(default_factory=set)  # places where it computed with a size of the input alone
-    casts: dict[Hashable, set[int]] = field(default_factory=dict)  # what `int(size)` made, by place; -1 of the input's
+    # What `int(size)` made of widths, by place; -1 of a size of the input.
+    casts: dict[tuple[Any, CodeType, int], set[int]] = field(default_factory=dict)
     roles: list[RoleOf] = field(default_factory=list)
     read: dict[bytes, np.ndarray] = field(default_factory=dict)  # atoms that more than a movement of data read
     gates: list[np.ndarray] = field(default_factory=list)  # producers' rows at products of two activations

@@ -6,6 +6,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from types import CodeType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,7 +35,7 @@ class Policy(NamedTuple):
     leave_unused: bool = False  # whether the channels go that a layer which never ran may use
     divisors: frozenset[str] = frozenset()  # parameters and buffers that are not zero where masked
     pictures: np.ndarray | None = None  # `(atoms,)` int: of those that a view lays out as pictures, how many channels
-    transparent: bool = False  # whether `int(width)` stays a width
+    transparent: frozenset[CodeType] = frozenset()  # code in which `int(width)` stays a width
 
 
 @dataclass

@@ -76,8 +76,10 @@ def _ordered(symbol: str) -> Callable[[TracedInt, Any], Any]:
 
 
 def _shrinks(expr: Expression) -> bool:
-    """Say whether an expression is no larger where its widths are no larger: sums and products are."""
-    return not isinstance(expr, Op) or (expr.symbol in '+*' and _shrinks(expr.left) and _shrinks(expr.right))
+    """Say whether an expression is no larger where its widths are: sums and products of no negative numbers are."""
+    if isinstance(expr, Op):
+        return expr.symbol in '+*' and _shrinks(expr.left) and _shrinks(expr.right)
+    return not isinstance(expr, int) or expr >= 0
 
 
 def _parts(value: int) -> tuple[_Part, ...]:
@@ -163,9 +165,13 @@ class TracedInt(int):
         run = self.run
         if run is None or f'{frame.f_globals.get("__name__", "")}.'.startswith(OTHERS):
             return
-        far = symbol != '==' and type(other) in (int, float) and other >= FAR * as_int(self) > 0
-        if far and _shrinks(self.expression):
-            return  # a guard of memory or of 32-bit numbers, as `x.numel() > 2 ** 31`: no smaller model comes nearer
+        number, size = type(other) in (int, float), as_int(self)
+        far = number and symbol != '==' and other >= FAR * size > 0
+        nothing = number and other <= 0 < size
+        if (far or nothing) and _shrinks(self.expression):
+            # A guard of memory or of 32-bit numbers, as `x.numel() > 2 ** 31`: no smaller model comes nearer. Or of
+            # empty tensors, as `x.numel() == 0`: one unit stays of every group.
+            return
         right = expression(of_run(other, run)) if isinstance(other, int) else 0
         compared, place = Op(symbol, self.expression, right), spot(OUTCOME, 0)
         widths, sizes = leaves(compared, Live), leaves(compared, Input)

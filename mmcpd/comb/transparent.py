@@ -7,7 +7,7 @@ no number, and needs none: on a slim model it says the slim widths by itself.
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import ExitStack, contextmanager
 from threading import RLock
 from types import CodeType, FunctionType
@@ -16,7 +16,8 @@ from typing import Any
 from torch import nn
 
 from ..slim.call_sites import functions_of, parsed, standing_in
-from ..slim.size_functions import names_in
+from ..slim.size_functions import codes
+from .record import Record
 from .traced_int import TracedInt
 
 NAME = '_mmcpd_int'  # stands for `int` in the functions of a model
@@ -29,11 +30,10 @@ class _Kind(type):
     def __instancecheck__(cls, value: Any) -> bool:
         return isinstance(value, int)
 
-    def __subclasscheck__(cls, kind: type) -> bool:
-        return issubclass(kind, int)
-
     def __call__(cls, *args: Any, **options: Any) -> Any:
-        return args[0] if len(args) == 1 and isinstance(args[0], TracedInt) else int(*args, **options)
+        if len(args) == 1 and isinstance(args[0], TracedInt) and args[0].run is not None:
+            return args[0] if args[0].run.policy.transparent else int(args[0])  # another thread's run may be plain
+        return int(*args, **options)
 
 
 class Whole(int, metaclass=_Kind):
@@ -45,13 +45,21 @@ class Whole(int, metaclass=_Kind):
     """
 
 
+def several(record: Record) -> frozenset[CodeType]:
+    """Return the code of the lines that made several numbers of sizes."""
+    return frozenset(code for (_, code, _), made in record.casts.items() if len(made) > 1)
+
+
 @contextmanager
-def transparent_ints(model: nn.Module) -> Iterator[None]:
-    """Let the methods of a model's modules, and the functions that they call, use `Whole` in the place of `int`."""
+def transparent_ints(model: nn.Module, changed: Set[CodeType]) -> Iterator[None]:
+    """Let methods of a model's modules, and functions that they call, use `Whole` in the place of `int`.
+
+    These are the functions with any of the given codes in them.
+    """
     kinds = {type(module) for module in model.modules()}
     found: dict[int, FunctionType] = {id(f): f for kind in kinds for f in functions_of(kind).values()}
     own = (f for f in found.values() if 'int' not in f.__globals__)  # the one of Python, by no other name
-    functions = [f for f in own if 'int' in names_in(f.__code__) and _only_called(f)]
+    functions = [f for f in own if codes(f.__code__) & changed and _only_called(f)]
     with _FUNCTIONS, ExitStack() as stack:
         for function in functions:
             stack.enter_context(_with(function))
@@ -68,7 +76,10 @@ def _only_called(function: FunctionType) -> bool:
     for node in ast.walk(tree) if tree is not None else ():
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             known.add(node.func)
-            known.update(n for a in node.args for n in ast.walk(a) if node.func.id in ('map', 'isinstance'))
+            if node.func.id == 'map':
+                known.update(node.args[:1])
+            if node.func.id == 'isinstance':
+                known.update(ast.walk(node.args[-1]))  # a class, or several
         for part in (getattr(node, 'annotation', None), getattr(node, 'returns', None)):
             known.update(ast.walk(part) if part is not None else ())
     every = list(ast.walk(tree)) if tree is not None else []

@@ -64,7 +64,7 @@ def _difference(ours: tuple[Tensor, ...], found: tuple[np.ndarray, ...], longer:
     theirs = [part[there] for part in found]
     if len(scores) != len(theirs[1]):
         return float('inf')
-    far = float(np.abs(boxes[np.isfinite(boxes)]).max(initial=longer))  # some heads clip no box to the picture
+    far = np.abs(boxes).max(1, initial=longer)[:, None]  # of each box: some heads clip none to the picture
     apart = np.abs(boxes[:, None] - theirs[0]).max(2, initial=0.0) / far  # (ours, theirs)
     apart = np.maximum(apart, np.abs(scores[:, None] - theirs[1]))
     apart[np.isnan(apart) | (labels[:, None] != theirs[2])] = float('inf')

@@ -12,7 +12,6 @@ import mmengine
 from mmengine.dist import all_gather_object, get_rank, get_world_size, is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook as PlainCheckpointHook
-from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.runner import Runner
 from mmengine.utils import digit_version
 
@@ -72,13 +71,6 @@ class WholeFiles(LocalBackend):
 register_backend(WHOLE, WholeFiles, force=True)
 
 
-def _wrappers(runner: Runner) -> list[OptimWrapper]:
-    """Return what steps the optimizers, one or several."""
-    wrapper: Any = runner.optim_wrapper
-    each = list(wrapper.values()) if isinstance(wrapper, OptimWrapperDict) else [wrapper]
-    return [one for one in each if isinstance(one, OptimWrapper)]
-
-
 @HOOKS.register_module()
 class CheckpointHook(PlainCheckpointHook):
     """Save checkpoints as MMEngine's hook of this name, with the same options, and lose nothing when killed.
@@ -119,13 +111,6 @@ class CheckpointHook(PlainCheckpointHook):
                 )
         if runner.iter > 0 and runner.seed != self._seed:
             reseed(runner.train_dataloader, self._seed, runner.seed)
-        counts = max((each._accumulative_counts for each in _wrappers(runner)), default=1)
-        if runner.iter % counts:
-            runner.logger.warning(
-                f'the checkpoint is of iteration {runner.iter}, in the midst of {counts} whose gradients are summed '
-                'up, and has no gradients: the weights that follow are not those of a run that was never stopped. '
-                f'Checkpoints at multiples of {counts} iterations resume exactly'
-            )
         self._go_on(runner)
 
     def _states_of_this_process(self, runner: Runner) -> dict[str, Any] | None:

@@ -106,7 +106,9 @@ def load_dense(cfg: ConfigLike, path: PathLike) -> nn.Module:
             'from nowhere: name the file that has it in init_cfg, or use the slim.pth that training wrote'
         )
     if broken := broken_tensor(model):
-        raise SlimError(f'{path}: {broken} holds a number that is not finite; use a checkpoint from before that')
+        raise SlimError(
+            f'{path}: {broken} holds a number that is not finite; use a checkpoint from before the run diverged'
+        )
     return model.eval()
 
 

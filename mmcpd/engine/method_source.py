@@ -58,13 +58,13 @@ def subclass_source(kind: type, rewrites: Sequence[Rewrite], name: str) -> str:
     body = [*imports.values(), '', *(f'{text}\n' for text in outside)]
     body += [_class(f'Slim{_alias(kind, base)}', [_alias(kind, base)], inside[base]) for base in hiding]
     body.append(_class(kind.__name__, ['Dense', *(f'Slim{_alias(kind, base)}' for base in hiding)], inside[kind]))
-    body.append(f'\nreturn {kind.__name__}')
+    body.append(f'return {kind.__name__}')
     return f'def {name}():\n' + textwrap.indent('\n'.join(body), INDENT)
 
 
 def _class(name: str, bases: Sequence[str], methods: Sequence[str]) -> str:
     inside = '\n\n'.join(methods) or 'pass'
-    return f'class {name}({", ".join(bases)}):\n{textwrap.indent(inside, INDENT)}'
+    return f'class {name}({", ".join(bases)}):\n{textwrap.indent(inside, INDENT)}\n'
 
 
 def _alias(kind: type, owner: type) -> str:

@@ -68,9 +68,10 @@ def prove(model: nn.Module, fresh: nn.Module, batches: Sequence[Any], settings: 
             if fault is not None:
                 fault = _in_double(model, fresh, batch, each, fault)
             if fault is not None and each is TRAINING and settings:
-                switch_(fresh, settings)
-                fault = _fault(model, fresh, data, _preprocessed(fresh, batch), each, 'float32')
-                fault = fault and _in_double(model, fresh, batch, each, fault)
+                switched = copy.deepcopy(fresh)  # predictions are compared without
+                switch_(switched, settings)
+                fault = _fault(model, switched, data, _preprocessed(switched, batch), each, 'float32')
+                fault = fault and _in_double(model, switched, batch, each, fault)
                 if fault is None:
                     _warn(list(settings))
             if fault is not None:

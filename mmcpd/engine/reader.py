@@ -29,7 +29,6 @@ GARBAGE = (RuntimeError, EOFError, ValueError, OSError, LookupError, TypeError, 
            AssertionError, ArithmeticError, struct.error, zipfile.BadZipFile)  # fmt: skip
 PICKLE = 2**23  # bytes of a slim file beside the tensors' values
 WEIGHTS = ('model', 'model_state_dict')  # where scripts that do not use MMEngine keep what it calls state_dict
-WRAPPED = 'module.'  # before all names where a script saved DistributedDataParallel with the model in it
 STATISTICS = ('mean', 'max', 'min', 'current')
 _torch_load = torch.load
 _trusted = False
@@ -197,17 +196,13 @@ def readable(path: PathLike) -> Iterator[None]:
 
 
 def _as_mmengine_names_it(content: Any) -> Any:
-    """Return a checkpoint with its weights under `state_dict` and by their own names, whichever script wrote it."""
-    if not isinstance(content, dict):
+    """Return a checkpoint with its weights under `state_dict`, also where another training script wrote it."""
+    if not isinstance(content, dict) or 'state_dict' in content:
         return content
-    for name in WEIGHTS if 'state_dict' not in content else ():
+    for name in WEIGHTS:
         values = content.get(name)
         if isinstance(values, dict) and values and all(isinstance(value, torch.Tensor) for value in values.values()):
-            content = {'state_dict': values, **{key: value for key, value in content.items() if key != name}}
-            break
-    values = content.get('state_dict')
-    if isinstance(values, dict) and values and all(str(name).startswith(WRAPPED) for name in values):
-        return {**content, 'state_dict': {name[len(WRAPPED) :]: value for name, value in values.items()}}
+            return {'state_dict': values, **{key: value for key, value in content.items() if key != name}}
     return content
 
 

@@ -156,7 +156,10 @@ def check_fit(own: Mapping[str, Any], given: Mapping[str, Any], where: PathLike,
     """
     for name, tensor in own.items():
         if name not in given:
-            raise SlimError(f'{where} is of another model: it lacks {name}, which {kind} has')
+            raise SlimError(
+                f'{where} is of another model: it lacks {name}, which {kind} has; name the config that it was '
+                'trained with'
+            )
         if is_extra_state(name) or is_lazy(tensor):
             continue
         if not isinstance(given[name], Tensor):

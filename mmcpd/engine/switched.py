@@ -39,7 +39,7 @@ def switched(built: nn.Module, model: nn.Module) -> dict[str, Any]:
         before = plain_attributes(twin)
         for name, value in plain_attributes(module).items():
             both = name in before and _is_plain(value) and _is_plain(before[name])
-            if both and not name.startswith('_') and before[name] != value:
+            if both and not name.startswith('_') and before[name] != value and value == value:  # NaN is no switch
                 found[f'{path}.{name}'.lstrip('.')] = value
     return found
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..coupling import Coupling
 from ..errors import PruneError
-from ..example import arguments, check_filled
+from ..example import arguments, check_filled, own
 from ..nested import tensors_in
 from .finite import check_finite
 from .importance import averaged, build_importance
@@ -98,7 +98,7 @@ def _refuse(inputs: tuple[object, ...], number: int, spoils: Callable[[Tensor], 
 
 def _outputs(model: nn.Module, coupling: Coupling, inputs: tuple[object, ...], number: int) -> list[object]:
     """Run a batch; infinite values in it are refused where an output is not finite either: masks have some."""
-    outputs = coupling.example.forward(model, *inputs)
+    outputs = coupling.example.forward(model, *own(inputs))
     if not all(bool(torch.isfinite(each).all()) for each in tensors_in(outputs)):
         _refuse(inputs, number, torch.isinf)
     return [outputs]

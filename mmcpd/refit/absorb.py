@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..compat import call
-from ..example import arguments
+from ..example import arguments, own
 from ..layer_calls import storage
 from ..slim.compare import evaluating
 from ..slim.trial import double
@@ -94,7 +94,7 @@ def absorb_(
     found = _Inputs()
     with evaluating(model), found:
         for batch in inputs:
-            forward(model, *batch)
+            forward(model, *own(batch))
     names = {storage(buffer): name for name, buffer in model.named_buffers()}
     shared = {each for each, count in Counter(found.affines).items() if count > 1}
     rewritten, skipped = [], []

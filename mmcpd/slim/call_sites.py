@@ -33,7 +33,7 @@ from ..fixes import CallSite, CodePlace
 from .pickling import copy_methods
 from .recompile import layers_of, rebuilt
 from .replace_sizes import OUTCOME, put
-from .size_functions import author_of, called_functions, callers_of, codes, names_in
+from .size_functions import author_of, called_functions, callers_of, calls_in, codes, outer_names
 
 _OURS, _TORCH = ('mmcpd.comb.', 'mmcpd.slim.', 'mmcpd.modes.'), ('torch.',)
 _CALLING = ('torch.nn.modules.module.',)  # which runs the forward of every module
@@ -239,7 +239,7 @@ def _reached(kind: type, base: type, name: str) -> bool:
     """Say whether a class before this one in the order of resolution calls `super().name`, and none names this one."""
     before = kind.__mro__[: kind.__mro__.index(base)]
     functions = (layers_of(raw, each)[-1] for earlier in before for each, raw in vars(earlier).items())
-    used = [names_in(function.__code__) for function in functions if inspect.isfunction(function)]
+    used = [outer_names(function.__code__) for function in functions if inspect.isfunction(function)]
     return any({'super', name} <= names for names in used) and not any(base.__name__ in names for names in used)
 
 
@@ -257,14 +257,27 @@ def _methods(kind: type) -> Iterator[tuple[str, Any]]:
 
 
 def functions_of(kind: type) -> dict[str, FunctionType]:
-    """Return the methods of a class and the functions that they call, by name, without their decorators."""
-    return {**{name: author_of(raw) for name, raw in called_by(kind).items()}, **dict(_methods(kind))}
+    """Return the methods of a class and the functions that they call, by name, without their decorators.
+
+    A hidden method of another file, where a name that it calls means another function, is left out.
+    """
+    called = called_by(kind)
+    methods = {name: f for name, f in _methods(kind) if not name.startswith(SUPER) or _agrees(f, called)}
+    return {**{name: author_of(raw) for name, raw in called.items()}, **methods}
 
 
 @lru_cache(maxsize=256)
 def called_by(kind: type) -> dict[str, Any]:
     """Return the functions that the methods of a class call by name, with their decorators."""
-    return called_functions(_methods(kind))
+    methods = list(_methods(kind))
+    found = called_functions(each for each in methods if not each[0].startswith(SUPER))
+    hidden = (each for each in methods if each[0].startswith(SUPER) and _agrees(each[1], found))
+    return {**called_functions(hidden), **found}
+
+
+def _agrees(function: FunctionType, called: Mapping[str, Any]) -> bool:
+    """Say whether the names that a function calls mean the same functions as they do here."""
+    return all(called.get(name, raw) is raw for name, raw in calls_in(function))
 
 
 @lru_cache(maxsize=256)

@@ -250,14 +250,17 @@ def _same(value: Any, contents: Any) -> bool:
     """Say whether a container holds the very same objects as before."""
     if isinstance(value, set):
         return bool(value == contents)
-    ours, theirs = ([*each, *each.values()] if isinstance(each, dict) else each for each in (value, contents))
+    ours, theirs = (
+        [part for entry in each.items() for part in entry] if isinstance(each, dict) else each
+        for each in (_contents(value), contents)
+    )
     return len(ours) == len(theirs) and all(a is b for a, b in zip(ours, theirs, strict=True))
 
 
 def _contents(value: Any) -> Any:
     """Return what a container holds in one of Python's own; a class of somebody's may not be made from it."""
-    plain = next(kind for kind in CONTAINERS if isinstance(value, kind))
-    return plain(value)
+    plain: Any = next(kind for kind in CONTAINERS if isinstance(value, kind))
+    return plain(plain.items(value) if issubclass(plain, dict) else plain.__iter__(value))
 
 
 def _refill_(value: Any, contents: Any) -> None:
@@ -289,8 +292,9 @@ def forget_(model: nn.Module, caches: Iterable[Cache]) -> None:
         if cache.missing:
             here.pop(cache.name, None)
         elif cache.name in here:
-            if isinstance(cache.before, dict) and isinstance(here[cache.name], dict):
-                _refill_(here[cache.name], cache.before)  # other modules may hold it too
+            old, value = cache.before, here[cache.name]
+            if any(isinstance(old, kind) and isinstance(value, kind) for kind in (dict, list)):
+                _refill_(value, old)  # other modules may hold it too, and it may be of a class of somebody's
             else:
                 here[cache.name] = copy.copy(cache.before)
     with modes_kept(model):

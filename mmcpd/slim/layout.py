@@ -14,9 +14,8 @@ def gathered(tensor: Tensor, dim: int, kept: Tensor) -> Tensor:
         >>> gathered(x, 1, torch.tensor([0, 3])).is_contiguous(memory_format=torch.channels_last)
         True
     """
-    if tensor.layout is not torch.strided or tensor.is_contiguous():
+    if tensor.layout is not torch.strided or (order := _order(tensor)) == sorted(order):
         return tensor.index_select(dim, kept)
-    order = _order(tensor)
     part = tensor.permute(order).index_select(order.index(dim % tensor.dim()), kept)
     return part.permute(_back(order))
 
@@ -36,10 +35,13 @@ def spread(part: Tensor, dim: int, kept: Tensor, size: int) -> Tensor:
 
 
 def _order(tensor: Tensor) -> list[int]:
-    """Return the dimensions from the one whose neighbours are furthest apart in memory to the nearest."""
+    """Return the dimensions from the one whose neighbours are furthest apart in memory to the nearest.
+
+    It is that of what torch makes of the tensor: where some places share their memory, the plain one.
+    """
     if tensor.is_contiguous():
         return list(range(tensor.dim()))
-    strides = tensor.stride()
+    strides = torch.empty_like(tensor, device='meta').stride()
     return sorted(range(tensor.dim()), key=lambda d: -strides[d])
 
 

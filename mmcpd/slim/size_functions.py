@@ -54,13 +54,13 @@ def callers_of(functions: Mapping[str, FunctionType], names: Iterable[str], plai
     Only the `plain` ones are called by name; a method is found on its module, also when it is another one.
     """
     found = set(names)
-    while more := {n for n, f in functions.items() if n not in found and names_in(f.__code__) & found & set(plain)}:
+    while more := {n for n, f in functions.items() if n not in found and outer_names(f.__code__) & found & set(plain)}:
         found |= more
     return found
 
 
 @lru_cache(maxsize=4096)
-def names_in(code: CodeType) -> frozenset[str]:
+def outer_names(code: CodeType) -> frozenset[str]:
     """Return the names that code takes from outside: of globals, attributes and enclosing functions."""
     return frozenset(name for each in codes(code) for name in (*each.co_names, *each.co_freevars))
 
@@ -68,7 +68,7 @@ def names_in(code: CodeType) -> frozenset[str]:
 def calls_in(function: FunctionType) -> Iterator[tuple[str, Any]]:
     """Yield the functions of Python that a function may call by a plain name."""
     cells = dict(zip(function.__code__.co_freevars, map(content, function.__closure__ or ()), strict=True))
-    for name in names_in(function.__code__):
+    for name in outer_names(function.__code__):
         raw = cells.get(name, function.__globals__.get(name))
         package = (getattr(raw, '__module__', None) or '').partition('.')[0]
         if inspect.isfunction(raw) and inspect.isfunction(author_of(raw)) and package not in _OTHERS:

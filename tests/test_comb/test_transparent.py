@@ -11,6 +11,7 @@ from mmcpd.comb import comb, transparent
 from mmcpd.comb.transparent import Whole, transparent_ints
 from mmcpd.slim import slim
 from mmcpd.slim.call_sites import rewrites_of
+from mmcpd.slim.compare import compare
 from mmcpd.slim.trial import random_keep
 from tests.exact import exact
 from tests.helpers import check_structure, randomise_, sample
@@ -128,7 +129,7 @@ class HasTheMethod(Net):
 @pytest.mark.parametrize('kind', [NamesTheType, HasTheMethod])
 def test_a_function_that_uses_the_name_otherwise_is_left_alone(kind):
     model = randomise_(kind())
-    with transparent_ints(model):
+    with transparent_ints(model, {kind.out.__code__}):
         assert kind.out.__code__.co_names.count('int') == 1
         model(X)
     assert not comb(model, X).groups
@@ -136,13 +137,70 @@ def test_a_function_that_uses_the_name_otherwise_is_left_alone(kind):
 
 def test_an_error_puts_everything_back():
     model, before = Normed(), Normed.out.__code__
-    with pytest.raises(KeyError), transparent_ints(model):
+    with pytest.raises(KeyError), transparent_ints(model, {before}):
         assert Normed.out.__code__ is not before
         raise KeyError
     assert Normed.out.__code__ is before and transparent.NAME not in globals()
 
 
+class Mapping(Net):
+    """`int` beside the callable that is mapped, and beside the classes that are asked for."""
+
+    def out(self, x):
+        zeros = map(lambda n: torch.zeros(n, dtype=int), (1, int(x.shape[1])))  # noqa: C417 - as some write it
+        return x + sum(each.sum() for each in zeros if isinstance(each.to(int), torch.Tensor))
+
+
+def plain(number):
+    if type(number) is not int:
+        raise TypeError('a plain number is needed')
+    return number
+
+
+class Strict(Net):
+    """Code that takes nothing but a plain number, which a size is not."""
+
+    def out(self, x):
+        n, c, h, w = map(int, x.shape)
+        return x.reshape(n, plain(c), h * w).mean(-1).view(n, c, 1, 1)
+
+
+@pytest.mark.parametrize('kind', [Mapping, Strict])
+def test_what_cannot_run_with_a_width_is_observed_as_before(kind):
+    found = comb(randomise_(kind()), X)
+    assert not found.unsupported and kind.out.__code__.co_names.count('int') == 1
+    check = randomise_(kind())
+    assert compare(check, found, random_keep(found, 0.5, 0)) < 1e-12
+
+
+class Beside(Normed):
+    """A line elsewhere whose number can stand keeps it."""
+
+    def __init__(self):
+        super().__init__()
+        self.c, self.last = nn.Conv2d(5, 8, 1), nn.Conv2d(8, 2, 1)
+
+    def counted(self, x):
+        number = int(x.shape[1])
+        return x * len(range(number))
+
+    def forward(self, x):
+        first, second = super().forward(x)
+        return self.last(self.counted(self.c(first))), second
+
+
+def test_a_line_elsewhere_keeps_its_number():
+    exact(Beside(), X, {**FREE, 'c': 8, 'ends.0': 5})
+
+
+def test_another_run_beside_it_is_a_plain_one():
+    model, found = Normed(), comb(randomise_(OneWidth()), X, unused='leave')
+    with transparent_ints(model, {Normed.out.__code__}):
+        again = comb(randomise_(OneWidth()), X, unused='leave', trial=False)
+    assert again.fixes.constants == found.fixes.constants and again.fixes.constants
+
+
 def test_it_is_int_in_every_other_way():
     assert Whole('12') == 12 and Whole(3.9) == 3 and Whole('f', 16) == 15 and Whole() == 0
     assert type(Whole(True)) is int and isinstance(7, Whole) and not isinstance('7', Whole)
-    assert issubclass(bool, Whole) and [*map(Whole, '12')] == [1, 2]
+    assert [*map(Whole, '12')] == [1, 2]

@@ -168,6 +168,21 @@ def test_boxes_far_outside_are_compared_by_their_own_size(tmp_path, off, ok):
     assert check_detections(path, nn.Identity(), [pictures], found).ok is ok
 
 
+def test_one_box_far_outside_hides_no_other(tmp_path):
+    def found(model, pictures, off=0.0):
+        boxes = torch.tensor([[10.0, 10.0, 40.0, 40.0], [-1e6, -1e6, 1e6, 1e6]])
+        boxes = boxes + torch.tensor([[off], [0.0]])
+        return [(boxes + x.mean() * 0, torch.tensor([0.9, 0.06]), torch.zeros(2).long()) for x in pictures.unbind()]
+
+    def stacked(model, pictures):
+        return tuple(torch.stack(part) for part in zip(*found(model, pictures, 20.0), strict=True))
+
+    pictures = torch.ones(1, 3, 64, 96)
+    path = export_onnx(nn.Identity(), pictures, tmp_path / 'boxes.onnx', dynamic_batch=False, forward=stacked)
+    parity = check_detections(path, nn.Identity(), [pictures], found)
+    assert not parity.ok and parity.max_rel > 0.2
+
+
 @pytest.mark.parametrize('change', ['box', 'score', 'label', 'number', 'not finite'])
 def test_each_part_of_a_detection_is_compared(tmp_path, monkeypatch, change):
     model, pictures = made(anchors()), torch.rand(1, 3, 64, 96)

@@ -21,8 +21,10 @@ from mmcpd.engine.build import build_dense
 from mmcpd.engine.checkpoints import load_slim
 from mmcpd.engine.combing import comb_by_config, comb_passes
 from mmcpd.engine.passes import DEPLOYED, TESTING, TRAINING, runs
+from mmcpd.engine.proof import Preprocessed, prove
 from mmcpd.engine.saving import slim_checkpoint
 from mmcpd.engine.slim_file import read_slim
+from mmcpd.engine.switched import switched
 from mmcpd.engine.wrappers import bare_model
 from mmcpd.errors import ProofError, SlimError
 from mmcpd.slim import mask_, slim
@@ -209,6 +211,33 @@ def test_a_loss_that_another_hook_switches_is_named_and_the_file_written(runner_
     assert 'something else changed late, measure: a model' in log_of(tmp_path)
     small = load_slim(runner.cfg, tmp_path / 'run' / 'slim.pth')
     assert not small.late and isinstance(small.measure, nn.CrossEntropyLoss)
+
+
+class Silent(nn.Module):
+    """Predicts nothing of a dark picture, and of others what a setting scales; the loss is of all."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.fc, self.scale = nn.Linear(3, 3), scale
+        nn.init.ones_(self.fc.weight)
+        self.data_preprocessor = lambda data, _training: data
+
+    def forward(self, inputs, mode):
+        y = self.fc(inputs)
+        return {'loss': (y * self.scale).abs().mean()} if mode == 'loss' else y * self.scale * (y.sum() > 0)
+
+
+@pytest.mark.parametrize('bright', [(False, True), (True, False)])
+def test_predictions_of_every_batch_are_compared_without_what_was_switched(bright):
+    torch.manual_seed(0)
+    trained, built = Silent(2.0), Silent(1.0)
+    built.load_state_dict(trained.state_dict())
+    settings = switched(built, trained)
+    assert settings == {'scale': 2.0}
+    batches = [Preprocessed({'inputs': torch.full((2, 3), 5.0 if each else -5.0)}) for each in bright]
+    with pytest.raises(ProofError, match='test_step'):
+        prove(trained, built, batches, settings)
+    assert built.scale == 1.0
 
 
 @HOOKS.register_module()

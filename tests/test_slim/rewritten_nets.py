@@ -76,3 +76,17 @@ NETS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     'own reduce': lambda: (OwnReduce().double().eval(), torch.randn(2, 3, 8, 8, dtype=torch.float64)),
     'own state': lambda: (Slotted().double().eval(), torch.randn(2, 3, 8, 8, dtype=torch.float64)),
 }
+
+
+def spread(q: Tensor) -> Tensor:
+    """Another function than its namesake in a subclass's file."""
+    return q * 2
+
+
+class Spreading(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.queries, self.head = nn.Linear(6, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def other(self, x: Tensor) -> Tensor:
+        return spread(x)

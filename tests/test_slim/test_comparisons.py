@@ -271,6 +271,8 @@ GUARDS = {
     'of 32-bit numbers': lambda m, x: x.numel() * 2 > 2**31,
     'of memory': lambda m, x: not x.shape[1] * x.shape[2] * x.shape[3] < 1e9,
     'of a width': lambda m, x: m.a.out_channels >= 100_000,
+    'of empty tensors': lambda m, x: x.numel() == 0,
+    'of empty pictures': lambda m, x: not x.shape[1] * x.shape[2] > 0,
 }
 
 
@@ -292,8 +294,12 @@ def test_a_bound_that_nothing_comes_near_holds_no_width(guard):
     assert compare(Guarded(guard).double(), found, random_keep(found, 0.5, 0)) < 1e-12
 
 
-def test_a_bound_that_a_narrower_layer_comes_near_to_does():
-    found = comb(randomise_(Guarded(lambda m, x: 36 // x.shape[1] > 4000)), X)
+NEARER = [lambda m, x: 36 // x.shape[1] > 4000, lambda m, x: x.shape[1] * -1000 + 8001 > 1000]
+
+
+@pytest.mark.parametrize('guard', NEARER, ids=['a quotient', 'a difference'])
+def test_a_bound_that_a_narrower_layer_comes_near_to_does(guard):
+    found = comb(randomise_(Guarded(guard)), X)
     assert not found.groups and 'compared in size' in str(found.reasons())
 
 

@@ -273,3 +273,43 @@ def test_containers_that_refuse_to_be_changed_keep_what_they_hold(grows: bool) -
     assert [group.units for group in found.groups] == [8]
     for net in (model, slim(model, found, found.keep())):
         assert [*net.settings.items()] == [('width', 8)] and list(net.names) == ['first']
+
+
+class Stack(list):
+    """A list with a method of its own."""
+
+    def push(self, value: Tensor) -> Tensor:
+        self.append(value)
+        return value
+
+
+class Stacking(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.stack = nn.Linear(6, 8), nn.Linear(8, 3), Stack()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.stack.push(self.first(x)).softmax(-1))
+
+
+def test_a_list_of_a_class_of_its_own_stays_one() -> None:
+    model, x = Stacking(), torch.rand(2, 6)
+    found = comb(model, x)
+    assert [group.units for group in found.groups] == [8]
+    small = slim(model, found, found.keep())
+    assert type(small.stack) is type(model.stack) is Stack and not small.stack and not model.stack
+
+
+class Odd(dict):
+    """A dictionary that gives nothing out by name."""
+
+    def __getitem__(self, name: str) -> Any:
+        raise LookupError(name)
+
+
+def test_a_dictionary_with_its_own_way_of_reading_is_read_past_it() -> None:
+    model = Stacking()
+    model.settings = Odd(width=8)
+    with restored(model):
+        dict.__setitem__(model.settings, 'seen', 1)
+    assert dict.__len__(model.settings) == 1 and dict.get(model.settings, 'width') == 8

@@ -82,3 +82,27 @@ def test_positions_are_taken_and_put_back_in_any_order_of_memory(order, dim):
     whole = spread(part, dim, kept, x.shape[dim])
     assert torch.equal(whole.index_select(dim, kept), part) and whole.stride() == x.stride()
     assert whole.count_nonzero() == part.count_nonzero()
+
+
+class Encoding(nn.Module):
+    """Positions without a weight, the same memory for all samples."""
+
+    def forward(self, x):
+        places = torch.arange(x.shape[1], dtype=x.dtype)[:, None] * torch.arange(1, 13, dtype=x.dtype)
+        return (places / 7).sin()[None].expand(x.shape[0], -1, -1)
+
+
+class Encoded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.encoding, self.out = nn.Linear(3, 12), Encoding(), nn.Linear(12, 4)
+
+    def forward(self, x):
+        y, places = self.embed(x), self.encoding(x).tanh()
+        return self.out(y.view(-1, y.shape[-1]) + places.view(-1, places.shape[-1]))
+
+
+def test_what_shares_its_memory_is_laid_out_plainly():
+    exact(Encoded(), sample((2, 5, 3)), {'embed': 12})
+    shared = torch.rand(1, 7, 3).expand(2, -1, -1)
+    assert gathered(shared, 2, torch.tensor([0, 2])).is_contiguous()

@@ -11,13 +11,13 @@ from torch import nn
 
 from mmcpd.comb import comb
 from mmcpd.slim import slim
-from mmcpd.slim.call_sites import definitions, rewrites_of
+from mmcpd.slim.call_sites import definitions, functions_of, rewrites_of
 from mmcpd.slim.compare import compare
 from mmcpd.slim.trial import random_keep
 from tests.exact import exact
 from tests.helpers import check_structure, randomise_, sample
 from tests.test_slim import rewritten_nets
-from tests.test_slim.rewritten_nets import Attention, Transformer
+from tests.test_slim.rewritten_nets import Attention, Spreading, Transformer
 
 X = sample((2, 5, 6))
 
@@ -123,6 +123,29 @@ def test_a_method_that_is_called_by_its_class_is_not_written(kind):
     found = comb(model, X)
     assert compare(model, found, random_keep(found, 0.5, 0)) < 1e-12
     assert {group.name: group.units for group in found.groups} != GROUPS
+
+
+def spread(x, q):
+    b, n, c = x.shape
+    return q.reshape(b, n, 4, c // 4).transpose(1, 2).reshape(b, 4, -1).mean(-1)
+
+
+class Namesakes(Spreading):
+    """Calls its own file's function, and a method behind super() that calls another one of that name."""
+
+    def other(self, x):
+        return super().other(x)
+
+    def forward(self, x):
+        x = self.embed(x)
+        return self.head(self.other(x).tanh()) + spread(x, self.queries(x))[:, :3, None].mean()
+
+
+def test_a_function_is_the_one_of_its_own_file():
+    model = Namesakes()
+    found = exact(model, X, {'embed': 16, 'queries': 4})
+    assert 'super.other' not in functions_of(Namesakes)
+    check_structure(model, found, slim(model, found, random_keep(found, 0.5, 3, awkward=True)), Namesakes)
 
 
 def test_definitions_are_those_that_super_reaches():
