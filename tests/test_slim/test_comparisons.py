@@ -294,6 +294,20 @@ def test_a_bound_that_nothing_comes_near_holds_no_width(guard):
     assert compare(Guarded(guard).double(), found, random_keep(found, 0.5, 0)) < 1e-12
 
 
+class MayBeEmpty(nn.Linear):
+    """Takes empty tensors apart, as mmcv's layers do."""
+
+    def forward(self, x):
+        if x.numel() == 0:
+            return x.new_empty((*x.shape[:-1], self.out_features))
+        return super().forward(x)
+
+
+def test_a_question_for_empty_tensors_holds_no_width():
+    model = nn.Sequential(MayBeEmpty(6, 8), nn.GELU(), MayBeEmpty(8, 5), nn.GELU(), MayBeEmpty(5, 2))
+    exact(model, sample((2, 3, 6)), {'0': 8, '2': 5})
+
+
 NEARER = [lambda m, x: 36 // x.shape[1] > 4000, lambda m, x: x.shape[1] * -1000 + 8001 > 1000]
 
 
