@@ -69,13 +69,14 @@ def _check_scope(cfg: Config, name: str) -> None:
     """
     model = cfg.get('model')
     kind = model.get('type') if isinstance(model, dict) else None
-    if cfg.get('default_scope') is not None or not isinstance(kind, str) or MODELS.get(kind) is not None:
+    said = cfg.get('default_scope') or (model.get('_scope_') if isinstance(model, dict) else None)
+    if said or not isinstance(kind, str) or MODELS.get(kind) is not None:
         return
     scopes = [package for package in MODULE2PACKAGE if find_spec(package) is not None]
     having = [scope for scope in scopes if MODELS.get(f'{scope}.{kind}') is not None]
     if having:
-        said = ' or '.join(f"default_scope = '{scope}'" for scope in having)
-        raise UserError(f'{name} does not say which package has its {kind}: add {said}')
+        lines = ' or '.join(f"default_scope = '{scope}'" for scope in having)
+        raise UserError(f'{name} does not say which package has its {kind}: add {lines}')
 
 
 def config_file(name: str) -> Path:

@@ -99,16 +99,19 @@ def compared(model: nn.Module, example: Example, further: Callable[..., object])
     Example:
         >>> compared(model, coupling.example, lambda model, images: model(images) + torch.rand(1))
         Further(runs=True, reads=False, draws=True)
+        >>> compared(model, coupling.example, lambda model, images: model(images))
+        Further(runs=False, reads=False, draws=False)
     """
     drawn: list[bool] = []
 
-    def noting(model: nn.Module, *inputs: object) -> None:
-        drawn.append(draws(lambda: further(model, *inputs)))
+    def noting(forward: Callable[..., object]) -> Callable[..., object]:
+        return lambda model, *inputs: drawn.append(draws(lambda: forward(model, *inputs)))
 
-    if (ran := _read_by(model, example, noting)) is None:
+    if (ran := _read_by(model, example, noting(further))) is None:
         return Further(False, False, False)
-    known = _read(model, example)
-    return Further(bool(ran.operations - known.operations), bool(known.unread_names - ran.unread_names), any(drawn))
+    # Asked in the same way, for that takes operations, too.
+    known = _read(model, replace(example, forward=noting(example.forward)))
+    return Further(bool(ran.operations - known.operations), bool(known.unread_names - ran.unread_names), drawn[0])
 
 
 def newly_read(model: nn.Module, example: Example, further: Callable[..., object], left: Set[str]) -> set[str]:
