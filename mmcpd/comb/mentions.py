@@ -17,10 +17,9 @@ from torch.utils import checkpoint
 
 from ..modes import drops
 from ..slim.attention import replacement
-from ..slim.call_sites import functions_of
 from ..slim.methods import hooks_of
 from ..slim.recompile import content
-from ..slim.size_functions import codes
+from ..slim.size_functions import codes, functions_of
 
 # What runs before a model does, or describes it.
 _NEVER = ('__init__', '__repr__', 'extra_repr', 'init_weights', 'reset_parameters', 'from_pretrained')

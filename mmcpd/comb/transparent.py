@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import nn
 
-from ..slim.call_sites import functions_of, parsed, standing_in
-from ..slim.size_functions import codes
+from ..slim.call_sites import parsed, standing_in
+from ..slim.size_functions import codes, functions_of
 from .record import Record
 from .traced_int import TracedInt
 

@@ -12,9 +12,9 @@ from types import FunctionType
 from typing import Any
 
 from mmcpd.errors import SlimError
-from mmcpd.slim.call_sites import Replacing, Rewrite, called_by, definitions, functions_of, parsed
+from mmcpd.slim.call_sites import Replacing, Rewrite, parsed
 from mmcpd.slim.recompile import MangledNames
-from mmcpd.slim.size_functions import callers_of
+from mmcpd.slim.size_functions import called_by, callers_of, definitions, functions_of
 
 INDENT = '    '
 

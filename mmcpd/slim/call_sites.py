@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from dis import opmap, opname
 from functools import lru_cache
 from itertools import islice
-from types import CellType, CodeType, FrameType, FunctionType, SimpleNamespace
+from types import CellType, CodeType, FrameType, SimpleNamespace
 from typing import Any
 
 from torch import nn
@@ -33,12 +33,11 @@ from ..fixes import CallSite, CodePlace
 from .pickling import copy_methods
 from .recompile import layers_of, rebuilt
 from .replace_sizes import OUTCOME, put
-from .size_functions import author_of, called_functions, callers_of, calls_in, codes, outer_names
+from .size_functions import called_by, callers_of, codes, definitions, functions_of
 
 _OURS, _TORCH = ('mmcpd.comb.', 'mmcpd.slim.', 'mmcpd.modes.'), ('torch.',)
 _CALLING = ('torch.nn.modules.module.',)  # which runs the forward of every module
 _CACHE = opmap.get('CACHE', -1)  # what lies between an instruction and the next since Python 3.11
-SUPER = 'super.'  # before the name of a method that another one hides
 INFER = -1  # let torch work out the size
 _NODES = (ast.Call, ast.BinOp, ast.AugAssign, ast.Subscript, ast.Compare)
 _LOOPS = (ast.For, ast.AsyncFor, ast.While, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
@@ -220,64 +219,6 @@ def _ranges(node: Any) -> Iterator[tuple[int | None, ...]]:
     name = getattr(node, 'func', None)
     if isinstance(name, ast.Attribute) and name.end_lineno is not None and name.end_col_offset is not None:
         yield name.end_lineno, node.end_lineno, name.end_col_offset - len(name.attr), node.end_col_offset
-
-
-def definitions(kind: type, name: str) -> list[tuple[type, Any]]:
-    """Return the classes that define a method, and what each defines: first what instances find, then what it hides.
-
-    Of the hidden ones only those that `super()` may reach; `Base.forward(self, x)` is no such call.
-    """
-    bases = [base for base in kind.__mro__ if name in vars(base)]
-    sources = {base.__bases__[0] for base in bases if 'rewrites' in vars(base)}  # made by `rewritten`
-    bases = [base for base in bases if base not in sources]
-    own = [base for base in bases[1:] if not name.startswith('__') and not base.__module__.startswith(_TORCH)]
-    hidden = [base for base in own if _reached(kind, base, name)]
-    return [(base, vars(base)[name]) for base in [*bases[:1], *hidden]]
-
-
-def _reached(kind: type, base: type, name: str) -> bool:
-    """Say whether a class before this one in the order of resolution calls `super().name`, and none names this one."""
-    before = kind.__mro__[: kind.__mro__.index(base)]
-    functions = (layers_of(raw, each)[-1] for earlier in before for each, raw in vars(earlier).items())
-    used = [outer_names(function.__code__) for function in functions if inspect.isfunction(function)]
-    return any({'super', name} <= names for names in used) and not any(base.__name__ in names for names in used)
-
-
-def _methods(kind: type) -> Iterator[tuple[str, Any]]:
-    """Yield the plain methods and static methods of a class, without their decorators.
-
-    Those that its instances find have their name, and those behind it that `super()` reaches are `super.NAME`,
-    `super.super.NAME` and so on.
-    """
-    for name in dir(kind):
-        for depth, (_, raw) in enumerate(definitions(kind, name)):
-            function = layers_of(raw, name)[-1]
-            if inspect.isfunction(function) and not (function.__module__ or '').startswith(_TORCH):
-                yield SUPER * depth + name, function
-
-
-def functions_of(kind: type) -> dict[str, FunctionType]:
-    """Return the methods of a class and the functions that they call, by name, without their decorators.
-
-    A hidden method of another file, where a name that it calls means another function, is left out.
-    """
-    called = called_by(kind)
-    methods = {name: f for name, f in _methods(kind) if not name.startswith(SUPER) or _agrees(f, called)}
-    return {**{name: author_of(raw) for name, raw in called.items()}, **methods}
-
-
-@lru_cache(maxsize=256)
-def called_by(kind: type) -> dict[str, Any]:
-    """Return the functions that the methods of a class call by name, with their decorators."""
-    methods = list(_methods(kind))
-    found = called_functions(each for each in methods if not each[0].startswith(SUPER))
-    hidden = (each for each in methods if each[0].startswith(SUPER) and _agrees(each[1], found))
-    return {**called_functions(hidden), **found}
-
-
-def _agrees(function: FunctionType, called: Mapping[str, Any]) -> bool:
-    """Say whether the names that a function calls mean the same functions as they do here."""
-    return all(called.get(name, raw) is raw for name, raw in calls_in(function))
 
 
 @lru_cache(maxsize=256)

@@ -12,8 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from .call_sites import functions_of
-from .size_functions import author_of, calls_in, codes
+from .size_functions import author_of, calls_in, codes, functions_of
 
 _RUN_HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')  # of a module
 _SETTING_UP = ('init', 'reset', '__', 'repr')  # parts of the names of methods that nobody calls after slimming

@@ -11,8 +11,9 @@ from torch import nn
 
 from mmcpd.comb import comb
 from mmcpd.slim import slim
-from mmcpd.slim.call_sites import definitions, functions_of, rewrites_of
+from mmcpd.slim.call_sites import rewrites_of
 from mmcpd.slim.compare import compare
+from mmcpd.slim.size_functions import definitions, functions_of
 from mmcpd.slim.trial import random_keep
 from tests.exact import exact
 from tests.helpers import check_structure, randomise_, sample
