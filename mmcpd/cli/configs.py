@@ -67,10 +67,9 @@ def _check_scope(cfg: Config, name: str) -> None:
     Raises:
         UserError: No scope is named, and only other packages have the model.
     """
-    model = cfg.get('model')
-    kind = model.get('type') if isinstance(model, dict) else None
-    said = cfg.get('default_scope') or (model.get('_scope_') if isinstance(model, dict) else None)
-    if said or not isinstance(kind, str) or MODELS.get(kind) is not None:
+    model = cfg.model if isinstance(cfg.model, dict) else {}
+    kind = model.get('type')
+    if cfg.get('default_scope') or model.get('_scope_') or not isinstance(kind, str) or MODELS.get(kind) is not None:
         return
     scopes = [package for package in MODULE2PACKAGE if find_spec(package) is not None]
     having = [scope for scope in scopes if MODELS.get(f'{scope}.{kind}') is not None]

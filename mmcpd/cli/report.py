@@ -61,10 +61,8 @@ def config_of(folder: Path) -> Path:
     Raises:
         UserError: there is none.
     """
-    files = [*folder.glob('*.py'), *folder.glob('*/vis_data/config.py')]
-    files = [
-        file for file in files if not file.with_suffix('.safetensors').is_file()
-    ]  # `mmcpd export-code` wrote these
+    every = [*folder.glob('*.py'), *folder.glob('*/vis_data/config.py')]
+    files = [file for file in every if not file.with_suffix('.safetensors').is_file()]  # those are exported code
     if not files:
         raise UserError(f'{folder} has no config: give it by --config')
     return max(files, key=lambda file: (file.parent == folder, file.stat().st_mtime))

@@ -21,7 +21,7 @@ from mmcpd.modes import InDouble
 from mmcpd.nested import map_tensors, named_tensors_in
 from mmcpd.random_state import seeded
 from mmcpd.slim.compare import difference, evaluating
-from mmcpd.slim.copying import restored
+from mmcpd.slim.copying import copied, restored
 from mmcpd.slim.trial import FAILURES, double, doubled
 
 TOLERANCE = {'float32': 1e-3, 'float64': 1e-9}  # of the largest value of each output
@@ -64,15 +64,11 @@ def prove(model: nn.Module, fresh: nn.Module, batches: Sequence[Any], settings: 
         data = _preprocessed(model, batch)
         passes = [each for each in (TESTING, TRAINING) if runs(model, data, each) is None] or [DEPLOYED]
         for each in passes:
-            fault = _fault(model, fresh, data, _preprocessed(fresh, batch), each, 'float32')
-            if fault is not None:
-                fault = _in_double(model, fresh, batch, each, fault)
+            fault = _compared(model, fresh, batch, each)
             if fault is not None and each is TRAINING and settings:
-                switched = copy.deepcopy(fresh)  # predictions are compared without
-                switch_(switched, settings)
-                fault = _fault(model, switched, data, _preprocessed(switched, batch), each, 'float32')
-                fault = fault and _in_double(model, switched, batch, each, fault)
-                if fault is None:
+                alike = copied(fresh)  # predictions are compared without
+                switch_(alike, settings)
+                if (fault := _compared(model, alike, batch, each)) is None:
                     _warn(list(settings))
             if fault is not None:
                 raise ProofError(
@@ -96,6 +92,12 @@ def _preprocessed(model: nn.Module, batch: Any) -> Any:
         return batch.data
     with seeded(0):
         return cast(Any, model).data_preprocessor(copy.deepcopy(batch), False)
+
+
+def _compared(model: nn.Module, fresh: nn.Module, batch: Any, each: Pass) -> str | None:
+    """Return how the second model differs from the first by more than rounding, or None where it does not."""
+    fault = _fault(model, fresh, _preprocessed(model, batch), _preprocessed(fresh, batch), each, 'float32')
+    return fault and _in_double(model, fresh, batch, each, fault)
 
 
 def _fault(

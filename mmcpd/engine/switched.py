@@ -12,9 +12,8 @@ from typing import Any
 
 from torch import nn
 
+from mmcpd.slim.copying import is_plain
 from mmcpd.slim.references import plain_attributes
-
-PLAIN = (bool, int, float, str, type(None))
 
 
 def switched(built: nn.Module, model: nn.Module) -> dict[str, Any]:
@@ -38,7 +37,7 @@ def switched(built: nn.Module, model: nn.Module) -> dict[str, Any]:
             continue
         before = plain_attributes(twin)
         for name, value in plain_attributes(module).items():
-            both = name in before and _is_plain(value) and _is_plain(before[name])
+            both = name in before and is_plain(value) and is_plain(before[name])
             if both and not name.startswith('_') and before[name] != value and value == value:  # NaN is no switch
                 found[f'{path}.{name}'.lstrip('.')] = value
     return found
@@ -49,7 +48,3 @@ def switch_(model: nn.Module, settings: Mapping[str, Any]) -> None:
     for name, value in settings.items():
         path, _, local = name.rpartition('.')
         setattr(model.get_submodule(path), local, copy.deepcopy(value))
-
-
-def _is_plain(value: object) -> bool:
-    return isinstance(value, PLAIN) or (isinstance(value, list | tuple) and all(map(_is_plain, value)))

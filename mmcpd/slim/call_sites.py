@@ -33,9 +33,9 @@ from ..fixes import CallSite, CodePlace
 from .pickling import copy_methods
 from .recompile import layers_of, rebuilt
 from .replace_sizes import OUTCOME, put
-from .size_functions import called_by, callers_of, codes, definitions, functions_of
+from .size_functions import TORCH, called_by, callers_of, codes, definitions, functions_of
 
-_OURS, _TORCH = ('mmcpd.comb.', 'mmcpd.slim.', 'mmcpd.modes.'), ('torch.',)
+_OURS = ('mmcpd.comb.', 'mmcpd.slim.', 'mmcpd.modes.')
 _CALLING = ('torch.nn.modules.module.',)  # which runs the forward of every module
 _CACHE = opmap.get('CACHE', -1)  # what lies between an instruction and the next since Python 3.11
 INFER = -1  # let torch work out the size
@@ -64,7 +64,7 @@ def spot(index: int, count: int) -> Spot | None:
     """
     frames = _frames(sys._getframe(1))
     for frame in frames:
-        if _of(frame, _TORCH):
+        if _of(frame, TORCH):
             if frame.f_code.co_name != 'handle_torch_function':
                 return None
             next(frames, None)  # the function itself
@@ -97,7 +97,7 @@ def code_place(path: str = '') -> tuple[nn.Module | None, CodePlace]:
         module = _module(frame)
         if module is not None and not _of(frame, _CALLING):
             return module, CodePlace(path, _qualified_name(frame.f_code), (_instruction(frame), *inward))
-        if not _of(frame, _TORCH) and not _of(frame, _OURS):
+        if not _of(frame, TORCH) and not _of(frame, _OURS):
             inward.insert(0, _instruction(frame))
     return None, CodePlace(path, '', tuple(inward))
 

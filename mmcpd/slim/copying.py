@@ -197,7 +197,7 @@ class _Snapshot:
     def _noted(self, name: str, value: object) -> bool:
         """Say whether a forward noted something plain: the size that its cache is for."""
         old = self.attributes.get(name, _MISSING)
-        return value is not old and _is_plain(value) and (old is _MISSING or (_is_plain(old) and bool(value != old)))
+        return value is not old and is_plain(value) and (old is _MISSING or (is_plain(old) and bool(value != old)))
 
     def _is_first(self, name: str) -> bool:
         """Say whether there was nothing before a forward noted something: a size, which the next one makes anew."""
@@ -221,7 +221,7 @@ class _Snapshot:
     def _cache(self, path: str, name: str) -> Cache:
         old = self.contents.get(name, self.attributes.get(name, _MISSING))
         before = type(old)() if isinstance(old, (dict, list)) and tensors_in(old) else old
-        return Cache(path, name, old is _MISSING, before if _is_plain(before) or isinstance(before, dict) else None)
+        return Cache(path, name, old is _MISSING, before if is_plain(before) or isinstance(before, dict) else None)
 
 
 def _is_size(value: object) -> bool:
@@ -257,15 +257,20 @@ def _same(value: Any, contents: Any) -> bool:
     return len(ours) == len(theirs) and all(a is b for a, b in zip(ours, theirs, strict=True))
 
 
+def _kind_of(value: Any) -> Any:
+    """Return the container of Python's own that a container is."""
+    return next(kind for kind in CONTAINERS if isinstance(value, kind))
+
+
 def _contents(value: Any) -> Any:
     """Return what a container holds in one of Python's own; a class of somebody's may not be made from it."""
-    plain: Any = next(kind for kind in CONTAINERS if isinstance(value, kind))
+    plain = _kind_of(value)
     return plain(plain.items(value) if issubclass(plain, dict) else plain.__iter__(value))
 
 
 def _refill_(value: Any, contents: Any) -> None:
     """Put other contents into a container, past what its own class allows: one may be frozen."""
-    plain: Any = next(kind for kind in CONTAINERS if isinstance(value, kind))
+    plain = _kind_of(value)
     plain.clear(value)
     for key in contents if issubclass(plain, dict) else ():
         plain.__setitem__(value, key, contents[key])
@@ -277,9 +282,15 @@ def _has_history(value: object) -> bool:
     return any(not tensor.is_leaf for tensor in tensors_in(value))
 
 
-def _is_plain(value: object) -> bool:
+def is_plain(value: object) -> bool:
+    """Say whether something is a number, a text or nothing, or a list of such.
+
+    Example:
+        >>> is_plain([1, (None, 'a')]), is_plain({})
+        (True, False)
+    """
     if isinstance(value, (tuple, list)):
-        return all(map(_is_plain, value))
+        return all(map(is_plain, value))
     return isinstance(value, _PLAIN)
 
 
